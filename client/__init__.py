@@ -1,0 +1,1 @@
+"""Where the data is: local training, personal state, and the Flower ClientApp."""

@@ -1,0 +1,154 @@
+"""A node: a process that hosts clients. It opens their data and state, and answers the messages packed for it."""
+
+import functools
+import json
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
+from torch import nn
+
+from client.store import Store
+from client.training import train
+from config.load import from_flat, to_flat
+from config.schema import Experiment
+from strategies.blocks import WeightedSum, fault, weighted_sum
+from strategies.packing import Answer, NodeReply, Request
+from strategies.sharing import Arrays, Roles, arrays_sha256, from_record, roles, to_record
+from tasks.evaluation import evaluate, load_into, state_of
+from tasks.task import Task, initial_state, open_task
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a process keeps between messages: one task, one model that every client is loaded into, and the store."""
+
+    experiment: Experiment
+    task: Task
+    model: nn.Module
+    roles: Roles
+    state_root: Path
+
+
+def open_node(context: Context) -> Node:
+    """The node of this process for the experiment in the run configuration; made once a process."""
+    return _open_node(json.dumps(to_flat(from_flat(context.run_config))), _state_root(context))
+
+
+@functools.lru_cache(maxsize=8)
+def _open_node(flat: str, state_root: Path) -> Node:
+    experiment = from_flat(json.loads(flat))
+    torch.set_num_threads(experiment.engine.threads)
+    task = open_task(experiment)
+    model = task.new_model()
+    return Node(experiment, task, model, roles(experiment, model.state_dict()), state_root)
+
+
+def _state_root(context: Context) -> Path:
+    """Where this node's clients keep their state: the node's `state` setting, else MEADOW_STATE, else ~/.meadow."""
+    place = context.node_config.get("state") or os.environ.get("MEADOW_STATE") or Path.home() / ".meadow" / "state"
+    return Path(str(place))
+
+
+def hosted(context: Context, clients: int) -> range:
+    """The clients that this node hosts: an even, contiguous share of them by its partition-id of num-partitions."""
+    index = int(cast(int, context.node_config.get("partition-id", 0)))
+    nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
+    return range(index * clients // nodes, (index + 1) * clients // nodes)
+
+
+def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], RecordDict]) -> list[Answer]:
+    """Let each client answer in turn. One that raises costs itself only: its answer is its id and its traceback."""
+    answers = []
+    for request in requests:
+        try:
+            answers.append(Answer(request.client, handler(node, request)))
+        except Exception:  # whatever a client's data or model does, the others go on
+            answers.append(Answer(request.client, error=f"client {request.client}: {traceback.format_exc()}"))
+    return answers
+
+
+def train_client(node: Node, request: Request) -> RecordDict:
+    """One client's part of a round: score what it received, train, store what is personal, reply what is shared.
+
+    The reply holds "arrays" (the shared arrays after training), "metrics" (num-examples, steps, loss of each target)
+    and, if the message asks for it, "evaluation" (target/metric of the received model on the client's test part).
+    """
+    config = request.content.config_records["config"]
+    round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
+    _load(node, store, request, round_)
+    data = node.task.pool() if node.experiment.run.placement == "pooled" else node.task.client(request.client).train
+    reply = RecordDict()
+    if config["evaluate"]:
+        scores = evaluate(node.model, node.task.client(request.client).test, node.task.targets)
+        reply["evaluation"] = MetricRecord(dict(scores))
+    trained = train(node.model, data, node.task, node.experiment, round_, request.client)
+    state = state_of(node.model)
+    if node.roles.personal:
+        personal = {name: state[name] for name in node.roles.personal}
+        store.save(request.client, round_, personal, keep_from=int(cast(int, config["keep-from"])))
+    reply["arrays"] = to_record({name: state[name] for name in node.roles.shared})
+    losses = {f"loss/{target}": value for target, value in trained.losses.items()}
+    reply["metrics"] = MetricRecord({"num-examples": len(data), "steps": trained.steps, **losses})
+    return reply
+
+
+def evaluate_client(node: Node, request: Request) -> RecordDict:
+    """Score the model that the client would use, on its test part; after local fine-tuning too, if that is set.
+
+    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned") and "identity" (SHA-256 of
+    the client's personal arrays, and whether it has any of its own).
+    """
+    config = request.content.config_records["config"]
+    round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
+    personal = _load(node, store, request, round_ + 1)
+    data, targets = node.task.client(request.client), node.task.targets
+    scores = {f"used/{key}": value for key, value in evaluate(node.model, data.test, targets).items()}
+    if config["finetune"]:
+        epochs = node.experiment.evaluate.fine_tune_epochs
+        train(node.model, data.train, node.task, node.experiment, round_ + 1, request.client, epochs)
+        scores |= {f"finetuned/{key}": value for key, value in evaluate(node.model, data.test, targets).items()}
+    identity = ConfigRecord({"personal": arrays_sha256(personal), "trained": bool(personal)})
+    return RecordDict({"evaluation": MetricRecord(dict(scores)), "identity": identity})
+
+
+def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:
+    """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
+
+    Such a block goes to the server client by client, where each reply is judged alone.
+    """
+    contents = {a.client: a for a in answers}
+    sums: dict[int, WeightedSum] = {}
+    for index, clients in blocks:
+        updates: list[tuple[float, Arrays]] = []
+        for content in (contents[c].content for c in clients):
+            arrays = from_record(content.array_records["arrays"]) if content else {}
+            if content is None or fault(arrays, sent):
+                break
+            updates.append((float(cast(int, content.metric_records["metrics"]["num-examples"])), arrays))
+        else:
+            sums[index] = weighted_sum(updates)
+            for client in clients:
+                contents[client].summed = True
+                cast(RecordDict, contents[client].content).pop("arrays")
+    return NodeReply(answers, sums)
+
+
+def _load(node: Node, store: Store, request: Request, before: int) -> Arrays:
+    """Load base, personal and shared arrays into the model, the later over the earlier; return the personal ones."""
+    personal = store.load(request.client, before) if node.roles.personal else {}
+    shared = from_record(request.content.array_records["arrays"])
+    load_into(node.model, _base(node, store) | personal | shared)
+    return personal
+
+
+def _base(node: Node, store: Store) -> Arrays:
+    """What the client starts from besides the shared arrays: sent once if pretrained, else derived from the seed."""
+    if not (node.roles.personal or node.roles.fixed):
+        return {}
+    return store.base() if node.experiment.task.pretrained else initial_state(node.experiment)

@@ -1,0 +1,82 @@
+"""The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from config.schema import Experiment, Local
+from config.seeds import torch_generator, torch_seeded
+from strategies.sharing import HEADS
+from tasks.data import Data
+from tasks.metrics import losses
+from tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training reports: optimiser steps, and for each target its mean loss over the samples seen."""
+
+    steps: int
+    losses: dict[str, float]
+
+
+def train(
+    model: nn.Module, data: Data, task: Task, experiment: Experiment, round_: int, client: int, epochs: int = 0
+) -> Trained:
+    """Train the model in place on a client's data for one round.
+
+    Batches are drawn without replacement within an epoch; their order depends on (run.seed, round, client, epoch)
+    alone. `epochs`, if given, takes the place of `local.epochs` and `local.steps`. The loss is the weighted sum over
+    targets of each one's mean over the batch. The model's `requires_grad` flags and modes are set here.
+    """
+    plan, seed = experiment.local, experiment.run.seed
+    freeze(model, plan)
+    optimizer = make_optimizer(model, plan)
+    size = len(data) if plan.batch_size == 0 else min(plan.batch_size, len(data))
+    steps_an_epoch = -(-len(data) // size)
+    total = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
+    sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
+    seen = 0
+    with torch_seeded(seed, "train", round_, client):
+        for step in range(total):
+            epoch, position = divmod(step, steps_an_epoch)
+            if position == 0:
+                order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", round_, client, epoch))
+            batch = data.take(order[position * size : (position + 1) * size])
+            parts = losses(model(batch.x), batch.y, task.targets)
+            loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
+            assert isinstance(loss, Tensor)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            seen += len(batch)
+            for name, value in parts.items():
+                sums[name] += value.detach() * len(batch)
+    return Trained(total, {name: float(value) / seen for name, value in sums.items()})
+
+
+def freeze(model: nn.Module, plan: Local) -> None:
+    """Let only what `local.trainable` names learn; a frozen module is in `eval()`, so that no statistic moves."""
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(plan.trainable == "all" or name.startswith(HEADS))
+    for module in model.modules():
+        own = list(module.parameters())
+        if own and not any(p.requires_grad for p in own):
+            module.eval()
+
+
+def make_optimizer(model: nn.Module, plan: Local) -> torch.optim.Optimizer:
+    """The optimiser of `[local]` over the parameters that learn, the trunk at `trunk_lr_factor` times the rate."""
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if p.requires_grad and n.startswith(HEADS)], "lr": plan.lr},
+        {
+            "params": [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(HEADS)],
+            "lr": plan.lr * plan.trunk_lr_factor,
+        },
+    ]
+    groups = [group for group in groups if group["params"]]
+    if plan.optimizer == "adam":
+        return torch.optim.Adam(groups, weight_decay=plan.weight_decay)
+    return torch.optim.SGD(groups, momentum=plan.momentum, weight_decay=plan.weight_decay)

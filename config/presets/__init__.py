@@ -1,0 +1,1 @@
+"""Presets: named values on the axes. Each file's first line says what it is."""

@@ -1,0 +1,206 @@
+"""The experiment file's schema: one frozen model per section, every key with a default, every combination checked.
+
+An `Experiment` is a point on independent axes. A method such as FedPer or transfer learning is a preset of values on
+them (`config/presets/`), not a class. Zero or an empty string means "not set" where the text of a key says so, because
+TOML and Flower's run configuration have no null.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _listed(value: Any) -> Any:
+    """Read "a,b" as a list: Flower's run configuration and the command line carry no lists."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _listed_floats(value: Any) -> Any:
+    value = _listed(value)
+    if isinstance(value, tuple):
+        return tuple(float(v) if isinstance(v, str | int) and not isinstance(v, bool) else v for v in value)
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Fractions = Annotated[tuple[float, ...], BeforeValidator(_listed_floats)]
+
+
+class Section(BaseModel):
+    """What every section has in common: strict types, no unknown keys, no change after reading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    """`[run]`: what the run is called, what it draws from, how long it goes on, and where training happens."""
+
+    name: str = Field("experiment", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0, lt=2**63)
+    rounds: int = Field(20, ge=1, description="Communication rounds; without federation, spells of local epochs.")
+    placement: Literal["federated", "local", "pooled"] = Field(
+        "federated", description="federated; local: each client alone; pooled: all training data in one place."
+    )
+
+
+class Task(Section):
+    """`[task]`: what is learned, by which model, from which start."""
+
+    dataset: Literal["digits", "printed-digits"] = "digits"
+    targets: Names = Field(("digit", "slant"), min_length=1, description="The targets of the experiment.")
+    learn: str = Field(
+        "all", description='"all": every target at once (multi-task); "first" or a target\'s name: that one alone.'
+    )
+    model: Literal["mlp", "cnn"] = "mlp"
+    hidden: int = Field(64, ge=1, description="Units of the hidden layers of the MLP; channels of the CNN's trunk.")
+    pretrained: str = Field(
+        "", description='Empty: random start; "source": a model trained on task.source; else a .safetensors file.'
+    )
+    source: Literal["printed-digits"] = "printed-digits"
+    source_samples: int = Field(4000, ge=100, description="Samples made for training the source model.")
+    source_epochs: int = Field(10, ge=1)
+    target_weights: Fractions = Field((), description="Weight of each learned target's loss, in order; empty: all 1.")
+
+
+class Partition(Section):
+    """`[partition]`: how the training samples are dealt to the clients. The laws are defined in `tasks/partition.py`."""
+
+    law: Literal["iid", "dirichlet", "dirichlet-class", "dirichlet-balanced", "shards", "labels", "quantity"] = (
+        "dirichlet"
+    )
+    clients: int = Field(20, ge=1)
+    alpha: float = Field(1.0, gt=0, description="Concentration of the Dirichlet laws.")
+    shards: int = Field(2, ge=1, description="Shards a client, for law = shards.")
+    labels: int = Field(2, ge=1, description="Labels a client, for law = labels.")
+    min_size: int = Field(10, ge=3, description="A draw that gives some client fewer samples is drawn again.")
+    parts: Fractions = Field((0.6, 0.2, 0.2), description="Train, validation and test fraction of each client.")
+
+    @model_validator(mode="after")
+    def _parts_add_up(self) -> Self:
+        if len(self.parts) != 3 or abs(sum(self.parts) - 1) > 1e-9 or min(self.parts) <= 0:
+            raise ValueError(f"parts = {list(self.parts)}: give three positive fractions that add up to 1")
+        return self
+
+
+class Cohort(Section):
+    """`[cohort]`: which clients take part in a round."""
+
+    fraction: float = Field(1.0, gt=0, le=1)
+    size: int = Field(0, ge=0, description="Clients a round; 0: use the fraction.")
+    sampling: Literal["fixed"] = "fixed"
+    quorum: int = Field(1, ge=1, description="Fewer good replies than this end the run with status 3.")
+    timeout: float = Field(600.0, gt=0, description="Seconds after which a missing reply counts as failed.")
+
+
+class Local(Section):
+    """`[local]`: how a client trains within one round."""
+
+    epochs: int = Field(1, ge=1)
+    steps: int = Field(0, ge=0, description="Optimiser steps a round; 0: use the epochs.")
+    batch_size: int = Field(16, ge=0, description="0: the full batch.")
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    trainable: Literal["all", "head"] = "all"
+    trunk_lr_factor: float = Field(1.0, gt=0, description="The trunk's learning rate is lr times this.")
+
+
+class Strategy(Section):
+    """`[strategy]`: how updates are shared and combined."""
+
+    name: Literal["fedavg"] = "fedavg"
+    share: Literal["all", "none", "body", "head", "trainable"] = Field(
+        "all", description="Which arrays travel in a federated run; the trained arrays that do not are personal."
+    )
+
+
+class Privacy(Section):
+    """`[privacy]`: what is protected. Only "none" is built so far."""
+
+    unit: Literal["none"] = "none"
+
+
+class Evaluate(Section):
+    """`[evaluate]`: what is measured, and how often."""
+
+    every: int = Field(1, ge=1, description="Evaluate in every n-th round, and always after the last.")
+    on: Names = Field(("global", "clients"), description="Any of global and clients.")
+    fine_tune_epochs: int = Field(0, ge=0, description="Score each client's model after this many local epochs too.")
+
+    @model_validator(mode="after")
+    def _known_places(self) -> Self:
+        if wrong := set(self.on) - {"global", "clients"}:
+            raise ValueError(f'on = {sorted(wrong)}: give "global", "clients" or both')
+        return self
+
+
+class Engine(Section):
+    """`[engine]`: how the run is launched. Nothing here changes the result."""
+
+    name: Literal["inline", "ray", "processes"] = "ray"
+    workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one a core, or four SuperNodes.")
+    threads: int = Field(1, ge=1, description="Threads a worker; two lose against one on a shared machine.")
+
+
+class Experiment(Section):
+    """One experiment, complete. The same experiment gives the same bits on every engine."""
+
+    run: Run = Field(default_factory=Run)
+    task: Task = Field(default_factory=Task)
+    partition: Partition = Field(default_factory=Partition)
+    cohort: Cohort = Field(default_factory=Cohort)
+    local: Local = Field(default_factory=Local)
+    strategy: Strategy = Field(default_factory=Strategy)
+    privacy: Privacy = Field(default_factory=Privacy)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    engine: Engine = Field(default_factory=Engine)
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.cohort.size > self.partition.clients:
+            raise ValueError(
+                f"cohort.size = {self.cohort.size} is more than partition.clients = {self.partition.clients}: "
+                "make the cohort smaller or the population larger"
+            )
+        if self.cohort.quorum > self.cohort_size:
+            raise ValueError(
+                f"cohort.quorum = {self.cohort.quorum} is more than the {self.cohort_size} clients of a cohort, so every "
+                "round would fail: make the quorum smaller or the cohort larger"
+            )
+        if self.task.learn not in ("all", "first", *self.task.targets):
+            raise ValueError(
+                f'task.learn = "{self.task.learn}" is no target: write "all", "first" or one of {list(self.task.targets)}'
+            )
+        if self.task.target_weights and len(self.task.target_weights) != len(self.learned):
+            raise ValueError(
+                f"task.target_weights has {len(self.task.target_weights)} values for {len(self.learned)} learned targets "
+                f"{list(self.learned)}: give one each, or none"
+            )
+        if self.share == "body" and self.local.trainable == "head":
+            raise ValueError(
+                'strategy.share = "body" with local.trainable = "head" shares only what never changes: write '
+                'strategy.share = "head" or "none", or local.trainable = "all"'
+            )
+        return self
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The targets that the model has a head for."""
+        if self.task.learn == "all":
+            return self.task.targets
+        return (self.task.targets[0] if self.task.learn == "first" else self.task.learn,)
+
+    @property
+    def share(self) -> str:
+        """What travels: `strategy.share` in a federated run, nothing when each client is alone, all when pooled."""
+        return {"federated": self.strategy.share, "local": "none", "pooled": "all"}[self.run.placement]
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients asked in each round."""
+        if self.run.placement == "local":
+            return self.partition.clients
+        return self.cohort.size or max(1, round(self.cohort.fraction * self.partition.clients))

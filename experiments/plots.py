@@ -1,0 +1,378 @@
+"""The report's pictures, drawn by matplotlib without its global state, and their way into a page as inline SVG.
+
+Every colour is one of COLOURS. A Figure holds the light value; `to_svg` writes the name as a CSS variable in its place, so
+that the same picture follows a page's light or dark look.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from experiments.results import ALONE, PRIMARY, Curve, Floats, Paired, RunResult
+
+Methods = Mapping[str, Sequence[RunResult]]
+
+COLOURS: dict[str, tuple[str, str]] = {
+    "ink": ("#1c2128", "#e4e7eb"),
+    "muted": ("#5f6772", "#a0a8b3"),
+    "rule": ("#dfe3e8", "#363c45"),
+    "paper": ("#fffffe", "#15181d"),
+    "dot": ("#7d93ab", "#7f97b2"),
+    "loser": ("#d1500a", "#ff9350"),
+    # Methods, after Okabe and Ito: darkened on white and lightened on black until a label in that colour is legible.
+    "m0": ("#0069aa", "#5cb0ef"),
+    "m1": ("#c44e00", "#ff9a55"),
+    "m2": ("#007a58", "#43cfa3"),
+    "m3": ("#a8437f", "#ea95c8"),
+    "m4": ("#94700a", "#e3bd55"),
+    "m5": ("#3b8fc4", "#a5dcff"),
+    "m6": ("#6a2c8a", "#c69ae6"),
+    "m7": ("#6d7300", "#c6cc52"),
+}
+"""Name -> (on a light page, on a dark page)."""
+
+UNITS = {"slant": "rad"}
+"""Unit of a value target; a target that is not here is shown without one."""
+
+WIDTH = 10.4
+"""Inches; every picture is as wide as the page's column."""
+
+MOST_POINTS = 300
+"""Points of one curve; longer runs are thinned so that the page stays small."""
+
+STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": COLOURS["ink"][0],
+    "axes.labelcolor": COLOURS["muted"][0],
+    "axes.edgecolor": COLOURS["rule"][0],
+    "axes.titlecolor": COLOURS["ink"][0],
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["rule"][0],
+    "grid.linewidth": 0.7,
+    "xtick.color": COLOURS["rule"][0],
+    "ytick.color": COLOURS["rule"][0],
+    "xtick.labelcolor": COLOURS["muted"][0],
+    "ytick.labelcolor": COLOURS["muted"][0],
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "lines.solid_capstyle": "round",
+}
+
+
+def metric_label(target: str, metric: str) -> str:
+    """A metric's name with its unit, for an axis or a table's head."""
+    unit = "%" if metric == "accuracy" else UNITS.get(target, "") if metric == "rmse" else ""
+    name = metric.upper() if metric == "rmse" else metric
+    return f"{name} ({unit})" if unit else name
+
+
+def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
+    """The global test metric and the clients' mean by round: the mean over seeds, and a band of one standard deviation."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.9))
+        panels = {"clients": "Mean over the clients' own test samples", "global": "Shared model, on the global test set"}
+        shown = [place for place in panels if any(_mean_curve(runs, place, target, metric) for runs in methods.values())]
+        for at, place in enumerate(shown or ["clients"]):
+            axes = figure.add_axes(_box(figure, at, max(1, len(shown)), right=1.25))
+            labels = []
+            for name, runs in methods.items():
+                if found := _mean_curve(runs, place, target, metric):
+                    rounds, mean, spread = found
+                    colour, dash = _look(name, methods)
+                    axes.plot(rounds, mean, color=colour, linestyle=dash, linewidth=1.8)
+                    if spread is not None:
+                        axes.fill_between(rounds, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+                    axes.plot(rounds[-1:], mean[-1:], "o", color=colour, markersize=3.5)
+                    labels.append((name, float(rounds[-1]), float(mean[-1]), colour))
+            axes.set(title=panels[place], xlabel="round")
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            _value_axis(axes, target, metric, "y")
+            _label_ends(axes, labels)
+        return figure
+
+
+def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str, Paired]) -> Figure:
+    """A dot for each client and seed by method, with the mean and the worst tenth; `paired` marks who lost against alone."""
+    rows = {name: [r for r in runs if r.scores(target, metric)] for name, runs in methods.items()}
+    rows = {name: runs for name, runs in rows.items() if runs}
+    with matplotlib.rc_context(STYLE):
+        height = 0.95 + 0.47 * max(1, len(rows))
+        figure = Figure(figsize=(WIDTH, height))
+        left = 0.35 + 0.078 * max(map(len, rows), default=10)
+        axes = figure.add_axes((left / WIDTH, 0.55 / height, 1 - (left + 1.45) / WIDTH, 1 - 0.95 / height))
+        pairs = [(run, run.scores(target, metric)) for runs in rows.values() for run in runs]
+        many = sum(len(scores) for _, scores in pairs) > 3000
+        for row, (name, runs) in enumerate(rows.items()):
+            versus = paired.get(name)
+            for lost in (False, True):
+                dots = [
+                    (value, row + _jitter(client, run.seed))
+                    for run in runs
+                    for client, value in run.scores(target, metric).items()
+                    if (versus is not None and client in versus.losers.get(run.seed, ())) == lost
+                ]
+                if dots:
+                    colour = COLOURS["loser" if lost else "dot"][0]
+                    x, y = np.array(dots).T
+                    axes.scatter(x, y, s=5 if many else 17, color=colour, alpha=0.75, linewidths=0, rasterized=many)
+            for key, marker, size in (("mean", "|", 19.0), ("worst_decile", "d", 5.5)):
+                known = [v[key] for run in runs if (v := run.final("clients", target, metric)) and v.get(key) is not None]
+                if known:
+                    axes.plot(
+                        np.mean(known), row, marker, color=COLOURS["ink"][0], markersize=size, markeredgewidth=1.8
+                        if marker == "|" else 0,
+                    )  # fmt: skip
+            if versus is not None:
+                colour = COLOURS["loser" if versus.lost else "muted"][0]
+                note = f"{versus.lost} of {versus.clients} lost"
+                axes.annotate(note, (1, row), (10, 0), ("axes fraction", "data"), "offset points", va="center", color=colour)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_ylim(len(rows) - 0.45, -0.55)
+        axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"][0], pad=8)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        _value_axis(axes, target, metric, "x")
+        return figure
+
+
+def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
+    """The clients' mean (or the global metric) against bytes and against seconds, both cumulated over the rounds.
+
+    Methods that send nothing have no place on a logarithmic axis: they stand in a strip of their own, at their final value.
+    """
+    place = "clients" if any(_mean_curve(r, "clients", target, metric) for r in methods.values()) else "global"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.9))
+        bottom, height = 0.55 / 3.9, 1 - 0.95 / 3.9
+        free = figure.add_axes((0.6 / WIDTH, bottom, 0.35 / WIDTH, height))
+        sent = figure.add_axes((2.0 / WIDTH, bottom, 2.75 / WIDTH, height), sharey=free)
+        timed = figure.add_axes((6.05 / WIDTH, bottom, 3.1 / WIDTH, height), sharey=free)
+        labels: dict[Axes, list[tuple[str, float, float, str]]] = {free: [], sent: [], timed: []}
+        for name, runs in methods.items():
+            found = _mean_curve(runs, place, target, metric)
+            if not found:
+                continue
+            rounds, mean, _ = found
+            colour, dash = _look(name, methods)
+            for axes, key in ((sent, "bytes"), (timed, "seconds")):
+                spent = np.mean([run.spent(key, rounds) for run in runs], axis=0)
+                if key == "bytes" and not spent.any():
+                    free.plot([0], mean[-1:], "o", color=colour, markersize=5)
+                    labels[free].append((name, 0.0, float(mean[-1]), colour))
+                    continue
+                real = spent > 0  # the value before the first round has cost nothing, and a logarithm has no zero
+                if real.any():
+                    axes.plot(spent[real], mean[real], color=colour, linestyle=dash, linewidth=1.8)
+                    axes.plot(spent[real][-1:], mean[real][-1:], "o", color=colour, markersize=3.5)
+                    labels[axes].append((name, float(spent[-1]), float(mean[-1]), colour))
+        for axes, form in ((sent, bytes_text), (timed, seconds_text)):
+            if labels[axes]:
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
+                axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, form=form: form(x)))
+            else:
+                axes.set_xticks([])
+                axes.text(0.5, 0.5, "no bytes sent" if axes is sent else "not timed", transform=axes.transAxes, ha="center")
+        _value_axis(free, target, metric, "y")
+        free.set(xlim=(-1, 1), xticks=[0], xticklabels=["0 B"])
+        free.grid(visible=False, axis="x")
+        if not labels[free]:
+            free.set_xticks([])
+        for axes, title in ((free, "Against bytes, both ways together"), (sent, ""), (timed, "Against seconds")):
+            axes.set_title(title)
+            _label_ends(axes, labels[axes])
+        for axes in (sent, timed):
+            axes.tick_params(axis="y", labelleft=axes is timed)
+        return figure
+
+
+def label_split(split: Mapping[str, object]) -> Figure:
+    """The split of one seed: samples of each client by part, and below them by label (area is the count).
+
+    `split` is a run's split.json: `labels` [clients x classes] may be missing, `sizes` is [clients x 3].
+    """
+    sizes = np.array(split["sizes"], dtype=np.float64)
+    labels = np.array(split.get("labels") or np.zeros((len(sizes), 0)), dtype=np.float64)
+    clients, classes = labels.shape
+    with matplotlib.rc_context(STYLE):
+        tall = min(6.0, 0.27 * max(classes, 1)) if classes else 0.0
+        height = 2.25 + tall
+        figure = Figure(figsize=(WIDTH, height))
+        left, wide = 0.75 / WIDTH, 1 - 2.2 / WIDTH
+        bars = figure.add_axes((left, (0.6 + tall) / height, wide, 1.25 / height))
+        below = np.zeros(clients)
+        for part, name, alpha in zip(sizes.T, ("training", "validation", "test"), (1.0, 0.5, 0.25), strict=False):
+            bars.bar(np.arange(clients), part, 0.66, bottom=below, color=COLOURS["m0"][0], alpha=alpha, linewidth=0)
+            below += part
+            middle = below.max() * (0.2 + 0.28 * ("training", "validation", "test").index(name))
+            bars.plot(clients + 0.1, middle, "s", color=COLOURS["m0"][0], alpha=alpha, markersize=7, clip_on=False, mew=0)
+            bars.annotate(name, (clients + 0.1, middle), (9, 0), textcoords="offset points", va="center", annotation_clip=False)
+        bars.set(title="Samples of each client", xlim=(-0.7, clients - 0.3))
+        bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        bars.grid(visible=False, axis="x")
+        if not classes:
+            bars.set_xlabel("client")
+            return figure
+        bars.tick_params(axis="x", length=0, labelbottom=False)
+        grid = figure.add_axes((left, 0.5 / height, wide, tall / height))
+        if clients <= 80:
+            at, label = np.nonzero(labels)
+            room = min(72 * 0.24, 72 * wide * WIDTH / clients * 0.95)  # points: the largest bubble touches its neighbours
+            area = labels[at, label] / labels.max() * room**2
+            grid.scatter(at, label, s=area, color=COLOURS["m0"][0], alpha=0.8, linewidths=0)
+        else:
+            ramp = matplotlib.colors.LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
+            grid.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest")
+        grid.set(xlabel="client", ylabel=str(split.get("target") or "label"), xlim=(-0.7, clients - 0.3))
+        grid.set_ylim(classes - 0.4, -0.6)
+        grid.set_yticks(range(classes) if classes <= 20 else range(0, classes, 10))
+        grid.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        grid.tick_params(length=0)
+        grid.grid(visible=False, axis="x")
+        return figure
+
+
+def to_svg(figure: Figure, name: str, about: str) -> str:
+    """A figure as one inline `<svg>` element without any address, coloured by the variables of `css_variables`.
+
+    `name` keeps the ids of one picture apart from those of the others; `about` says in words what it shows.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None}, dpi=150)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows both name spaces
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
+    for colour, (light, _) in COLOURS.items():
+        text = re.sub(light, f"var(--{colour})", text, flags=re.IGNORECASE)
+    return text.replace("<svg", f'<svg role="img" aria-label="{about}"', 1)
+
+
+def css_variables(dark: bool) -> str:
+    """The declarations of every colour, for a `:root` rule."""
+    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
+
+
+def bytes_text(count: float) -> str:
+    """A size in words, in powers of 1000: "0 B", "320 kB", "4.2 MB"."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:.0f} {unit}"
+    return f"{count:.0f} B"
+
+
+def seconds_text(seconds: float) -> str:
+    """A time in words: "0.3 s", "42 s", "3 min 05 s", "2 h 10 min"."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+def _mean_curve(
+    runs: Sequence[RunResult], place: str, target: str, metric: str
+) -> tuple[Floats, Floats, Floats | None] | None:
+    """Rounds, mean over seeds and standard deviation (None for one seed), over the rounds that all the runs have."""
+    ended = [run for run in runs if run.summary] or runs  # a run that has just begun must not cut the others short
+    curves: list[Curve] = [c for run in ended if len((c := run.curve(place, target, metric))[0])]
+    if not curves:
+        return None
+    common = sorted(set.intersection(*(set(rounds.tolist()) for rounds, _ in curves)))
+    if not common:
+        return None
+    keep = np.unique(np.linspace(0, len(common) - 1, min(len(common), MOST_POINTS)).round().astype(int))
+    rounds = np.array(common)[keep]
+    values = np.stack([found[np.searchsorted(at, rounds)] for at, found in curves])
+    return rounds, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
+
+
+def _look(name: str, methods: Methods) -> tuple[str, str]:
+    """Colour and line of a method: grey and broken for the two references, then the palette in order."""
+    if name == ALONE:
+        return COLOURS["ink"][0], (0, (4, 2))  # type: ignore[return-value]
+    others = [m for m, runs in methods.items() if m != ALONE and runs[0].experiment.run.placement != "pooled"]
+    if name not in others:
+        return COLOURS["muted"][0], (0, (1.2, 1.6))  # type: ignore[return-value]
+    at = others.index(name)
+    return COLOURS[f"m{at % 8}"][0], ("-", "--", "-.", ":")[at // 8 % 4]
+
+
+def _jitter(client: int, seed: int) -> float:
+    """A place within a row, in -0.28..0.28: the golden ratio's multiples spread neighbours apart, and every time alike."""
+    return ((client * 0.6180339887 + seed * 0.3247179572) % 1 - 0.5) * 0.56
+
+
+def _box(figure: Figure, at: int, of: int, right: float) -> tuple[float, float, float, float]:
+    """Place of panel `at` of `of`, in fractions of the figure; `right` inches stay free beside each for its labels."""
+    wide, tall = figure.get_size_inches()
+    each = float(wide) / of
+    return (at * each + 0.6) / wide, 0.55 / tall, (each - 0.6 - right) / wide, 1 - 0.95 / tall
+
+
+def _value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    if metric == "accuracy":
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}"))
+        low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
+        (axes.set_ylim if which == "y" else axes.set_xlim)(max(low, -0.02), min(high, 1.02))
+    better = "higher" if PRIMARY.get(metric, True) else "lower"
+    axis.set_label_text(f"{metric_label(target, metric)}, {better} is better")
+
+
+def _label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write each (name, x, y, colour) to the right of the axes at its height, moved apart where names would overlap."""
+    if not labels:
+        return
+    low, high = axes.get_ylim()
+    tall = axes.get_position().height * float(axes.get_figure(root=True).get_size_inches()[1])  # type: ignore[union-attr]
+    gap = 0.165 / tall  # a line of text, as a fraction of the axes' height
+    order = sorted(range(len(labels)), key=lambda i: labels[i][2])
+    wanted = np.array([(labels[i][2] - low) / (high - low) for i in order])
+    for i, place in zip(order, spread_apart(wanted, gap), strict=True):
+        name, _, y, colour = labels[i]
+        axes.annotate(
+            name if len(name) < 24 else name[:22] + "…",
+            (1, (y - low) / (high - low)), (1.0 + 0.14 / _inches_wide(axes), place), "axes fraction", "axes fraction",
+            va="center", color=colour, fontsize=9, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0},
+        )  # fmt: skip
+
+
+def spread_apart(wanted: Floats, gap: float) -> Floats:
+    """Places as near to the ascending `wanted` as least squares allows, each at least `gap` above the one before.
+
+    Pool adjacent violators: with z_i = wanted_i - i * gap the constraint is that the places minus i * gap do not descend.
+    """
+    blocks: list[list[float]] = []
+    for value in wanted - gap * np.arange(len(wanted)):
+        blocks.append([float(value), 1.0])
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (a, m), (b, n) = blocks[-2:]
+            blocks[-2:] = [[(a * m + b * n) / (m + n), m + n]]
+    level = np.concatenate([np.full(int(n), value) for value, n in blocks]) if blocks else np.zeros(0)
+    return np.asarray(level + gap * np.arange(len(wanted)), dtype=np.float64)
+
+
+def _inches_wide(axes: Axes) -> float:
+    return axes.get_position().width * WIDTH

@@ -1,0 +1,1 @@
+"""The coordinator: rounds, admission, evaluation, checkpoints, the run folder, and the Flower ServerApp."""

@@ -1,0 +1,20 @@
+"""The Flower ServerApp, the same on every grid: it reads the experiment from the run configuration and runs the rounds."""
+
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from config.load import from_flat
+from server.rounds import run_experiment
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment. `out` is the run folder (empty: `runs/NAME-TIME` where this process started)."""
+    experiment = from_flat(context.run_config)
+    out = Path(str(context.run_config.get("out") or f"runs/{experiment.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
+    run_experiment(grid, experiment, out.resolve(), resume=bool(context.run_config.get("resume", False)))

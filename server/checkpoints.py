@@ -1,0 +1,59 @@
+"""Checkpoints: the shared arrays after a round and what the next round needs, so that a resumed run gives the same bits.
+
+A checkpoint is `round-N.safetensors` and then `round-N.json`, which names the arrays' SHA-256: without a readable JSON
+that matches, the checkpoint does not exist and the one before it counts. The last `KEEP` stay.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.durable import Arrays, DamagedFile, read_arrays, read_json, write_arrays, write_json
+from strategies.sharing import arrays_sha256
+
+KEEP = 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after `round`: the shared arrays."""
+
+    round: int
+    arrays: Arrays
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, then delete those older than the last `KEEP`."""
+    stem = folder / f"round-{checkpoint.round:08d}"
+    write_arrays(stem.with_suffix(".safetensors"), checkpoint.arrays)
+    write_json(stem.with_suffix(".json"), {"round": checkpoint.round, "sha256": arrays_sha256(checkpoint.arrays)})
+    for old in _rounds(folder)[:-KEEP]:
+        (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
+        (folder / f"round-{old:08d}.safetensors").unlink(missing_ok=True)
+
+
+def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, or None; and a line about each newer one that is damaged."""
+    damaged = []
+    for round_ in reversed(_rounds(folder)):
+        stem = folder / f"round-{round_:08d}"
+        try:
+            about: dict[str, Any] = read_json(stem.with_suffix(".json"))
+            arrays = read_arrays(stem.with_suffix(".safetensors"))
+            if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
+                raise DamagedFile(f"{stem}.safetensors: not the arrays that {stem.name}.json names")
+            return Checkpoint(round_, arrays), damaged
+        except DamagedFile as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def oldest_round(folder: Path) -> int:
+    """The round of the oldest checkpoint there is; 0 if there is none."""
+    return next(iter(_rounds(folder)), 0)
+
+
+def _rounds(folder: Path) -> list[int]:
+    """Rounds of which some file is there: one that lacks its other half counts as damaged, not as absent."""
+    names = {p.stem for p in folder.glob("round-*.json")} | {p.stem for p in folder.glob("round-*.safetensors")}
+    return sorted(int(name.removeprefix("round-")) for name in names)

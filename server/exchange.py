@@ -1,0 +1,176 @@
+"""The exchange: the server speaks to clients, the Flower grid carries messages to nodes; this stands between.
+
+Roll call: every node is asked which clients it hosts, and its code, data and split are compared with the server's.
+After that, messages are addressed to clients (`dst_node_id` is the client's partition id), packed into one Flower
+message for each node, and the replies unpacked and matched.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from config.errors import RunStopped
+from config.identity import code_sha256
+from strategies.blocks import WeightedSum, cut
+from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
+from strategies.sharing import Arrays, to_record
+
+log = logging.getLogger("meadow.server")
+
+_PAUSE = 0.05
+CLIENT_FAILED = 1
+"""Code of the error that a reply carries for a client that raised, or whose node did not answer."""
+
+
+@dataclass
+class Exchange:
+    """Clients by the node that hosts them, and how to reach them. Made once a server process."""
+
+    grid: Grid
+    run_id: str
+    base: Arrays
+    """Arrays that every client starts from and that do not travel in the rounds."""
+    expected: dict[str, str]
+    """What every node must have in common with the server: "data" and "split", as hashes."""
+    clients: int
+    timeout: float
+    hosts: dict[int, int] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    """Training samples that each client declared at roll call: the cap of its weight."""
+    _nodes: set[int] = field(default_factory=set)
+
+    def gather(self) -> None:
+        """Wait until every client is hosted by some node. Raises RunStopped after the time limit."""
+        end = time.monotonic() + self.timeout
+        while True:
+            self.meet()
+            if len(self.hosts) == self.clients:
+                return
+            if time.monotonic() > end:
+                missing = sorted(set(range(self.clients)) - self.hosts.keys())
+                raise RunStopped(
+                    f"{len(missing)} of {self.clients} clients are hosted by no node after {self.timeout:.0f} s, "
+                    f"the first of them client {missing[0]}: start their nodes, or raise cohort.timeout"
+                )
+            time.sleep(_PAUSE)
+
+    def meet(self) -> None:
+        """Call the roll of nodes that are new since the last time; a restarted node takes its clients back."""
+        present = set(self.grid.get_node_ids())
+        self._nodes &= present
+        if new := sorted(present - self._nodes):
+            content = RecordDict({"base": to_record(self.base), "config": ConfigRecord({"run": self.run_id})})
+            for node, reply in self._carry({n: (MessageType.QUERY, content) for n in new}, self.timeout).items():
+                self._enter(node, reply)
+
+    def send(
+        self, messages: Sequence[Message], whole_blocks: bool = False
+    ) -> tuple[list[Message], dict[tuple[int, ...], WeightedSum]]:
+        """Carry client messages and wait for the replies.
+
+        Returns one reply for each message, in the same order, with an error where the client gave none; and, if
+        `whole_blocks` allows nodes to add up, the sums of those blocks that a node answered as a whole (their
+        clients' replies then have no "arrays").
+        """
+        self.meet()
+        by_node: dict[int, list[Message]] = {}
+        for message in messages:
+            if (node := self.hosts.get(message.metadata.dst_node_id)) in self._nodes and node is not None:
+                by_node.setdefault(node, []).append(message)
+        blocks = cut([m.metadata.dst_node_id for m in messages]) if whole_blocks else []
+        requests = {}
+        for node, theirs in by_node.items():
+            packed = pack_requests(
+                [Request(m.metadata.dst_node_id, m.content) for m in theirs],
+                [(i, block) for i, block in enumerate(blocks) if all(self.hosts.get(c) == node for c in block)],
+            )
+            requests[node] = (theirs[0].metadata.message_type, packed)
+        answers: dict[int, RecordDict | str] = {}
+        sums: dict[tuple[int, ...], WeightedSum] = {}
+        for node, reply in self._carry(requests, self.timeout).items():
+            unpacked = _unpack(reply)
+            if isinstance(unpacked, str):
+                answers |= {m.metadata.dst_node_id: unpacked for m in by_node[node]}
+                continue
+            asked = {m.metadata.dst_node_id for m in by_node[node]}
+            sums |= {blocks[i]: block for i, block in unpacked.sums.items() if i < len(blocks)}
+            answers |= {
+                a.client: a.error if a.content is None else a.content for a in unpacked.answers if a.client in asked
+            }
+        return [_reply(m, answers.get(m.metadata.dst_node_id, "no node answered for it")) for m in messages], sums
+
+    def _enter(self, node: int, reply: Message | None) -> None:
+        if reply is None or reply.has_error():
+            log.warning("node %d did not answer the roll call: %s", node, reply.error.reason if reply else "time out")
+            return
+        roll = reply.content.config_records["roll"]
+        for what, ours in {"code": code_sha256(), **self.expected}.items():
+            if roll[what] != ours:
+                raise RunStopped(
+                    f"node {node} has another {what} than the server (SHA-256 {str(roll[what])[:12]}, here {ours[:12]}; "
+                    f"its versions: {roll['versions']}): install the same Meadow and the same data on both"
+                )
+        self._nodes.add(node)
+        for client, size in zip(cast(list[int], roll["clients"]), cast(list[int], roll["sizes"]), strict=True):
+            self.hosts[client] = node
+            self.sizes[client] = size
+
+    def _carry(self, contents: dict[int, tuple[str, RecordDict]], timeout: float) -> dict[int, Message | None]:
+        """One message to each node; the reply of each, None where the time limit passed. Matched by message id."""
+        messages = [Message(content=c, message_type=t, dst_node_id=n) for n, (t, c) in contents.items()]
+        waiting = dict(zip(self.grid.push_messages(messages), contents, strict=True)) if messages else {}
+        replies: dict[int, Message | None] = dict.fromkeys(contents)
+        end = time.monotonic() + timeout
+        while waiting and time.monotonic() < end:
+            arrived = list(self.grid.pull_messages(list(waiting)))
+            for reply in arrived:
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    replies[node] = reply
+            if waiting and not arrived:
+                time.sleep(_PAUSE)
+        return replies
+
+
+def _unpack(reply: Message | None) -> NodeReply | str:
+    """A node's packed reply, or why there is none."""
+    if reply is None:
+        return "its node did not answer in time"
+    if reply.has_error():
+        return f"its node failed: {reply.error.reason}"
+    try:
+        return unpack_replies(reply.content)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"its node's reply cannot be read: {error!r}"
+
+
+def _reply(message: Message, answer: RecordDict | str) -> Message:
+    if isinstance(answer, str):
+        return Message(Error(code=CLIENT_FAILED, reason=answer), reply_to=message)
+    return Message(answer, reply_to=message)
+
+
+class Cohort(Grid):
+    """The grid as a strategy sees it while it configures a round: its node ids are the cohort's clients.
+
+    Flower's own strategies draw from `get_node_ids`; asked for all of these, they get exactly the cohort that the
+    server drew from the seed. Messages go through the `Exchange`, never through this.
+    """
+
+    def __init__(self, clients: Sequence[int]) -> None:
+        self._clients = list(clients)
+
+    def get_node_ids(self) -> list[int]:
+        """The cohort's clients, ascending."""
+        return sorted(self._clients)
+
+    def _closed(self, *_: object, **__: object) -> None:
+        raise RuntimeError("a strategy returns its messages from configure_*; the server's rounds send them")
+
+    set_run = create_message = push_messages = pull_messages = send_and_receive = cast(Callable[..., None], _closed)
+    run = property(_closed)

@@ -1,0 +1,130 @@
+"""The run folder: self-contained, readable by a person, and enough to resume from."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config.durable import DamagedFile, read_json, write_bytes, write_json
+from config.errors import UserError
+from config.identity import ROOT, code_sha256, versions
+from config.load import flatten, load, to_toml, to_tree
+from config.schema import Experiment
+
+
+class RunFolder:
+    """One run's folder on disk. Files are written whole or not at all; `rounds.jsonl` grows by a synced line a round."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.state = path / "state"
+
+    def manifest(self) -> dict[str, Any]:
+        """What `start` wrote."""
+        manifest: dict[str, Any] = read_json(self.path / "manifest.json")
+        return manifest
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The round records so far; a torn last line is not one."""
+        path = self.path / "rounds.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one round's record."""
+        with (self.path / "rounds.jsonl").open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def cut_back(self, round_: int) -> None:
+        """Forget a torn last line and the records of rounds after `round_`: the run goes on from that checkpoint."""
+        kept = [r for r in self.rounds() if r["round"] <= round_]
+        text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
+        write_bytes(self.path / "rounds.jsonl", text.encode())
+
+    def write_split(self, split: Mapping[str, Any]) -> None:
+        """Write `split.json`: law, tries, hash, samples and label counts a client."""
+        write_json(self.path / "split.json", split)
+
+    def write_clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write `clients.csv`: one row a client, a column for whatever any of them has."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_bytes(self.path / "clients.csv", text.getvalue().encode())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`."""
+        write_json(self.path / "summary.json", summary)
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a run that has ended, if it has."""
+        try:
+            summary: dict[str, Any] = read_json(self.path / "summary.json")
+            return summary
+        except DamagedFile:
+            return None
+
+
+def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:
+    """Refuse a folder that exists, unless the same experiment is resumed in it (UserError)."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir():
+        raise UserError(f"--out {path}: this is a file; name a folder")
+    there = path / "experiment.toml"
+    if not resume:
+        raise UserError(f"--out {path}: this folder exists; add --resume to go on with its run, or name another folder")
+    if not there.exists():
+        raise UserError(f"--resume {path}: the folder holds no run (no experiment.toml); name another folder")
+    before, now = dict(flatten(to_tree(load(there)))), dict(flatten(to_tree(experiment)))
+    changed = [k for k in now if before.get(k) != now[k] and not k.startswith("engine.")]
+    if changed:
+        key = changed[0]
+        raise UserError(
+            f"--resume {path}: {key} = {now[key]!r}, but the run there has {before.get(key)!r}; resume it with the "
+            "experiment that it was started with, or name another folder"
+        )
+
+
+def open_folder(path: Path, experiment: Experiment, resume: bool, facts: Mapping[str, Any]) -> RunFolder:
+    """Create the run folder, or open it to resume. `facts` (data and split hashes) go into the manifest.
+
+    The manifest is written last: a folder without one holds nothing worth keeping, and is begun afresh.
+    """
+    check_folder(path, experiment, resume)
+    folder = RunFolder(path)
+    try:
+        folder.manifest()
+    except DamagedFile:
+        write_bytes(path / "experiment.toml", to_toml(experiment).encode())
+        manifest = {
+            "run_id": uuid.uuid4().hex,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "command": sys.argv,
+            "git_commit": _git_commit(),
+            "code_sha256": code_sha256(),
+            "versions": versions(),
+            **facts,
+        }
+        write_json(path / "manifest.json", manifest)
+    return folder
+
+
+def _git_commit() -> str:
+    try:
+        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip()

@@ -1,0 +1,246 @@
+"""The rounds: one loop, from the last checkpoint to the last round, and the evaluation of every client at the end."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from config.errors import RunStopped
+from config.schema import Experiment
+from config.seeds import numpy_generator
+from server import checkpoints
+from server.admission import Verdict, admit
+from server.evaluation import Scores, nested, over_clients
+from server.exchange import Cohort, Exchange
+from server.folder import RunFolder, open_folder
+from server.summary import ClientScores, client_rows, summarise, test_sizes, used
+from strategies import make_strategy
+from strategies.blocks import WeightedSum, cut, weighted_sum
+from strategies.packing import block_message
+from strategies.sharing import Arrays, Roles, from_record, nbytes, roles, to_record
+from tasks.evaluation import evaluate, load_into
+from tasks.partition import label_counts, strata
+from tasks.task import Task, initial_state, open_task
+
+log = logging.getLogger("meadow.server")
+
+
+@dataclass
+class Session:
+    """What the rounds of one run have in hand. `arrays` are the shared ones, and the only thing here that changes."""
+
+    experiment: Experiment
+    task: Task
+    roles: Roles
+    start: Arrays
+    arrays: Arrays
+    strategy: Strategy
+    exchange: Exchange
+    folder: RunFolder
+    run_id: str
+
+
+def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
+    """Run the experiment over the grid's nodes and return its summary, which also stands in the run folder `out`.
+
+    Raises UserError for input that only shows now (an impossible split), RunStopped if the run ends early for a
+    stated reason; the summary is written in that case too, and in every case the folder can be resumed.
+    """
+    torch.set_num_threads(experiment.engine.threads)
+    task = open_task(experiment)
+    start = initial_state(experiment)
+    hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
+    split = {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
+    folder = open_folder(out, experiment, resume, {"data_sha256": task.dataset.sha256, "split": split})
+    if (before := folder.summary()) and before["status"] == "done":
+        return before
+    folder.write_split(split | split_table(experiment, task))
+    run_id = folder.manifest()["run_id"]
+    parts = roles(experiment, start)
+    base = {n: start[n] for n in parts.personal + parts.fixed} if experiment.task.pretrained else {}
+    exchange = Exchange(grid, run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
+    arrays = {n: start[n] for n in parts.shared}
+    session = Session(experiment, task, parts, start, arrays, make_strategy(experiment), exchange, folder, run_id)
+    status, reason = "done", ""
+    scores: dict[int, ClientScores] = {}
+    try:
+        exchange.gather()
+        for round_ in range(_recover(session) + 1, experiment.run.rounds + 1):
+            play_round(session, round_)
+        scores = score_clients(session, experiment.run.rounds, fine_tuned=experiment.evaluate.fine_tune_epochs > 0)
+    except RunStopped as stop:
+        status, reason = "stopped", str(stop)
+    except KeyboardInterrupt:
+        status, reason = "stopped", "stopped by the user"
+    except BaseException as fault:
+        folder.write_summary(summarise(session.folder, experiment, task, session.arrays, {}, "failed", repr(fault)))
+        raise
+    if scores:
+        folder.write_clients(client_rows(folder, task, scores))
+    summary = summarise(folder, experiment, task, session.arrays, scores, status, reason)
+    folder.write_summary(summary)
+    return summary
+
+
+def draw_cohort(experiment: Experiment, round_: int) -> list[int]:
+    """The clients of a round, ascending: a function of (run.seed, round). Without federation, whoever trains at all."""
+    if experiment.run.placement == "pooled":
+        return [0]
+    everyone = experiment.partition.clients
+    if experiment.cohort_size == everyone:
+        return list(range(everyone))
+    draw = numpy_generator(experiment.run.seed, "cohort", round_)
+    return sorted(int(c) for c in draw.choice(everyone, experiment.cohort_size, replace=False))
+
+
+def play_round(session: Session, round_: int) -> None:
+    """One round: cohort, messages, replies, admission, combination, evaluation, record, checkpoint."""
+    experiment, began = session.experiment, time.perf_counter()
+    pooled = experiment.run.placement == "pooled"
+    on_clients = "clients" in experiment.evaluate.on
+    cohort = draw_cohort(experiment, round_)
+    config = ConfigRecord(
+        {
+            "round": round_,
+            "run": session.run_id,
+            "keep-from": checkpoints.oldest_round(session.folder.checkpoints),
+            "evaluate": on_clients and not pooled and (round_ - 1) % experiment.evaluate.every == 0,
+        }
+    )
+    sent = to_record(session.arrays)
+    messages = list(session.strategy.configure_train(round_, sent, config, Cohort(cohort)))
+    sums_only = getattr(session.strategy, "needs_sums_only", False)
+    replies, sums = session.exchange.send(messages, whole_blocks=sums_only)
+    pool = len(session.task.pool()) if pooled else 0
+    verdict = admit(replies, session.arrays, session.exchange.sizes, pool)
+    for client, reason in verdict.refused.items():
+        log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
+    if len(verdict.admitted) < experiment.cohort.quorum:
+        first = next(iter(verdict.refused.values()), "").strip().splitlines()
+        raise RunStopped(
+            f"round {round_}: {len(verdict.admitted)} of {len(cohort)} clients gave a good reply, "
+            f"cohort.quorum = {experiment.cohort.quorum}" + (f"; the first failure: {first[-1]}" if first else "")
+        )
+    blocks = combine_order(cohort, verdict, sums) if sums_only else verdict.admitted
+    combined, _ = session.strategy.aggregate_train(round_, blocks)
+    if combined is not None:
+        session.arrays = from_record(cast(ArrayRecord, combined))
+    received = {m.metadata.src_node_id: _scores(m) for m in verdict.admitted if "evaluation" in m.content}
+    clients_round = round_ - 1
+    if pooled and on_clients and round_ % experiment.evaluate.every == 0:
+        received, clients_round = used(score_clients(session, round_, fine_tuned=False)), round_
+    metrics = [m.content.metric_records["metrics"] for m in verdict.admitted]
+    weights = [float(cast(int, m["num-examples"])) for m in metrics]
+    size = 0 if pooled else nbytes(session.arrays)
+    setup = nbytes(session.exchange.base) * experiment.partition.clients if round_ == 1 and not pooled else 0
+    record = {
+        "round": round_,
+        "cohort": cohort,
+        "failed": [{"client": c, "reason": r} for c, r in verdict.refused.items()],
+        "seconds": 0.0,
+        "bytes_down": size * len(cohort) + setup,
+        "bytes_up": size * len(verdict.admitted),
+        "steps": sum(int(cast(int, m["steps"])) for m in metrics),
+        "train": {
+            t.name: {
+                "loss": sum(w * float(cast(float, m[f"loss/{t.name}"])) for w, m in zip(weights, metrics, strict=True))
+                / sum(weights)
+            }
+            for t in session.task.targets
+        },
+        "global": score_globally(session) if round_ % experiment.evaluate.every == 0 else {},
+        "clients": over_clients(received, test_sizes(session.task)),
+        "clients_round": clients_round,
+        "epsilon": None,
+    }
+    record["seconds"] = time.perf_counter() - began
+    session.folder.append(record)
+    checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays))
+
+
+def combine_order(
+    cohort: Sequence[int], verdict: Verdict, sums: dict[tuple[int, ...], WeightedSum]
+) -> list[Message]:
+    """The round's blocks in order, one message each: a node's sum, or the sum of the single replies made here.
+
+    A node's sum counts only if every one of its clients is admitted: what is inside a sum cannot be taken out.
+    """
+    admitted = {m.metadata.src_node_id: m for m in verdict.admitted}
+    messages = []
+    for block in cut(cohort):
+        present = [admitted[c] for c in block if c in admitted]
+        if block in sums:
+            if len(present) == len(block):
+                messages.append(block_message(sums[block], present[0]))
+        elif present:
+            updates = [
+                (
+                    float(cast(int, m.content.metric_records["metrics"]["num-examples"])),
+                    from_record(m.content.array_records["arrays"]),
+                )
+                for m in present
+            ]
+            messages.append(block_message(weighted_sum(updates), present[0]))
+    return messages
+
+
+def score_globally(session: Session) -> dict[str, dict[str, float]]:
+    """The shared model on the global test set: {target: {metric: value}}; empty if part of it is personal."""
+    if session.roles.personal or "global" not in session.experiment.evaluate.on:
+        return {}
+    model = session.task.new_model()
+    load_into(model, session.start | session.arrays)
+    return nested(evaluate(model, session.task.dataset.test, session.task.targets))
+
+
+def score_clients(session: Session, round_: int, fine_tuned: bool) -> dict[int, ClientScores]:
+    """Ask every client to score the model that it would use after `round_`; who does not answer is left out."""
+    everyone = range(session.experiment.partition.clients)
+    config = ConfigRecord({"round": round_, "run": session.run_id, "finetune": fine_tuned})
+    sent = to_record(session.arrays)
+    replies, _ = session.exchange.send(
+        list(session.strategy.configure_evaluate(round_, sent, config, Cohort(everyone)))
+    )
+    scores = {}
+    for reply in replies:
+        if reply.has_error():
+            log.warning("client %d was not evaluated: %s", reply.metadata.src_node_id, reply.error.reason)
+            continue
+        identity = reply.content.config_records["identity"]
+        scores[reply.metadata.src_node_id] = ClientScores(
+            _scores(reply), str(identity["personal"]), bool(identity["trained"])
+        )
+    return scores
+
+
+def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
+    """The split for `split.json`: samples of each part, and label counts of the first target (deciles of a value), a row a client."""
+    first = next(t for t in task.dataset.targets if t.name == experiment.task.targets[0])
+    labels = strata(task.dataset.train.y[first.name].numpy(), first)
+    return {
+        "sizes": [[len(p.train), len(p.validation), len(p.test)] for p in task.split.clients],
+        "target": first.name,
+        "labels": label_counts(task.split, labels).tolist(),
+    }
+
+
+def _recover(session: Session) -> int:
+    """Put the newest whole checkpoint's arrays in place and return its round; 0 where there is none."""
+    checkpoint, damaged = checkpoints.latest(session.folder.checkpoints)
+    for line in damaged:
+        log.warning("damaged checkpoint, the one before it is used: %s", line)
+    if checkpoint is not None:
+        session.arrays = checkpoint.arrays
+    session.folder.cut_back(checkpoint.round if checkpoint else 0)
+    return checkpoint.round if checkpoint else 0
+
+
+def _scores(message: Message) -> dict[str, float]:
+    return {k: float(cast(float, v)) for k, v in message.content.metric_records["evaluation"].items()}

@@ -1,0 +1,138 @@
+"""What a run says of itself at its end: `summary.json` and `clients.csv`, out of the round records and the last scores."""
+
+import hashlib
+import resource
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from config.schema import Experiment
+from server.evaluation import Scores, mean_tree, nested, over_clients
+from server.folder import RunFolder
+from strategies.sharing import Arrays, arrays_sha256
+from tasks.task import Task
+
+LAST = 10
+
+
+@dataclass(frozen=True)
+class ClientScores:
+    """What one client replied to the last evaluation: its scores by model/target/metric, and its personal arrays' hash."""
+
+    scores: Scores
+    personal_sha256: str
+    trained: bool
+
+
+def test_sizes(task: Task) -> dict[int, int]:
+    """Test samples of each client."""
+    return {client: len(parts.test) for client, parts in enumerate(task.split.clients)}
+
+
+def used(scores: Mapping[int, ClientScores]) -> dict[int, Scores]:
+    """Of each client's scores those of the model that it would use, by target/metric."""
+    return {c: {k.removeprefix("used/"): v for k, v in s.scores.items() if k.startswith("used/")} for c, s in scores.items()}
+
+
+def summarise(
+    folder: RunFolder,
+    experiment: Experiment,
+    task: Task,
+    arrays: Arrays,
+    scores: Mapping[int, ClientScores],
+    status: str,
+    reason: str,
+) -> dict[str, Any]:
+    """The summary of a run that has ended, well or not. `scores` is empty if it never got to the last evaluation."""
+    records = folder.rounds()
+    at_end = over_clients(used(scores), test_sizes(task))
+    client_curve = [r["clients"] for r in records if r["clients"]] + ([at_end] if at_end else [])
+    if len(records) > 0 and records[-1]["clients_round"] == records[-1]["round"] and at_end:
+        client_curve.pop()
+    global_curve = [r["global"] for r in records if r["global"]]
+    return {
+        "name": experiment.run.name,
+        "status": status,
+        "reason": reason,
+        "rounds": records[-1]["round"] if records else 0,
+        "model_sha256": arrays_sha256(arrays),
+        "personal_sha256": _personal_sha256(scores),
+        "split_sha256": task.split.sha256,
+        "metrics": {
+            "global": global_curve[-1] if global_curve else {},
+            "clients": at_end,
+            "last10": {"global": mean_tree(global_curve[-LAST:]), "clients": mean_tree(client_curve[-LAST:])},
+        },
+        "clients": {
+            "total": experiment.partition.clients,
+            "never_sampled": len(_never_sampled(records, experiment.partition.clients))
+            if experiment.run.placement != "pooled"
+            else 0,
+            "untrained_head": sum(not s.trained for s in scores.values()) if _personal_heads(experiment) else 0,
+        },
+        "cost": {
+            "seconds": sum(r["seconds"] for r in records),
+            "bytes_up": sum(r["bytes_up"] for r in records),
+            "bytes_down": sum(r["bytes_down"] for r in records),
+            "steps": sum(r["steps"] for r in records),
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        },
+        "privacy": {
+            "unit": experiment.privacy.unit,
+            "delta": None,
+            "accountant": None,
+            "epsilon": {"max": None, "median": None},
+            "releases": releases(experiment),
+        },
+    }
+
+
+def client_rows(folder: RunFolder, task: Task, scores: Mapping[int, ClientScores]) -> list[dict[str, Any]]:
+    """The rows of `clients.csv`: client, samples, rounds it took part in, and the metrics of each model of its."""
+    rounds = [_took_part(r) for r in folder.rounds()]
+    rows = []
+    for client, parts in enumerate(task.split.clients):
+        row: dict[str, Any] = {
+            "client": client,
+            "train_samples": len(parts.train),
+            "validation_samples": len(parts.validation),
+            "test_samples": len(parts.test),
+            "rounds": sum(client in r for r in rounds),
+            "epsilon": "",
+        }
+        if client in scores:
+            row |= {key.replace("/", "."): value for key, value in scores[client].scores.items()}
+        rows.append(row)
+    return rows
+
+
+def releases(experiment: Experiment) -> list[dict[str, str]]:
+    """What leaves a client in this run, and by which mechanism it is protected."""
+    if experiment.run.placement == "pooled":
+        return [{"what": "all training data, into one place", "mechanism": "not protected"}]
+    left = ["number of training samples", "training loss", "label counts (in the split manifest)"]
+    if experiment.share != "none":
+        left.insert(0, f'model arrays (share = "{experiment.share}")')
+    if "clients" in experiment.evaluate.on:
+        left.append("metrics on the test part")
+    return [{"what": what, "mechanism": "not protected"} for what in left]
+
+
+def _personal_heads(experiment: Experiment) -> bool:
+    return experiment.share in ("none", "body")
+
+
+def _took_part(record: Mapping[str, Any]) -> set[int]:
+    return set(record["cohort"]) - {failure["client"] for failure in record["failed"]}
+
+
+def _never_sampled(records: Sequence[Mapping[str, Any]], clients: int) -> set[int]:
+    return set(range(clients)).difference(*(record["cohort"] for record in records))
+
+
+def _personal_sha256(scores: Mapping[int, ClientScores]) -> str:
+    """SHA-256 over the clients' personal hashes, in client order: one word for all personal models."""
+    digest = hashlib.sha256()
+    for client in sorted(scores):
+        digest.update(f"{client}:{scores[client].personal_sha256}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,33 @@
+"""The inline engine: one node, in this process, so that a debugger stops inside client code."""
+
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flwr.app import Message
+
+from client.app import app
+from config.schema import Experiment
+from simulation.grid import LocalGrid, error_reply, node_context
+
+
+class InlineGrid(LocalGrid):
+    """A node that answers each message before `push_messages` returns."""
+
+    def __init__(self, experiment: Experiment, state: Path) -> None:
+        super().__init__(nodes=1)
+        self._context = node_context(experiment, 0, 1, state)
+        self._replies: dict[str, Message] = {}
+
+    def start(self, messages: Sequence[Message]) -> None:
+        """Let the ClientApp answer."""
+        for message in messages:
+            try:
+                reply = app(message, self._context)
+            except Exception:  # a node that fails costs its clients, not the run
+                reply = error_reply(message, traceback.format_exc())
+            self._replies[message.metadata.message_id] = reply
+
+    def collect(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies, which are all there."""
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]

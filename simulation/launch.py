@@ -1,0 +1,75 @@
+"""Launching: the same ServerApp and ClientApp on whichever engine the experiment names."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from config.errors import UserError
+from config.schema import Experiment
+from server.app import app
+from server.folder import RunFolder, check_folder
+from simulation.grid import LocalGrid, become_server, server_context
+from simulation.inline import InlineGrid
+from tasks.task import open_task
+
+SUPERNODES = 4
+
+
+class Launch(Protocol):
+    """Runs one experiment in the folder `out` and returns its summary."""
+
+    def __call__(self, experiment: Experiment, out: Path, resume: bool = False) -> dict[str, Any]: ...
+
+
+@contextmanager
+def engine(name: str, workers: int = 0, threads: int = 1) -> Iterator[Launch]:
+    """An engine that is up: `with engine("ray") as launch: launch(experiment, out)`, as often as wanted.
+
+    name: inline, ray or processes. workers: Ray actors or SuperNodes; 0: as many as there are cores, or 4 SuperNodes.
+    What was started is stopped at the end, whatever happens.
+    """
+    if name == "inline":
+        if workers > 1:
+            raise UserError(f"engine.workers = {workers}: the inline engine is one process; use --engine ray")
+        yield lambda experiment, out, resume=False: _run_local(
+            InlineGrid(experiment, out / "state"), experiment, out, resume
+        )
+    elif name == "ray":
+        from simulation.ray_engine import RayGrid, ray_workers  # Ray takes a second to import; only those who use it pay
+
+        with ray_workers(workers or os.cpu_count() or 1, threads) as pool:
+            yield lambda experiment, out, resume=False: _run_local(
+                RayGrid(experiment, out / "state", pool), experiment, out, resume
+            )
+    else:
+        from simulation.processes import run_processes
+
+        def deploy(experiment: Experiment, out: Path, resume: bool = False) -> dict[str, Any]:
+            check_folder(out, experiment, resume)
+            open_task(experiment)  # what is wrong with the input shows here, not in another process's log
+            run_processes(experiment, out, resume, min(workers or SUPERNODES, experiment.partition.clients))
+            return _summary(out)
+
+        yield deploy
+
+
+def _run_local(grid: LocalGrid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
+    check_folder(out, experiment, resume)
+    become_server()
+    threads = torch.get_num_threads()
+    try:
+        app(grid, server_context(experiment, out, resume))
+    finally:
+        torch.set_num_threads(threads)
+    return _summary(out)
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    summary = RunFolder(out).summary()
+    if summary is None:
+        raise RuntimeError(f"the run ended without a summary in {out}")
+    return summary

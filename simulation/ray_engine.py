@@ -1,0 +1,113 @@
+"""The Ray engine: actors as nodes. Each hosts an even share of the clients, who always come back to it.
+
+Whatever several messages have in common, above all the global model, is put into Ray's object store once.
+"""
+
+import logging
+import os
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from config.identity import ROOT
+from config.schema import Experiment
+from simulation.grid import LocalGrid, error_reply, node_context
+
+log = logging.getLogger("meadow.ray")
+
+_WAIT = 0.5
+
+
+class NodeActor:
+    """What runs in a worker: the ClientApp, given messages whose shared records arrive as separate arguments."""
+
+    def handle(self, message: Message, context: Context, names: list[str], *records: ArrayRecord) -> Message:
+        """Answer a message, with the records put back under their names."""
+        from client.app import app  # imported in the worker, by name, once
+
+        for name, record in zip(names, records, strict=True):
+            message.content[name] = record
+        try:
+            return app(message, context)
+        except Exception:  # a node that fails costs its clients, not the run
+            return error_reply(message, traceback.format_exc())
+
+
+class Workers:
+    """Ray actors that outlive a run, so that the runs of a comparison share them."""
+
+    def __init__(self, count: int, threads: int) -> None:
+        self.actors: list[ActorHandle[Any]] = []
+        remote: Any = ray.remote(NodeActor)
+        for _ in range(count):
+            # max_restarts: Flower's engine puts a killed actor back in its pool for ever; ours comes back.
+            self.actors.append(remote.options(num_cpus=0, max_restarts=-1, max_task_retries=0).remote())
+        self.threads = threads
+
+
+@contextmanager
+def ray_workers(count: int, threads: int) -> Iterator[Workers]:
+    """Start Ray on this machine, if it does not run yet, with `count` workers; stop what was started."""
+    started = not ray.is_initialized()
+    if started:
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0"}
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        ray.init(
+            num_cpus=max(count, 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": variables},
+        )
+    try:
+        yield Workers(count, threads)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class RayGrid(LocalGrid):
+    """A node for each worker."""
+
+    def __init__(self, experiment: Experiment, state: Path, workers: Workers) -> None:
+        nodes = len(workers.actors)
+        super().__init__(nodes)
+        self._actors = dict(zip(self._node_ids, workers.actors, strict=True))
+        self._contexts = {n: node_context(experiment, i, nodes, state) for i, n in enumerate(self._node_ids)}
+        self._running: dict[str, tuple[Any, Message]] = {}
+
+    def start(self, messages: Sequence[Message]) -> None:
+        """Hand each message to its worker; array records go through the object store, each once."""
+        stored: dict[int, Any] = {}
+        for message in messages:
+            node, content = message.metadata.dst_node_id, message.content
+            shared = {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
+            for record in shared.values():
+                if id(record) not in stored:
+                    stored[id(record)] = ray.put(record)
+            message.content = RecordDict({name: r for name, r in content.items() if name not in shared})
+            records = [stored[id(record)] for record in shared.values()]
+            reference = self._actors[node].handle.remote(message, self._contexts[node], list(shared), *records)
+            self._running[message.metadata.message_id] = (reference, message)
+
+    def collect(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that are there; waits up to half a second for the first."""
+        waiting = {self._running[i][0]: i for i in message_ids if i in self._running}
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=_WAIT) if waiting else ([], [])
+        more, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if done else ([], [])
+        replies = []
+        for reference in more:
+            _, message = self._running.pop(waiting[reference])
+            try:
+                replies.append(ray.get(reference))
+            except RayError as error:
+                replies.append(error_reply(message, f"the worker was lost: {type(error).__name__}"))
+        return replies

@@ -1,0 +1,91 @@
+"""Blocks: the fixed grouping in which clients' updates are added up, so that every engine gives the same bits.
+
+Floating-point addition is not associative: ((a+b)+c)+d differs from (a+b)+(c+d). If a worker added up whatever it
+happened to train, the result would depend on the number of workers. So the cohort, in ascending order, is cut into
+blocks of `BLOCK` consecutive clients; within a block clients are added in order, then the blocks are added in order,
+all in float64. A node that holds a whole block sends one sum; otherwise the server adds up that block's single replies
+in the same order and gets the same bits.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from strategies.sharing import Arrays
+
+BLOCK = 10
+"""Clients a block. Part of the result's definition: another value gives other last bits."""
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """Sum of weight times array over some clients, and the sum of the weights, separately for each name.
+
+    sums: float64 arrays. weights: the total weight of those who sent that name, so that clients may send different
+    names (different tasks) and each name is averaged over those who trained it.
+    """
+
+    sums: dict[str, npt.NDArray[np.float64]]
+    weights: dict[str, float]
+
+
+def cut(cohort: Sequence[int]) -> list[tuple[int, ...]]:
+    """The blocks of a cohort: ascending client ids, `BLOCK` at a time, the last one shorter."""
+    ordered = sorted(cohort)
+    return [tuple(ordered[i : i + BLOCK]) for i in range(0, len(ordered), BLOCK)]
+
+
+def fault(arrays: Mapping[str, npt.NDArray[np.generic]], sent: Mapping[str, npt.NDArray[np.generic]]) -> str:
+    """Why an update may not enter a sum, or "" if it may: its names, shapes, dtypes and finiteness, in that order.
+
+    `sent` are the arrays that the client received; an update must have the same names, shapes and dtypes.
+    """
+    if arrays.keys() != sent.keys():
+        missing, extra = sorted(sent.keys() - arrays.keys()), sorted(arrays.keys() - sent.keys())
+        return f"its arrays have other names: missing {missing}, unexpected {extra}"
+    for name, value in arrays.items():
+        if value.shape != sent[name].shape:
+            return f"{name} has shape {value.shape}, not {sent[name].shape}"
+        if value.dtype != sent[name].dtype:
+            return f"{name} has dtype {value.dtype}, not {sent[name].dtype}"
+        if not np.isfinite(value).all():
+            return f"{name} has values that are not finite"
+    return ""
+
+
+def weighted_sum(updates: Iterable[tuple[float, Mapping[str, npt.NDArray[np.generic]]]]) -> WeightedSum:
+    """Add up (weight, arrays) pairs in the order given, in float64."""
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    weights: dict[str, float] = {}
+    for weight, arrays in updates:
+        for name, value in arrays.items():
+            term = value.astype(np.float64) * weight
+            if name in sums:
+                sums[name] += term
+                weights[name] += weight
+            else:
+                sums[name], weights[name] = term, weight
+    return WeightedSum(sums, weights)
+
+
+def average(blocks: Iterable[WeightedSum], before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
+    """The weighted mean over all blocks, in block order, in the dtype that each name had `before`.
+
+    A name that nobody sent stays as it was. Integer arrays are rounded to the nearest.
+    """
+    totals: dict[str, npt.NDArray[np.float64]] = {}
+    weights: dict[str, float] = {}
+    for block in blocks:
+        for name, value in block.sums.items():
+            totals[name] = totals[name] + value if name in totals else value
+            weights[name] = weights.get(name, 0.0) + block.weights[name]
+    result: Arrays = {}
+    for name, old in before.items():
+        if name not in totals:
+            result[name] = old
+            continue
+        mean = totals[name] / weights[name]
+        result[name] = (np.rint(mean) if np.issubdtype(old.dtype, np.integer) else mean).astype(old.dtype)
+    return result

@@ -1,0 +1,71 @@
+"""Which arrays travel, which are personal, and which never change: the roles that `strategy.share` gives them."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import Array, ArrayRecord
+
+from config.schema import Experiment
+
+Arrays = dict[str, npt.NDArray[np.generic]]
+
+HEADS = "heads."
+"""State names of the heads start with this, all others belong to the trunk ("body")."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The names of a model's state, divided. `shared`, `personal` and `fixed` are disjoint and complete.
+
+    shared: travel in every round. personal: trained, never travel, live in the client's store. fixed: neither trained
+    nor shared; they arrive once, before the first round. `trained` cuts across: what local training changes.
+    """
+
+    trained: tuple[str, ...]
+    shared: tuple[str, ...]
+    personal: tuple[str, ...]
+    fixed: tuple[str, ...]
+
+
+def roles(experiment: Experiment, names: Iterable[str]) -> Roles:
+    """Divide the state names of a model by `local.trainable` and `strategy.share`; the order of names is kept."""
+    order = tuple(names)
+    heads = tuple(n for n in order if n.startswith(HEADS))
+    trained = order if experiment.local.trainable == "all" else heads
+    shared = {
+        "all": order,
+        "none": (),
+        "body": tuple(n for n in order if n not in heads),
+        "head": heads,
+        "trainable": trained,
+    }[experiment.share]
+    personal = tuple(n for n in trained if n not in shared)
+    return Roles(trained, shared, personal, tuple(n for n in order if n not in shared and n not in personal))
+
+
+def to_record(arrays: Mapping[str, npt.NDArray[np.generic]]) -> ArrayRecord:
+    """Named arrays as Flower's ArrayRecord, in the given order. Zero-dimensional arrays keep their shape."""
+    return ArrayRecord({name: Array(np.asarray(value)) for name, value in arrays.items()})
+
+
+def from_record(record: ArrayRecord) -> Arrays:
+    """The inverse of `to_record`."""
+    return {name: value.numpy() for name, value in record.items()}
+
+
+def arrays_sha256(arrays: Mapping[str, npt.NDArray[np.generic]]) -> str:
+    """SHA-256 over arrays: for each name in sorted order, the name in UTF-8, then the array's little-endian bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        value = np.ascontiguousarray(arrays[name])
+        digest.update(value.astype(value.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def nbytes(arrays: Mapping[str, npt.NDArray[np.generic]]) -> int:
+    """Bytes of the arrays' values, without any wrapping."""
+    return sum(value.nbytes for value in arrays.values())
