@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from experiments.results import ALONE, PRIMARY, Curve, Floats, Paired, RunResult
+from experiments.results import ALONE, PRIMARY, Curve, Floats, Paired, RunResult, counted
 
 Methods = Mapping[str, Sequence[RunResult]]
 
@@ -132,7 +132,7 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
                     x, y = np.array(dots).T
                     axes.scatter(x, y, s=5 if many else 17, color=colour, alpha=0.75, linewidths=0, rasterized=many)
             for key, marker, size in (("mean", "|", 19.0), ("worst_decile", "d", 5.5)):
-                known = [v[key] for run in runs if (v := run.final("clients", target, metric)) and v.get(key) is not None]
+                known = [v[key] for run in counted(runs) if (v := run.final("clients", target, metric)) and v.get(key) is not None]
                 if known:
                     axes.plot(
                         np.mean(known), row, marker, color=COLOURS["ink"][0], markersize=size, markeredgewidth=1.8
@@ -171,7 +171,7 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
             rounds, mean, _ = found
             colour, dash = _look(name, methods)
             for axes, key in ((sent, "bytes"), (timed, "seconds")):
-                spent = np.mean([run.spent(key, rounds) for run in runs], axis=0)
+                spent = np.mean([run.spent(key, rounds) for run in counted(runs)], axis=0)
                 if key == "bytes" and not spent.any():
                     free.plot([0], mean[-1:], "o", color=colour, markersize=5)
                     labels[free].append((name, 0.0, float(mean[-1]), colour))
@@ -294,8 +294,7 @@ def _mean_curve(
     runs: Sequence[RunResult], place: str, target: str, metric: str
 ) -> tuple[Floats, Floats, Floats | None] | None:
     """Rounds, mean over seeds and standard deviation (None for one seed), over the rounds that all the runs have."""
-    ended = [run for run in runs if run.summary] or runs  # a run that has just begun must not cut the others short
-    curves: list[Curve] = [c for run in ended if len((c := run.curve(place, target, metric))[0])]
+    curves: list[Curve] = [c for run in counted(runs) if len((c := run.curve(place, target, metric))[0])]
     if not curves:
         return None
     common = sorted(set.intersection(*(set(rounds.tolist()) for rounds, _ in curves)))

@@ -215,6 +215,14 @@ def by_method(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     return {label: sorted(group, key=lambda run: run.seed) for label, group in methods.items()}
 
 
+def counted(runs: Sequence[RunResult]) -> Sequence[RunResult]:
+    """The runs of a method that its figures are made of: those that ended as they should, or, while none has, all.
+
+    A seed that has only begun, or has failed half-way, would drag the others down.
+    """
+    return [run for run in runs if run.status in ("done", "stopped")] or runs
+
+
 def targets_of(runs: Iterable[RunResult]) -> list[str]:
     """Every target that any of the runs learned, in the order of the experiments."""
     return list(dict.fromkeys(t for run in runs for t in run.experiment.task.targets if t in run.experiment.learned))

@@ -1,0 +1,1 @@
+"""What a person does: the `meadow` command, comparisons, sweeps, reports and pictures."""

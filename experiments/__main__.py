@@ -1,0 +1,5 @@
+"""`python -m experiments` is the same as `meadow`."""
+
+from experiments.command import main
+
+main()

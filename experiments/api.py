@@ -1,0 +1,101 @@
+"""Running experiments from Python: `run` is `meadow run`, `run_many` is what compare and sweep are made of."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.load import apply, flatten, read_tree, resolve
+from config.schema import Experiment
+from server.folder import check_folder
+from simulation.launch import engine
+from tasks.task import initial_state, open_task
+
+Watch = Callable[[Path, Experiment], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`summary.json` as attributes, and the run's folder. Metrics are fractions in 0..1, sizes bytes, times seconds."""
+
+    folder: Path
+    name: str
+    status: str
+    reason: str
+    rounds: int
+    model_sha256: str
+    personal_sha256: str
+    split_sha256: str
+    metrics: dict[str, Any]
+    clients: dict[str, int]
+    cost: dict[str, float]
+    privacy: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to do: an experiment and its folder."""
+
+    experiment: Experiment
+    folder: Path
+
+
+def run(
+    experiment: str | Path | Mapping[str, Any],
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    **overrides: Any,
+) -> Summary:
+    """Run one experiment: a preset's name, a TOML file or a mapping; the same as `meadow run`.
+
+    `overrides` are dotted keys, `run("fedavg", **{"run.rounds": 3})`, or sections, `run("fedavg", run={"rounds": 3})`.
+    `out` is the run folder (default `runs/NAME-TIME`). Raises UserError if the input is wrong. A run that ends early
+    returns its summary with status "stopped" and the reason.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        flat |= dict(flatten({key: value})) if isinstance(value, Mapping) else {key: value}
+    resolved = resolve(apply(read_tree(experiment), flat.items()))
+    folder = Path(out) if out else default_folder(resolved.run.name)
+    return run_many([Job(resolved, folder)], resume)[0]
+
+
+def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = None) -> list[Summary]:
+    """Run jobs one after another on one engine, that of the first; each is checked before any begins.
+
+    `watch` gives a context in which each run takes place (the progress display). A run that fails by a fault of
+    Meadow's raises; one that ends early (status "stopped") does not keep the next from running, unless the user
+    stopped it.
+    """
+    for job in jobs:
+        check_folder(job.folder, job.experiment, resume)
+        open_task(job.experiment)
+        initial_state(job.experiment)
+    plan = jobs[0].experiment.engine
+    summaries = []
+    with engine(plan.name, plan.workers, plan.threads) as launch:
+        for job in jobs:
+            with watch(job.folder, job.experiment) if watch else nullcontext():
+                found = launch(job.experiment, job.folder, resume)
+            summaries.append(Summary(job.folder, **{k: found[k] for k in Summary.__dataclass_fields__ if k != "folder"}))
+            if found["reason"] == "stopped by the user":
+                break
+    return summaries
+
+
+def default_folder(name: str) -> Path:
+    """`runs/NAME-TIME`, with a number behind it if that is taken."""
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, n = stem, 2
+    while folder.exists():
+        folder, n = stem.with_name(f"{stem.name}-{n}"), n + 1
+    return folder
+
+
+def exit_status(summaries: Sequence[Summary]) -> int:
+    """0: all done; 3: some ended early for a stated reason; 1: some failed by a fault of ours."""
+    worst = {s.status for s in summaries}
+    return 1 if "failed" in worst else 3 if "stopped" in worst else 0

@@ -1,0 +1,224 @@
+"""The `meadow` command. Exit status: 0 done; 1 a fault of ours; 2 the input is wrong; 3 ended early for a stated reason."""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from config.errors import UserError
+from config.identity import versions
+from config.load import Tree, apply, load, parse_override, preset_about, preset_names, read_tree, to_toml
+from config.schema import Experiment
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated-learning experiments: transfer, fine-tuning, multi-task and federated, on the same data.",
+)
+
+Name = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A preset's name (meadow presets) or a TOML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example run.rounds=5.")]
+Engine = Annotated[Literal["inline", "ray", "processes"] | None, typer.Option(help="How to launch the run.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Ray actors or SuperNodes.")]
+Out = Annotated[Path | None, typer.Option(help="The folder to write; default runs/NAME-TIME.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="The summary on standard output, all else on standard error.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Repeat with so many seeds.")]
+
+
+@app.command()
+def run(
+    experiment: Name,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    workers: Workers = None,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """One run: a preset's name or a TOML file, then dotted overrides."""
+    from experiments.api import Job, default_folder, exit_status, run_many
+    from experiments.report import write_report
+
+    resolved = load(experiment, [*(overrides or []), *_engine_overrides(engine, workers)])
+    folder = _folder(out, resume, default_folder(resolved.run.name))
+    summary = run_many([Job(resolved, folder)], resume, _watch(_console(json_), quiet))[0]
+    report = write_report([folder], folder / "report.html")
+    _close(quiet, json_, json.loads((folder / "summary.json").read_text()), None, report, [summary])
+    raise typer.Exit(exit_status([summary]))
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str, typer.Argument(metavar="[EXPERIMENT]", help="What the methods share.")] = "",
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="Presets to compare, separated by commas.")] = "",
+    seeds: Seeds = 3,
+    engine: Engine = None,
+    workers: Workers = None,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """The same data, splits and seeds under several methods, and one report."""
+    from experiments.api import default_folder
+    from experiments.compare import METHODS, methods_jobs
+
+    given = list(overrides or [])
+    if "=" in experiment:  # the experiment may be left out
+        given, experiment = [experiment, *given], ""
+    folder = _folder(out, resume, default_folder("compare"))
+    names = [m.strip() for m in methods.split(",")] if methods else list(METHODS)
+    base: Tree = read_tree(experiment) if experiment else {}
+    jobs = methods_jobs(base, names, [*given, *_engine_overrides(engine, workers)], seeds, folder)
+    _run_group(jobs, folder, resume, quiet, json_)
+
+
+@app.command()
+def sweep(
+    experiment: Name,
+    overrides: Overrides = None,
+    seeds: Seeds = 1,
+    engine: Engine = None,
+    workers: Workers = None,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """A grid of runs, KEY=V1,V2 for each axis, and one report."""
+    from experiments.api import default_folder
+    from experiments.compare import sweep_jobs
+
+    folder = _folder(out, resume, default_folder("sweep"))
+    jobs = sweep_jobs(read_tree(experiment), [*(overrides or []), *_engine_overrides(engine, workers)], seeds, folder)
+    _run_group(jobs, folder, resume, quiet, json_)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a comparison's folder.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default report.html in the first folder.")] = None,
+) -> None:
+    """The HTML report of finished runs, or of one that is still running."""
+    from experiments.report import write_report
+
+    _console(False).print(f"report: {write_report(runs, out or runs[0] / 'report.html')}", soft_wrap=True)
+
+
+@app.command()
+def presets() -> None:
+    """The presets that there are."""
+    for name in preset_names():
+        typer.echo(f"{name:22} {preset_about(name)}")
+
+
+@app.command()
+def show(experiment: Annotated[str, typer.Argument()] = "", overrides: Overrides = None) -> None:
+    """The resolved experiment as TOML: every setting with its value."""
+    given = list(overrides or [])
+    if "=" in experiment:
+        given, experiment = [experiment, *given], ""
+    tree: Tree = read_tree(experiment) if experiment else {}
+    typer.echo(to_toml(load(apply(tree, [parse_override(o) for o in given]))), nl=False)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what is missing, what to type."""
+    missing = False
+    for name, version in versions().items():
+        missing |= version == "missing"
+        typer.echo(f"{name:14} {version}")
+    typer.echo(f"{'cores':14} {os.cpu_count()}")
+    docker = shutil.which("docker") is not None
+    typer.echo(f"{'docker':14} {'found' if docker else 'not found (needed for containers only)'}")
+    if missing or importlib.util.find_spec("ray") is None:
+        typer.echo("Something is missing: pip install -e .")
+        raise typer.Exit(3)
+    typer.echo("All there. Type: meadow compare")
+
+
+def main() -> None:
+    """Run the command; what the user got wrong is one message and exit status 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]meadow:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("meadow: stopped by the user before the first round")
+        sys.exit(3)
+
+
+def _run_group(jobs: Sequence[Any], folder: Path, resume: bool, quiet: bool, as_json: bool) -> None:
+    from experiments.api import exit_status, run_many
+    from experiments.report import ranking, ranking_table, write_report
+    from experiments.results import find_runs
+
+    summaries = run_many(jobs, resume, _watch(_console(as_json), quiet))
+    page = write_report([folder], folder / "report.html")
+    runs = find_runs([folder])
+    result = {"ranking": ranking(runs), "runs": [asdict(s) | {"folder": str(s.folder)} for s in summaries]}
+    _close(quiet, as_json, result, ranking_table(runs), page, summaries)
+    raise typer.Exit(exit_status(summaries))
+
+
+def _close(
+    quiet: bool, as_json: bool, result: object, table: object, report: Path, summaries: Sequence[Any]
+) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    console = _console(as_json)
+    for summary in summaries:
+        if summary.status != "done":
+            Console(stderr=True).print(f"{summary.name}: {summary.status}: {_escape(summary.reason)}", soft_wrap=True)
+    if not quiet:
+        if table is not None:
+            console.print(table)
+        console.print(f"report: {report}", soft_wrap=True)
+
+
+def _watch(console: Console, quiet: bool) -> Any:
+    from experiments.progress import follow
+
+    def watch(folder: Path, experiment: Experiment) -> AbstractContextManager[object]:
+        return follow(folder, experiment.run.rounds, folder.name, console, quiet)
+
+    return watch
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=as_json)
+
+
+def _folder(out: Path | None, resume: bool, default: Path) -> Path:
+    if out is None and resume:
+        raise UserError("--resume needs --out DIR: the folder of the run to go on with")
+    if out is not None and not resume and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+        raise UserError(f"--out {out}: it exists; add --resume to go on with what is there, or name another folder")
+    return out or default
+
+
+def _engine_overrides(engine: str | None, workers: int | None) -> list[str]:
+    return [
+        *([f"engine.name={engine}"] if engine else []),
+        *([f"engine.workers={workers}"] if workers else []),
+    ]
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,36 @@
+"""What tests share: quick experiments, and a way to run them without a command line."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+from config.load import load
+from config.schema import Experiment
+from simulation.launch import engine
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The bits depend on the number of threads: all tests use one, as the engines do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def small(preset: str, *overrides: str) -> Experiment:
+    """A preset cut down to a second: 3 rounds, 8 clients, a small source model."""
+    quick = ("run.rounds=3", "partition.clients=8", "task.source_samples=200", "task.source_epochs=1")
+    return load(preset, [*quick, *overrides])
+
+
+def run_inline(experiment: Experiment, out: Path, resume: bool = False) -> dict[str, Any]:
+    """Run on the inline engine; the summary."""
+    with engine("inline") as launch:
+        return launch(experiment, out, resume)
