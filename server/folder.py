@@ -79,7 +79,8 @@ class RunFolder:
 
 def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:
     """Refuse a folder that exists, unless the same experiment is resumed in it (UserError)."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    # A run killed before its first file was whole leaves a hidden temporary one; that is nothing to lose.
+    if not path.exists() or (path.is_dir() and all(p.name.startswith(".") for p in path.iterdir())):
         return
     if not path.is_dir():
         raise UserError(f"--out {path}: this is a file; name a folder")

@@ -22,7 +22,7 @@ from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from strategies import make_strategy
-from strategies.blocks import WeightedSum, cut, weighted_sum
+from strategies.blocks import cut, weighted_sum
 from strategies.packing import block_message
 from strategies.sharing import Arrays, Roles, from_record, nbytes, roles, to_record
 from tasks.evaluation import evaluate, load_into
@@ -118,8 +118,8 @@ def play_round(session: Session, round_: int) -> None:
     messages = list(session.strategy.configure_train(round_, sent, config, Cohort(cohort)))
     sums_only = getattr(session.strategy, "needs_sums_only", False)
     replies, sums = session.exchange.send(messages, whole_blocks=sums_only)
-    pool = len(session.task.pool()) if pooled else 0
-    verdict = admit(replies, session.arrays, session.exchange.sizes, pool)
+    sizes = {0: len(session.task.pool())} if pooled else session.exchange.sizes
+    verdict = admit(replies, sums, session.arrays, sizes)
     for client, reason in verdict.refused.items():
         log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
     if len(verdict.admitted) < experiment.cohort.quorum:
@@ -128,7 +128,7 @@ def play_round(session: Session, round_: int) -> None:
             f"round {round_}: {len(verdict.admitted)} of {len(cohort)} clients gave a good reply, "
             f"cohort.quorum = {experiment.cohort.quorum}" + (f"; the first failure: {first[-1]}" if first else "")
         )
-    blocks = combine_order(cohort, verdict, sums) if sums_only else verdict.admitted
+    blocks = combine_order(cohort, verdict) if sums_only else verdict.admitted
     combined, _ = session.strategy.aggregate_train(round_, blocks)
     if combined is not None:
         session.arrays = from_record(cast(ArrayRecord, combined))
@@ -165,29 +165,20 @@ def play_round(session: Session, round_: int) -> None:
     checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays))
 
 
-def combine_order(
-    cohort: Sequence[int], verdict: Verdict, sums: dict[tuple[int, ...], WeightedSum]
-) -> list[Message]:
-    """The round's blocks in order, one message each: a node's sum, or the sum of the single replies made here.
-
-    A node's sum counts only if every one of its clients is admitted: what is inside a sum cannot be taken out.
-    """
+def combine_order(cohort: Sequence[int], verdict: Verdict) -> list[Message]:
+    """The round's blocks in order, one message each: a node's sum, or the sum of the single replies, made here."""
     admitted = {m.metadata.src_node_id: m for m in verdict.admitted}
     messages = []
     for block in cut(cohort):
-        present = [admitted[c] for c in block if c in admitted]
-        if block in sums:
-            if len(present) == len(block):
-                messages.append(block_message(sums[block], present[0]))
-        elif present:
-            updates = [
+        if present := [admitted[c] for c in block if c in admitted]:
+            total = verdict.sums.get(block) or weighted_sum(
                 (
                     float(cast(int, m.content.metric_records["metrics"]["num-examples"])),
                     from_record(m.content.array_records["arrays"]),
                 )
                 for m in present
-            ]
-            messages.append(block_message(weighted_sum(updates), present[0]))
+            )
+            messages.append(block_message(total, present[0]))
     return messages
 
 

@@ -1,0 +1,200 @@
+"""Sharing, blocks, packing and admission: sums by hand, equal bits however they are grouped, and what is turned away."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.load import load
+from server.admission import admit
+from server.evaluation import over_clients
+from server.exchange import Cohort
+from server.rounds import combine_order
+from simulation.grid import become_server
+from strategies import make_strategy
+from strategies.blocks import BLOCK, average, cut, fault, weighted_sum
+from strategies.packing import (
+    Answer,
+    NodeReply,
+    Request,
+    block_of,
+    pack_replies,
+    pack_requests,
+    unpack_replies,
+    unpack_requests,
+)
+from strategies.sharing import Arrays, arrays_sha256, from_record, roles, to_record
+
+NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
+
+
+def arrays_of(seed: int) -> Arrays:
+    draw = np.random.default_rng(seed)
+    return {"trunk.w": draw.normal(size=(3, 2)).astype(np.float32), "heads.b": draw.normal(size=4).astype(np.float32)}
+
+
+def reply(client: int, arrays: Arrays | None, **metrics: Any) -> Message:
+    """A client's reply as the server sees it."""
+    become_server()
+    request = Message(RecordDict(), client, "train")
+    content = RecordDict({"metrics": MetricRecord({"num-examples": 10, "steps": 1} | metrics)})
+    if arrays is not None:
+        content["arrays"] = to_record(arrays)
+    return Message(content, reply_to=request)
+
+
+def test_two_clients_one_to_three() -> None:
+    block = weighted_sum([(1, {"w": np.float32([4, 8])}), (3, {"w": np.float32([8, 0])})])
+    mean = average([block], {"w": np.zeros(2, np.float32)})
+    assert mean["w"].tolist() == [7, 2] and mean["w"].dtype == np.float32
+
+
+def test_each_name_is_averaged_over_those_who_sent_it() -> None:
+    before = {"a": np.float32([1]), "b": np.float32([2]), "c": np.float32([3]), "n": np.int64([7])}
+    block = weighted_sum(
+        [(1, {"a": np.float32([10]), "n": np.int64([8])}), (3, {"a": np.float32([2]), "b": np.float32([5]), "n": np.int64([9])})]
+    )
+    mean = average([block], before)
+    assert {k: v.tolist() for k, v in mean.items()} == {"a": [4], "b": [5], "c": [3], "n": [9]}
+    assert mean["n"].dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("share", "trainable", "shared", "personal"),
+    [
+        ("all", "all", NAMES, ()),
+        ("all", "head", NAMES, ()),
+        ("none", "all", (), NAMES),
+        ("none", "head", (), NAMES[2:]),
+        ("body", "all", NAMES[:2], NAMES[2:]),
+        ("head", "all", NAMES[2:], NAMES[:2]),
+        ("head", "head", NAMES[2:], ()),
+        ("trainable", "head", NAMES[2:], ()),
+        ("trainable", "all", NAMES, ()),
+    ],
+)
+def test_roles(share: str, trainable: str, shared: tuple[str, ...], personal: tuple[str, ...]) -> None:
+    found = roles(load("fedavg", [f"strategy.share={share}", f"local.trainable={trainable}"]), NAMES)
+    assert (found.shared, found.personal) == (shared, personal)
+    assert sorted(found.shared + found.personal + found.fixed) == sorted(NAMES)
+
+
+@given(st.sets(st.integers(0, 60), min_size=1, max_size=45), st.integers(0, 5))
+def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
+    become_server()
+    draw = np.random.default_rng(seed)
+    updates = {c: {"w": (draw.normal(size=5) * 10.0 ** draw.integers(-6, 6)).astype(np.float32)} for c in cohort}
+    sizes = {c: int(draw.integers(1, 50)) for c in cohort}
+    assert sum(map(list, cut(list(cohort))), []) == sorted(cohort)
+    assert all(len(b) == BLOCK for b in cut(list(cohort))[:-1])
+    before = {"w": np.zeros(5, np.float32)}
+    results = set()
+    for whole in (0.0, 0.5, 1.0):  # the share of blocks that a node answers as one sum
+        sums = {b: weighted_sum((sizes[c], updates[c]) for c in b) for b in cut(list(cohort)) if draw.random() < whole}
+        inside = {c for b in sums for c in b}
+        replies = [reply(c, None if c in inside else updates[c], **{"num-examples": sizes[c]}) for c in sorted(cohort)]
+        verdict = admit(replies, sums, before, sizes)
+        strategy = make_strategy(load("fedavg"))
+        list(strategy.configure_train(1, to_record(before), ConfigRecord(), Cohort(sorted(cohort))))
+        mean, _ = strategy.aggregate_train(1, combine_order(sorted(cohort), verdict))
+        assert mean is not None
+        results.add(arrays_sha256(from_record(mean)))
+    assert len(results) == 1
+
+
+def test_packing_round_trip() -> None:
+    shared = to_record(arrays_of(0))
+    own = to_record(arrays_of(1))
+    config = ConfigRecord({"round": 3, "run": "x"})
+    requests = [Request(c, RecordDict({"arrays": own if c == 5 else shared, "config": config})) for c in (2, 5, 11)]
+    packed = pack_requests(requests, [(0, (2, 5))])
+    assert len(packed.array_records) == 2  # what several clients get is there once
+    back, blocks = unpack_requests(packed)
+    assert blocks == [(0, (2, 5))]
+    assert [r.client for r in back] == [2, 5, 11]
+    for before, after in zip(requests, back, strict=True):
+        assert from_record(after.content.array_records["arrays"]).keys() == {"trunk.w", "heads.b"}
+        assert arrays_sha256(from_record(after.content.array_records["arrays"])) == arrays_sha256(
+            from_record(before.content.array_records["arrays"])
+        )
+        assert dict(after.content.config_records["config"]) == dict(config)
+    block = weighted_sum([(2.0, arrays_of(0)), (3.0, arrays_of(1))])
+    metrics = RecordDict({"metrics": MetricRecord({"num-examples": 2})})
+    node = unpack_replies(pack_replies(NodeReply([Answer(2, metrics, summed=True), Answer(5, error="why")], {4: block})))
+    assert [(a.client, a.error, a.summed) for a in node.answers] == [(2, "", True), (5, "why", False)]
+    assert node.sums[4].weights == block.weights
+    assert all(np.array_equal(node.sums[4].sums[k], block.sums[k]) for k in block.sums)
+
+
+POISON: dict[str, dict[str, Any]] = {
+    "nan": {"trunk.w": np.full((3, 2), np.nan, np.float32)},
+    "infinite": {"trunk.w": np.full((3, 2), np.inf, np.float32)},
+    "wrong shape": {"trunk.w": np.zeros((2, 3), np.float32)},
+    "scalar": {"trunk.w": np.float32(1)},
+    "complex": {"trunk.w": np.zeros((3, 2), np.complex64)},
+    "double": {"trunk.w": np.zeros((3, 2), np.float64)},
+    "extra key": {"trunk.x": np.zeros(1, np.float32)},
+}
+
+
+@pytest.mark.parametrize("name", POISON)
+def test_poisoned_arrays_are_turned_away(name: str) -> None:
+    sent = arrays_of(0)
+    bad = reply(1, sent | {k: np.asarray(v) for k, v in POISON[name].items()})
+    verdict = admit([reply(0, sent), bad, reply(2, sent)], {}, sent, {0: 10, 1: 10, 2: 10})
+    assert [m.metadata.src_node_id for m in verdict.admitted] == [0, 2]
+    assert set(verdict.refused) == {1} and "trunk" in verdict.refused[1]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1, 0, 1e12, 11])
+def test_poisoned_weights_are_turned_away(weight: float) -> None:
+    sent = arrays_of(0)
+    verdict = admit([reply(0, sent), reply(1, sent, **{"num-examples": weight})], {}, sent, {0: 10, 1: 10})
+    assert set(verdict.refused) == {1} and "num-examples" in verdict.refused[1]
+
+
+def test_missing_arrays_bytes_that_are_none_and_errors_are_turned_away() -> None:
+    sent = arrays_of(0)
+    missing = reply(1, {"trunk.w": sent["trunk.w"]})
+    garbage = reply(2, sent)
+    garbage.content["arrays"] = ArrayRecord({k: Array("float32", (1,), "numpy.ndarray", b"pickled?") for k in sent})
+    no_metrics = reply(3, sent)
+    del no_metrics.content["metrics"]
+    verdict = admit([reply(0, sent), missing, garbage, no_metrics], {}, sent, dict.fromkeys(range(4), 10))
+    assert set(verdict.refused) == {1, 2, 3}
+    assert fault(sent, sent) == ""
+
+
+def test_a_sum_counts_only_as_a_whole() -> None:
+    sent = arrays_of(0)
+    clients = list(range(3 * BLOCK))
+    first, second, third = cut(clients)
+    sums = {b: weighted_sum((10.0, arrays_of(c)) for c in b) for b in (first, second, third)}
+    sums[third].sums["trunk.w"][0] = np.nan
+    replies = [reply(c, None, **({"num-examples": 1e9} if c == 3 else {})) for c in clients]
+    verdict = admit(replies, sums, sent, dict.fromkeys(clients, 10))
+    assert set(verdict.refused) == {*first, *third}
+    assert "declared" in verdict.refused[3] and "client 3 is refused" in verdict.refused[4]
+    (message,) = combine_order(clients, verdict)
+    assert all(np.array_equal(block_of(message).sums[k], sums[second].sums[k]) for k in sent)
+
+
+def test_arrays_that_are_in_no_sum_are_missing() -> None:
+    sent = arrays_of(0)
+    assert set(admit([reply(0, None), reply(1, sent)], {}, sent, {0: 10, 1: 10}).refused) == {0}
+
+
+def test_spread_over_clients_by_hand() -> None:
+    scores = {c: {"digit/accuracy": c / 10, "slant/rmse": c / 10} for c in range(11)}
+    spread = over_clients(scores, {c: 1 + (c == 10) for c in range(11)})
+    accuracy = spread["digit"]["accuracy"]
+    assert accuracy["mean"] == pytest.approx(0.5)
+    assert accuracy["weighted"] == pytest.approx((5.5 + 1) / 12)
+    assert accuracy["std"] == pytest.approx(np.sqrt(0.1))
+    assert accuracy["p10"] == pytest.approx(0.1)
+    assert accuracy["min"] == 0
+    assert accuracy["worst_decile"] == pytest.approx(0.05)  # two of eleven clients: 0 and 0.1
+    assert spread["slant"]["rmse"]["worst_decile"] == pytest.approx(0.95)  # for an error the highest are the worst

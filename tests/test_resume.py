@@ -1,0 +1,147 @@
+"""Killed and resumed: the run that was cut off ends with the bits of the run that never was."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import config.durable
+from config.load import to_toml
+from config.schema import Experiment
+from conftest import run_inline, small
+from server.checkpoints import Checkpoint, latest, save
+
+COMPARED = ("status", "rounds", "model_sha256", "personal_sha256", "split_sha256", "metrics", "clients")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing below it is caught, nothing after it is written."""
+
+
+def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Let everything end at the given write of a file, half of which gets onto the disk under its temporary name."""
+    count = [0]
+    honest = config.durable.write_bytes
+
+    def write(path: Path, content: bytes) -> None:
+        count[0] += 1
+        if count[0] == number:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+        if count[0] >= number:
+            raise Killed
+        honest(path, content)
+
+    for module in ("config.durable", "server.folder"):
+        monkeypatch.setattr(f"{module}.write_bytes", write)
+    return count
+
+
+def writes_of(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+    with monkeypatch.context() as patch:
+        count = kill_at_write(patch, 10**9)
+        summary = run_inline(experiment, out)
+    return count[0], summary
+
+
+@pytest.mark.parametrize("preset", ["fedper", "local"])
+def test_killed_at_any_write_and_resumed_gives_the_same_bits(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = small(preset, "cohort.size=3", "partition.clients=4")
+    total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
+    assert total > 3 * 4
+    for number in range(1, total + 1):
+        out = tmp_path / str(number)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at_write(patch, number)
+            run_inline(experiment, out)
+        resumed = run_inline(experiment, out, resume=True)
+        assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED], number
+
+
+def test_killed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = small("fedper", "run.rounds=6")
+    total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
+    for number in (total // 2, total // 4, total // 3):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at_write(patch, number)
+            run_inline(experiment, tmp_path / "cut", resume=True)
+    resumed = run_inline(experiment, tmp_path / "cut", resume=True)
+    assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED]
+
+
+@pytest.mark.parametrize("damage", ["torn arrays", "flipped bit", "torn json", "lost json", "torn line", "both newest"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(damage: str, tmp_path: Path) -> None:
+    experiment = small("fedper", "run.rounds=6")
+    expected = run_inline(experiment, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    folder = tmp_path / "checkpoints"
+    newest, older = (sorted(folder.glob("*.safetensors"))[i] for i in (-1, -2))
+    content = bytearray(newest.read_bytes())
+    if damage == "torn arrays":
+        newest.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+    elif damage == "torn json":
+        newest.with_suffix(".json").write_bytes(b'{"round": 6, "sha')
+    elif damage == "lost json":
+        newest.with_suffix(".json").unlink()
+    elif damage == "both newest":
+        newest.write_bytes(b"")
+        older.write_bytes(b"")
+    else:
+        with (tmp_path / "rounds.jsonl").open("a") as file:
+            file.write('{"round": 7, "coh')
+    found, damaged = latest(folder)
+    assert found is not None
+    assert found.round == {"torn line": 6, "both newest": 4}.get(damage, 5)
+    assert len(damaged) == 6 - found.round
+    resumed = run_inline(experiment, tmp_path, resume=True)
+    assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED]
+
+
+def test_arrays_of_another_round_are_no_checkpoint(tmp_path: Path) -> None:
+    import numpy as np
+
+    for round_ in (1, 2):
+        save(tmp_path, Checkpoint(round_, {"w": np.float32([round_])}))
+    os.replace(tmp_path / "round-00000001.safetensors", tmp_path / "round-00000002.safetensors")
+    found, damaged = latest(tmp_path)
+    assert found is None and len(damaged) == 2
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    experiment = small("fedavg")
+    first = run_inline(experiment, tmp_path)
+    before = (tmp_path / "rounds.jsonl").stat().st_mtime_ns
+    assert run_inline(experiment, tmp_path, resume=True) == first
+    assert (tmp_path / "rounds.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments(engine: str, tmp_path: Path) -> None:
+    """A real process and a real SIGKILL, until the run gets through."""
+    experiment = small("fedper", "run.rounds=40")
+    (tmp_path / "e.toml").write_text(to_toml(experiment))
+    command = [sys.executable, "-m", "experiments", "run", str(tmp_path / "e.toml"), "--quiet", "--engine", engine]
+    command += ["--out", str(tmp_path / "run"), "--resume"]
+    expected = run_inline(experiment, tmp_path / "whole")
+    moments = random.Random(5)
+    for _ in range(4):
+        process = subprocess.Popen(command)
+        while not (tmp_path / "run" / "rounds.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command).returncode == 0
+    resumed = run_inline(experiment, tmp_path / "run", resume=True)
+    assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED]
