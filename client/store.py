@@ -48,5 +48,3 @@ class Store:
     def _rounds(self, client: int) -> list[int]:
         folder = self._folder / "clients" / str(client)
         return sorted(int(p.stem.removeprefix("round-")) for p in folder.glob("round-*.safetensors"))
-
-

@@ -80,7 +80,9 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
         for job in jobs:
             with watch(job.folder, job.experiment) if watch else nullcontext():
                 found = launch(job.experiment, job.folder, resume)
-            summaries.append(Summary(job.folder, **{k: found[k] for k in Summary.__dataclass_fields__ if k != "folder"}))
+            summaries.append(
+                Summary(job.folder, **{k: found[k] for k in Summary.__dataclass_fields__ if k != "folder"})
+            )
             if found["reason"] == "stopped by the user":
                 break
     return summaries

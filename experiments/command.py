@@ -111,7 +111,9 @@ def sweep(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a comparison's folder.")],
-    out: Annotated[Path | None, typer.Option(help="The file to write; default report.html in the first folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; default report.html in the first folder.")
+    ] = None,
 ) -> None:
     """The HTML report of finished runs, or of one that is still running."""
     from experiments.report import write_report
@@ -177,9 +179,7 @@ def _run_group(jobs: Sequence[Any], folder: Path, resume: bool, quiet: bool, as_
     raise typer.Exit(exit_status(summaries))
 
 
-def _close(
-    quiet: bool, as_json: bool, result: object, table: object, report: Path, summaries: Sequence[Any]
-) -> None:
+def _close(quiet: bool, as_json: bool, result: object, table: object, report: Path, summaries: Sequence[Any]) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     console = _console(as_json)

@@ -1,16 +1,18 @@
 """The report's pictures, drawn by matplotlib without its global state, and their way into a page as inline SVG.
 
-Every colour is one of COLOURS. A Figure holds the light value; `to_svg` writes the name as a CSS variable in its place, so
-that the same picture follows a page's light or dark look.
+Every colour is one of COLOURS. A Figure holds the light value; `to_svg` writes a CSS variable in its place, so that the
+same picture follows a page's light or dark look.
 """
 
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -46,7 +48,7 @@ WIDTH = 10.4
 MOST_POINTS = 300
 """Points of one curve; longer runs are thinned so that the page stays small."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -82,11 +84,11 @@ def metric_label(target: str, metric: str) -> str:
 
 
 def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
-    """The global test metric and the clients' mean by round: the mean over seeds, and a band of one standard deviation."""
+    """The clients' mean and the global test metric by round: the mean over seeds, a band of one standard deviation."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.9))
-        panels = {"clients": "Mean over the clients' own test samples", "global": "Shared model, on the global test set"}
-        shown = [place for place in panels if any(_mean_curve(runs, place, target, metric) for runs in methods.values())]
+        panels = {"clients": "Mean over the clients' own test samples", "global": "Shared model on the global test set"}
+        shown = [p for p in panels if any(_mean_curve(runs, p, target, metric) for runs in methods.values())]
         for at, place in enumerate(shown or ["clients"]):
             axes = figure.add_axes(_box(figure, at, max(1, len(shown)), right=1.25))
             labels = []
@@ -97,10 +99,10 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
                     axes.plot(rounds, mean, color=colour, linestyle=dash, linewidth=1.8)
                     if spread is not None:
                         axes.fill_between(rounds, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-                    axes.plot(rounds[-1:], mean[-1:], "o", color=colour, markersize=3.5)
+                    axes.plot(rounds[-1:], mean[-1:], "o", color=colour, markersize=3.5, clip_on=False)
                     labels.append((name, float(rounds[-1]), float(mean[-1]), colour))
             axes.set(title=panels[place], xlabel="round")
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, max((x for _, x, _, _ in labels), default=1.0) or 1.0)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             _value_axis(axes, target, metric, "y")
             _label_ends(axes, labels)
@@ -108,7 +110,7 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
 
 
 def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str, Paired]) -> Figure:
-    """A dot for each client and seed by method, with the mean and the worst tenth; `paired` marks who lost against alone."""
+    """A dot for each client and seed by method, with the mean and the worst tenth; `paired` says who lost against alone."""
     rows = {name: [r for r in runs if r.scores(target, metric)] for name, runs in methods.items()}
     rows = {name: runs for name, runs in rows.items() if runs}
     with matplotlib.rc_context(STYLE):
@@ -132,16 +134,14 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
                     x, y = np.array(dots).T
                     axes.scatter(x, y, s=5 if many else 17, color=colour, alpha=0.75, linewidths=0, rasterized=many)
             for key, marker, size in (("mean", "|", 19.0), ("worst_decile", "d", 5.5)):
-                known = [v[key] for run in counted(runs) if (v := run.final("clients", target, metric)) and v.get(key) is not None]
-                if known:
-                    axes.plot(
-                        np.mean(known), row, marker, color=COLOURS["ink"][0], markersize=size, markeredgewidth=1.8
-                        if marker == "|" else 0,
-                    )  # fmt: skip
+                over = [run.final("clients", target, metric) or {} for run in counted(runs)]
+                if known := [v[key] for v in over if v.get(key) is not None]:
+                    edge = 1.8 if marker == "|" else 0.0
+                    axes.plot(np.mean(known), row, marker, color=COLOURS["ink"][0], markersize=size, mew=edge)
             if versus is not None:
                 colour = COLOURS["loser" if versus.lost else "muted"][0]
-                note = f"{versus.lost} of {versus.clients} lost"
-                axes.annotate(note, (1, row), (10, 0), ("axes fraction", "data"), "offset points", va="center", color=colour)
+                note, at = f"{versus.lost} of {versus.clients} lost", ("axes fraction", "data")
+                axes.annotate(note, (1, row), (10, 0), at, "offset points", va="center", color=colour)
         axes.set_yticks(range(len(rows)), list(rows))
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"][0], pad=8)
@@ -160,19 +160,22 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.9))
         bottom, height = 0.55 / 3.9, 1 - 0.95 / 3.9
-        free = figure.add_axes((0.6 / WIDTH, bottom, 0.35 / WIDTH, height))
-        sent = figure.add_axes((2.0 / WIDTH, bottom, 2.75 / WIDTH, height), sharey=free)
-        timed = figure.add_axes((6.05 / WIDTH, bottom, 3.1 / WIDTH, height), sharey=free)
-        labels: dict[Axes, list[tuple[str, float, float, str]]] = {free: [], sent: [], timed: []}
+        anything = any(run.cost["bytes_up"] + run.cost["bytes_down"] for runs in methods.values() for run in runs)
+        timed = figure.add_axes(((6.05 if anything else 0.6) / WIDTH, bottom, 3.1 / WIDTH, height))
+        free = figure.add_axes((0.6 / WIDTH, bottom, 0.35 / WIDTH, height), sharey=timed, visible=anything)
+        sent = figure.add_axes((2.0 / WIDTH, bottom, 2.75 / WIDTH, height), sharey=timed, visible=anything)
+        panels = (sent, timed) if anything else (timed,)
+        labels: dict[Axes, list[tuple[str, float, float, str]]] = {axes: [] for axes in (free, *panels)}
         for name, runs in methods.items():
-            found = _mean_curve(runs, place, target, metric)
-            if not found:
+            if not (found := _mean_curve(runs, place, target, metric)):
                 continue
             rounds, mean, _ = found
             colour, dash = _look(name, methods)
-            for axes, key in ((sent, "bytes"), (timed, "seconds")):
-                spent = np.mean([run.spent(key, rounds) for run in counted(runs)], axis=0)
-                if key == "bytes" and not spent.any():
+            for axes in panels:
+                spent = np.mean(
+                    [run.spent("bytes" if axes is sent else "seconds", rounds) for run in counted(runs)], axis=0
+                )
+                if axes is sent and not spent.any():
                     free.plot([0], mean[-1:], "o", color=colour, markersize=5)
                     labels[free].append((name, 0.0, float(mean[-1]), colour))
                     continue
@@ -182,23 +185,18 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
                     axes.plot(spent[real][-1:], mean[real][-1:], "o", color=colour, markersize=3.5)
                     labels[axes].append((name, float(spent[-1]), float(mean[-1]), colour))
         for axes, form in ((sent, bytes_text), (timed, seconds_text)):
-            if labels[axes]:
+            if labels.get(axes):
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_formatter(NullFormatter())
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, form=form: form(x)))
-            else:
-                axes.set_xticks([])
-                axes.text(0.5, 0.5, "no bytes sent" if axes is sent else "not timed", transform=axes.transAxes, ha="center")
-        _value_axis(free, target, metric, "y")
-        free.set(xlim=(-1, 1), xticks=[0], xticklabels=["0 B"])
+        first = free if anything else timed
+        _value_axis(first, target, metric, "y")
+        free.set(title="Against bytes, both ways together", xlim=(-1, 1), xticks=[0], xticklabels=["0 B"])
         free.grid(visible=False, axis="x")
-        if not labels[free]:
-            free.set_xticks([])
-        for axes, title in ((free, "Against bytes, both ways together"), (sent, ""), (timed, "Against seconds")):
-            axes.set_title(title)
-            _label_ends(axes, labels[axes])
-        for axes in (sent, timed):
-            axes.tick_params(axis="y", labelleft=axes is timed)
+        sent.tick_params(axis="y", labelleft=False)
+        timed.set_title("Against seconds")
+        for axes, ends in labels.items():
+            _label_ends(axes, ends)
         return figure
 
 
@@ -216,13 +214,15 @@ def label_split(split: Mapping[str, object]) -> Figure:
         figure = Figure(figsize=(WIDTH, height))
         left, wide = 0.75 / WIDTH, 1 - 2.2 / WIDTH
         bars = figure.add_axes((left, (0.6 + tall) / height, wide, 1.25 / height))
-        below = np.zeros(clients)
-        for part, name, alpha in zip(sizes.T, ("training", "validation", "test"), (1.0, 0.5, 0.25), strict=False):
-            bars.bar(np.arange(clients), part, 0.66, bottom=below, color=COLOURS["m0"][0], alpha=alpha, linewidth=0)
-            below += part
-            middle = below.max() * (0.2 + 0.28 * ("training", "validation", "test").index(name))
-            bars.plot(clients + 0.1, middle, "s", color=COLOURS["m0"][0], alpha=alpha, markersize=7, clip_on=False, mew=0)
-            bars.annotate(name, (clients + 0.1, middle), (9, 0), textcoords="offset points", va="center", annotation_clip=False)
+        blue, at, below = COLOURS["m0"][0], np.arange(clients), np.zeros(clients)
+        bars.bar(at, sizes.sum(axis=1), 0.66, color=COLOURS["paper"][0], linewidth=0)  # hides the grid behind the tints
+        key = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+        for i, (name, alpha) in enumerate((("training", 1.0), ("validation", 0.5), ("test", 0.25))):
+            bars.bar(at, sizes[:, i], 0.66, bottom=below, color=blue, alpha=alpha, linewidth=0)
+            below += sizes[:, i]
+            place = (1.015, 0.2 + 0.22 * i)
+            bars.plot(*place, "s", transform=bars.transAxes, color=blue, alpha=alpha, ms=7, clip_on=False, mew=0)
+            bars.annotate(name, place, (9, 0), "axes fraction", **key)
         bars.set(title="Samples of each client", xlim=(-0.7, clients - 0.3))
         bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         bars.grid(visible=False, axis="x")
@@ -232,12 +232,12 @@ def label_split(split: Mapping[str, object]) -> Figure:
         bars.tick_params(axis="x", length=0, labelbottom=False)
         grid = figure.add_axes((left, 0.5 / height, wide, tall / height))
         if clients <= 80:
-            at, label = np.nonzero(labels)
-            room = min(72 * 0.24, 72 * wide * WIDTH / clients * 0.95)  # points: the largest bubble touches its neighbours
-            area = labels[at, label] / labels.max() * room**2
-            grid.scatter(at, label, s=area, color=COLOURS["m0"][0], alpha=0.8, linewidths=0)
+            client, label = np.nonzero(labels)
+            room = min(17.3, 72 * wide * WIDTH / clients * 0.95)  # points: the largest bubble just fits its cell
+            area = labels[client, label] / labels.max() * room**2
+            grid.scatter(client, label, s=area, color=blue, alpha=0.8, linewidths=0)
         else:
-            ramp = matplotlib.colors.LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
+            ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
             grid.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest")
         grid.set(xlabel="client", ylabel=str(split.get("target") or "label"), xlim=(-0.7, clients - 0.3))
         grid.set_ylim(classes - 0.4, -0.6)
@@ -255,7 +255,7 @@ def to_svg(figure: Figure, name: str, about: str) -> str:
     """
     file = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None}, dpi=150)
+        figure.savefig(file, format="svg", metadata={"Date": None}, dpi=150)
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -307,7 +307,7 @@ def _mean_curve(
 
 
 def _look(name: str, methods: Methods) -> tuple[str, str]:
-    """Colour and line of a method: grey and broken for the two references, then the palette in order."""
+    """Colour and line of a method: grey and broken for the two references, else the palette in order."""
     if name == ALONE:
         return COLOURS["ink"][0], (0, (4, 2))  # type: ignore[return-value]
     others = [m for m, runs in methods.items() if m != ALONE and runs[0].experiment.run.placement != "pooled"]
@@ -318,7 +318,7 @@ def _look(name: str, methods: Methods) -> tuple[str, str]:
 
 
 def _jitter(client: int, seed: int) -> float:
-    """A place within a row, in -0.28..0.28: the golden ratio's multiples spread neighbours apart, and every time alike."""
+    """A place within a row, -0.28..0.28: the golden ratio's multiples keep neighbours apart, and are always the same."""
     return ((client * 0.6180339887 + seed * 0.3247179572) % 1 - 0.5) * 0.56
 
 

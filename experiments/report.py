@@ -12,7 +12,16 @@ from rich.table import Table
 from config import load
 from experiments import plots
 from experiments.results import (
-    ALONE, PRIMARY, Paired, RunResult, by_method, compare_paired, counted, find_runs, primary_metric, targets_of,
+    ALONE,
+    PRIMARY,
+    Paired,
+    RunResult,
+    by_method,
+    compare_paired,
+    counted,
+    find_runs,
+    primary_metric,
+    targets_of,
 )  # fmt: skip
 
 Methods = dict[str, list[RunResult]]
@@ -23,7 +32,7 @@ CSS = (
     f"@media (prefers-color-scheme: dark) {{ :root {{ {plots.css_variables(dark=True)} }} }}\n"
     """
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 3rem 1.5rem 5rem; max-width: 70rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; padding: 3rem 1.5rem 5rem; max-width: 73rem; background: var(--paper); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.75rem; line-height: 1.25; letter-spacing: -.01em; margin: 0; }
 h2 { font-size: 1.2rem; margin: 3.2rem 0 .3rem; padding-top: 1.1rem; border-top: 1px solid var(--rule); }
@@ -37,9 +46,10 @@ p { max-width: 52rem; margin: .4rem 0 .8rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; margin: .8rem 0 .4rem; min-width: 60%; }
 th { font-weight: 500; color: var(--muted); vertical-align: bottom; }
-th, td { text-align: right; padding: .34rem .7rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child, .left { text-align: left; padding-left: 0; }
-.left + .left { padding-left: .7rem; }
+th, td { text-align: right; padding: .34rem .55rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th.left, td.left { text-align: left; }
+tr.aside td { color: var(--muted); }
 thead tr:last-child th, tbody tr { border-bottom: 1px solid var(--rule); }
 th.group { text-align: center; }
 th.group span { display: block; border-bottom: 1px solid var(--rule); }
@@ -119,7 +129,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
     return path
 
 
@@ -150,3 +160,376 @@ def render(runs: Sequence[RunResult]) -> str:
         f"<title>Meadow: {escape(title)}</title><style>{CSS}</style></head>"
     )
     return f"{head}\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+
+
+def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
+    """What came out, in sentences, for the first target: the best method, the next, who lost, and what it cost."""
+    rows = [row for row in rows if row["target"] == rows[0]["target"]]
+    target, metric = rows[0]["target"], rows[0]["metric"]
+    real = [row for row in rows if row["client_mean"] is not None]
+    if not real:
+        value = rows[0]["global"]
+        return ["Nothing has been measured yet." if value is None else f"The {metric} of {target} on the global test set "
+                f"is {_worded(value, metric, target)}."]  # fmt: skip
+    choices = [row for row in real if not _is_aside(row, real)]
+    best = choices[0]
+    seeds = f" ± {_worded(best['client_mean_seed_std'], metric, target)} over {best['seeds']} seeds"
+    reached = (
+        f"mean {metric} of {target} on the clients' own test samples {_worded(best['client_mean'], metric, target)}"
+        f"{seeds if best['client_mean_seed_std'] is not None else ''}, "
+        f"{_worded(best['client_worst_decile'], metric, target)} for the worst tenth of them"
+    )
+    if len(choices) == 1:
+        said = [f"{best['method']}: {reached}."]
+    else:
+        said = [f"{best['method']} is best for the clients: {reached}."]
+        said.append(_against_next(methods, best, choices[1], target, metric))
+    alone = next((row for row in real if row["method"] == ALONE), None)
+    if alone and alone is not best:
+        said.append(f"Training alone gives {_worded(alone['client_mean'], metric, target)}.")
+    losing = sorted((r for r in choices if r["lost"]), key=lambda r: -r["lost"] / r["lost_of"])
+    if losing:
+        pairs = "clients, counted once a seed," if max(row["seeds"] for row in losing) > 1 else "clients"
+        told = losing[:2] + [row for row in losing[2:] if row is best]
+        parts = [f"{row['lost']} of {row['lost_of']} under {row['method']}" for row in told]
+        none = f", none under {best['method']}" if best["lost"] == 0 else ""
+        said.append(f"Of the {pairs} {_listed(parts)} do worse than alone{none}.")
+    pooled = next((row for row in real if row["pooled"]), None)
+    if pooled and pooled is not best:
+        said.append(f"All the data in one place would give {_worded(pooled['client_mean'], metric, target)}.")
+    sent = best["bytes_up"] + best["bytes_down"]
+    cost = f"sends {plots.bytes_text(sent)}" if sent else "sends nothing"
+    said.append(f"A run of {best['method']} {cost} and takes {plots.seconds_text(best['seconds'])}.")
+    return said
+
+
+def warnings(runs: Sequence[RunResult]) -> list[str]:
+    """What the reader must know before reading on: runs that have not ended or have failed, and splits that differ."""
+    said = []
+    for run in runs:
+        name = f"{run.experiment.run.name}, seed {run.seed}"
+        if run.status == "running":
+            said.append(f"{name} has not ended: {run.rounds_done} of {run.experiment.run.rounds} rounds so far.")
+        elif run.status != "done":
+            reason = (run.summary or {}).get("reason") or "no reason given"
+            said.append(f"{name} {run.status} after {run.rounds_done} of {run.experiment.run.rounds} rounds: {reason}")
+    if len(said) > 6:
+        said = [*said[:5], f"{len(said) - 5} more runs have not ended as they should; the list of runs below has all."]
+    for seed in sorted({run.seed for run in runs}):
+        if len({run.split_sha256 for run in runs if run.seed == seed and run.split_sha256}) > 1:
+            said.append(f"The runs of seed {seed} do not all have the same split; those that differ are not paired.")
+    return said
+
+
+def _learners(methods: Methods, target: str) -> Methods:
+    return {n: found for n, group in methods.items() if (found := [r for r in group if target in r.experiment.learned])}
+
+
+def _row(name: str, group: Sequence[RunResult], target: str, metric: str, alone: Sequence[RunResult]) -> Row:
+    runs = counted(group)
+    over_clients = [v for run in runs if (v := run.final("clients", target, metric))]
+    versus = compare_paired(runs, counted(alone), target, metric) if name != ALONE and alone else None
+    client_means = [v.get("mean") for v in over_clients]
+    shared = [run.final("global", target, metric) for run in runs]
+    tuned = [float(np.mean(list(s.values()))) for run in runs if (s := run.scores(target, metric, "finetuned"))]
+    return {
+        "target": target, "metric": metric, "rank": 0, "method": name, "seeds": len(runs), "started": len(group),
+        "statuses": [run.status for run in group],
+        "rounds": max(run.rounds_done for run in group),
+        "pooled": group[0].experiment.run.placement == "pooled",
+        "client_mean": _mean(client_means), "client_mean_seed_std": _deviation(client_means),
+        "client_std": _mean([v.get("std") for v in over_clients]),
+        "client_weighted": _mean([v.get("weighted") for v in over_clients]),
+        "client_worst_decile": _mean([v.get("worst_decile") for v in over_clients]),
+        "global": _mean(shared), "global_seed_std": _deviation(shared),
+        "last10_clients": _mean([run.last10("clients", target, metric) for run in runs]),
+        "last10_global": _mean([run.last10("global", target, metric) for run in runs]),
+        "finetuned": _mean(tuned),
+        "gain": versus.mean if versus else None,
+        "gain_low": versus.interval[0] if versus and versus.interval else None,
+        "gain_high": versus.interval[1] if versus and versus.interval else None,
+        "lost": versus.lost if versus else None, "lost_of": versus.clients if versus else None,
+        **{key: _mean([run.cost[key] for run in runs]) for key in ("bytes_up", "bytes_down", "seconds")},
+    }  # fmt: skip
+
+
+def _against_next(methods: Methods, best: Row, following: Row, target: str, metric: str) -> str:
+    text = f"Next is {following['method']} with {_worded(following['client_mean'], metric, target)}"
+    paired = compare_paired(counted(methods[best["method"]]), counted(methods[following["method"]]), target, metric)
+    if not paired or not paired.interval:
+        return f"{text}; three seeds or more would tell whether that difference is more than chance."
+    low, high = (_number(value, metric, signed=True) for value in paired.interval)
+    told = "so the difference is more than chance" if paired.interval[0] > 0 else "so the two are not told apart"
+    return f"{text}; the paired 95% interval of the difference is {low} to {high}{_unit(metric, target)}, {told}."
+
+
+def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
+    part = [row for row in rows if row["target"] == target]
+    metric, learners = part[0]["metric"], _learners(methods, target)
+    alone = counted(learners.get(ALONE, []))
+    found = {n: compare_paired(counted(g), alone, target, metric) for n, g in learners.items() if n != ALONE and alone}
+    paired: dict[str, Paired] = {name: versus for name, versus in found.items() if versus}
+    ordered = {row["method"]: list(counted(learners[row["method"]])) for row in part}
+    shown = {name: learners[name] for name in learners}
+    lost = " Orange: the clients that do worse than under local, on the same split." if paired else ""
+    dots = any(run.scores(target, metric) for runs in learners.values() for run in runs)
+    pictures = [
+        (plots.learning_curves(shown, target, metric), "curves", f"Learning curves of {target}",
+         "Lines are means over the seeds, bands one standard deviation. Methods without a curve for the global test set "
+         "have no single shared model."),
+        *([(plots.client_dots(ordered, target, metric, paired), "dots", f"{target}: each client by method",
+            f"A dot for each client and seed: the metric of the model that it would use. Bar: the clients' mean. "
+            f"Diamond: the mean of the worst tenth.{lost}")] if dots else []),
+        (plots.cost_curves(shown, target, metric), "cost", f"{target} against bytes and seconds",
+         "The clients' mean against what has been spent until then. Methods at 0 B train without sending anything."),
+    ]  # fmt: skip
+    direction = "higher" if PRIMARY.get(metric, True) else "lower"
+    text = [
+        f"<h2>{escape(target)}</h2>",
+        f'<p class="note">{escape(plots.metric_label(target, metric))} at the end of training; {direction} is better. '
+        f"{_legend(part)}</p>",
+        _ranking_html(part),
+        *(
+            f"<figure>{plots.to_svg(figure, f'{target}-{name}', escape(about))}<figcaption>{caption}</figcaption></figure>"
+            for figure, name, about, caption in pictures
+        ),
+    ]
+    return "\n".join(text)
+
+
+def _ranking_html(part: Sequence[Row]) -> str:
+    metric = part[0]["metric"]
+    columns: list[tuple[str, str, str]] = [
+        ("clients' own test samples", "mean", "client_mean"),
+        ("clients' own test samples", "weighted", "client_weighted"),
+        ("clients' own test samples", "worst tenth", "client_worst_decile"),
+        ("clients' own test samples", "std", "client_std"),
+        ("clients' own test samples", "last 10", "last10_clients"),
+        ("clients' own test samples", "fine-tuned", "finetuned"),
+        ("shared model", "global test", "global"),
+        ("shared model", "last 10", "last10_global"),
+        ("against alone", "gain", "gain"),
+        ("against alone", "lost", "lost"),
+        ("one run", "up", "bytes_up"),
+        ("one run", "down", "bytes_down"),
+        ("one run", "time", "seconds"),
+    ]
+    columns = [column for column in columns if any(row[column[2]] is not None for row in part)]
+    groups = {group: sum(column[0] == group for column in columns) for group, _, _ in columns}
+    head = '<tr><th class="left"></th>'
+    head += "".join(f'<th class="group" colspan="{n}"><span>{escape(g)}</span></th>' for g, n in groups.items())
+    head += '</tr><tr><th class="left">method</th>' + "".join(f"<th>{name}</th>" for _, name, _ in columns) + "</tr>"
+    body = "".join(
+        f"<tr{' class=aside' if _is_aside(row, part) else ''}><td>{escape(_flag(row))}</td>"
+        + "".join(f"<td>{_cell(row, part, key, metric)}</td>" for _, _, key in columns)
+        + "</tr>"
+        for row in part
+    )
+    notes = ["std: over the clients. last 10: mean of the last ten evaluated rounds."]
+    if any(row["gain"] is not None for row in part):
+        notes.append("gain: mean difference to local on the same clients, positive is better.")
+        notes.append("lost: clients, counted once a seed, that do worse than under local.")
+    if any(row["gain_low"] is not None for row in part):
+        notes.append("In brackets: the 95% paired t-interval over the seeds.")
+    note = f'<p class="note">{escape(" ".join(notes))}</p>'
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{note}'
+
+
+def _cell(row: Row, part: Sequence[Row], key: str, metric: str) -> str:
+    value = row[key]
+    if value is None:
+        return ""
+    if key == "lost":
+        return f"{value} <small>of {row['lost_of']}</small>"
+    if key in ("bytes_up", "bytes_down"):
+        return plots.bytes_text(value) if value else "0"
+    if key == "seconds":
+        return plots.seconds_text(value)
+    text = _number(value, metric, signed=key == "gain")
+    text = f"<b>{text}</b>" if _is_best(row, part, key) else text
+    if key == "gain" and row["gain_low"] is not None:
+        low, high = (_number(row[end], metric, signed=True) for end in ("gain_low", "gain_high"))
+        return f"{text} <small>[{low}, {high}]</small>"
+    return text + f"<small>{_plus_minus(row.get(f'{key}_seed_std'), metric)}</small>"
+
+
+def _split_section(runs: Sequence[RunResult]) -> str:
+    seeds = {run.seed: run for run in runs if run.split.get("sizes")}
+    if not seeds:
+        return ""
+    first = seeds[min(seeds)]
+    svg = plots.to_svg(plots.label_split(first.split), "split", "Samples of each client by part and by label")
+    rows = "".join(
+        f'<tr><td class="left">{seed}</td><td class="left">{escape(str(run.split.get("law", "")))}</td>'
+        f"<td>{run.split.get('tries', '')}</td><td>{min(totals)} to {max(totals)}</td>"
+        f'<td class="left"><code>{escape(run.split_sha256)}</code></td></tr>'
+        for seed, run in sorted(seeds.items())
+        for totals in [[sum(sizes) for sizes in run.split["sizes"]]]
+    )
+    return (
+        f'<h2>Who holds what</h2><p class="note">The split of seed {first.seed}. The area of a bubble is the number of '
+        f"samples with that label.</p><figure>{svg}</figure>"
+        '<div class="scroll"><table><thead><tr><th>seed</th><th class="left">law</th><th>tries</th>'
+        '<th>samples a client</th><th class="left">SHA-256 of the split</th></tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _methods_section(methods: Methods) -> str:
+    """The settings in which the methods differ; the rest stands in each run's experiment.toml."""
+    flat = {name: dict(load.flatten(load.to_tree(group[0].experiment))) for name, group in methods.items()}
+    keys = [k for k in next(iter(flat.values())) if len({str(s[k]) for s in flat.values()}) > 1]
+    keys = [key for key in keys if key not in ("run.name", "run.seed") and not key.startswith("engine.")]
+    if not keys:
+        return ""
+    head = "".join(f'<th class="left">{escape(key)}</th>' for key in keys)
+    body = "".join(
+        f'<tr><td class="left">{escape(name)}</td>'
+        + "".join(f'<td class="left">{escape(_setting(settings[key]))}</td>' for key in keys)
+        + "</tr>"
+        for name, settings in flat.items()
+    )
+    return (
+        "<h2>What the methods are</h2><p class='note'>The settings in which they differ; all others are alike.</p>"
+        f'<div class="scroll"><table><thead><tr><th>method</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _runs_section(methods: Methods) -> str:
+    return "<h2>Runs</h2>" + "".join(_run_html(name, run) for name, group in methods.items() for run in group)
+
+
+def _run_html(name: str, run: RunResult) -> str:
+    summary = run.summary or {}
+    failed: dict[tuple[int, str], list[int]] = {}
+    for record in run.rounds:
+        for fault in record.get("failed") or []:
+            failed.setdefault((int(fault["client"]), str(fault["reason"])), []).append(int(record["round"]))
+    rounds = f"{run.rounds_done} of {run.experiment.run.rounds} rounds"
+    line = f"{run.status}, {rounds}, {plots.seconds_text(run.cost['seconds'])}"
+    if failed:
+        line += f", {len({client for client, _ in failed})} clients failed at times"
+    facts: list[tuple[str, str]] = [("status", escape(f"{run.status} {summary.get('reason') or ''}".strip()))]
+    for (client, reason), rounds_failed in sorted(failed.items()):
+        head, _, rest = reason.strip().partition("\n")
+        more = f"<pre>{escape(rest)}</pre>" if rest else ""
+        facts.append((f"client {client} failed", f"{_rounds_text(rounds_failed)}: {escape(head)}{more}"))
+    if (never := (summary.get("clients") or {}).get("never_sampled")) is not None:
+        facts.append(("never sampled", escape(_never_sampled(int(never), run))))
+    facts += [
+        ("privacy", escape(privacy_statement(run))),
+        ("versions", escape(", ".join(f"{k} {v}" for k, v in (run.manifest.get("versions") or {}).items()))),
+        ("commit", f"<code>{escape(str(run.manifest.get('git_commit') or 'not in a git repository'))}</code>"),
+        ("command", f"<code>{escape(' '.join(map(str, run.manifest.get('command') or [])))}</code>"),
+        ("data", f"<code>{escape(str(run.manifest.get('data_sha256') or ''))}</code>"),
+        ("model", f"<code>{escape(str(summary.get('model_sha256') or ''))}</code>"),
+        ("folder", f"<code>{escape(str(run.folder))}</code>"),
+    ]
+    items = "".join(f"<dt>{key}</dt><dd>{text}</dd>" for key, text in facts if text not in ("", "<code></code>"))
+    head = f"<summary>{escape(name)}, seed {run.seed} <span>{escape(line)}</span></summary>"
+    return f"<details>{head}<dl>{items}</dl></details>"
+
+
+def privacy_statement(run: RunResult) -> str:
+    """What a run protects, in words."""
+    privacy = {"unit": run.experiment.privacy.unit, **((run.summary or {}).get("privacy") or {})}
+    releases = [r["what"] if isinstance(r, Mapping) else str(r) for r in privacy.get("releases") or []]
+    left = f" What left the clients: {', '.join(releases)}." if releases else ""
+    if privacy["unit"] == "none":
+        return f"No protection: no noise was added to anything.{left}"
+    epsilon = privacy.get("epsilon") or {}
+    return (
+        f"Differential privacy for each {privacy['unit']}: epsilon at most {epsilon.get('max')} (median over the clients "
+        f"{epsilon.get('median')}) at delta {privacy.get('delta')}, by the accountant {privacy.get('accountant')}.{left}"
+    )
+
+
+def _never_sampled(count: int, run: RunResult) -> str:
+    clients = f"{count} of {run.experiment.partition.clients} clients"
+    if count and run.experiment.share not in ("all", "none"):
+        own = "trunk" if run.experiment.share == "head" else "head"
+        shared = "head" if own == "trunk" else "trunk"
+        return f"{clients}; they are evaluated with the shared {shared} and their own untrained {own}."
+    return f"{clients}."
+
+
+def _flag(row: Row) -> str:
+    """The method's name, with a mark where not all of its runs have ended well."""
+    states = row["statuses"]
+    if set(states) == {"done"}:
+        return str(row["method"])
+    if "running" in states and row["seeds"] == len(states):
+        return f"{row['method']} (so far)"
+    return f"{row['method']} ({states.count('done')} of {len(states)} done)"
+
+
+def _is_best(row: Row, part: Sequence[Row], key: str) -> bool:
+    values = [other[key] for other in part if other[key] is not None and not _is_aside(other, part)]
+    if len(values) < 2 or row[key] is None or _is_aside(row, part):
+        return False
+    lower = key == "client_std" or (key != "gain" and not PRIMARY.get(row["metric"], True))
+    return bool(row[key] == (min(values) if lower else max(values)))
+
+
+def _is_aside(row: Row, part: Sequence[Row]) -> bool:
+    """Pooling needs all data in one place, so beside other methods it is what they are held against, not a choice."""
+    return bool(row["pooled"]) and not all(other["pooled"] for other in part)
+
+
+def _legend(part: Sequence[Row]) -> str:
+    said = ["± is the standard deviation over seeds."] if any(row["seeds"] > 1 for row in part) else []
+    if len(part) > 1:
+        aside = next((row["method"] for row in part if _is_aside(row, part)), "")
+        said.append(f"The best of each column is bold{f', {escape(aside)} aside' if aside else ''}.")
+    return " ".join(said)
+
+
+def _number(value: float | None, metric: str, signed: bool = False) -> str:
+    """A metric as it stands in a table: accuracy in percent, anything else with three decimals."""
+    if value is None:
+        return ""
+    sign = "+" if signed else ""
+    text = f"{100 * value:{sign}.1f}" if metric == "accuracy" else f"{value:{sign}.3f}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _unit(metric: str, target: str) -> str:
+    if metric == "accuracy":
+        return " percentage points"
+    return f" {plots.UNITS[target]}" if metric == "rmse" and target in plots.UNITS else ""
+
+
+def _worded(value: float | None, metric: str, target: str) -> str:
+    return _number(value, metric) + ("%" if metric == "accuracy" else _unit(metric, target))
+
+
+def _plus_minus(value: float | None, metric: str) -> str:
+    return "" if value is None else f" ± {_number(value, metric)}"
+
+
+def _setting(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) or "(none)"
+
+
+def _seeds(runs: Sequence[RunResult]) -> str:
+    numbers = ", ".join(str(run.seed) for run in runs)
+    return f"seed {numbers}" if len(runs) == 1 else f"seeds {numbers}"
+
+
+def _rounds_text(rounds: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rounds[:8])) + (f" and {len(rounds) - 8} more" if len(rounds) > 8 else "")
+    return f"round {shown}" if len(rounds) == 1 else f"rounds {shown}"
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _deviation(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1)) if len(known) > 1 else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats  # type: ignore[import-untyped]
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from config import load
 from config.errors import UserError
@@ -48,7 +48,7 @@ class RunResult:
 
     @property
     def status(self) -> str:
-        """"done", "stopped", "failed", or "running" where there is no summary (yet)."""
+        """One of "done", "stopped", "failed", or "running" where there is no summary (yet)."""
         return str(self.summary["status"]) if self.summary else "running"
 
     @property
@@ -62,7 +62,9 @@ class RunResult:
     @cached_property
     def cost(self) -> Mapping[str, float]:
         """seconds, bytes_up and bytes_down of the whole run, or of the rounds so far; steps once it has ended."""
-        so_far = {key: float(sum(r.get(key) or 0 for r in self.rounds)) for key in ("seconds", "bytes_up", "bytes_down")}
+        so_far = {
+            key: float(sum(r.get(key) or 0 for r in self.rounds)) for key in ("seconds", "bytes_up", "bytes_down")
+        }
         return {**so_far, **(self.summary or {}).get("cost", {})}
 
     def final(self, place: str, target: str, metric: str) -> Any:
@@ -96,7 +98,7 @@ class RunResult:
         for record in self.rounds:
             value = (record.get(place) or {}).get(target, {}).get(metric)
             if value is not None:
-                at = record["clients_round"] if place == "clients" else record["round"]
+                at = record.get("clients_round", record["round"]) if place == "clients" else record["round"]
                 points[int(at)] = float(value["mean"] if place == "clients" else value)
         if self.summary and (value := self.final(place, target, metric)) is not None:
             points[self.rounds_done] = float(value["mean"] if place == "clients" else value)
@@ -143,7 +145,9 @@ def find_runs(paths: Iterable[Path]) -> list[RunResult]:
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise UserError(f"{path}: there is no such folder. Give run folders, or a folder that compare or sweep made")
+            raise UserError(
+                f"{path}: there is no such folder. Give run folders, or a folder that compare or sweep made"
+            )
         inside = [path] if _is_run(path) else sorted(child for child in path.iterdir() if _is_run(child))
         if not inside:
             raise UserError(
@@ -163,14 +167,19 @@ def read_run(path: Path) -> RunResult:
     """
     if not _is_run(path):
         raise UserError(f"{path} is not a run folder: it has no experiment.toml")
+    # The summary is written last, so it is read first: where it is there, the other files are too.
+    summary = _read_json(path / "summary.json")
+    rounds = read_rounds(path / "rounds.jsonl")
+    if summary and rounds and rounds[-1]["round"] > summary.get("rounds", 0):
+        summary = None  # It is of before a resume, and the run has gone on since.
     return RunResult(
         folder=path,
         experiment=load.load(path / "experiment.toml"),
         manifest=_read_json(path / "manifest.json") or {},
         split=_read_json(path / "split.json") or {},
-        rounds=read_rounds(path / "rounds.jsonl"),
-        columns=_read_columns(path / "clients.csv"),
-        summary=_read_json(path / "summary.json"),
+        rounds=rounds,
+        columns=_read_columns(path / "clients.csv") if summary else {},
+        summary=summary,
     )
 
 
@@ -239,9 +248,7 @@ def primary_metric(runs: Iterable[RunResult], target: str) -> str:
     return next((name for name in PRIMARY if name in names), min(names, default="accuracy"))
 
 
-def compare_paired(
-    runs: Sequence[RunResult], others: Sequence[RunResult], target: str, metric: str
-) -> Paired | None:
+def compare_paired(runs: Sequence[RunResult], others: Sequence[RunResult], target: str, metric: str) -> Paired | None:
     """Pair two methods by (seed, client) on the final metric; None where no seed has the same split in both.
 
     The interval treats each seed's mean gain d_s as one draw: mean(d) +- t(0.975, n - 1) * s / sqrt(n) with s the sample
@@ -272,7 +279,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     n = len(values)
     if n < 3:
         return None
-    half = float(stats.t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / n**0.5
+    half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / n**0.5
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 

@@ -45,7 +45,9 @@ def admit(replies: Sequence[Message], sums: Sums, sent: Arrays, sizes: Mapping[i
         wrong = [c for c in block if c in refused]
         reason = f"client {wrong[0]} is refused" if wrong else _sum_reason(total, sent, sum(weights[c] for c in block))
         if reason:
-            refused |= {c: f"its arrays are inside a block's sum that does not count: {reason}" for c in weights if c in block}
+            refused |= {
+                c: f"its arrays are inside a block's sum that does not count: {reason}" for c in weights if c in block
+            }
         else:
             good[block] = total
     return Verdict([m for m in replies if m.metadata.src_node_id not in refused], good, refused)

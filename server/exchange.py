@@ -65,7 +65,7 @@ class Exchange:
         self._nodes &= present
         if new := sorted(present - self._nodes):
             content = RecordDict({"base": to_record(self.base), "config": ConfigRecord({"run": self.run_id})})
-            for node, reply in self._carry({n: (MessageType.QUERY, content) for n in new}, self.timeout).items():
+            for node, reply in self._carry(dict.fromkeys(new, (MessageType.QUERY, content)), self.timeout).items():
                 self._enter(node, reply)
 
     def send(

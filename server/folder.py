@@ -79,8 +79,7 @@ class RunFolder:
 
 def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:
     """Refuse a folder that exists, unless the same experiment is resumed in it (UserError)."""
-    # A run killed before its first file was whole leaves a hidden temporary one; that is nothing to lose.
-    if not path.exists() or (path.is_dir() and all(p.name.startswith(".") for p in path.iterdir())):
+    if not path.exists() or (path.is_dir() and all(_worthless(p) for p in path.iterdir())):
         return
     if not path.is_dir():
         raise UserError(f"--out {path}: this is a file; name a folder")
@@ -97,6 +96,11 @@ def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:
             f"--resume {path}: {key} = {now[key]!r}, but the run there has {before.get(key)!r}; resume it with the "
             "experiment that it was started with, or name another folder"
         )
+
+
+def _worthless(path: Path) -> bool:
+    """What a run leaves that was killed before its first file was whole: a temporary file, or a launcher's logs."""
+    return path.name.startswith(".") or path.name in ("logs", "flower")
 
 
 def open_folder(path: Path, experiment: Experiment, resume: bool, facts: Mapping[str, Any]) -> RunFolder:

@@ -17,7 +17,7 @@ from config.schema import Experiment
 from config.seeds import numpy_generator
 from server import checkpoints
 from server.admission import Verdict, admit
-from server.evaluation import Scores, nested, over_clients
+from server.evaluation import nested, over_clients
 from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used

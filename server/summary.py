@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config.schema import Experiment
-from server.evaluation import Scores, mean_tree, nested, over_clients
+from server.evaluation import Scores, mean_tree, over_clients
 from server.folder import RunFolder
 from strategies.sharing import Arrays, arrays_sha256
 from tasks.task import Task
@@ -31,7 +31,9 @@ def test_sizes(task: Task) -> dict[int, int]:
 
 def used(scores: Mapping[int, ClientScores]) -> dict[int, Scores]:
     """Of each client's scores those of the model that it would use, by target/metric."""
-    return {c: {k.removeprefix("used/"): v for k, v in s.scores.items() if k.startswith("used/")} for c, s in scores.items()}
+    return {
+        c: {k.removeprefix("used/"): v for k, v in s.scores.items() if k.startswith("used/")} for c, s in scores.items()
+    }
 
 
 def summarise(

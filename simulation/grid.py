@@ -20,7 +20,7 @@ NODE_FAILED = 0
 
 
 def become_server() -> None:
-    """Let this process create messages: Flower asks a task's identity of whoever does, and has no public way to set it."""
+    """Let this process create messages. Flower asks for a task's identity then, and has no public way to set it."""
     TaskIdentity.task_id = TaskIdentity.run_id = RUN_ID
     TaskIdentity.node_id = SERVER_NODE
 
@@ -43,7 +43,7 @@ def error_reply(message: Message, reason: str) -> Message:
 
 
 class LocalGrid(Grid):
-    """Nodes numbered from 2, as many as given. A subclass says how messages are started and how replies are collected."""
+    """Nodes numbered from 2, as many as given. A subclass says how messages start and how replies are collected."""
 
     def __init__(self, nodes: int) -> None:
         self._node_ids = range(SERVER_NODE + 1, SERVER_NODE + 1 + nodes)

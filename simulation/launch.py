@@ -39,7 +39,10 @@ def engine(name: str, workers: int = 0, threads: int = 1) -> Iterator[Launch]:
             InlineGrid(experiment, out / "state"), experiment, out, resume
         )
     elif name == "ray":
-        from simulation.ray_engine import RayGrid, ray_workers  # Ray takes a second to import; only those who use it pay
+        from simulation.ray_engine import (  # Ray takes a second to import; only those who use it pay
+            RayGrid,
+            ray_workers,
+        )
 
         with ray_workers(workers or os.cpu_count() or 1, threads) as pool:
             yield lambda experiment, out, resume=False: _run_local(

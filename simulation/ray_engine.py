@@ -58,7 +58,11 @@ def ray_workers(count: int, threads: int) -> Iterator[Workers]:
     started = not ray.is_initialized()
     if started:
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads), "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0"}
+        variables = {
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": str(threads),
+            "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+        }
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
             num_cpus=max(count, 1),

@@ -60,7 +60,9 @@ def strata(values: npt.NDArray[np.generic], target: Target) -> Ints:
 def label_counts(split: Split, labels: Ints) -> Ints:
     """Samples (all three parts) of each client by label, int64 (clients, labels)."""
     classes = int(labels.max()) + 1
-    counts = [np.bincount(labels[np.concatenate([c.train, c.validation, c.test])], minlength=classes) for c in split.clients]
+    counts = [
+        np.bincount(labels[np.concatenate([c.train, c.validation, c.test])], minlength=classes) for c in split.clients
+    ]
     return np.stack(counts).astype(np.int64)
 
 

@@ -55,7 +55,10 @@ def test_two_clients_one_to_three() -> None:
 def test_each_name_is_averaged_over_those_who_sent_it() -> None:
     before = {"a": np.float32([1]), "b": np.float32([2]), "c": np.float32([3]), "n": np.int64([7])}
     block = weighted_sum(
-        [(1, {"a": np.float32([10]), "n": np.int64([8])}), (3, {"a": np.float32([2]), "b": np.float32([5]), "n": np.int64([9])})]
+        [
+            (1, {"a": np.float32([10]), "n": np.int64([8])}),
+            (3, {"a": np.float32([2]), "b": np.float32([5]), "n": np.int64([9])}),
+        ]
     )
     mean = average([block], before)
     assert {k: v.tolist() for k, v in mean.items()} == {"a": [4], "b": [5], "c": [3], "n": [9]}
@@ -123,7 +126,9 @@ def test_packing_round_trip() -> None:
         assert dict(after.content.config_records["config"]) == dict(config)
     block = weighted_sum([(2.0, arrays_of(0)), (3.0, arrays_of(1))])
     metrics = RecordDict({"metrics": MetricRecord({"num-examples": 2})})
-    node = unpack_replies(pack_replies(NodeReply([Answer(2, metrics, summed=True), Answer(5, error="why")], {4: block})))
+    node = unpack_replies(
+        pack_replies(NodeReply([Answer(2, metrics, summed=True), Answer(5, error="why")], {4: block}))
+    )
     assert [(a.client, a.error, a.summed) for a in node.answers] == [(2, "", True), (5, "why", False)]
     assert node.sums[4].weights == block.weights
     assert all(np.array_equal(node.sums[4].sums[k], block.sums[k]) for k in block.sums)

@@ -24,8 +24,15 @@ def test_resolved_experiment_round_trips(name: str, tmp_path: Path) -> None:
 
 
 def test_flower_declares_every_key_with_its_default() -> None:
-    declared = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    flat = {f"{section}.{key}": value for section, keys in declared.items() if isinstance(keys, dict) for key, value in keys.items()}
+    declared = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["tool"]["flwr"]["app"][
+        "config"
+    ]
+    flat = {
+        f"{section}.{key}": value
+        for section, keys in declared.items()
+        if isinstance(keys, dict)
+        for key, value in keys.items()
+    }
     assert flat == to_flat(Experiment())
     assert {k: v for k, v in declared.items() if not isinstance(v, dict)} == {"out": "", "resume": False}
 

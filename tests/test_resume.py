@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_inline, small
 
 import config.durable
 from config.load import to_toml
 from config.schema import Experiment
-from conftest import run_inline, small
 from server.checkpoints import Checkpoint, latest, save
 
 COMPARED = ("status", "rounds", "model_sha256", "personal_sha256", "split_sha256", "metrics", "clients")

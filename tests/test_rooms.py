@@ -41,4 +41,7 @@ def test_room_imports_only_what_it_may(room: str) -> None:
 
 
 def test_a_breach_is_seen() -> None:
-    assert imported_rooms("def f():\n    from server.rounds import play_round\n    import client.app") == {"server", "client"}
+    assert imported_rooms("def f():\n    from server.rounds import play_round\n    import client.app") == {
+        "server",
+        "client",
+    }

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import run_inline, small
 
 import client.node
 from config.durable import read_arrays
 from config.errors import UserError
 from config.load import load
 from config.schema import Experiment
-from conftest import run_inline, small
 from server.checkpoints import latest
 from server.rounds import draw_cohort
 from strategies.sharing import Arrays, arrays_sha256, roles
@@ -81,7 +81,10 @@ def test_pooled_on_one_client_is_local_on_that_client(tmp_path: Path) -> None:
     pooled = final_arrays(tmp_path / "pooled")
     assert state.keys() == pooled.keys()
     assert all(np.array_equal(state[k], pooled[k]) for k in state)
-    assert local["metrics"]["clients"] == json.loads((tmp_path / "pooled" / "summary.json").read_text())["metrics"]["clients"]
+    assert (
+        local["metrics"]["clients"]
+        == json.loads((tmp_path / "pooled" / "summary.json").read_text())["metrics"]["clients"]
+    )
 
 
 def test_sharing_nothing_is_training_alone(tmp_path: Path) -> None:
@@ -213,5 +216,3 @@ def test_fine_tuned_models_are_scored_beside(tmp_path: Path) -> None:
     run_inline(small("fedavg", "evaluate.fine_tune_epochs=2"), tmp_path)
     row = next(csv.DictReader((tmp_path / "clients.csv").open()))
     assert {"used.digit.accuracy", "finetuned.digit.accuracy"} <= row.keys()
-
-

@@ -1,0 +1,175 @@
+"""Processes that a run starts and that never outlive it: process groups, their logs, and free ports on loopback.
+
+Each child leads a process group of its own, so a Ctrl-C in the terminal reaches this process alone, which then stops
+the groups in order. A watchdog stops them too when this process is killed outright.
+"""
+
+import fcntl
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STOP_GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL."""
+PORTS = range(15000, 32000)
+"""Below the range from which Linux and macOS take the ports of outgoing connections, so none is lost to one."""
+
+# Reads "+GROUP" and "-GROUP" lines until its input ends, however our process ends; then it kills what is left.
+_WATCHDOG = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+groups = []
+for line in sys.stdin:
+    number = int(line[1:])
+    groups.append(number) if line[0] == "+" else groups.remove(number)
+for number, pause in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 0.0)):
+    for group in reversed(groups):
+        try:
+            os.killpg(group, number)
+        except OSError:
+            pass
+    time.sleep(pause if groups else 0.0)
+"""
+
+
+@dataclass(frozen=True)
+class Child:
+    """One process that we started, leader of its own process group."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@dataclass
+class Children:
+    """The processes of one run, in the order in which they were started."""
+
+    log_dir: Path
+    watchdog: subprocess.Popen[bytes]
+    running: list[Child] = field(default_factory=list)
+
+    def start(self, name: str, command: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Child:
+        """Start ``command`` in ``cwd``; its output goes to ``log_dir/name.log``."""
+        cwd.mkdir(parents=True, exist_ok=True)
+        log = self.log_dir / f"{name}.log"
+        with log.open("ab") as sink:
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            child = Child(name, process, log)
+            self.running.append(child)
+            self._tell_watchdog(f"+{process.pid}")
+        return child
+
+    def require_alive(self) -> None:
+        """Raise ``RuntimeError`` with the tail of its log when a child has ended."""
+        for child in self.running:
+            code = child.process.poll()
+            if code is not None:
+                raise RuntimeError(f"{child.name} ended with exit code {code}.\n{tail(child.log)}")
+
+    def stop(self) -> None:
+        """End every process group: SIGTERM (last started first), a grace, then SIGKILL. Safe to call twice."""
+        waiting = list(reversed(self.running))
+        for child in waiting:
+            signal_group(child, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_GRACE
+        while waiting and time.monotonic() < deadline:
+            waiting = [child for child in waiting if group_alive(child)]
+            time.sleep(0.02)
+        for child in waiting:
+            signal_group(child, signal.SIGKILL)
+        for child in self.running:
+            child.process.wait()
+            self._tell_watchdog(f"-{child.process.pid}")
+        self.running.clear()
+
+    def forget(self, child: Child) -> None:
+        """Drop a child that has ended as it should."""
+        child.process.wait()
+        self._tell_watchdog(f"-{child.process.pid}")
+        self.running.remove(child)
+
+    def _tell_watchdog(self, line: str) -> None:
+        assert self.watchdog.stdin is not None
+        self.watchdog.stdin.write(f"{line}\n".encode())
+        self.watchdog.stdin.flush()
+
+
+@contextmanager
+def children(log_dir: Path) -> Iterator[Children]:
+    """A set of processes that ends with the ``with`` block, or with this process, whichever comes first."""
+    log_dir.mkdir(parents=True, exist_ok=True)
+    watchdog = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _WATCHDOG], stdin=subprocess.PIPE, start_new_session=True, cwd="/"
+    )
+    group = Children(log_dir, watchdog)
+    try:
+        yield group
+    finally:
+        try:
+            group.stop()
+        finally:
+            assert watchdog.stdin is not None
+            watchdog.stdin.close()  # the watchdog kills what stop() could not, for instance on a second Ctrl-C
+            watchdog.wait()
+
+
+def signal_group(child: Child, number: signal.Signals) -> None:
+    """Send a signal to the child's process group, if there still is one."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS answers "permission" for a group of zombies
+        os.killpg(child.process.pid, number)
+
+
+def group_alive(child: Child) -> bool:
+    """Whether any process of the child's group is left, be it the child or what it started."""
+    child.process.poll()  # reap the leader, or its zombie counts
+    try:
+        os.killpg(child.process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def tail(log: Path, lines: int = 40) -> str:
+    """The last lines of a log, headed by its path."""
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return f"--- {log}\n" + "\n".join(text[-lines:])
+
+
+@contextmanager
+def free_port() -> Iterator[int]:
+    """A port on loopback that nobody listens on, kept from other runs of ours until the block ends.
+
+    The lock file closes the gap between our look and the bind of the process the port is for.
+    """
+    folder = Path(tempfile.gettempdir()) / f"meadow-ports-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        lock = (folder / str(port)).open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            yield port
+            return
+    raise RuntimeError(f"No free port between {PORTS.start} and {PORTS.stop}.")

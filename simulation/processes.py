@@ -1,0 +1,245 @@
+"""The processes engine: a real SuperLink and SuperNodes on loopback, by Flower's own commands, from a neutral folder.
+
+Everything a run starts belongs to it: free ports, a private ``FLWR_HOME``, logs in the run folder, and no process that
+outlives the call (`simulation/children.py`). Verified with flwr 1.41.0.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import tomli_w
+
+from config.identity import ROOT
+from config.load import to_flat
+from config.schema import Experiment
+from simulation.children import Children, children, free_port, tail
+
+Value = bool | int | float | str
+
+CONNECTION = "meadow"
+START_TIMEOUT = 60.0
+"""Seconds a SuperLink may take to answer its health check (importing flwr takes 0.7 s of one idle core)."""
+EXECUTOR_POLL = 0.1
+"""Seconds between two looks of a SuperExec for a task; Flower's default is 1 s."""
+
+_SETTINGS = MappingProxyType(
+    {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(EXECUTOR_POLL),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+)
+
+
+def run_processes(experiment: Experiment, out: Path, resume: bool, nodes: int) -> None:
+    """Run the experiment in `out` on one SuperLink and `nodes` SuperNodes on loopback.
+
+    Logs stand in `out/logs`: `superlink`, `serverapp` (the ServerApp's output too), `node-i` (its ClientApps' output
+    too) and `run`. The clients' state is in `out/state`. Raises RuntimeError with the tail of the relevant log when the
+    run fails or a process dies.
+    """
+    logs, work = out / "logs", out / "flower"
+    config: dict[str, Value] = {**to_flat(experiment), "out": str(out.resolve()), "resume": True}
+    with (
+        children(logs) as group,
+        superlink(group, work) as link,
+        supernodes(group, link, nodes, work, (out / "state").resolve()),
+    ):
+        run_app(group, link, ROOT, config)
+
+
+@dataclass(frozen=True)
+class SuperLink:
+    """A running SuperLink: its address, and the ``FLWR_HOME`` whose ``config.toml`` names it."""
+
+    address: str
+    home: Path
+    work: Path
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The environment of a child: ours, less what points Flower or Python elsewhere, plus a private ``FLWR_HOME``.
+
+    Every ``FLWR_*`` variable of the caller is dropped: one that switches on gRPC or another home would change the run.
+    ``PYTHONPATH`` is dropped because the app's code must come from the bundle alone.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    kept = {key: text for key, text in os.environ.items() if not key.startswith("FLWR_") and key != "PYTHONPATH"}
+    # Flower's processes start each other by name, so its commands must be found in this interpreter's folder first.
+    path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
+    return kept | _SETTINGS | {"PATH": path, "FLWR_HOME": str(home)}
+
+
+def command(name: str) -> str:
+    """The path of one of Flower's commands beside this interpreter."""
+    return str(Path(sys.executable).parent / name)
+
+
+@contextmanager
+def superlink(group: Children, work_dir: Path, simulation: bool = False) -> Iterator[SuperLink]:
+    """A SuperLink with its SuperExec on a free port of 127.0.0.1, ready for ``flwr run``.
+
+    ``--isolation process`` leaves the SuperExec to us. The one that a SuperLink starts by itself is moved to another
+    session, where no signal to our process group would find it, nor the ServerApp below it.
+    """
+    work, home = work_dir / "superlink", work_dir / "superlink" / "flwr"
+    with free_port() as port:
+        address = f"127.0.0.1:{port}"
+        home.mkdir(parents=True, exist_ok=True)
+        connection = {"address": address, "insecure": True}
+        (home / "config.toml").write_text(
+            tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}), encoding="utf-8"
+        )
+        options = ["--simulation"] if simulation else []
+        group.start(
+            "superlink",
+            [
+                *(command("flower-superlink"), "--insecure", "--isolation", "process"),
+                *("--host", "127.0.0.1", "--port", str(port), *options),
+            ],
+            work,
+            environment(home),
+        )
+        group.start("serverapp", superexec_command(address), work, environment(home))
+        wait_healthy(group, address)
+        yield SuperLink(address, home, work)
+
+
+def superexec_command(address: str) -> list[str]:
+    """The SuperExec beside the SuperLink or SuperNode at ``address``; it starts the app processes, in its own group."""
+    return [command("flower-superexec"), "--insecure", "--runtime-api-address", address]
+
+
+@contextmanager
+def supernodes(group: Children, link: SuperLink, nodes: int, work_dir: Path, state: Path) -> Iterator[None]:
+    """``nodes`` SuperNodes, node *i* with the *i*-th share of the clients, whose state is kept below ``state``.
+
+    Each has a ``FLWR_HOME`` of its own, as nodes on different machines have: two of them unpacking the app into one
+    folder at the same moment would read each other's half-written files.
+    """
+    with ExitStack() as ports:
+        for index in range(nodes):
+            work = work_dir / f"node-{index}"
+            port = ports.enter_context(free_port())
+            node_config = {"partition-id": index, "num-partitions": nodes, "state": str(state)}
+            group.start(
+                f"node-{index}",
+                [
+                    *(command("flower-supernode"), "--insecure", "--superlink", link.address),
+                    *("--host", "127.0.0.1", "--port", str(port), "--node-config", inline_config(node_config)),
+                ],
+                work,
+                environment(work / "flwr"),
+            )
+        yield
+
+
+def wait_healthy(group: Children, address: str, timeout: float = START_TIMEOUT) -> None:
+    """Wait until ``GET /health`` answers 200; raise when a child ends first or the time is up."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        group.require_alive()
+        try:
+            with urllib.request.urlopen(f"http://{address}/health", timeout=1.0) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        time.sleep(0.05)
+    raise RuntimeError(
+        f"Nothing answered at http://{address}/health within {timeout:g} s.\n{tail(group.running[0].log)}"
+    )
+
+
+def inline_config(config: Mapping[str, Value]) -> str:
+    """``key=value`` pairs in the one-line form of ``--node-config``; text is quoted, with one kind of quote inside."""
+    pairs = []
+    for key, value in config.items():
+        if isinstance(value, str):
+            quote = '"' if not set(value) & set('"\\') else "'"
+            if quote in value or "\n" in value:
+                raise ValueError(
+                    f"{key} = {value!r} cannot be passed to Flower: use a path without quotes or line breaks."
+                )
+            pairs.append(f"{key}={quote}{value}{quote}")
+        else:
+            pairs.append(f"{key}={str(value).lower()}")
+    return " ".join(pairs)
+
+
+def run_app(
+    group: Children,
+    link: SuperLink,
+    app_dir: Path,
+    run_config: Mapping[str, Value],
+    timeout: float = math.inf,
+    federation_config: Mapping[str, Value] | None = None,
+) -> None:
+    """Submit the app, follow it to its end, and raise ``RuntimeError`` unless it completed.
+
+    ``flwr run --stream`` ends with 0 whatever became of the run, so the verdict is that of ``flwr ls``.
+    """
+    overrides = link.work / "run-config.toml"
+    overrides.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
+    options = ["--run-config", str(overrides), "--stream"]
+    if federation_config:
+        options += ["--federation-config", inline_config(federation_config)]
+    submitted = group.start(
+        "run", [command("flwr"), "run", str(app_dir.resolve()), CONNECTION, *options], link.work, environment(link.home)
+    )
+    deadline = time.monotonic() + timeout if math.isfinite(timeout) else math.inf
+    while submitted.process.poll() is None:
+        for child in group.running:
+            if child is not submitted and child.process.poll() is not None:
+                group.require_alive()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"The run did not end within {timeout:g} s.\n{tail(submitted.log)}")
+        time.sleep(0.05)
+    group.forget(submitted)
+    if submitted.process.returncode != 0:
+        raise RuntimeError(
+            f"flwr run refused the app (exit code {submitted.process.returncode}).\n{tail(submitted.log)}"
+        )
+    status, details = run_status(link)
+    if status != "finished:completed":
+        logs = [submitted.log, *(child.log for child in group.running if child.name.startswith("node-"))]
+        raise RuntimeError(f"The run ended as {status}: {details}\n" + "\n".join(tail(log, 25) for log in logs))
+
+
+def run_status(link: SuperLink, grace: float = 10.0) -> tuple[str, str]:
+    """Status and details of the newest run, as soon as it is one of Flower's final ones (``finished:...``)."""
+    deadline = time.monotonic() + grace
+    while True:
+        answer = subprocess.run(
+            [command("flwr"), "ls", CONNECTION, "--limit", "1", "--format", "json"],
+            cwd=link.work,
+            env=environment(link.home),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            start_new_session=True,
+        )
+        try:
+            listed = json.loads(answer.stdout)
+            newest = listed["runs"][0]
+        except (ValueError, LookupError):
+            raise RuntimeError(f"flwr ls did not list the run: {answer.stdout}{answer.stderr}") from None
+        status, details = str(newest["status"]), str(newest.get("status-details", ""))
+        if status.startswith("finished:") or time.monotonic() > deadline:
+            return status, details
+        time.sleep(0.2)
