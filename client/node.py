@@ -15,11 +15,12 @@ from torch import nn
 
 from client.store import Store
 from client.training import train
+from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
 from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.packing import Answer, NodeReply, Request
-from strategies.sharing import Arrays, Roles, arrays_sha256, from_record, roles, to_record
+from strategies.sharing import Roles, arrays_sha256, from_record, roles, to_record
 from tasks.evaluation import evaluate, load_into, state_of
 from tasks.task import Task, initial_state, open_task
 

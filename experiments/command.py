@@ -195,7 +195,7 @@ def _close(quiet: bool, as_json: bool, result: object, table: object, report: Pa
 def _watch(console: Console, quiet: bool) -> Any:
     from experiments.progress import follow
 
-    def watch(folder: Path, experiment: Experiment) -> AbstractContextManager[object]:
+    def watch(folder: Path, experiment: Experiment) -> AbstractContextManager[None]:
         return follow(folder, experiment.run.rounds, folder.name, console, quiet)
 
     return watch

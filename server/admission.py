@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import Message
 
+from config.durable import Arrays
 from strategies.blocks import WeightedSum, fault
-from strategies.sharing import Arrays, from_record
+from strategies.sharing import from_record
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
 

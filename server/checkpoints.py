@@ -34,7 +34,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, or None; and a line about each newer one that is damaged."""
-    damaged = []
+    damaged: list[str] = []
     for round_ in reversed(_rounds(folder)):
         stem = folder / f"round-{round_:08d}"
         try:

@@ -7,18 +7,20 @@ message for each node, and the replies unpacked and matched.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
+from flwr.supercore.run import Run
 
+from config.durable import Arrays
 from config.errors import RunStopped
 from config.identity import code_sha256
 from strategies.blocks import WeightedSum, cut
 from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
-from strategies.sharing import Arrays, to_record
+from strategies.sharing import to_record
 
 log = logging.getLogger("meadow.server")
 
@@ -113,7 +115,7 @@ class Exchange:
             if roll[what] != ours:
                 raise RunStopped(
                     f"node {node} has another {what} than the server (SHA-256 {str(roll[what])[:12]}, here {ours[:12]}; "
-                    f"its versions: {roll['versions']}): install the same Meadow and the same data on both"
+                    f"its versions: {roll['versions']!s}): install the same Meadow and the same data on both"
                 )
         self._nodes.add(node)
         for client, size in zip(cast(list[int], roll["clients"]), cast(list[int], roll["sizes"]), strict=True):
@@ -169,8 +171,28 @@ class Cohort(Grid):
         """The cohort's clients, ascending."""
         return sorted(self._clients)
 
-    def _closed(self, *_: object, **__: object) -> None:
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Not for strategies: they return their messages from `configure_*`."""
         raise RuntimeError("a strategy returns its messages from configure_*; the server's rounds send them")
 
-    set_run = create_message = push_messages = pull_messages = send_and_receive = cast(Callable[..., None], _closed)
-    run = property(_closed)
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Not for strategies."""
+        return self.push_messages(())  # type: ignore[return-value]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Not for strategies."""
+        return self.push_messages(())  # type: ignore[return-value]
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Flower's older way to make a message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def set_run(self, run: Run) -> None:
+        """Nothing to set."""
+
+    @property
+    def run(self) -> Run:
+        """An empty description: a cohort belongs to no Flower run."""
+        return Run.create_empty(0)

@@ -8,23 +8,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from config.durable import Arrays
 from config.errors import RunStopped
 from config.schema import Experiment
 from config.seeds import numpy_generator
 from server import checkpoints
 from server.admission import Verdict, admit
-from server.evaluation import nested, over_clients
+from server.evaluation import Scores, nested, over_clients
 from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from strategies import make_strategy
 from strategies.blocks import cut, weighted_sum
 from strategies.packing import block_message
-from strategies.sharing import Arrays, Roles, from_record, nbytes, roles, to_record
+from strategies.sharing import Roles, from_record, nbytes, roles, to_record
 from tasks.evaluation import evaluate, load_into
 from tasks.partition import label_counts, strata
 from tasks.task import Task, initial_state, open_task
@@ -131,8 +132,10 @@ def play_round(session: Session, round_: int) -> None:
     blocks = combine_order(cohort, verdict) if sums_only else verdict.admitted
     combined, _ = session.strategy.aggregate_train(round_, blocks)
     if combined is not None:
-        session.arrays = from_record(cast(ArrayRecord, combined))
-    received = {m.metadata.src_node_id: _scores(m) for m in verdict.admitted if "evaluation" in m.content}
+        session.arrays = from_record(combined)
+    received: dict[int, Scores] = {
+        m.metadata.src_node_id: _scores(m) for m in verdict.admitted if "evaluation" in m.content
+    }
     clients_round = round_ - 1
     if pooled and on_clients and round_ % experiment.evaluate.every == 0:
         received, clients_round = used(score_clients(session, round_, fine_tuned=False)), round_
@@ -212,7 +215,7 @@ def score_clients(session: Session, round_: int, fine_tuned: bool) -> dict[int, 
 
 
 def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
-    """The split for `split.json`: samples of each part, and label counts of the first target (deciles of a value), a row a client."""
+    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles."""
     first = next(t for t in task.dataset.targets if t.name == experiment.task.targets[0])
     labels = strata(task.dataset.train.y[first.name].numpy(), first)
     return {

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from config.durable import Arrays
 from config.schema import Experiment
 from server.evaluation import Scores, mean_tree, over_clients
 from server.folder import RunFolder
-from strategies.sharing import Arrays, arrays_sha256
+from strategies.sharing import arrays_sha256
 from tasks.task import Task
 
 LAST = 10

@@ -33,7 +33,11 @@ def server_context(experiment: Experiment, out: Path, resume: bool) -> Context:
 
 def node_context(experiment: Experiment, index: int, nodes: int, state: Path) -> Context:
     """The context of the node with the given index (its id is index + 2; 1 is the server)."""
-    settings = {"partition-id": index, "num-partitions": nodes, "state": str(state)}
+    settings: dict[str, bool | float | int | str] = {
+        "partition-id": index,
+        "num-partitions": nodes,
+        "state": str(state),
+    }
     return Context(RUN_ID, index + SERVER_NODE + 1, settings, RecordDict(), to_flat(experiment))
 
 

@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 import tomli_w
 
+from config.errors import UserError
 from config.identity import ROOT
 from config.load import to_flat
 from config.schema import Experiment
@@ -135,7 +136,7 @@ def supernodes(group: Children, link: SuperLink, nodes: int, work_dir: Path, sta
         for index in range(nodes):
             work = work_dir / f"node-{index}"
             port = ports.enter_context(free_port())
-            node_config = {"partition-id": index, "num-partitions": nodes, "state": str(state)}
+            node_config: dict[str, Value] = {"partition-id": index, "num-partitions": nodes, "state": str(state)}
             group.start(
                 f"node-{index}",
                 [
@@ -172,9 +173,7 @@ def inline_config(config: Mapping[str, Value]) -> str:
         if isinstance(value, str):
             quote = '"' if not set(value) & set('"\\') else "'"
             if quote in value or "\n" in value:
-                raise ValueError(
-                    f"{key} = {value!r} cannot be passed to Flower: use a path without quotes or line breaks."
-                )
+                raise UserError(f"{key} = {value!r}: Flower cannot take it; use a path without quotes or line breaks")
             pairs.append(f"{key}={quote}{value}{quote}")
         else:
             pairs.append(f"{key}={str(value).lower()}")

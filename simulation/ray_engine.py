@@ -99,7 +99,7 @@ class RayGrid(LocalGrid):
                     stored[id(record)] = ray.put(record)
             message.content = RecordDict({name: r for name, r in content.items() if name not in shared})
             records = [stored[id(record)] for record in shared.values()]
-            reference = self._actors[node].handle.remote(message, self._contexts[node], list(shared), *records)
+            reference: Any = self._actors[node].handle.remote(message, self._contexts[node], list(shared), *records)
             self._running[message.metadata.message_id] = (reference, message)
 
     def collect(self, message_ids: Iterable[str]) -> list[Message]:

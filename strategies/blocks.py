@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from strategies.sharing import Arrays
+from config.durable import Arrays
 
 BLOCK = 10
 """Clients a block. Part of the result's definition: another value gives other last bits."""

@@ -103,7 +103,7 @@ def pack_replies(reply: NodeReply) -> RecordDict:
 def unpack_replies(packed: RecordDict) -> NodeReply:
     """The inverse of `pack_replies`. Raises KeyError, TypeError or ValueError if the content is not a packed reply."""
     plan = packed.config_records["pack"]
-    contents = {cast(int, client): RecordDict() for client in cast(list[int], plan["clients"])}
+    contents = {client: RecordDict() for client in cast(list[int], plan["clients"])}
     sums: dict[int, WeightedSum] = {}
     for name, record in packed.items():
         owner, _, key = name.partition(".")

@@ -8,9 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
 
+from config.durable import Arrays
 from config.schema import Experiment
-
-Arrays = dict[str, npt.NDArray[np.generic]]
 
 HEADS = "heads."
 """State names of the heads start with this, all others belong to the trunk ("body")."""

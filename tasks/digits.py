@@ -93,7 +93,7 @@ def printed_digits(samples: int, seed: int) -> Data:
 
 _SIDE = 32  # of the bitmap, in pixels
 _GLYPH = 128  # side of a glyph's raster, whose middle half its ink fills in height
-_BLUR = 5  # half width of the blur, in pixels of that raster: how much bolder or lighter a print may be
+_BLUR = 3  # half width of the blur, in pixels of that raster: how much bolder or lighter a print may be
 
 
 def _print(
@@ -104,10 +104,10 @@ def _print(
     def uniform(low: float, high: float) -> npt.NDArray[np.float64]:
         return draw.uniform(low, high, n)[:, None, None]
 
-    wide, tall = uniform(0.75, 1.35), uniform(0.85, 1.05)
-    shear, half_turn = uniform(-0.45, 0.45), uniform(-0.12, 0.12)
+    wide, tall = uniform(0.7, 1.2), uniform(0.9, 1.05)
+    shear, half_turn = uniform(-0.3, 0.3), uniform(-0.08, 0.08)
     right, up = uniform(-0.12, 0.12), uniform(-0.1, 0.1)
-    lightness, flips = uniform(0.25, 0.7), uniform(0.0, 0.03)
+    lightness, flips = uniform(0.1, 0.45), uniform(0.0, 0.03)
     # The rotation by 2 arctan(half_turn), without a sine: those differ in the last bit between machines.
     cosine, sine = (1 - half_turn**2) / (1 + half_turn**2), 2 * half_turn / (1 + half_turn**2)
     # Each bitmap pixel's middle in -1..1, y upwards; then back through shift, rotation, shear and scale to the glyph.
@@ -120,7 +120,8 @@ def _print(
     row = np.clip((2 - y) * (_GLYPH / 4), 0, _GLYPH - 1).astype(np.int64)
     ink = glyphs[digit[:, None, None], row, column] > lightness
     ink ^= draw.random(ink.shape) < flips
-    return (ink.reshape(n, 8, 4, 8, 4).sum((2, 4)) / 16).astype(np.float32)
+    shares: npt.NDArray[np.float32] = (ink.reshape(n, 8, 4, 8, 4).sum((2, 4)) / 16).astype(np.float32)
+    return shares
 
 
 @functools.lru_cache(maxsize=1)
@@ -151,7 +152,8 @@ def _box_blur(image: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The sum over the square of 2 _BLUR + 1 pixels around each pixel; in integers, so it is exact."""
     padded = np.pad(image, _BLUR)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * _BLUR + 1, 2 * _BLUR + 1))
-    return windows.sum((2, 3))
+    sums: npt.NDArray[np.int64] = windows.sum((2, 3))
+    return sums
 
 
 def _data(images: npt.NDArray[np.float32], digit: npt.NDArray[np.int64]) -> Data:

@@ -7,10 +7,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from config.durable import Arrays
 from tasks.data import Data, Target
 from tasks.metrics import score
-
-Arrays = dict[str, npt.NDArray[np.generic]]
 
 
 def load_into(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:

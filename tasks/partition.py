@@ -6,6 +6,7 @@ law, so the number of tries is recorded.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ def deal(partition: Partition, labels: Ints, seed: int) -> Split:
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     clients = tuple(
         _into_parts(order[a:b], partition.parts, numpy_generator(seed, "parts", client), labels)
-        for client, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for client, (a, b) in enumerate(itertools.pairwise(bounds))
     )
     digest = hashlib.sha256()
     for client, indices in enumerate(clients):
@@ -218,7 +219,8 @@ def _dirichlet_draw(draw: np.random.Generator, alpha: Floats) -> Floats:
     if not np.isfinite(share).all() or share.sum() <= 0:  # so small an alpha that every gamma variate is zero
         share = np.zeros(len(alpha))
         share[draw.integers(len(alpha))] = 1.0
-    return share / share.sum()
+    total: float = share.sum()
+    return np.asarray(share / total, dtype=np.float64)
 
 
 def _even(samples: int, pieces: int) -> Ints:
@@ -261,20 +263,15 @@ def _into_parts(
     ordered = mixed[np.argsort(labels[mixed], kind="stable")]
     test = max(1, round(parts[2] * n))
     validation = max(1, round(parts[1] * n))
-    position = np.arange(n)
-    in_test = _every(position, test, n, draw.random())
+    in_test = _every(test, n, int(draw.integers(n)))
     rest = ordered[~in_test]
-    in_validation = _every(np.arange(len(rest)), validation, len(rest), draw.random())
+    in_validation = _every(validation, len(rest), int(draw.integers(len(rest))))
     return ClientIndices(
         *(np.sort(part).astype(np.int64) for part in (rest[~in_validation], rest[in_validation], ordered[in_test]))
     )
 
 
-def _every(position: npt.NDArray[np.intp], take: int, n: int, start: float) -> npt.NDArray[np.bool_]:
-    """Mark exactly `take` of n positions, evenly spaced, from a random start in [0, 1)."""
-    step = np.floor((position + 1) * (take / n) + start + 1e-9) > np.floor(position * (take / n) + start + 1e-9)
-    marked = np.flatnonzero(step)
-    if len(marked) != take:  # rounding at the end of the interval
-        step[:] = False
-        step[(np.arange(take) * n // take)] = True
-    return step.astype(np.bool_)
+def _every(take: int, n: int, start: int) -> npt.NDArray[np.bool_]:
+    """Mark exactly `take` of n positions, evenly spaced, from a start in 0..n-1; in whole numbers, so it is exact."""
+    steps: Ints = (np.arange(n + 1, dtype=np.int64) * take + start) // n
+    return np.diff(steps) > 0

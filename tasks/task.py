@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import schema
+from config.durable import Arrays
 from config.errors import UserError
 from config.schema import Experiment
 from config.seeds import derive, torch_generator
@@ -105,7 +106,7 @@ def choose(dataset: Dataset, names: Sequence[str]) -> tuple[Target, ...]:
     return tuple(have[name] for name in names)
 
 
-def initial_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
+def initial_state(experiment: Experiment) -> Arrays:
     """The model's complete state before the first round, float32, in state_dict order; fresh arrays at each call.
 
     task.pretrained = "": the random start of run.seed (`tasks.models.build`). "source": its trunk is that of
@@ -137,6 +138,8 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
     weights = task.target_weights or (1.0,) * len(experiment.learned)
     # What a source model depends on, and nothing else: runs that start from it under any other setting share it.
     key = schema.Task(
+        learn="all",
+        pretrained="",
         targets=experiment.learned,
         model=task.model,
         hidden=task.hidden,
@@ -166,7 +169,7 @@ def _source_state(seed: int, task: schema.Task) -> dict[str, npt.NDArray[np.floa
     model.train()
     for epoch in range(task.source_epochs):
         order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", epoch))
-        for index in order.split(SOURCE_BATCH):
+        for index in torch.split(order, SOURCE_BATCH):
             batch = data.take(index)
             optimizer.zero_grad(set_to_none=True)
             loss(model(batch.x), batch.y, targets, task.target_weights).backward()  # type: ignore[no-untyped-call]

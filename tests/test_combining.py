@@ -8,6 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.durable import Arrays
 from config.load import load
 from server.admission import admit
 from server.evaluation import over_clients
@@ -26,7 +27,7 @@ from strategies.packing import (
     unpack_replies,
     unpack_requests,
 )
-from strategies.sharing import Arrays, arrays_sha256, from_record, roles, to_record
+from strategies.sharing import arrays_sha256, from_record, roles, to_record
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 
@@ -91,7 +92,7 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
     draw = np.random.default_rng(seed)
     updates = {c: {"w": (draw.normal(size=5) * 10.0 ** draw.integers(-6, 6)).astype(np.float32)} for c in cohort}
     sizes = {c: int(draw.integers(1, 50)) for c in cohort}
-    assert sum(map(list, cut(list(cohort))), []) == sorted(cohort)
+    assert [c for block in cut(list(cohort)) for c in block] == sorted(cohort)
     assert all(len(b) == BLOCK for b in cut(list(cohort))[:-1])
     before = {"w": np.zeros(5, np.float32)}
     results = set()

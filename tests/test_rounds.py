@@ -11,13 +11,13 @@ import torch
 from conftest import run_inline, small
 
 import client.node
-from config.durable import read_arrays
+from config.durable import Arrays, read_arrays
 from config.errors import UserError
 from config.load import load
 from config.schema import Experiment
 from server.checkpoints import latest
 from server.rounds import draw_cohort
-from strategies.sharing import Arrays, arrays_sha256, roles
+from strategies.sharing import arrays_sha256, roles
 from tasks.evaluation import load_into, state_of
 from tasks.metrics import losses
 from tasks.task import initial_state, open_task
