@@ -39,7 +39,7 @@ class Run(Section):
 
     name: str = Field("experiment", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = Field(0, ge=0, lt=2**63)
-    rounds: int = Field(20, ge=1, description="Communication rounds; without federation, spells of local epochs.")
+    rounds: int = Field(30, ge=1, description="Communication rounds; without federation, spells of local epochs.")
     placement: Literal["federated", "local", "pooled"] = Field(
         "federated", description="federated; local: each client alone; pooled: all training data in one place."
     )
@@ -71,7 +71,7 @@ class Partition(Section):
         "dirichlet"
     )
     clients: int = Field(20, ge=1)
-    alpha: float = Field(1.0, gt=0, description="Concentration of the Dirichlet laws.")
+    alpha: float = Field(3.0, gt=0, description="Concentration of the Dirichlet laws: low is uneven.")
     shards: int = Field(2, ge=1, description="Shards a client, for law = shards.")
     labels: int = Field(2, ge=1, description="Labels a client, for law = labels.")
     min_size: int = Field(10, ge=3, description="A draw that gives some client fewer samples is drawn again.")
@@ -97,12 +97,12 @@ class Cohort(Section):
 class Local(Section):
     """`[local]`: how a client trains within one round."""
 
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(3, ge=1)
     steps: int = Field(0, ge=0, description="Optimiser steps a round; 0: use the epochs.")
     batch_size: int = Field(16, ge=0, description="0: the full batch.")
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float = Field(0.1, gt=0)
-    momentum: float = Field(0.0, ge=0, lt=1)
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     trainable: Literal["all", "head"] = "all"
     trunk_lr_factor: float = Field(1.0, gt=0, description="The trunk's learning rate is lr times this.")

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from experiments.results import ALONE, PRIMARY, Curve, Floats, Paired, RunResult, counted
 
@@ -110,7 +110,7 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
 
 
 def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str, Paired]) -> Figure:
-    """A dot for each client and seed by method, with the mean and the worst tenth; `paired` says who lost against alone."""
+    """A dot for each client and seed by method, with the mean and the worst tenth; `paired` says who lost to alone."""
     rows = {name: [r for r in runs if r.scores(target, metric)] for name, runs in methods.items()}
     rows = {name: runs for name, runs in rows.items() if runs}
     with matplotlib.rc_context(STYLE):
@@ -154,7 +154,7 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
 def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
     """The clients' mean (or the global metric) against bytes and against seconds, both cumulated over the rounds.
 
-    Methods that send nothing have no place on a logarithmic axis: they stand in a strip of their own, at their final value.
+    Methods that send nothing have no place on a logarithmic axis: they stand in a strip of their own, at their end.
     """
     place = "clients" if any(_mean_curve(r, "clients", target, metric) for r in methods.values()) else "global"
     with matplotlib.rc_context(STYLE):
@@ -187,13 +187,18 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
         for axes, form in ((sent, bytes_text), (timed, seconds_text)):
             if labels.get(axes):
                 axes.set_xscale("log")
+                low, high = axes.get_xlim()
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
                 axes.xaxis.set_minor_formatter(NullFormatter())
                 axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _, form=form: form(x)))
-        first = free if anything else timed
+        strip = bool(labels[free])
+        free.set_visible(strip)
+        first = free if strip else sent if anything else timed
         _value_axis(first, target, metric, "y")
-        free.set(title="Against bytes, both ways together", xlim=(-1, 1), xticks=[0], xticklabels=["0 B"])
+        (free if strip else sent).set_title("Against bytes, both ways together")
+        free.set(xlim=(-1, 1), xticks=[0], xticklabels=["0 B"])
         free.grid(visible=False, axis="x")
-        sent.tick_params(axis="y", labelleft=False)
+        sent.tick_params(axis="y", labelleft=not strip)
         timed.set_title("Against seconds")
         for axes, ends in labels.items():
             _label_ends(axes, ends)
@@ -216,7 +221,7 @@ def label_split(split: Mapping[str, object]) -> Figure:
         bars = figure.add_axes((left, (0.6 + tall) / height, wide, 1.25 / height))
         blue, at, below = COLOURS["m0"][0], np.arange(clients), np.zeros(clients)
         bars.bar(at, sizes.sum(axis=1), 0.66, color=COLOURS["paper"][0], linewidth=0)  # hides the grid behind the tints
-        key = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+        key: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
         for i, (name, alpha) in enumerate((("training", 1.0), ("validation", 0.5), ("test", 0.25))):
             bars.bar(at, sizes[:, i], 0.66, bottom=below, color=blue, alpha=alpha, linewidth=0)
             below += sizes[:, i]
@@ -284,7 +289,7 @@ def bytes_text(count: float) -> str:
 def seconds_text(seconds: float) -> str:
     """A time in words: "0.3 s", "42 s", "3 min 05 s", "2 h 10 min"."""
     if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 5400:
         return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
@@ -318,7 +323,7 @@ def _look(name: str, methods: Methods) -> tuple[str, str]:
 
 
 def _jitter(client: int, seed: int) -> float:
-    """A place within a row, -0.28..0.28: the golden ratio's multiples keep neighbours apart, and are always the same."""
+    """A place within a row, -0.28..0.28: the golden ratio's multiples keep neighbours apart, always the same way."""
     return ((client * 0.6180339887 + seed * 0.3247179572) % 1 - 0.5) * 0.56
 
 
@@ -332,7 +337,7 @@ def _box(figure: Figure, at: int, of: int, right: float) -> tuple[float, float, 
 def _value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
     axis = axes.yaxis if which == "y" else axes.xaxis
     if metric == "accuracy":
-        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}"))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
         low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
         (axes.set_ylim if which == "y" else axes.set_xlim)(max(low, -0.02), min(high, 1.02))
     better = "higher" if PRIMARY.get(metric, True) else "lower"
@@ -340,11 +345,12 @@ def _value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
 
 
 def _label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write each (name, x, y, colour) to the right of the axes at its height, moved apart where names would overlap."""
+    """Write each (name, x, y, colour) right of the axes at its height, moved apart where names would overlap."""
     if not labels:
         return
     low, high = axes.get_ylim()
-    tall = axes.get_position().height * float(axes.get_figure(root=True).get_size_inches()[1])  # type: ignore[union-attr]
+    figure = axes.get_figure(root=True)
+    tall = axes.get_position().height * (figure.get_figheight() if figure else 1.0)
     gap = 0.165 / tall  # a line of text, as a fraction of the axes' height
     order = sorted(range(len(labels)), key=lambda i: labels[i][2])
     wanted = np.array([(labels[i][2] - low) / (high - low) for i in order])
@@ -361,7 +367,7 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> 
 def spread_apart(wanted: Floats, gap: float) -> Floats:
     """Places as near to the ascending `wanted` as least squares allows, each at least `gap` above the one before.
 
-    Pool adjacent violators: with z_i = wanted_i - i * gap the constraint is that the places minus i * gap do not descend.
+    Pool adjacent violators: with z_i = wanted_i - i * gap the places minus i * gap must not descend.
     """
     blocks: list[list[float]] = []
     for value in wanted - gap * np.arange(len(wanted)):

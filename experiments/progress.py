@@ -134,8 +134,8 @@ def render(records: Mapping[int, Record], total: int, label: str, elapsed: float
             spent = seconds_text(float(record.get("seconds") or 0))
             failed = [str(len(record.get("failed") or []) or "")] if failing else []
             table.add_row(f"{number}/{total}", _loss(record, target), *values, bytes_text(sent), spent, *failed)
-    head = Text.assemble((label, "bold"), f"  {target}  ", (f"{seconds_text(time_left(records, total))} left", "dim"))
-    return Group(head, table)
+    title = Text.assemble((label, "bold"), f"  {target}  ", (f"{seconds_text(time_left(records, total))} left", "dim"))
+    return Group(title, table)
 
 
 def subject(records: Mapping[int, Record]) -> tuple[str, str]:

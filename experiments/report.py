@@ -73,10 +73,10 @@ pre { margin: .3rem 0; white-space: pre-wrap; max-height: 16rem; overflow: auto;
 def ranking(runs: Sequence[RunResult]) -> list[Row]:
     """One row a target and method, the best for the clients first; plain numbers, None where not measured.
 
-    client_mean, client_weighted, client_worst_decile, client_std (over the clients), global, last10_clients, last10_global
-    and finetuned are means over the seeds; *_seed_std are standard deviations over seeds (n - 1; None for one seed).
-    gain and its interval are against `local`, oriented so that positive is better; lost of lost_of pairs of client and
-    seed do worse than alone. bytes_up, bytes_down and seconds are of one run, the mean over seeds.
+    client_mean, client_weighted, client_worst_decile, client_std (over the clients), global, last10_clients,
+    last10_global and finetuned are means over the seeds; *_seed_std are standard deviations over seeds (n - 1; None for
+    one seed). gain and its interval are against `local`, oriented so that positive is better; `lost` of `lost_of` pairs
+    of client and seed do worse than alone. bytes_up, bytes_down and seconds are of one run, the mean over seeds.
     """
     methods = by_method(runs)
     rows: list[Row] = []
@@ -141,7 +141,7 @@ def render(runs: Sequence[RunResult]) -> str:
     title = f"{len(names)} methods compared" if len(names) > 1 else f"{names[0]}, {_seeds(methods[names[0]])}"
     facts = [
         f"{first.task.dataset}, {first.partition.clients} clients, {first.partition.law} split",
-        f"{max(run.experiment.run.rounds for run in runs)} rounds, {max(len(g) for g in methods.values())} seeds",
+        f"{max(run.experiment.run.rounds for run in runs)} rounds, {_count(len({run.seed for run in runs}), 'seed')}",
         f"model {first.task.model}",
         str(runs[0].manifest.get("created", ""))[:10],
     ]
@@ -169,8 +169,8 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
     real = [row for row in rows if row["client_mean"] is not None]
     if not real:
         value = rows[0]["global"]
-        return ["Nothing has been measured yet." if value is None else f"The {metric} of {target} on the global test set "
-                f"is {_worded(value, metric, target)}."]  # fmt: skip
+        told = f"The {metric} of {target} on the global test set is {_worded(value, metric, target)}."
+        return ["Nothing has been measured yet." if value is None else told]
     choices = [row for row in real if not _is_aside(row, real)]
     best = choices[0]
     seeds = f" ± {_worded(best['client_mean_seed_std'], metric, target)} over {best['seeds']} seeds"
@@ -190,8 +190,8 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
     losing = sorted((r for r in choices if r["lost"]), key=lambda r: -r["lost"] / r["lost_of"])
     if losing:
         pairs = "clients, counted once a seed," if max(row["seeds"] for row in losing) > 1 else "clients"
-        told = losing[:2] + [row for row in losing[2:] if row is best]
-        parts = [f"{row['lost']} of {row['lost_of']} under {row['method']}" for row in told]
+        chosen = losing[:2] + [row for row in losing[2:] if row is best]
+        parts = [f"{row['lost']} of {row['lost_of']} under {row['method']}" for row in chosen]
         none = f", none under {best['method']}" if best["lost"] == 0 else ""
         said.append(f"Of the {pairs} {_listed(parts)} do worse than alone{none}.")
     pooled = next((row for row in real if row["pooled"]), None)
@@ -275,13 +275,14 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
     dots = any(run.scores(target, metric) for runs in learners.values() for run in runs)
     pictures = [
         (plots.learning_curves(shown, target, metric), "curves", f"Learning curves of {target}",
-         "Lines are means over the seeds, bands one standard deviation. Methods without a curve for the global test set "
-         "have no single shared model."),
+         ("Lines are means over the seeds, bands one standard deviation. " if max(r["seeds"] for r in part) > 1 else "")
+         + "A method without a curve for the global test set has no single shared model."),
         *([(plots.client_dots(ordered, target, metric, paired), "dots", f"{target}: each client by method",
             f"A dot for each client and seed: the metric of the model that it would use. Bar: the clients' mean. "
             f"Diamond: the mean of the worst tenth.{lost}")] if dots else []),
         (plots.cost_curves(shown, target, metric), "cost", f"{target} against bytes and seconds",
-         "The clients' mean against what has been spent until then. Methods at 0 B train without sending anything."),
+         "The clients' mean against what has been spent until then."
+         + (" Methods at 0 B train without sending anything." if len({bool(r["bytes_up"]) for r in part}) == 2 else "")),
     ]  # fmt: skip
     direction = "higher" if PRIMARY.get(metric, True) else "lower"
     text = [
@@ -290,7 +291,8 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
         f"{_legend(part)}</p>",
         _ranking_html(part),
         *(
-            f"<figure>{plots.to_svg(figure, f'{target}-{name}', escape(about))}<figcaption>{caption}</figcaption></figure>"
+            f"<figure>{plots.to_svg(figure, f'{target}-{name}', escape(about))}"
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
             for figure, name, about, caption in pictures
         ),
     ]
@@ -408,7 +410,7 @@ def _run_html(name: str, run: RunResult) -> str:
     rounds = f"{run.rounds_done} of {run.experiment.run.rounds} rounds"
     line = f"{run.status}, {rounds}, {plots.seconds_text(run.cost['seconds'])}"
     if failed:
-        line += f", {len({client for client, _ in failed})} clients failed at times"
+        line += f", {_count(len({client for client, _ in failed}), 'client')} failed at times"
     facts: list[tuple[str, str]] = [("status", escape(f"{run.status} {summary.get('reason') or ''}".strip()))]
     for (client, reason), rounds_failed in sorted(failed.items()):
         head, _, rest = reason.strip().partition("\n")
@@ -439,8 +441,9 @@ def privacy_statement(run: RunResult) -> str:
         return f"No protection: no noise was added to anything.{left}"
     epsilon = privacy.get("epsilon") or {}
     return (
-        f"Differential privacy for each {privacy['unit']}: epsilon at most {epsilon.get('max')} (median over the clients "
-        f"{epsilon.get('median')}) at delta {privacy.get('delta')}, by the accountant {privacy.get('accountant')}.{left}"
+        f"Differential privacy for each {privacy['unit']}: epsilon at most {epsilon.get('max')} "
+        f"(median over the clients {epsilon.get('median')}) at delta {privacy.get('delta')}, "
+        f"by the accountant {privacy.get('accountant')}.{left}"
     )
 
 
@@ -519,6 +522,10 @@ def _seeds(runs: Sequence[RunResult]) -> str:
 def _rounds_text(rounds: Sequence[int]) -> str:
     shown = ", ".join(map(str, rounds[:8])) + (f" and {len(rounds) - 8} more" if len(rounds) > 8 else "")
     return f"round {shown}" if len(rounds) == 1 else f"rounds {shown}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -106,7 +106,7 @@ class RunResult:
         return np.array(ordered, dtype=np.float64), np.array([points[r] for r in ordered], dtype=np.float64)
 
     def spent(self, key: str, rounds: Floats) -> Floats:
-        """What was spent up to and including each of `rounds`, [n]; key "seconds", or "bytes" for both ways together."""
+        """What was spent up to and including each of `rounds`, [n]: key "seconds", or "bytes", both ways together."""
         parts = ("bytes_up", "bytes_down") if key == "bytes" else (key,)
         steps = [sum(r.get(part) or 0 for part in parts) for r in self.rounds]
         total = np.concatenate([[0.0], np.cumsum(np.array(steps, dtype=np.float64))])
@@ -118,8 +118,9 @@ class RunResult:
 class Paired:
     """How a method does against another on the same clients. Gains are oriented: positive is better than the other.
 
-    `gains` is the mean gain over the clients of each seed, in order of `seeds`; `losers` are the clients of each seed that
-    do strictly worse; `clients` counts the pairs of all seeds; `interval` is of the mean gain, None below three seeds.
+    `gains` is the mean gain over the clients of each seed, in order of `seeds`; `losers` are the clients of each seed
+    that do strictly worse; `clients` counts the pairs of all seeds; `interval` is of the mean gain, None below three
+    seeds.
     """
 
     seeds: tuple[int, ...]
@@ -205,7 +206,7 @@ def read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
 def by_method(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     """Method -> its runs, one a seed, in order of seed; methods in order of appearance.
 
-    A method is called after `run.name`. Runs of one name with different settings (a sweep) are different methods, and what
+    A method is called after `run.name`. Runs of one name with different settings are different methods, and what
     differs joins the name; so does the folder where even that leaves two runs of one seed.
     """
     named: dict[str, list[RunResult]] = {}
@@ -251,8 +252,8 @@ def primary_metric(runs: Iterable[RunResult], target: str) -> str:
 def compare_paired(runs: Sequence[RunResult], others: Sequence[RunResult], target: str, metric: str) -> Paired | None:
     """Pair two methods by (seed, client) on the final metric; None where no seed has the same split in both.
 
-    The interval treats each seed's mean gain d_s as one draw: mean(d) +- t(0.975, n - 1) * s / sqrt(n) with s the sample
-    standard deviation (n - 1 in the denominator) of the n seeds' d_s, the two-sided 95% paired t-interval.
+    The interval treats each seed's mean gain d_s as one draw: mean(d) +- t(0.975, n - 1) * s / sqrt(n) with s the
+    sample standard deviation (n - 1 in the denominator) of the n seeds' d_s: the two-sided 95% paired t-interval.
     """
     sign = 1.0 if PRIMARY.get(metric, True) else -1.0
     reference = {other.seed: other for other in others}

@@ -1,0 +1,103 @@
+"""The command as a user types it: exit statuses, messages without tracebacks, JSON, and the README's first command."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config.identity import ROOT
+
+QUICK = ["run.rounds=2", "partition.clients=4", "task.source_samples=200", "task.source_epochs=1", "--engine", "inline"]
+
+
+def meadow(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_run_writes_a_self_contained_folder(tmp_path: Path) -> None:
+    done = meadow("run", "fedper", *QUICK, "--out", "r", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary == json.loads((tmp_path / "r" / "summary.json").read_text())
+    names = {p.name for p in (tmp_path / "r").iterdir()}
+    wanted = {"experiment.toml", "manifest.json", "rounds.jsonl", "clients.csv", "summary.json", "checkpoints"}
+    assert wanted | {"split.json", "report.html"} <= names
+    again = meadow("run", "r/experiment.toml", "--engine", "inline", "--out", "again", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["model_sha256"] == summary["model_sha256"]
+    assert again.stderr.count("Traceback") == 0
+
+
+def test_compare_and_sweep_make_one_report(tmp_path: Path) -> None:
+    done = meadow("compare", *QUICK, "--methods", "local,fedper", "--seeds", "2", "--out", "c", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [r["name"] for r in result["runs"]] == ["local", "fedper"] * 2
+    assert len({r["split_sha256"] for r in result["runs"]}) == 2  # one split a seed, the same for every method
+    assert (tmp_path / "c" / "report.html").exists()
+    assert {p.name for p in (tmp_path / "c").glob("*-seed*")} == {f"{m}-seed{s}" for m in ("local", "fedper") for s in (0, 1)}
+    swept = meadow("sweep", "fedavg", *QUICK, "local.lr=0.01,0.1", "--out", "s", "--quiet", cwd=tmp_path)
+    assert (swept.returncode, swept.stdout) == (0, "")
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"lr-0.01-seed0", "lr-0.1-seed0", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "fedpr"], ["fedpr", "did you mean fedper"]),
+        (["run", "nowhere.toml"], ["nowhere.toml", "no such file"]),
+        (["run", "fedavg", "run.round=3"], ["run.round", "did you mean run.rounds"]),
+        (["run", "fedavg", "run.rounds=many"], ["run.rounds = 'many'", "integer"]),
+        (["run", "fedavg", "partition.clients=2000"], ["partition.clients = 2000", "at most"]),
+        (["run", "fedavg", "task.targets=size"], ["size", "digit, slant"]),
+        (["run", "fedavg", "task.pretrained=no.safetensors"], ["no.safetensors", "no such file"]),
+        (["run", "fedavg", "--engine", "spark"], ["--engine", "spark", "inline"]),
+        (["run", "fedavg", "--out", "taken"], ["taken", "--resume"]),
+        (["run", "fedavg", "--resume"], ["--resume", "--out"]),
+        (["compare", "--methods", "fedavgg"], ["fedavgg", "fedavg"]),
+        (["compare", "--seeds", "0"], ["--seeds", "0"]),
+        (["sweep", "fedavg", "local.lr=0.1"], ["several values"]),
+        (["report", "nothing"], ["nothing"]),
+        (["show", "fedavg", "local.lr=x"], ["local.lr = 'x'"]),
+        (["frobnicate"], ["frobnicate"]),
+    ],
+)
+def test_wrong_input_is_one_message_and_status_2(arguments: list[str], words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("precious")
+    done = meadow(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr + done.stdout
+    said = re.sub(r"[│\s]+", " ", done.stderr)
+    assert all(word in said for word in words), said
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+    assert (tmp_path / "taken" / "thesis.txt").read_text() == "precious"
+
+
+def test_presets_show_and_doctor(tmp_path: Path) -> None:
+    listed = meadow("presets", cwd=tmp_path).stdout
+    for name in ("pooled", "local", "transfer", "finetune", "multitask", "fedavg", "fedper"):
+        assert re.search(rf"^{name} +\S", listed, re.MULTILINE)
+    assert 'name = "fedper"' in meadow("show", "fedper", cwd=tmp_path).stdout
+    assert "flwr           1.41.0" in meadow("doctor", cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_the_readmes_first_command_in_a_fresh_clone(tmp_path: Path) -> None:
+    """As a newcomer does it: clone, copy the command out of the README, look for the report."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "meadow")], check=True)
+    readme = (tmp_path / "meadow" / "README.md").read_text()
+    block = re.search(r"<!-- run -->\s*```sh\n(.+?)\n```", readme, re.DOTALL)
+    assert block is not None and "\n" not in block[1]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MEADOW_", "PYTHONPATH", "VIRTUAL_ENV"))}
+    done = subprocess.run(["bash", "-c", block[1]], cwd=tmp_path / "meadow", env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (report,) = (tmp_path / "meadow" / "runs").glob("compare-*/report.html")
+    summaries = [json.loads(p.read_text()) for p in report.parent.glob("*/summary.json")]
+    assert len(summaries) == 30 and {s["status"] for s in summaries} == {"done"}
+    assert f"report: {report.relative_to(tmp_path / 'meadow')}" in done.stdout

@@ -1,0 +1,303 @@
+"""The report, the ranking and the progress display, on small run folders whose figures are worked out by hand."""
+
+import csv
+import io
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from scipy import stats  # type: ignore[import-untyped]
+
+from config.errors import UserError
+from config.load import load, to_toml
+from experiments.plots import bytes_text, seconds_text, spread_apart
+from experiments.progress import Tail, follow, line, time_left
+from experiments.report import ranking, ranking_table, write_report
+from experiments.results import by_method, compare_paired, find_runs, read_rounds, read_run, t_interval
+
+
+def over_clients(values: Sequence[float]) -> dict[str, float]:
+    mean = float(np.mean(values))
+    return {
+        "mean": mean, "weighted": mean, "std": float(np.std(values)),
+        "p10": min(values), "worst_decile": min(values), "min": min(values),
+    }  # fmt: skip
+
+
+def round_line(number: int, values: Sequence[float], sent: int = 0, **more: Any) -> dict[str, Any]:
+    return {
+        "round": number, "cohort": [0, 1], "failed": [], "seconds": 2.0, "bytes_down": sent, "bytes_up": sent,
+        "train": {"digit": {"loss": 1.0 / number}}, "global": {"digit": {"accuracy": float(np.mean(values))}},
+        "clients": {"digit": {"accuracy": over_clients(values)}}, "clients_round": number - 1, "epsilon": None, **more,
+    }  # fmt: skip
+
+
+def make_run(
+    folder: Path, method: str, seed: int, values: Sequence[float], sent: int = 0, ended: bool = True, **summary: Any
+) -> Path:
+    """A run of two rounds whose clients end at `values`; without `ended` it goes on and its last line is torn."""
+    folder.mkdir(parents=True)
+    clients = len(values)
+    experiment = load(method, [f"run.seed={seed}", "run.rounds=2", f"partition.clients={clients}"])
+    (folder / "experiment.toml").write_text(to_toml(experiment))
+    split = {"law": "dirichlet", "tries": 1, "sha256": f"split{seed}"}
+    manifest = {
+        "created": "2025-01-02T03:04:05Z",
+        "versions": {"torch": "2"},
+        "split": split,
+        "command": ["meadow", "<x>"],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    table = {"target": "digit", "labels": [[3, 2]] * clients, "sizes": [[3, 1, 1]] * clients}
+    (folder / "split.json").write_text(json.dumps(split | table))
+    lines = [json.dumps(round_line(r, [v * r / 2 for v in values], sent)) for r in (1, 2)]
+    (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n" if ended else lines[0] + "\n" + lines[1][:50])
+    if ended:
+        with (folder / "clients.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["client", "train_samples", "test_samples", "rounds", "epsilon", "used.digit.accuracy"])
+            writer.writerows([c, 3, 1, 2, "", v] for c, v in enumerate(values))
+        found = {
+            "status": "done", "reason": "", "rounds": 2, "model_sha256": "ab",
+            "metrics": {"global": {"digit": {"accuracy": 0.5}},
+                        "clients": {"digit": {"accuracy": over_clients(values)}},
+                        "last10": {"global": {}, "clients": {"digit": {"accuracy": over_clients(values)}}}},
+            "cost": {"seconds": 4.0, "bytes_up": 2 * sent, "bytes_down": 2 * sent, "steps": 9, "peak_rss_mb": 1.0},
+            "privacy": {"unit": "none", "releases": [{"what": "model arrays", "mechanism": "not protected"}]},
+            "clients": {"never_sampled": 0},
+        }  # fmt: skip
+        (folder / "summary.json").write_text(json.dumps(found | summary))
+    return folder
+
+
+LOCAL = {0: [0.5, 0.6, 0.7], 1: [0.4, 0.6, 0.8], 2: [0.5, 0.5, 0.5]}
+FEDAVG = {0: [0.6, 0.5, 0.8], 1: [0.6, 0.6, 0.7], 2: [0.9, 0.6, 0.4]}
+GAINS = [0.1 / 3, 0.1 / 3, 0.4 / 3]  # worked out by hand: the mean of (fedavg - local) over the clients of each seed
+
+
+@pytest.fixture
+def compared(tmp_path: Path) -> Path:
+    for name, scores, sent in (("local", LOCAL, 0), ("fedavg", FEDAVG, 1000)):
+        for seed, values in scores.items():
+            make_run(tmp_path / "cmp" / f"{name}-seed{seed}", name, seed, values, sent)
+    return tmp_path / "cmp"
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def test_ranking_by_hand(compared: Path) -> None:
+    first, second = ranking(find_runs([compared]))
+    assert (first["method"], first["rank"], second["method"], second["rank"]) == ("fedavg", 1, "local", 2)
+    means = [1.9 / 3, 1.9 / 3, 1.9 / 3]
+    assert first["client_mean"] == pytest.approx(np.mean(means)) and first["client_mean_seed_std"] == pytest.approx(0)
+    assert second["client_mean_seed_std"] == pytest.approx(np.std([0.6, 0.6, 0.5], ddof=1))
+    assert first["client_worst_decile"] == pytest.approx((0.5 + 0.6 + 0.4) / 3)
+    assert (first["bytes_up"], first["bytes_down"], first["seconds"], second["bytes_up"]) == (2000, 2000, 4.0, 0)
+    # Worse than alone: client 1 of seed 0, client 2 of seed 1 and client 2 of seed 2; a tie is no loss.
+    assert (first["lost"], first["lost_of"]) == (3, 9)
+    assert first["gain"] == pytest.approx(np.mean(GAINS)) and second["gain"] is None
+    json.dumps([first, second], allow_nan=False)
+
+
+def test_the_losers_are_named_by_seed(compared: Path) -> None:
+    methods = by_method(find_runs([compared]))
+    paired = compare_paired(methods["fedavg"], methods["local"], "digit", "accuracy")
+    assert paired is not None
+    assert paired.losers == {0: frozenset({1}), 1: frozenset({2}), 2: frozenset({2})}
+    assert paired.gains == pytest.approx(GAINS)
+
+
+def test_t_interval_is_scipys(compared: Path) -> None:
+    reference = stats.ttest_1samp(GAINS, 0).confidence_interval(0.95)
+    assert t_interval(GAINS) == pytest.approx((reference.low, reference.high))
+    row = ranking(find_runs([compared]))[0]
+    assert (row["gain_low"], row["gain_high"]) == pytest.approx((reference.low, reference.high))
+    assert t_interval(GAINS[:2]) is None
+
+
+def test_lower_is_better_for_an_error(tmp_path: Path) -> None:
+    for name, value in (("local", 0.2), ("fedavg", 0.3)):
+        folder = make_run(tmp_path / name, name, 0, [value, value])
+        for file in ("clients.csv", "summary.json", "rounds.jsonl"):
+            (folder / file).write_text((folder / file).read_text().replace("accuracy", "rmse"))
+    first, second = ranking(find_runs([tmp_path]))
+    assert (first["method"], first["metric"]) == ("local", "rmse")
+    assert second["gain"] == pytest.approx(-0.1) and second["lost"] == 2
+
+
+def test_another_split_is_not_paired(compared: Path) -> None:
+    split = compared / "fedavg-seed1" / "split.json"
+    split.write_text(split.read_text().replace("split1", "other"))
+    row = ranking(find_runs([compared]))[0]
+    assert row["lost_of"] == 6 and row["gain_low"] is None
+    assert "do not all have the same split" in text_of(write_report([compared], compared / "r.html"))
+
+
+def test_the_page_stands_alone(compared: Path) -> None:
+    page = write_report([compared], compared)
+    text = text_of(page)
+    assert page == compared / "report.html" and len(text) < 2_000_000
+    assert "http" not in text and "<script" not in text and "&lt;x&gt;" in text
+    assert not re.findall(r'(?:src|href)="(?!#)', text) and not re.findall(r"url\((?!#)", text)
+    assert "fedavg is best for the clients" in text and "3 of 9 under fedavg do worse than alone" in text
+    assert "No protection" in text and text.count("<svg") == 4
+    ids = re.findall(r' id="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert [p.name for p in compared.iterdir() if p.is_file()] == ["report.html"]
+
+
+def test_the_same_runs_give_the_same_page(compared: Path, tmp_path: Path) -> None:
+    pages = [write_report([compared], tmp_path / name) for name in ("a.html", "b.html")]
+    assert text_of(pages[0]) == text_of(pages[1])
+
+
+def test_a_report_of_the_usual_size_is_quick(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    for method in ("pooled", "local", "transfer", "finetune", "multitask", "fedavg", "fedper"):
+        for seed in range(3):
+            make_run(tmp_path / f"{method}-{seed}", method, seed, draw.random(20).tolist(), 1000)
+    began = time.perf_counter()
+    assert write_report([tmp_path], tmp_path / "r.html").stat().st_size < 2_000_000
+    assert time.perf_counter() - began < 6
+
+
+def test_a_run_that_goes_on(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "fedavg", 0, [0.5, 0.7], 10, ended=False)
+    run = read_run(folder)
+    assert (run.status, run.rounds_done, run.cost["bytes_up"], dict(run.columns)) == ("running", 1, 10.0, {})
+    (row,) = ranking([run])
+    assert row["client_mean"] == pytest.approx(0.3) and row["lost"] is None
+    assert "1 of 2 rounds so far" in text_of(write_report([folder], tmp_path / "r.html"))
+
+
+@pytest.mark.parametrize("missing", ["rounds.jsonl", "manifest.json", "split.json"])
+def test_a_run_that_has_only_begun(tmp_path: Path, missing: str) -> None:
+    folder = make_run(tmp_path / "run", "fedavg", 0, [0.5, 0.7], ended=False)
+    (folder / missing).unlink()
+    assert write_report([folder], tmp_path / "r.html").is_file()
+
+
+def test_a_stopped_run_says_why_and_failures_are_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "fedper", 0, [0.5, 0.7], status="stopped", reason="too few <clients>",
+                      clients={"never_sampled": 1})  # fmt: skip
+    failed = [{"client": 3, "reason": "ValueError: no\nTraceback"}]
+    lines = [json.dumps(round_line(r, [0.5, 0.7], failed=failed)) for r in (1, 2)]
+    (folder / "rounds.jsonl").write_text("\n".join(lines) + "\n")
+    text = text_of(write_report([folder], tmp_path / "r.html"))
+    assert "stopped after 2 of 2 rounds: too few &lt;clients&gt;" in text
+    assert "client 3 failed" in text and "rounds 1, 2: ValueError: no<pre>Traceback" in text
+    assert "1 of 2 clients; they are evaluated with the shared trunk and their own untrained head" in text
+
+
+def test_curves_stand_at_the_round_of_the_model(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run", "fedavg", 0, [0.4, 0.8], 5))
+    rounds, means = run.curve("clients", "digit", "accuracy")
+    # Round 1 received the model of round 0, round 2 that of round 1; the summary has the one after round 2.
+    assert rounds.tolist() == [0, 1, 2] and means == pytest.approx([0.3, 0.6, 0.6])
+    assert run.curve("global", "digit", "accuracy")[0].tolist() == [1, 2]
+    assert run.spent("bytes", rounds).tolist() == [0, 10, 20] and run.spent("seconds", rounds).tolist() == [0, 2, 4]
+
+
+def test_a_torn_last_line_is_not_a_round(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    whole = json.dumps(round_line(1, [0.5]))
+    for torn in ("", "\n", "\n" + whole[:20], "\n{"):
+        path.write_text(whole + torn)
+        assert [r["round"] for r in read_rounds(path)] == [1]
+    path.write_text(whole[:20] + "\n" + whole)
+    with pytest.raises(UserError, match="line 1"):
+        read_rounds(path)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, compared: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "none", tmp_path / "empty"):
+        with pytest.raises(UserError, match=path.name):
+            find_runs([path])
+    (compared / "local-seed0" / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is damaged"):
+        find_runs([compared])
+
+
+def test_one_folder_given_twice_counts_once(compared: Path) -> None:
+    assert len(find_runs([compared, compared / "local-seed0"])) == 6
+
+
+def test_settings_part_runs_of_one_name(tmp_path: Path) -> None:
+    for lr in ("0.1", "0.2"):
+        folder = make_run(tmp_path / lr, "fedavg", 0, [0.5])
+        (folder / "experiment.toml").write_text(to_toml(load("fedavg", [f"local.lr={lr}"])))
+    assert list(by_method(find_runs([tmp_path]))) == ["fedavg (lr=0.1)", "fedavg (lr=0.2)"]
+
+
+def test_the_terminals_table_has_every_method(compared: Path) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(ranking_table(find_runs([compared])))
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "63.3 ± 0.0" in out and "3 of 9" in out and "local" in out
+
+
+def test_labels_keep_apart_and_move_least() -> None:
+    # By hand: 0 and 0.1 want 0.1 between them and need 0.4, so both give way by 0.15; 2 is far and stays.
+    assert spread_apart(np.array([0.0, 0.1, 2.0]), 0.4) == pytest.approx([-0.15, 0.25, 2.0])
+
+
+def test_sizes_and_times_in_words() -> None:
+    assert [bytes_text(n) for n in (0, 999, 4_200_000)] == ["0 B", "999 B", "4.2 MB"]
+    assert [seconds_text(s) for s in (0.31, 42, 185, 7800)] == ["0.31 s", "42 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_the_tail_reads_on_and_notices_a_file_put_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.jsonl"
+    tail = Tail(path)
+    assert not tail.read()
+    whole = [json.dumps(round_line(r, [0.5])) + "\n" for r in (1, 2, 3)]
+    path.write_text(whole[0] + whole[1][:30])
+    assert tail.read() and list(tail.records) == [1]
+    path.write_text(whole[0] + whole[1] + whole[2])
+    assert tail.read() and list(tail.records) == [1, 2, 3]
+    (tmp_path / "new").write_text(whole[0])
+    (tmp_path / "new").replace(path)
+    assert tail.read() and list(tail.records) == [1]
+
+
+def records(count: int) -> Mapping[int, Mapping[str, Any]]:
+    return {r: round_line(r, [0.4, 0.6], 500) for r in range(1, count + 1)}
+
+
+def test_time_left_by_hand() -> None:
+    assert time_left(records(3), 10) == 7 * 2.0
+    assert "round 3/10" in line(records(3), 10, "x") and "3 kB" in line(records(3), 10, "x")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_following_a_run_ends_at_once_and_shows_the_last_round(tmp_path: Path, terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120)
+    before = threading.active_count()
+    with follow(tmp_path, 2, "fedavg-seed0", console, False):
+        (tmp_path / "rounds.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records(2).values()))
+        time.sleep(0.4)
+        ended = time.perf_counter()
+    assert time.perf_counter() - ended < 1 and threading.active_count() == before
+    assert "fedavg-seed0: round 2/2" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+
+
+def test_the_display_hides_no_error_and_makes_none(tmp_path: Path) -> None:
+    (tmp_path / "rounds.jsonl").write_text('{"round": 1, "train": 7}\nnonsense\n')
+    with pytest.raises(KeyError, match="theirs"), follow(tmp_path, 2, "x", Console(file=io.StringIO()), False):
+        time.sleep(0.3)
+        raise KeyError("theirs")
+    out = io.StringIO()
+    with follow(tmp_path, 2, "x", Console(file=out), True):
+        time.sleep(0.3)
+    assert out.getvalue() == ""
