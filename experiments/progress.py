@@ -111,7 +111,11 @@ def line(records: Mapping[int, Record], total: int, label: str) -> str:
         if value is not None:
             parts.append(f"{name} {_text(value, metric)}")
     sent = sum(_bytes(record) for record in records.values())
-    return ", ".join([*parts, bytes_text(sent), f"{seconds_text(time_left(records, total))} left"])
+    spent = sum(float(record.get("seconds") or 0) for record in records.values())
+    left = time_left(records, total)
+    return ", ".join(
+        [*parts, bytes_text(sent), f"{seconds_text(left)} left" if left else f"{seconds_text(spent)} in all"]
+    )
 
 
 def render(records: Mapping[int, Record], total: int, label: str, elapsed: float) -> RenderableType:

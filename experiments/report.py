@@ -54,8 +54,8 @@ thead tr:last-child th, tbody tr { border-bottom: 1px solid var(--rule); }
 th.group { text-align: center; }
 th.group span { display: block; border-bottom: 1px solid var(--rule); }
 td small { color: var(--muted); font-size: .8rem; }
-figure { margin: 1.2rem 0 1.8rem; }
-figure svg { display: block; width: 100%; height: auto; }
+figure { margin: 1.2rem 0 1.8rem; overflow-x: auto; }
+figure svg { display: block; width: 100%; min-width: 44rem; height: auto; }
 svg text { font-family: inherit !important; }
 details { border-bottom: 1px solid var(--rule); padding: .45rem 0; }
 summary { cursor: pointer; }
@@ -282,7 +282,7 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
             f"Diamond: the mean of the worst tenth.{lost}")] if dots else []),
         (plots.cost_curves(shown, target, metric), "cost", f"{target} against bytes and seconds",
          "The clients' mean against what has been spent until then."
-         + (" Methods at 0 B train without sending anything." if len({bool(r["bytes_up"]) for r in part}) == 2 else "")),
+         + (" Methods at 0 B train without sending anything." if len({r["bytes_up"] > 0 for r in part}) > 1 else "")),
     ]  # fmt: skip
     direction = "higher" if PRIMARY.get(metric, True) else "lower"
     text = [
@@ -380,6 +380,8 @@ def _split_section(runs: Sequence[RunResult]) -> str:
 def _methods_section(methods: Methods) -> str:
     """The settings in which the methods differ; the rest stands in each run's experiment.toml."""
     flat = {name: dict(load.flatten(load.to_tree(group[0].experiment))) for name, group in methods.items()}
+    for name, group in methods.items():
+        flat[name]["strategy.share"] = group[0].experiment.share  # what really travels: nothing when each is alone
     keys = [k for k in next(iter(flat.values())) if len({str(s[k]) for s in flat.values()}) > 1]
     keys = [key for key in keys if key not in ("run.name", "run.seed") and not key.startswith("engine.")]
     if not keys:
