@@ -76,6 +76,10 @@ STYLE: dict[Any, Any] = {
 }
 
 
+_LONGEST = 23
+"""Characters of a method's name that a picture shows."""
+
+
 def metric_label(target: str, metric: str) -> str:
     """A metric's name with its unit, for an axis or a table's head."""
     unit = "%" if metric == "accuracy" else UNITS.get(target, "") if metric == "rmse" else ""
@@ -90,7 +94,7 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
         panels = {"clients": "Mean over the clients' own test samples", "global": "Shared model on the global test set"}
         shown = [p for p in panels if any(_mean_curve(runs, p, target, metric) for runs in methods.values())]
         for at, place in enumerate(shown or ["clients"]):
-            axes = figure.add_axes(_box(figure, at, max(1, len(shown)), right=1.25))
+            axes = figure.add_axes(_box(figure, at, max(1, len(shown)), right=_label_room(methods)))
             labels = []
             for name, runs in methods.items():
                 if found := _mean_curve(runs, place, target, metric):
@@ -161,9 +165,12 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
         figure = Figure(figsize=(WIDTH, 3.9))
         bottom, height = 0.55 / 3.9, 1 - 0.95 / 3.9
         anything = any(run.cost["bytes_up"] + run.cost["bytes_down"] for runs in methods.values() for run in runs)
-        timed = figure.add_axes(((6.05 if anything else 0.6) / WIDTH, bottom, 3.1 / WIDTH, height))
+        room = _label_room(methods)
+        # From left to right: value axis, methods at 0 B and their names, bytes and names, seconds and names.
+        each = (WIDTH - 0.6 - 0.35 - 3 * room - 0.45) / 2 if anything else WIDTH - 0.6 - room
+        timed = figure.add_axes(((WIDTH - room - each) / WIDTH, bottom, each / WIDTH, height))
         free = figure.add_axes((0.6 / WIDTH, bottom, 0.35 / WIDTH, height), sharey=timed, visible=anything)
-        sent = figure.add_axes((2.0 / WIDTH, bottom, 2.75 / WIDTH, height), sharey=timed, visible=anything)
+        sent = figure.add_axes(((0.95 + room) / WIDTH, bottom, each / WIDTH, height), sharey=timed, visible=anything)
         panels = (sent, timed) if anything else (timed,)
         labels: dict[Axes, list[tuple[str, float, float, str]]] = {axes: [] for axes in (free, *panels)}
         for name, runs in methods.items():
@@ -334,6 +341,11 @@ def _box(figure: Figure, at: int, of: int, right: float) -> tuple[float, float, 
     return (at * each + 0.6) / wide, 0.55 / tall, (each - 0.6 - right) / wide, 1 - 0.95 / tall
 
 
+def _label_room(methods: Methods) -> float:
+    """Inches that the longest of the methods' names needs beside an axis, at 9 points."""
+    return 0.25 + 0.07 * max((min(len(name), _LONGEST) for name in methods), default=0)
+
+
 def _value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
     axis = axes.yaxis if which == "y" else axes.xaxis
     if metric == "accuracy":
@@ -354,13 +366,16 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> 
     gap = 0.165 / tall  # a line of text, as a fraction of the axes' height
     order = sorted(range(len(labels)), key=lambda i: labels[i][2])
     wanted = np.array([(labels[i][2] - low) / (high - low) for i in order])
-    for i, place in zip(order, spread_apart(wanted, gap), strict=True):
+    places = spread_apart(wanted, gap)
+    places -= max(0.0, float(places[-1]) - 1.0)  # names that would stand above the picture's edge go down together
+    for i, place in zip(order, places, strict=True):
         name, _, y, colour = labels[i]
         axes.annotate(
-            name if len(name) < 24 else name[:22] + "…",
+            name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…",
             (1, (y - low) / (high - low)), (1.0 + 0.14 / _inches_wide(axes), place), "axes fraction", "axes fraction",
             va="center", color=colour, fontsize=9, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0,
+                        "relpos": (0, 0.5)},
         )  # fmt: skip
 
 

@@ -63,11 +63,14 @@ def follow(run_folder: Path, total_rounds: int, label: str, console: Console, qu
         yield
         return
     tail, ended = Tail(run_folder / "rounds.jsonl"), threading.Event()
+    with suppress(Exception):
+        tail.read()
+    before = dict(tail.records)  # of before a resume: shown, but no measure of the time that is left
     show = _show_live if console.is_terminal else _show_lines
 
     def work() -> None:
         with suppress(Exception):
-            show(tail, ended, total_rounds, label, console)
+            show(tail, before, ended, total_rounds, label, console)
 
     thread = threading.Thread(target=work, name="progress", daemon=True)
     thread.start()
@@ -78,32 +81,36 @@ def follow(run_folder: Path, total_rounds: int, label: str, console: Console, qu
         thread.join(timeout=2.0)
 
 
-def _show_live(tail: Tail, ended: threading.Event, total: int, label: str, console: Console) -> None:
+def _show_live(
+    tail: Tail, before: Mapping[int, Record], ended: threading.Event, total: int, label: str, console: Console
+) -> None:
     began = time.monotonic()
     with Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False) as live:
         while not ended.wait(PERIOD):
             tail.read()
-            live.update(render(tail.records, total, label, time.monotonic() - began), refresh=True)
+            live.update(render(tail.records, total, label, time.monotonic() - began, before), refresh=True)
     tail.read()
     if tail.records:
-        console.print(Text(line(tail.records, total, label)), soft_wrap=True)
+        console.print(Text(line(tail.records, total, label, before)), soft_wrap=True)
 
 
-def _show_lines(tail: Tail, ended: threading.Event, total: int, label: str, console: Console) -> None:
+def _show_lines(
+    tail: Tail, before: Mapping[int, Record], ended: threading.Event, total: int, label: str, console: Console
+) -> None:
     printed, at = 0, float("-inf")
     while True:
         over = ended.wait(PERIOD)
         tail.read()
         newest = max(tail.records, default=0)
         if newest != printed and (over or time.monotonic() - at >= 1.0):
-            console.print(Text(line(tail.records, total, label)), soft_wrap=True)
+            console.print(Text(line(tail.records, total, label, before)), soft_wrap=True)
             printed, at = newest, time.monotonic()
         if over:
             return
 
 
-def line(records: Mapping[int, Record], total: int, label: str) -> str:
-    """The newest round in one line."""
+def line(records: Mapping[int, Record], total: int, label: str, before: Mapping[int, Record] | None = None) -> str:
+    """The newest round in one line; `before` as in `time_left`."""
     newest = records[max(records)]
     target, metric = subject(records)
     parts = [f"{label}: round {newest['round']}/{total}", f"loss {_loss(newest, target)}"]
@@ -112,14 +119,20 @@ def line(records: Mapping[int, Record], total: int, label: str) -> str:
             parts.append(f"{name} {_text(value, metric)}")
     sent = sum(_bytes(record) for record in records.values())
     spent = sum(float(record.get("seconds") or 0) for record in records.values())
-    left = time_left(records, total)
+    left = time_left(records, total, before)
     return ", ".join(
         [*parts, bytes_text(sent), f"{seconds_text(left)} left" if left else f"{seconds_text(spent)} in all"]
     )
 
 
-def render(records: Mapping[int, Record], total: int, label: str, elapsed: float) -> RenderableType:
-    """The table of the last rounds; `elapsed` seconds are shown until the first one."""
+def render(
+    records: Mapping[int, Record],
+    total: int,
+    label: str,
+    elapsed: float,
+    before: Mapping[int, Record] | None = None,
+) -> RenderableType:
+    """The table of the last rounds; `elapsed` seconds are shown until the first one, `before` as in `time_left`."""
     if not records:
         return Text(f"{label}: waiting for the first of {total} rounds, {seconds_text(elapsed)}", style="dim")
     target, metric = subject(records)
@@ -138,7 +151,8 @@ def render(records: Mapping[int, Record], total: int, label: str, elapsed: float
             spent = seconds_text(float(record.get("seconds") or 0))
             failed = [str(len(record.get("failed") or []) or "")] if failing else []
             table.add_row(f"{number}/{total}", _loss(record, target), *values, bytes_text(sent), spent, *failed)
-    title = Text.assemble((label, "bold"), f"  {target}  ", (f"{seconds_text(time_left(records, total))} left", "dim"))
+    left = time_left(records, total, before)
+    title = Text.assemble((label, "bold"), f"  {target}  ", (f"{seconds_text(left)} left" if left else "", "dim"))
     return Group(title, table)
 
 
@@ -153,10 +167,16 @@ def subject(records: Mapping[int, Record]) -> tuple[str, str]:
     return target, next((name for name in PRIMARY if name in found.get(target, ())), "metric")
 
 
-def time_left(records: Mapping[int, Record], total: int) -> float:
-    """Seconds that the remaining rounds take if they take as long as the mean of the last ten."""
-    last = [float(records[number].get("seconds") or 0) for number in sorted(records)[-10:]]
-    return max(total - max(records), 0) * sum(last) / len(last)
+def time_left(records: Mapping[int, Record], total: int, before: Mapping[int, Record] | None = None) -> float | None:
+    """Seconds that the remaining rounds take if they take as long as the mean of the last ten; None if that is unknown.
+
+    `before` holds the rounds that were there when a resume began, perhaps on another machine: they do not count. One that
+    was cut off and played again differs from its old record, and does.
+    """
+    fresh = [number for number in sorted(records) if (before or {}).get(number) != records[number]][-10:]
+    if not fresh:
+        return None
+    return max(total - max(records), 0) * sum(float(records[n].get("seconds") or 0) for n in fresh) / len(fresh)
 
 
 def _metrics(record: Record, target: str, metric: str) -> tuple[float | None, float | None, float | None]:

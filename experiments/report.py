@@ -207,7 +207,7 @@ def warnings(runs: Sequence[RunResult]) -> list[str]:
     """What the reader must know before reading on: runs that have not ended or have failed, and splits that differ."""
     said = []
     for run in runs:
-        name = f"{run.experiment.run.name}, seed {run.seed}"
+        name = _named(run)
         if run.status == "running":
             said.append(f"{name} has not ended: {run.rounds_done} of {run.experiment.run.rounds} rounds so far.")
         elif run.status != "done":
@@ -218,7 +218,19 @@ def warnings(runs: Sequence[RunResult]) -> list[str]:
     for seed in sorted({run.seed for run in runs}):
         if len({run.split_sha256 for run in runs if run.seed == seed and run.split_sha256}) > 1:
             said.append(f"The runs of seed {seed} do not all have the same split; those that differ are not paired.")
+    unseen = [(run, int(((run.summary or {}).get("clients") or {}).get("untrained_head") or 0)) for run in runs]
+    told = [f"{count} of {run.experiment.partition.clients} ({_named(run)})" for run, count in unseen if count]
+    if told:
+        more = f" and in {len(told) - 4} more runs" if len(told) > 5 else ""
+        shown = told[:4] if more else told
+        said.append(
+            f"Clients that were never trained, and are scored with their own untrained part: {', '.join(shown)}{more}."
+        )
     return said
+
+
+def _named(run: RunResult) -> str:
+    return f"{run.experiment.run.name}, seed {run.seed}"
 
 
 def _learners(methods: Methods, target: str) -> Methods:

@@ -68,6 +68,10 @@ class RunFolder:
         """Write `summary.json`."""
         write_json(self.path / "summary.json", summary)
 
+    def forget_summary(self) -> None:
+        """Delete the summary of a run that ended early and now goes on: what it says is no longer so."""
+        (self.path / "summary.json").unlink(missing_ok=True)
+
     def summary(self) -> dict[str, Any] | None:
         """The summary of a run that has ended, if it has."""
         try:

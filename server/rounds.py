@@ -62,6 +62,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     folder = open_folder(out, experiment, resume, {"data_sha256": task.dataset.sha256, "split": split})
     if (before := folder.summary()) and before["status"] == "done":
         return before
+    folder.forget_summary()
     folder.write_split(split | split_table(experiment, task))
     run_id = folder.manifest()["run_id"]
     parts = roles(experiment, start)

@@ -301,3 +301,20 @@ def test_the_display_hides_no_error_and_makes_none(tmp_path: Path) -> None:
     with follow(tmp_path, 2, "x", Console(file=out), True):
         time.sleep(0.3)
     assert out.getvalue() == ""
+
+
+def test_the_time_left_counts_only_rounds_of_this_session() -> None:
+    # Rounds 1 and 2 were there before a resume; 3 and 4 take 2 s and 4 s, so six more take 6 * 3 s.
+    found = {r: round_line(r, [0.5], seconds=spent) for r, spent in ((1, 900.0), (2, 900.0), (3, 2.0), (4, 4.0))}
+    before = {1: found[1], 2: found[2]}
+    assert time_left(found, 10, before) == 18.0 and time_left(before, 10, before) is None
+    assert "18 s left" in line(found, 10, "x", before) and "left" not in line(before, 10, "x", before)
+    # Round 2 was cut off and played again: it counts.
+    assert time_left({1: found[1], 2: round_line(2, [0.5], seconds=5.0)}, 10, before) == 8 * 5.0
+
+
+def test_untrained_clients_are_said_before_the_figures(tmp_path: Path) -> None:
+    clients = {"total": 2, "never_sampled": 1, "untrained_head": 1}
+    folder = make_run(tmp_path / "run", "fedper", 3, [0.5, 0.7], clients=clients)
+    head, _, _ = text_of(write_report([folder], tmp_path / "r.html")).partition('class="answer"')
+    assert "own untrained part: 1 of 2 (fedper, seed 3)" in head
