@@ -168,7 +168,8 @@ def main() -> None:
 
 def _run_group(jobs: Sequence[Any], folder: Path, resume: bool, quiet: bool, as_json: bool) -> None:
     from experiments.api import exit_status, run_many
-    from experiments.report import ranking, ranking_table, write_report
+    from experiments.ranking import ranking, ranking_table
+    from experiments.report import write_report
     from experiments.results import find_runs
 
     summaries = run_many(jobs, resume, _watch(_console(as_json), quiet))

@@ -1,4 +1,4 @@
-"""What runs have shown: the ranking as plain data, as a table for the terminal, and the report, one HTML file."""
+"""The report: what runs have shown, as one HTML file that opens offline."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.table import Table
-
 from config import load
 from experiments import plots
+from experiments.ranking import (
+    Methods,
+    Row,
+    flag,
+    is_aside,
+    is_best,
+    learners_of,
+    number,
+    plus_minus,
+    ranking,
+    unit,
+    worded,
+)
 from experiments.results import (
     ALONE,
     PRIMARY,
@@ -20,12 +30,8 @@ from experiments.results import (
     compare_paired,
     counted,
     find_runs,
-    primary_metric,
     targets_of,
 )  # fmt: skip
-
-Methods = dict[str, list[RunResult]]
-Row = dict[str, Any]
 
 CSS = (
     f":root {{ color-scheme: light dark; {plots.css_variables(dark=False)} }}\n"
@@ -68,55 +74,6 @@ pre { margin: .3rem 0; white-space: pre-wrap; max-height: 16rem; overflow: auto;
 @media print { body { padding: 0; } details:not([open]) > *:not(summary) { display: block; } }
 """
 )
-
-
-def ranking(runs: Sequence[RunResult]) -> list[Row]:
-    """One row a target and method, the best for the clients first; plain numbers, None where not measured.
-
-    client_mean, client_weighted, client_worst_decile, client_std (over the clients), global, last10_clients,
-    last10_global and finetuned are means over the seeds; *_seed_std are standard deviations over seeds (n - 1; None for
-    one seed). gain and its interval are against `local`, oriented so that positive is better; `lost` of `lost_of` pairs
-    of client and seed do worse than alone. bytes_up, bytes_down and seconds are of one run, the mean over seeds.
-    """
-    methods = by_method(runs)
-    rows: list[Row] = []
-    for target in targets_of(runs):
-        metric = primary_metric(runs, target)
-        higher = PRIMARY.get(metric, True)
-        alone = _learners(methods, target).get(ALONE, [])
-        found = [_row(n, group, target, metric, alone) for n, group in _learners(methods, target).items()]
-
-        def order(row: Row, higher: bool = higher) -> tuple[bool, float]:
-            value = row["client_mean"] if row["client_mean"] is not None else row["global"]
-            return row["client_mean"] is None, (-value if higher else value) if value is not None else float("inf")
-
-        rows += [{**row, "rank": rank} for rank, row in enumerate(sorted(found, key=order), start=1)]
-    return rows
-
-
-def ranking_table(runs: Sequence[RunResult]) -> Table:
-    """The ranking for a terminal: what matters of it, one section a target."""
-    rows = ranking(runs)
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("method")
-    for head in ("clients' mean", "worst tenth", "global", "lost vs alone", "sent", "time"):
-        table.add_column(head, justify="right")
-    for target in dict.fromkeys(row["target"] for row in rows):
-        part = [row for row in rows if row["target"] == target]
-        table.add_row(f"[bold]{plots.metric_label(target, part[0]['metric'])} of {target}[/bold]")
-        for row in part:
-            text = [
-                _number(row["client_mean"], row["metric"]) + _plus_minus(row["client_mean_seed_std"], row["metric"]),
-                _number(row["client_worst_decile"], row["metric"]),
-                _number(row["global"], row["metric"]),
-            ]
-            for at, key in enumerate(("client_mean", "client_worst_decile", "global")):
-                text[at] = f"[bold]{text[at]}[/bold]" if _is_best(row, part, key) else text[at]
-            lost = "" if row["lost"] is None else f"{row['lost']} of {row['lost_of']}"
-            sent = plots.bytes_text(row["bytes_up"] + row["bytes_down"])
-            table.add_row(_flag(row).strip(), *text, lost, sent, plots.seconds_text(row["seconds"]))
-        table.add_section()
-    return table
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
@@ -169,15 +126,15 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
     real = [row for row in rows if row["client_mean"] is not None]
     if not real:
         value = rows[0]["global"]
-        told = f"The {metric} of {target} on the global test set is {_worded(value, metric, target)}."
+        told = f"The {metric} of {target} on the global test set is {worded(value, metric, target)}."
         return ["Nothing has been measured yet." if value is None else told]
-    choices = [row for row in real if not _is_aside(row, real)]
+    choices = [row for row in real if not is_aside(row, real)]
     best = choices[0]
-    seeds = f" ± {_worded(best['client_mean_seed_std'], metric, target)} over {best['seeds']} seeds"
+    seeds = f" ± {worded(best['client_mean_seed_std'], metric, target)} over {best['seeds']} seeds"
     reached = (
-        f"mean {metric} of {target} on the clients' own test samples {_worded(best['client_mean'], metric, target)}"
+        f"mean {metric} of {target} on the clients' own test samples {worded(best['client_mean'], metric, target)}"
         f"{seeds if best['client_mean_seed_std'] is not None else ''}, "
-        f"{_worded(best['client_worst_decile'], metric, target)} for the worst tenth of them"
+        f"{worded(best['client_worst_decile'], metric, target)} for the worst tenth of them"
     )
     if len(choices) == 1:
         said = [f"{best['method']}: {reached}."]
@@ -186,7 +143,7 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
         said.append(_against_next(methods, best, choices[1], target, metric))
     alone = next((row for row in real if row["method"] == ALONE), None)
     if alone and alone is not best:
-        said.append(f"Training alone gives {_worded(alone['client_mean'], metric, target)}.")
+        said.append(f"Training alone gives {worded(alone['client_mean'], metric, target)}.")
     losing = sorted((r for r in choices if r["lost"]), key=lambda r: -r["lost"] / r["lost_of"])
     if losing:
         pairs = "clients, counted once a seed," if max(row["seeds"] for row in losing) > 1 else "clients"
@@ -196,7 +153,7 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
         said.append(f"Of the {pairs} {_listed(parts)} do worse than alone{none}.")
     pooled = next((row for row in real if row["pooled"]), None)
     if pooled and pooled is not best:
-        said.append(f"All the data in one place would give {_worded(pooled['client_mean'], metric, target)}.")
+        said.append(f"All the data in one place would give {worded(pooled['client_mean'], metric, target)}.")
     sent = best["bytes_up"] + best["bytes_down"]
     cost = f"sends {plots.bytes_text(sent)}" if sent else "sends nothing"
     said.append(f"A run of {best['method']} {cost} and takes {plots.seconds_text(best['seconds'])}.")
@@ -233,51 +190,19 @@ def _named(run: RunResult) -> str:
     return f"{run.experiment.run.name}, seed {run.seed}"
 
 
-def _learners(methods: Methods, target: str) -> Methods:
-    return {n: found for n, group in methods.items() if (found := [r for r in group if target in r.experiment.learned])}
-
-
-def _row(name: str, group: Sequence[RunResult], target: str, metric: str, alone: Sequence[RunResult]) -> Row:
-    runs = counted(group)
-    over_clients = [v for run in runs if (v := run.final("clients", target, metric))]
-    versus = compare_paired(runs, counted(alone), target, metric) if name != ALONE and alone else None
-    client_means = [v.get("mean") for v in over_clients]
-    shared = [run.final("global", target, metric) for run in runs]
-    tuned = [float(np.mean(list(s.values()))) for run in runs if (s := run.scores(target, metric, "finetuned"))]
-    return {
-        "target": target, "metric": metric, "rank": 0, "method": name, "seeds": len(runs), "started": len(group),
-        "statuses": [run.status for run in group],
-        "rounds": max(run.rounds_done for run in group),
-        "pooled": group[0].experiment.run.placement == "pooled",
-        "client_mean": _mean(client_means), "client_mean_seed_std": _deviation(client_means),
-        "client_std": _mean([v.get("std") for v in over_clients]),
-        "client_weighted": _mean([v.get("weighted") for v in over_clients]),
-        "client_worst_decile": _mean([v.get("worst_decile") for v in over_clients]),
-        "global": _mean(shared), "global_seed_std": _deviation(shared),
-        "last10_clients": _mean([run.last10("clients", target, metric) for run in runs]),
-        "last10_global": _mean([run.last10("global", target, metric) for run in runs]),
-        "finetuned": _mean(tuned),
-        "gain": versus.mean if versus else None,
-        "gain_low": versus.interval[0] if versus and versus.interval else None,
-        "gain_high": versus.interval[1] if versus and versus.interval else None,
-        "lost": versus.lost if versus else None, "lost_of": versus.clients if versus else None,
-        **{key: _mean([run.cost[key] for run in runs]) for key in ("bytes_up", "bytes_down", "seconds")},
-    }  # fmt: skip
-
-
 def _against_next(methods: Methods, best: Row, following: Row, target: str, metric: str) -> str:
-    text = f"Next is {following['method']} with {_worded(following['client_mean'], metric, target)}"
+    text = f"Next is {following['method']} with {worded(following['client_mean'], metric, target)}"
     paired = compare_paired(counted(methods[best["method"]]), counted(methods[following["method"]]), target, metric)
     if not paired or not paired.interval:
         return f"{text}; three seeds or more would tell whether that difference is more than chance."
-    low, high = (_number(value, metric, signed=True) for value in paired.interval)
+    low, high = (number(value, metric, signed=True) for value in paired.interval)
     told = "so the difference is more than chance" if paired.interval[0] > 0 else "so the two are not told apart"
-    return f"{text}; the paired 95% interval of the difference is {low} to {high}{_unit(metric, target)}, {told}."
+    return f"{text}; the paired 95% interval of the difference is {low} to {high}{unit(metric, target)}, {told}."
 
 
 def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
     part = [row for row in rows if row["target"] == target]
-    metric, learners = part[0]["metric"], _learners(methods, target)
+    metric, learners = part[0]["metric"], learners_of(methods, target)
     alone = counted(learners.get(ALONE, []))
     found = {n: compare_paired(counted(g), alone, target, metric) for n, g in learners.items() if n != ALONE and alone}
     paired: dict[str, Paired] = {name: versus for name, versus in found.items() if versus}
@@ -334,7 +259,7 @@ def _ranking_html(part: Sequence[Row]) -> str:
     head += "".join(f'<th class="group" colspan="{n}"><span>{escape(g)}</span></th>' for g, n in groups.items())
     head += '</tr><tr><th class="left">method</th>' + "".join(f"<th>{name}</th>" for _, name, _ in columns) + "</tr>"
     body = "".join(
-        f"<tr{' class=aside' if _is_aside(row, part) else ''}><td>{escape(_flag(row))}</td>"
+        f"<tr{' class=aside' if is_aside(row, part) else ''}><td>{escape(flag(row))}</td>"
         + "".join(f"<td>{_cell(row, part, key, metric)}</td>" for _, _, key in columns)
         + "</tr>"
         for row in part
@@ -359,12 +284,12 @@ def _cell(row: Row, part: Sequence[Row], key: str, metric: str) -> str:
         return plots.bytes_text(value) if value else "0"
     if key == "seconds":
         return plots.seconds_text(value)
-    text = _number(value, metric, signed=key == "gain")
-    text = f"<b>{text}</b>" if _is_best(row, part, key) else text
+    text = number(value, metric, signed=key == "gain")
+    text = f"<b>{text}</b>" if is_best(row, part, key) else text
     if key == "gain" and row["gain_low"] is not None:
-        low, high = (_number(row[end], metric, signed=True) for end in ("gain_low", "gain_high"))
+        low, high = (number(row[end], metric, signed=True) for end in ("gain_low", "gain_high"))
         return f"{text} <small>[{low}, {high}]</small>"
-    return text + f"<small>{_plus_minus(row.get(f'{key}_seed_std'), metric)}</small>"
+    return text + f"<small>{plus_minus(row.get(f'{key}_seed_std'), metric)}</small>"
 
 
 def _split_section(runs: Sequence[RunResult]) -> str:
@@ -470,58 +395,12 @@ def _never_sampled(count: int, run: RunResult) -> str:
     return f"{clients}."
 
 
-def _flag(row: Row) -> str:
-    """The method's name, with a mark where not all of its runs have ended well."""
-    states = row["statuses"]
-    if set(states) == {"done"}:
-        return str(row["method"])
-    if "running" in states and row["seeds"] == len(states):
-        return f"{row['method']} (so far)"
-    return f"{row['method']} ({states.count('done')} of {len(states)} done)"
-
-
-def _is_best(row: Row, part: Sequence[Row], key: str) -> bool:
-    values = [other[key] for other in part if other[key] is not None and not _is_aside(other, part)]
-    if len(values) < 2 or row[key] is None or _is_aside(row, part):
-        return False
-    lower = key == "client_std" or (key != "gain" and not PRIMARY.get(row["metric"], True))
-    return bool(row[key] == (min(values) if lower else max(values)))
-
-
-def _is_aside(row: Row, part: Sequence[Row]) -> bool:
-    """Pooling needs all data in one place, so beside other methods it is what they are held against, not a choice."""
-    return bool(row["pooled"]) and not all(other["pooled"] for other in part)
-
-
 def _legend(part: Sequence[Row]) -> str:
     said = ["± is the standard deviation over seeds."] if any(row["seeds"] > 1 for row in part) else []
     if len(part) > 1:
-        aside = next((row["method"] for row in part if _is_aside(row, part)), "")
+        aside = next((row["method"] for row in part if is_aside(row, part)), "")
         said.append(f"The best of each column is bold{f', {escape(aside)} aside' if aside else ''}.")
     return " ".join(said)
-
-
-def _number(value: float | None, metric: str, signed: bool = False) -> str:
-    """A metric as it stands in a table: accuracy in percent, anything else with three decimals."""
-    if value is None:
-        return ""
-    sign = "+" if signed else ""
-    text = f"{100 * value:{sign}.1f}" if metric == "accuracy" else f"{value:{sign}.3f}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
-def _unit(metric: str, target: str) -> str:
-    if metric == "accuracy":
-        return " percentage points"
-    return f" {plots.UNITS[target]}" if metric == "rmse" and target in plots.UNITS else ""
-
-
-def _worded(value: float | None, metric: str, target: str) -> str:
-    return _number(value, metric) + ("%" if metric == "accuracy" else _unit(metric, target))
-
-
-def _plus_minus(value: float | None, metric: str) -> str:
-    return "" if value is None else f" ± {_number(value, metric)}"
 
 
 def _setting(value: Any) -> str:
@@ -544,13 +423,3 @@ def _count(number: int, what: str) -> str:
 
 def _listed(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _deviation(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.std(known, ddof=1)) if len(known) > 1 else None

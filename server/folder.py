@@ -115,7 +115,13 @@ def open_folder(path: Path, experiment: Experiment, resume: bool, facts: Mapping
     check_folder(path, experiment, resume)
     folder = RunFolder(path)
     try:
-        folder.manifest()
+        before = folder.manifest()
+        for what in facts:
+            if before.get(what) != facts[what]:
+                raise UserError(
+                    f"--resume {path}: {what} is {facts[what]!r} now, but the run there was started with "
+                    f"{before.get(what)!r}: put back the data and the versions in its manifest.json, or start a new run"
+                )
     except DamagedFile:
         write_bytes(path / "experiment.toml", to_toml(experiment).encode())
         manifest = {

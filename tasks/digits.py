@@ -17,7 +17,7 @@ from config.seeds import numpy_generator
 from tasks.data import Data, Dataset, Target, make_dataset
 
 TARGETS = (Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25))
-"""The digit 0..9, and its slant in radians. The slant's scale is a public constant: twice its spread in both data sets."""
+"""The digit 0..9, and its slant in radians. The slant's scale is a public constant: twice its spread in both."""
 
 _DATA_SEED = 0  # The data are the data: neither depends on the experiment's seed.
 _TEST_A_DIGIT = 27
@@ -141,7 +141,7 @@ def _between_nodes(nodes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @functools.lru_cache(maxsize=1)
 def _glyphs() -> npt.NDArray[np.float64]:
-    """The ten digits of both fonts, blurred, float64 (2, 10, 128, 128) in 0..1: upright, centred, and 64 pixels tall."""
+    """The ten digits of both fonts, blurred, float64 (2, 10, 128, 128) in 0..1: upright, centred, 64 pixels tall."""
     if not features.check("freetype2"):
         raise UserError(
             "the printed digits need Pillow's bundled font, and this Pillow was built without FreeType: install "

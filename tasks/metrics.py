@@ -1,7 +1,7 @@
 """Losses for training and scores for reports, for each target of a model.
 
 The scores are computed with NumPy from one confusion matrix. scikit-learn's functions, against which the tests hold
-them, check their input for about a millisecond a call set, and a client of 15 samples is scored thousands of times a run.
+them, spend about two milliseconds a score on checking their input, and a client is scored thousands of times a run.
 """
 
 from collections.abc import Mapping, Sequence

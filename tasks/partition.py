@@ -263,6 +263,9 @@ def _into_parts(
     ordered = mixed[np.argsort(labels[mixed], kind="stable")]
     test = max(1, round(parts[2] * n))
     validation = max(1, round(parts[1] * n))
+    # A small train fraction of a small client can round to nothing: the larger held-out part gives a sample back.
+    while test + validation >= n:
+        test, validation = (test - 1, validation) if test > validation else (test, validation - 1)
     in_test = _every(test, n, int(draw.integers(n)))
     rest = ordered[~in_test]
     in_validation = _every(validation, len(rest), int(draw.integers(len(rest))))

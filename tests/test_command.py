@@ -40,7 +40,8 @@ def test_compare_and_sweep_make_one_report(tmp_path: Path) -> None:
     assert [r["name"] for r in result["runs"]] == ["local", "fedper"] * 2
     assert len({r["split_sha256"] for r in result["runs"]}) == 2  # one split a seed, the same for every method
     assert (tmp_path / "c" / "report.html").exists()
-    assert {p.name for p in (tmp_path / "c").glob("*-seed*")} == {f"{m}-seed{s}" for m in ("local", "fedper") for s in (0, 1)}
+    folders = {p.name for p in (tmp_path / "c").glob("*-seed*")}
+    assert folders == {f"{method}-seed{seed}" for method in ("local", "fedper") for seed in (0, 1)}
     swept = meadow("sweep", "fedavg", *QUICK, "local.lr=0.01,0.1", "--out", "s", "--quiet", cwd=tmp_path)
     assert (swept.returncode, swept.stdout) == (0, "")
     assert {p.name for p in (tmp_path / "s").iterdir()} == {"lr-0.01-seed0", "lr-0.1-seed0", "report.html"}

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_inline, small
 
 from config.identity import ROOT
 from config.load import from_flat, load, to_flat, to_toml
-from conftest import run_inline, small
 from simulation.children import children
 from simulation.launch import Launch, engine
 from simulation.processes import run_app, superlink

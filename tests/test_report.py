@@ -19,7 +19,8 @@ from config.errors import UserError
 from config.load import load, to_toml
 from experiments.plots import bytes_text, seconds_text, spread_apart
 from experiments.progress import Tail, follow, line, time_left
-from experiments.report import ranking, ranking_table, write_report
+from experiments.ranking import ranking, ranking_table
+from experiments.report import write_report
 from experiments.results import by_method, compare_paired, find_runs, read_rounds, read_run, t_interval
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import run_inline, small
 
 import config.durable
+from config.errors import UserError
 from config.load import to_toml
 from config.schema import Experiment
 from server.checkpoints import Checkpoint, latest, save
@@ -123,6 +124,15 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     before = (tmp_path / "rounds.jsonl").stat().st_mtime_ns
     assert run_inline(experiment, tmp_path, resume=True) == first
     assert (tmp_path / "rounds.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
+    experiment = small("fedavg")
+    run_inline(experiment, tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"data_sha256": "', '"data_sha256": "00'))
+    with pytest.raises(UserError, match="data_sha256"):
+        run_inline(experiment, tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.slow)])

@@ -1,0 +1,193 @@
+"""Models, losses, scores, and the state that training starts from."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from config.errors import UserError
+from config.load import load
+from config.schema import Experiment
+from config.schema import Task as Settings
+from tasks.data import Target
+from tasks.metrics import loss, losses, score
+from tasks.models import build
+from tasks.task import initial_state, open_task, source_state
+
+DIGIT, SLANT = Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25)
+BOTH = (DIGIT, SLANT)
+
+
+def experiment(**task: Any) -> Experiment:
+    return load({"task": {"source_samples": 200, "source_epochs": 1, **task}})
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 9, 5)])
+def test_a_trunk_and_a_head_for_each_target(model: str, shape: tuple[int, ...]) -> None:
+    net = build(Settings(model=model, hidden=12), BOTH, shape)  # type: ignore[arg-type]
+    outputs = net(torch.ones(5, *shape))
+    assert outputs["digit"].shape == (5, 10) and outputs["slant"].shape == (5,)
+    names = list(net.state_dict())
+    heads = ["heads.digit.weight", "heads.digit.bias", "heads.slant.weight", "heads.slant.bias"]
+    assert names[-4:] == heads and all(name.startswith("trunk.") for name in names[:-4])
+    assert not list(net.buffers())
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    assert not norms and sum(isinstance(m, nn.GroupNorm) for m in net.modules()) == (2 if model == "cnn" else 0)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_features_are_bounded_so_that_a_value_head_is_stable(model: str) -> None:
+    """|h|^2 <= 8 whatever the trunk's weights, so the squared error's curvature in a head is at most 2 (8 + 1)."""
+    net = build(Settings(model=model), (SLANT,), (1, 8, 8))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(30)
+        features = net.get_submodule("trunk")(torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    with_bias = torch.cat([features, torch.ones(64, 1)], dim=1).double()
+    assert (features**2).sum(1).max() <= 8 * (1 + 1e-5)
+    assert 2 * torch.linalg.eigvalsh(with_bias.T @ with_bias / 64).max() <= 18 * (1 + 1e-5)
+
+
+def test_another_target_changes_neither_the_trunk_s_start_nor_torch_s_generator() -> None:
+    before = torch.random.get_rng_state()
+    one, two = (build(Settings(), targets, (1, 8, 8), seed=3).state_dict() for targets in ((DIGIT,), (SLANT, DIGIT)))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = build(Settings(), (DIGIT,), (1, 8, 8), seed=4).state_dict()
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_cnn_refuses_what_is_no_image() -> None:
+    with pytest.raises(UserError, match=r'task.model = "cnn"'):
+        build(Settings(model="cnn"), BOTH, (64,))
+
+
+def test_losses_by_hand() -> None:
+    outputs = {"digit": torch.zeros(2, 10), "slant": torch.tensor([1.0, -1.0])}
+    y = {"digit": torch.tensor([3, 7]), "slant": torch.tensor([0.5, 0.25])}
+    each = losses(outputs, y, BOTH)
+    assert each["digit"].item() == pytest.approx(np.log(10))
+    assert each["slant"].item() == pytest.approx((1 + 4) / 2)  # against 2 and 1, after division by the scale
+    assert loss(outputs, y, BOTH, (2.0, 0.5)).item() == pytest.approx(2 * np.log(10) + 1.25)
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+@pytest.mark.parametrize("n", [1, 2, 15, 400])
+def test_scores_are_scikit_learn_s(n: int) -> None:
+    draw = torch.Generator().manual_seed(n)
+    outputs = {"digit": torch.randn(n, 10, generator=draw), "slant": torch.randn(n, generator=draw)}
+    y = {"digit": torch.randint(0, 10, (n,), generator=draw), "slant": torch.randn(n, generator=draw)}
+    scores = score(outputs, y, BOTH)
+    truth, predicted = y["digit"].numpy(), outputs["digit"].argmax(1).numpy()
+    probabilities = outputs["digit"].double().softmax(1).numpy()
+    assert scores["digit"] == pytest.approx(
+        {
+            "accuracy": reference.accuracy_score(truth, predicted),
+            "balanced_accuracy": reference.balanced_accuracy_score(truth, predicted),
+            "f1": reference.f1_score(truth, predicted, average="macro", zero_division=0),
+            "loss": reference.log_loss(truth, probabilities, labels=range(10)),
+        },
+        rel=1e-5,
+    )
+    value, estimate = y["slant"].double().numpy(), outputs["slant"].double().numpy() * 0.25
+    expected = {
+        "mae": reference.mean_absolute_error(value, estimate),
+        "rmse": reference.root_mean_squared_error(value, estimate),
+        "loss": reference.mean_squared_error(value, estimate) / 0.25**2,
+    }
+    if n > 1:
+        expected["r2"] = reference.r2_score(value, estimate)
+    assert scores["slant"] == pytest.approx(expected)
+
+
+def test_r2_is_left_out_where_it_is_not_defined() -> None:
+    scores = score({"slant": torch.tensor([0.0, 1.0])}, {"slant": torch.tensor([0.1, 0.1])}, (SLANT,))
+    assert set(scores["slant"]) == {"mae", "rmse", "loss"}
+    with pytest.raises(ValueError, match="no samples"):
+        score({"slant": torch.empty(0)}, {"slant": torch.empty(0)}, (SLANT,))
+
+
+def test_the_start_is_a_function_of_the_seed() -> None:
+    first, again = initial_state(experiment()), initial_state(experiment())
+    assert list(first) == list(open_task(experiment()).new_model().state_dict())
+    assert all(a.dtype == np.float32 and a.tobytes() == again[name].tobytes() for name, a in first.items())
+    assert all(a is not again[name] and not np.shares_memory(a, again[name]) for name, a in first.items())
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_a_pretrained_start_has_the_source_s_trunk_and_fresh_heads(model: str) -> None:
+    pretrained = experiment(model=model, pretrained="source")
+    state, source, random = initial_state(pretrained), source_state(pretrained), initial_state(experiment(model=model))
+    for name, array in state.items():
+        same_as = source if name.startswith("trunk.") else random
+        assert np.array_equal(array, same_as[name])
+        assert not np.array_equal(source[name], random[name])
+    state["trunk." + next(iter(state)).removeprefix("trunk.")][:] = 0  # a caller's change stays the caller's
+    assert np.array_equal(initial_state(pretrained)["heads.digit.bias"], random["heads.digit.bias"])
+    assert all(np.array_equal(a, source[name]) for name, a in initial_state(pretrained).items() if "trunk." in name)
+
+
+def test_the_source_is_the_same_for_every_partition_and_differs_by_seed() -> None:
+    one = load({"task": {"source_samples": 200, "source_epochs": 1}, "partition": {"clients": 3}})
+    assert source_state(one) is source_state(experiment())
+    other = load({"run": {"seed": 1}, "task": {"source_samples": 200, "source_epochs": 1}})
+    assert not np.array_equal(source_state(one)["heads.digit.bias"], source_state(other)["heads.digit.bias"])
+
+
+def test_a_pretrained_file_gives_the_trunk_and_nothing_else(tmp_path: Path) -> None:
+    place = tmp_path / "model.safetensors"
+    random = initial_state(experiment())
+    save_file({name: a + 1 for name, a in random.items()} | {"other": np.zeros(1)}, place)
+    state = initial_state(experiment(pretrained=str(place)))
+    for name, array in state.items():
+        assert np.array_equal(array, random[name] + (1 if name.startswith("trunk.") else 0))
+
+
+def test_a_pretrained_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "model.safetensors"
+    trunk = {name: a for name, a in initial_state(experiment()).items() if name.startswith("trunk.")}
+    wrong = "trunk.linear2.weight"
+    broken = {
+        "has shape": trunk | {wrong: np.zeros((3, 3), dtype=np.float32)},
+        "has no array": {name: a for name, a in trunk.items() if name != wrong},
+        "which the trunk has not": trunk | {"trunk.linear2.weight.more": np.zeros(1, dtype=np.float32)},
+        "not of finite": trunk | {wrong: np.full_like(trunk[wrong], np.nan)},
+    }
+    for reason, arrays in broken.items():
+        save_file(arrays, place)
+        with pytest.raises(UserError, match=reason) as error:
+            initial_state(experiment(pretrained=str(place)))
+        assert wrong in str(error.value)
+    place.write_bytes(b"not a model")
+    with pytest.raises(UserError, match="cannot be read"):
+        initial_state(experiment(pretrained=str(place)))
+    with pytest.raises(UserError, match="there is no such file"):
+        initial_state(experiment(pretrained=str(tmp_path / "missing.safetensors")))
+
+
+def test_a_task_deals_the_pool_and_learns_what_it_is_told() -> None:
+    both = open_task(experiment())
+    slant = open_task(experiment(learn="slant", target_weights=[0.5]))
+    assert [t.name for t in both.targets] == ["digit", "slant"] and both.weights == (1.0, 1.0)
+    assert [t.name for t in slant.targets] == ["slant"] and slant.weights == (0.5,)
+    assert both.split.sha256 == slant.split.sha256  # the split follows task.targets, not what is learned
+    assert open_task(experiment()) is both
+    own = both.client(3)
+    assert torch.equal(own.test.x, both.dataset.train.x[torch.from_numpy(both.split.clients[3].test)])
+    assert len(both.pool()) == sum(len(client.train) for client in both.split.clients)
+    assert torch.equal(both.pool().x[: len(both.client(0).train)], both.client(0).train.x)
+    with pytest.raises(IndexError, match="client 20"):
+        both.client(20)
+
+
+def test_an_unknown_target_is_named_with_those_there_are() -> None:
+    wrong = experiment(targets=["digit", "colour"])
+    for use in (open_task, initial_state):
+        with pytest.raises(UserError, match='no target "colour"; it has digit, slant'):
+            use(wrong)
