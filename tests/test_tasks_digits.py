@@ -89,7 +89,7 @@ def test_printed_digits_are_balanced_repeatable_and_on_the_same_scale() -> None:
     assert data_sha256(data, data) == data_sha256(again, again) != data_sha256(other, other)
     assert sorted(data.y["digit"].bincount().tolist()) == [120] * 5 + [121] * 5
     assert data.x.shape == (1205, 1, 8, 8) and data.x.dtype == torch.float32
-    assert torch.equal((data.x * 16).round() / 16, data.x) and 0 <= data.x.min() and data.x.max() <= 1
+    assert torch.equal((data.x * 16).round() / 16, data.x) and data.x.min() >= 0 and data.x.max() <= 1
     assert np.array_equal(data.y["slant"].numpy(), slant(data.x[:, 0].numpy()))
 
 

@@ -111,8 +111,9 @@ def test_hsu_label_mix_has_the_moments_of_the_dirichlet_multinomial() -> None:
 def test_hsu_at_the_ends_of_alpha() -> None:
     labels = np.arange(10_000) % 10
     even = deal(settings("dirichlet", alpha=1e7, clients=10), labels, 0)
-    # alpha -> infinity: 1,000 independent draws at p = 1/10, standard deviation 9.5 at most; five of them.
-    assert np.abs(label_counts(even, labels) - 100).max() < 48
+    # alpha -> infinity: 1,000 independent draws at p = 1/10 have a standard deviation of 9.5; the last client gets what
+    # nine such clients leave, so three times that. The bound is five of those.
+    assert np.abs(label_counts(even, labels) - 100).max() < 5 * 28.5
     single = deal(settings("dirichlet", alpha=1e-3, clients=10), labels, 0)
     # alpha -> 0: the first client to draw finds one label, of which there are just enough.
     assert label_counts(single, labels).max() == 1000
@@ -187,8 +188,8 @@ def test_an_impossible_split_names_the_setting(wrong: dict[str, Any], named: str
 
 
 def test_rejected_draws_are_counted_and_drawn_anew() -> None:
-    split = deal(settings("dirichlet-class", alpha=0.3, min_size=10), LABELS, 0)
-    assert split.tries > 1 and min(map(len, own(split))) >= 10
+    split = deal(settings("quantity", alpha=0.7, min_size=5), LABELS, 0)
+    assert split.tries > 1 and min(map(len, own(split))) >= 5
 
 
 def test_values_are_dealt_by_their_deciles() -> None:
