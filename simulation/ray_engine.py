@@ -23,6 +23,8 @@ from simulation.grid import LocalGrid, error_reply, node_context
 log = logging.getLogger("meadow.ray")
 
 _WAIT = 0.5
+_RETRIES = 2
+"""Times that a message is given again to a worker that died of it; then its clients count as failed."""
 
 
 class NodeActor:
@@ -47,8 +49,10 @@ class Workers:
         self.actors: list[ActorHandle[Any]] = []
         remote: Any = ray.remote(NodeActor)
         for _ in range(count):
-            # max_restarts: Flower's engine puts a killed actor back in its pool for ever; ours comes back.
-            self.actors.append(remote.options(num_cpus=0, max_restarts=-1, max_task_retries=0).remote())
+            # A killed worker comes back (Flower's engine puts it back in its pool dead) and answers what it was asked
+            # again: a client's answer is a function of the message and of its stored state, so the bits are the same.
+            options = remote.options(num_cpus=0, max_restarts=-1, max_task_retries=_RETRIES)
+            self.actors.append(options.remote())
         self.threads = threads
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from config.errors import UserError
 from config.load import load, to_toml
