@@ -139,7 +139,7 @@ def _explain(fault: Any) -> str:
     dotted = ".".join(str(part) for part in fault["loc"][:2])
     if fault["type"] == "extra_forbidden":
         names = known_keys() if "." in dotted else list(Experiment.model_fields)
-        return f"{dotted}: there is no such setting{_nearest(dotted, names)}. `meadow show` lists all of them"
+        return f"{dotted}: there is no such setting{_nearest(dotted, names) or ';'} `meadow show` lists all of them"
     if fault["type"] == "value_error" and "." not in dotted:
         # Raised by a section's or the experiment's own check, whose message names the setting already.
         return (f"{dotted}." if dotted else "") + str(fault["msg"]).removeprefix("Value error, ")

@@ -54,7 +54,7 @@ class Task(Section):
         "all", description='"all": every target at once (multi-task); "first" or a target\'s name: that one alone.'
     )
     model: Literal["mlp", "cnn"] = "mlp"
-    hidden: int = Field(64, ge=1, description="Units of the hidden layers of the MLP; channels of the CNN's trunk.")
+    hidden: int = Field(64, ge=2, description="Units of the hidden layers of the MLP; channels of the CNN's trunk.")
     pretrained: str = Field(
         "", description='Empty: random start; "source": a model trained on task.source; else a .safetensors file.'
     )
@@ -138,7 +138,7 @@ class Evaluate(Section):
 
 
 class Engine(Section):
-    """`[engine]`: how the run is launched. Nothing here changes the result."""
+    """`[engine]`: how the run is launched. Nothing here changes the result, but that `threads` changes its last bits."""
 
     name: Literal["inline", "ray", "processes"] = "ray"
     workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one a core, or four SuperNodes.")

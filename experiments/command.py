@@ -109,6 +109,23 @@ def sweep(
 
 
 @app.command()
+def plan(experiment: Name, overrides: Overrides = None, json_: Json = False) -> None:
+    """What a run would cost, before it runs: steps and bytes."""
+    from experiments.plan import plan as make_plan
+
+    costs = make_plan(load(experiment, overrides or []))
+    if json_:
+        typer.echo(json.dumps(costs, indent=2))
+        return
+    for name, value in costs.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, number in parts:
+            typer.echo(
+                f"{f'{name} {part}'.strip():22} {number:,}" if isinstance(number, int) else f"{name} {part}: {number}"
+            )
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a comparison's folder.")],
     out: Annotated[
@@ -162,7 +179,7 @@ def main() -> None:
         Console(stderr=True).print(f"[bold red]meadow:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("meadow: stopped by the user before the first round")
+        Console(stderr=True).print("meadow: stopped by the user; the same command with --resume --out DIR goes on")
         sys.exit(3)
 
 

@@ -1,6 +1,7 @@
 """The rounds: one loop, from the last checkpoint to the last round, and the evaluation of every client at the end."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -140,25 +141,13 @@ def play_round(session: Session, round_: int) -> None:
     clients_round = round_ - 1
     if pooled and on_clients and round_ % experiment.evaluate.every == 0:
         received, clients_round = used(score_clients(session, round_, fine_tuned=False)), round_
-    metrics = [m.content.metric_records["metrics"] for m in verdict.admitted]
-    weights = [float(cast(int, m["num-examples"])) for m in metrics]
-    size = 0 if pooled else nbytes(session.arrays)
-    setup = nbytes(session.exchange.base) * experiment.partition.clients if round_ == 1 and not pooled else 0
     record = {
         "round": round_,
         "cohort": cohort,
         "failed": [{"client": c, "reason": r} for c, r in verdict.refused.items()],
         "seconds": 0.0,
-        "bytes_down": size * len(cohort) + setup,
-        "bytes_up": size * len(verdict.admitted),
-        "steps": sum(int(cast(int, m["steps"])) for m in metrics),
-        "train": {
-            t.name: {
-                "loss": sum(w * float(cast(float, m[f"loss/{t.name}"])) for w, m in zip(weights, metrics, strict=True))
-                / sum(weights)
-            }
-            for t in session.task.targets
-        },
+        **_traffic(session, round_, len(cohort), len(verdict.admitted)),
+        **_training(session.task, [m.content.metric_records["metrics"] for m in verdict.admitted]),
         "global": score_globally(session) if round_ % experiment.evaluate.every == 0 else {},
         "clients": over_clients(received, test_sizes(session.task)),
         "clients_round": clients_round,
@@ -167,6 +156,31 @@ def play_round(session: Session, round_: int) -> None:
     record["seconds"] = time.perf_counter() - began
     session.folder.append(record)
     checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays))
+
+
+def _traffic(session: Session, round_: int, asked: int, replied: int) -> dict[str, int]:
+    """Bytes of arrays that clients received and sent in a round, as if each were reached by itself.
+
+    The first round includes what every client is sent once. Pooling has no traffic of arrays: the data itself moved.
+    """
+    if session.experiment.run.placement == "pooled":
+        return {"bytes_down": 0, "bytes_up": 0}
+    size, once = nbytes(session.arrays), nbytes(session.exchange.base) * session.experiment.partition.clients
+    return {"bytes_down": size * asked + (once if round_ == 1 else 0), "bytes_up": size * replied}
+
+
+def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
+    """Optimiser steps in all, and each target's training loss, the mean weighted by the clients' samples.
+
+    What a client reports is taken only if it is a finite number; it decides nothing.
+    """
+    losses = {}
+    for target in task.targets:
+        pairs = [(_scalar(m, "num-examples"), _scalar(m, f"loss/{target.name}")) for m in metrics]
+        known = [(weight, loss) for weight, loss in pairs if weight is not None and loss is not None]
+        if known:
+            losses[target.name] = {"loss": sum(w * v for w, v in known) / sum(w for w, _ in known)}
+    return {"steps": int(sum(_scalar(m, "steps") or 0 for m in metrics)), "train": losses}
 
 
 def combine_order(cohort: Sequence[int], verdict: Verdict) -> list[Message]:
@@ -192,7 +206,8 @@ def score_globally(session: Session) -> dict[str, dict[str, float]]:
         return {}
     model = session.task.new_model()
     load_into(model, session.start | session.arrays)
-    return nested(evaluate(model, session.task.dataset.test, session.task.targets))
+    scores = evaluate(model, session.task.dataset.test, session.task.targets)
+    return nested({key: value for key, value in scores.items() if math.isfinite(value)})
 
 
 def score_clients(session: Session, round_: int, fine_tuned: bool) -> dict[int, ClientScores]:
@@ -205,12 +220,13 @@ def score_clients(session: Session, round_: int, fine_tuned: bool) -> dict[int, 
     )
     scores = {}
     for reply in replies:
-        if reply.has_error():
-            log.warning("client %d was not evaluated: %s", reply.metadata.src_node_id, reply.error.reason)
+        identity = None if reply.has_error() else reply.content.config_records.get("identity")
+        if identity is None:
+            reason = reply.error.reason if reply.has_error() else "its reply says nothing of itself"
+            log.warning("client %d was not evaluated: %s", reply.metadata.src_node_id, reason)
             continue
-        identity = reply.content.config_records["identity"]
         scores[reply.metadata.src_node_id] = ClientScores(
-            _scores(reply), str(identity["personal"]), bool(identity["trained"])
+            _scores(reply), str(identity.get("personal")), bool(identity.get("trained"))
         )
     return scores
 
@@ -238,4 +254,11 @@ def _recover(session: Session) -> int:
 
 
 def _scores(message: Message) -> dict[str, float]:
-    return {k: float(cast(float, v)) for k, v in message.content.metric_records["evaluation"].items()}
+    """The scores in a reply that are finite numbers."""
+    record = message.content.metric_records.get("evaluation") or MetricRecord()
+    return {key: value for key in record if (value := _scalar(record, key)) is not None}
+
+
+def _scalar(record: MetricRecord, key: str) -> float | None:
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

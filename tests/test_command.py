@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_inline, small
 
 from config.identity import ROOT
+from experiments.plan import plan
 
 QUICK = ["run.rounds=2", "partition.clients=4", "task.source_samples=200", "task.source_epochs=1", "--engine", "inline"]
 
@@ -45,6 +47,24 @@ def test_compare_and_sweep_make_one_report(tmp_path: Path) -> None:
     swept = meadow("sweep", "fedavg", *QUICK, "local.lr=0.01,0.1", "--out", "s", "--quiet", cwd=tmp_path)
     assert (swept.returncode, swept.stdout) == (0, "")
     assert {p.name for p in (tmp_path / "s").iterdir()} == {"lr-0.01-seed0", "lr-0.1-seed0", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("preset", "override"),
+    [
+        ("fedper", "cohort.size=2"),
+        ("federated-transfer", "local.steps=3"),
+        ("transfer", "local.batch_size=0"),
+        ("pooled", "local.epochs=2"),
+    ],
+)
+def test_a_plan_is_what_the_run_then_costs(preset: str, override: str, tmp_path: Path) -> None:
+    experiment = small(preset, override)
+    cost = run_inline(experiment, tmp_path)["cost"]
+    planned = plan(experiment)
+    assert {k: planned[k] for k in ("steps", "bytes_up", "bytes_down")} == {
+        k: cost[k] for k in ("steps", "bytes_up", "bytes_down")
+    }
 
 
 @pytest.mark.parametrize(

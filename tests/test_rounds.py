@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
+from flwr.app import MetricRecord
 
 import client.node
 from config.durable import Arrays, read_arrays
@@ -185,6 +187,27 @@ def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pyt
         assert "the disk of client three is full" in failure["reason"]
     rows = list(csv.DictReader((tmp_path / "clients.csv").open()))
     assert [int(r["rounds"]) for r in rows] == [3, 3, 3, 0, 3, 3, 3, 3]
+
+
+def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics that are missing, not finite or of another kind are left out; the model is the same without them."""
+    honest = client.node.train_client
+    nonsense: list[dict[str, Any]] = [{"loss/digit": math.nan}, {"loss/digit": [1.0, 2.0]}, {"steps": math.inf}]
+
+    def boasting(node: Any, request: Any) -> Any:
+        reply = honest(node, request)
+        if request.client < 3:
+            reply.metric_records["metrics"].update(nonsense[request.client])
+            reply["evaluation"] = MetricRecord({"digit/accuracy": math.inf, "digit/loss": [1.0]})
+        return reply
+
+    expected = run_inline(small("fedavg"), tmp_path / "honest")
+    monkeypatch.setattr("client.app.train_client", boasting)
+    summary = run_inline(small("fedavg"), tmp_path / "boasting")
+    assert summary["model_sha256"] == expected["model_sha256"]
+    record = json.loads((tmp_path / "boasting" / "rounds.jsonl").read_text().splitlines()[0])
+    assert math.isfinite(record["train"]["digit"]["loss"])
+    assert 0 <= record["clients"]["digit"]["accuracy"]["mean"] <= 1
 
 
 def test_too_few_good_replies_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,46 @@
+"""What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
+
+from typing import Any
+
+from config.schema import Experiment
+from server.rounds import draw_cohort
+from strategies.sharing import nbytes, roles
+from tasks.task import initial_state, open_task
+
+
+def plan(experiment: Experiment) -> dict[str, Any]:
+    """Rounds, cohort, clients and samples; parameters by role; steps and bytes of the whole run (`summary.json`'s cost).
+
+    Bytes are those of arrays, as if each client were reached by itself. Raises UserError as a run would.
+    """
+    task, start = open_task(experiment), initial_state(experiment)
+    parts = roles(experiment, start)
+    pooled = experiment.run.placement == "pooled"
+    sizes = [len(task.pool())] if pooled else [len(c.train) for c in task.split.clients]
+    cohorts = [draw_cohort(experiment, r) for r in range(1, experiment.run.rounds + 1)]
+    steps = [_steps(experiment, n) for n in sizes]
+    shared = 0 if pooled else nbytes({n: start[n] for n in parts.shared})
+    once = nbytes({n: start[n] for n in (*parts.personal, *parts.fixed)}) if experiment.task.pretrained else 0
+    asked = sum(len(c) for c in cohorts)
+    return {
+        "rounds": experiment.run.rounds,
+        "clients": experiment.partition.clients,
+        "cohort": len(cohorts[0]),
+        "training_samples": sum(sizes),
+        "parameters": {
+            role: int(sum(start[n].size for n in getattr(parts, role)))
+            for role in ("trained", "shared", "personal", "fixed")
+        },
+        "steps": sum(steps[c] for cohort in cohorts for c in cohort),
+        "bytes_up": shared * asked,
+        "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
+        "privacy": {"unit": experiment.privacy.unit, "epsilon": None},
+    }
+
+
+def _steps(experiment: Experiment, samples: int) -> int:
+    """Optimiser steps of a client with so many training samples in one round."""
+    if experiment.local.steps:
+        return experiment.local.steps
+    size = min(experiment.local.batch_size or samples, samples)
+    return experiment.local.epochs * -(-samples // size)
