@@ -86,10 +86,12 @@ class Exchange:
                 by_node.setdefault(node, []).append(message)
         blocks = cut([m.metadata.dst_node_id for m in messages]) if whole_blocks else []
         requests = {}
+        whole: dict[int, dict[int, tuple[int, ...]]] = {}
         for node, theirs in by_node.items():
+            # A node may add up the blocks that it hosts as a whole, and no others: those it is held to below.
+            whole[node] = {i: b for i, b in enumerate(blocks) if all(self.hosts.get(c) == node for c in b)}
             packed = pack_requests(
-                [Request(m.metadata.dst_node_id, m.content) for m in theirs],
-                [(i, block) for i, block in enumerate(blocks) if all(self.hosts.get(c) == node for c in block)],
+                [Request(m.metadata.dst_node_id, m.content) for m in theirs], list(whole[node].items())
             )
             requests[node] = (theirs[0].metadata.message_type, packed)
         answers: dict[int, RecordDict | str] = {}
@@ -100,7 +102,7 @@ class Exchange:
                 answers |= {m.metadata.dst_node_id: unpacked for m in by_node[node]}
                 continue
             asked = {m.metadata.dst_node_id for m in by_node[node]}
-            sums |= {blocks[i]: block for i, block in unpacked.sums.items() if i < len(blocks)}
+            sums |= {whole[node][i]: block for i, block in unpacked.sums.items() if i in whole[node]}
             answers |= {
                 a.client: a.error if a.content is None else a.content for a in unpacked.answers if a.client in asked
             }
@@ -110,12 +112,12 @@ class Exchange:
         if reply is None or reply.has_error():
             log.warning("node %d did not answer the roll call: %s", node, reply.error.reason if reply else "time out")
             return
-        roll = reply.content.config_records["roll"]
+        roll = reply.content.config_records.get("roll", ConfigRecord())
         for what, ours in {"code": code_sha256(), **self.expected}.items():
-            if roll[what] != ours:
+            if roll.get(what) != ours:
                 raise RunStopped(
-                    f"node {node} has another {what} than the server (SHA-256 {str(roll[what])[:12]}, here {ours[:12]}; "
-                    f"its versions: {roll['versions']!s}): install the same Meadow and the same data on both"
+                    f"node {node} has another {what} than the server (SHA-256 {roll.get(what)!s:.12}, here {ours:.12}; "
+                    f"its versions: {roll.get('versions')!s}): install the same Meadow and the same data on both"
                 )
         self._nodes.add(node)
         for client, size in zip(cast(list[int], roll["clients"]), cast(list[int], roll["sizes"]), strict=True):

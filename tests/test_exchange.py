@@ -1,0 +1,139 @@
+"""The exchange: roll call, nodes that fail, restart or lie, and clients that are addressed by their partition id."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+
+from config.errors import RunStopped
+from config.identity import code_sha256
+from server.exchange import Exchange
+from simulation.grid import LocalGrid, become_server, error_reply
+from strategies.blocks import weighted_sum
+from strategies.packing import Answer, NodeReply, pack_replies, unpack_requests
+from strategies.sharing import to_record
+
+ROLL = {"code": code_sha256(), "data": "d", "split": "s", "versions": "{}"}
+
+
+class FakeGrid(LocalGrid):
+    """Nodes that answer by the functions given; a node without one never answers."""
+
+    def __init__(self, nodes: dict[int, Callable[[Message], RecordDict]]) -> None:
+        become_server()
+        super().__init__(0)
+        self.nodes = nodes
+        self.sent: list[Message] = []
+        self._replies: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def start(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self.sent.append(message)
+            try:
+                reply = Message(self.nodes[message.metadata.dst_node_id](message), reply_to=message)
+            except TimeoutError:
+                continue
+            except Exception as error:
+                reply = error_reply(message, str(error))
+            self._replies[message.metadata.message_id] = reply
+
+    def collect(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+
+def node(clients: Sequence[int], fault: str = "", **roll: Any) -> Callable[[Message], RecordDict]:
+    """A node that hosts clients, each of 10 samples, and answers every one of them with one array of its number."""
+
+    def answer(message: Message) -> RecordDict:
+        if message.metadata.message_type == "query":
+            sizes = [10] * len(clients)
+            return RecordDict({"roll": ConfigRecord(ROLL | {"clients": list(clients), "sizes": sizes} | roll)})
+        if fault == "silent":
+            raise TimeoutError
+        if fault == "raises":
+            raise OSError("no disk")
+        if fault == "garbage":
+            return RecordDict({"x": ConfigRecord({"y": 1})})
+        requests, _ = unpack_requests(message.content)
+        answers = [Answer(r.client, reply_content(r.client)) for r in requests]
+        if fault == "lies":
+            extra = weighted_sum([(1e6, {"w": np.float32([666])})])
+            answers.append(Answer(0, reply_content(666)))
+            return pack_replies(NodeReply(answers, {0: extra, 7: extra}))
+        return pack_replies(NodeReply(answers))
+
+    return answer
+
+
+def reply_content(value: int) -> RecordDict:
+    return RecordDict({"arrays": to_record({"w": np.float32([value])}), "metrics": MetricRecord({"num-examples": 10})})
+
+
+def exchange(nodes: dict[int, Callable[[Message], RecordDict]], clients: int, timeout: float = 0.3) -> Exchange:
+    return Exchange(FakeGrid(nodes), "run", {}, {"data": "d", "split": "s"}, clients, timeout)
+
+
+def ask(found: Exchange, clients: Sequence[int], whole_blocks: bool = False) -> tuple[dict[int, str | float], Any]:
+    content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
+    replies, sums = found.send([Message(content, c, "train") for c in clients], whole_blocks)
+    assert [r.metadata.src_node_id for r in replies] == list(clients)
+    said = {
+        r.metadata.src_node_id: str(r.error.reason)
+        if r.has_error()
+        else float(r.content.array_records["arrays"]["w"].numpy()[0])
+        for r in replies
+    }
+    return said, sums
+
+
+def test_clients_are_addressed_and_nodes_get_one_message() -> None:
+    found = exchange({5: node([0, 2]), 9: node([1, 3])}, 4)
+    found.gather()
+    assert ask(found, [0, 1, 2, 3])[0] == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert isinstance(found.grid, FakeGrid)
+    assert [m.metadata.message_type for m in found.grid.sent] == ["query", "query", "train", "train"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [("silent", "in time"), ("raises", "no disk"), ("garbage", "cannot be read")]
+)
+def test_a_failing_node_costs_its_own_clients(fault: str, words: str) -> None:
+    found = exchange({5: node([0, 2], fault), 9: node([1])}, 3)
+    found.gather()
+    said, _ = ask(found, [0, 1, 2])
+    assert said[1] == 1
+    assert words in str(said[0]) and words in str(said[2])
+
+
+def test_a_node_speaks_for_its_own_clients_only() -> None:
+    found = exchange({5: node([0, 1]), 9: node([2], "lies")}, 3)
+    found.gather()
+    said, sums = ask(found, [0, 1, 2], whole_blocks=True)
+    assert said == {0: 0, 1: 1, 2: 2}
+    assert sums == {}
+
+
+def test_a_restarted_node_takes_its_clients_back() -> None:
+    nodes = {5: node([0]), 9: node([1])}
+    found = exchange(nodes, 2)
+    found.gather()
+    del nodes[9]
+    assert ask(found, [0, 1])[0] == {0: 0, 1: "no node answered for it"}
+    nodes[11] = node([1])
+    assert ask(found, [0, 1])[0] == {0: 0, 1: 1}
+
+
+def test_missing_clients_stop_the_run() -> None:
+    with pytest.raises(RunStopped, match=r"1 of 3 clients .* client 2.*cohort\.timeout"):
+        exchange({5: node([0, 1])}, 3).gather()
+
+
+@pytest.mark.parametrize("what", ["code", "data", "split"])
+def test_a_node_of_another_kind_is_refused(what: str) -> None:
+    with pytest.raises(RunStopped, match=f"node 5 has another {what}.*install the same"):
+        exchange({5: node([0], **{what: "other"})}, 1).gather()
