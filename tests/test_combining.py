@@ -53,6 +53,16 @@ def test_two_clients_one_to_three() -> None:
     assert mean["w"].tolist() == [7, 2] and mean["w"].dtype == np.float32
 
 
+def test_three_blocks_average_to_the_weighted_mean() -> None:
+    draw = np.random.default_rng(1)
+    values = draw.normal(size=(2 * BLOCK + 3, 50)).astype(np.float32)
+    weights = draw.integers(1, 90, len(values)).astype(float)
+    blocks = [weighted_sum((weights[c], {"w": values[c]}) for c in b) for b in cut(range(len(values)))]
+    assert len(blocks) == 3
+    mean = average(blocks, {"w": np.zeros(50, np.float64)})["w"]
+    assert np.allclose(mean, np.average(values.astype(np.float64), axis=0, weights=weights), rtol=1e-13, atol=1e-15)
+
+
 def test_each_name_is_averaged_over_those_who_sent_it() -> None:
     before = {"a": np.float32([1]), "b": np.float32([2]), "c": np.float32([3]), "n": np.int64([7])}
     block = weighted_sum(

@@ -108,6 +108,19 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(damage: str, t
     assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED]
 
 
+def test_a_flipped_bit_anywhere_in_a_file_of_arrays_is_found(tmp_path: Path) -> None:
+    import numpy as np
+
+    path = tmp_path / "a.safetensors"
+    config.durable.write_arrays(path, {"w": np.arange(6, dtype=np.float32)})
+    whole = path.read_bytes()
+    assert config.durable.read_arrays(path)["w"].tolist() == [0, 1, 2, 3, 4, 5]
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(config.durable.DamagedFile, match="SHA-256"):
+            config.durable.read_arrays(path)
+
+
 def test_arrays_of_another_round_are_no_checkpoint(tmp_path: Path) -> None:
     import numpy as np
 

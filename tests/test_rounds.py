@@ -13,13 +13,14 @@ from conftest import run_inline, small
 from flwr.app import MetricRecord
 
 import client.node
+from client.training import train
 from config.durable import Arrays, read_arrays
 from config.errors import UserError
 from config.load import load
 from config.schema import Experiment
 from server.checkpoints import latest
 from server.rounds import draw_cohort
-from strategies.sharing import arrays_sha256, roles
+from strategies.sharing import arrays_sha256, from_record, roles, to_record
 from tasks.evaluation import load_into, state_of
 from tasks.metrics import losses
 from tasks.task import initial_state, open_task
@@ -187,6 +188,59 @@ def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pyt
         assert "the disk of client three is full" in failure["reason"]
     rows = list(csv.DictReader((tmp_path / "clients.csv").open()))
     assert [int(r["rounds"]) for r in rows] == [3, 3, 3, 0, 3, 3, 3, 3]
+
+
+def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client sits in the middle of a block that its node would have added up: the others still count, bit by bit."""
+    honest = client.node.train_client
+
+    def without(node: Any, request: Any) -> Any:
+        if request.client == 3:
+            raise OSError("absent")
+        return honest(node, request)
+
+    def poisoned(node: Any, request: Any) -> Any:
+        reply = honest(node, request)
+        if request.client == 3:
+            bad = {k: np.full_like(v, np.nan) for k, v in from_record(reply.array_records["arrays"]).items()}
+            reply["arrays"] = to_record(bad)
+        return reply
+
+    monkeypatch.setattr("client.app.train_client", without)
+    expected = run_inline(small("fedavg"), tmp_path / "without")
+    monkeypatch.setattr("client.app.train_client", poisoned)
+    summary = run_inline(small("fedavg"), tmp_path / "poisoned")
+    assert summary["model_sha256"] == expected["model_sha256"]
+    records = [json.loads(line) for line in (tmp_path / "poisoned" / "rounds.jsonl").read_text().splitlines()]
+    assert all([f["client"] for f in r["failed"]] == [3] and "not finite" in r["failed"][0]["reason"] for r in records)
+
+
+def test_training_depends_on_round_and_client_and_on_nothing_else() -> None:
+    experiment = small("fedavg")
+    task = open_task(experiment)
+    data = task.client(0).train
+
+    def trained(round_: int, pid: int) -> str:
+        model = task.new_model()
+        load_into(model, initial_state(experiment))
+        train(model, data, task, experiment, round_, pid)
+        return arrays_sha256(state_of(model))
+
+    assert trained(1, 0) == trained(1, 0)
+    assert len({trained(1, 0), trained(2, 0), trained(1, 1)}) == 3
+
+
+def test_the_trunk_learns_at_its_own_rate(tmp_path: Path) -> None:
+    """One full-batch step without momentum: the trunk moves by the factor times what it moves without one."""
+    start = initial_state(small("fedavg", "partition.clients=1"))
+    moved = []
+    for factor in (1.0, 0.25):
+        experiment = small("fedavg", *ONE_STEP, "partition.clients=1", f"local.trunk_lr_factor={factor}")
+        run_inline(experiment, tmp_path / str(factor))
+        moved.append({n: v - start[n] for n, v in final_arrays(tmp_path / str(factor)).items()})
+    for name, step in moved[0].items():
+        factor = 0.25 if name.startswith("trunk.") else 1.0
+        assert np.allclose(moved[1][name], factor * step, rtol=1e-3, atol=1e-7), name
 
 
 def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
