@@ -34,6 +34,17 @@ def torch_generator(seed: int, purpose: str, *path: int | str) -> torch.Generato
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread inside the block: the order of its sums, and so the last bits, depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def torch_seeded(seed: int, purpose: str, *path: int | str) -> Iterator[None]:
     """Seed torch's global generator inside the block and put its former state back after it.
 

@@ -19,7 +19,7 @@ from config import schema
 from config.durable import Arrays
 from config.errors import UserError
 from config.schema import Experiment
-from config.seeds import derive, torch_generator
+from config.seeds import derive, one_thread, torch_generator
 from tasks.data import Data, Dataset, Target, concatenate
 from tasks.digits import digits, printed_dataset, printed_digits
 from tasks.metrics import loss
@@ -148,7 +148,8 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         source_epochs=task.source_epochs,
         target_weights=weights,
     )
-    return _source_state(derive(experiment.run.seed, "source"), key)
+    with one_thread():  # it is trained wherever it is asked for first, before or after an engine sets its threads
+        return _source_state(derive(experiment.run.seed, "source"), key)
 
 
 SOURCE_BATCH = 64

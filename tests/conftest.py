@@ -6,22 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 from config.load import load
 from config.schema import Experiment
+from config.seeds import one_thread
 from simulation.launch import engine
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def _one_thread() -> Iterator[None]:
     """The bits depend on the number of threads: all tests use one, as the engines do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 def small(preset: str, *overrides: str) -> Experiment:
