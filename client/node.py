@@ -22,7 +22,7 @@ from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.packing import Answer, NodeReply, Request
 from strategies.sharing import Roles, arrays_sha256, from_record, roles, to_record
 from tasks.evaluation import evaluate, load_into, state_of
-from tasks.task import Task, initial_state, open_task
+from tasks.task import Task, initial_state, open_task, settle
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def open_node(context: Context) -> Node:
 
 @functools.lru_cache(maxsize=8)
 def _open_node(flat: str, state_root: Path) -> Node:
-    experiment = from_flat(json.loads(flat))
+    experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = task.new_model()
@@ -86,7 +86,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     data = node.task.pool() if node.experiment.run.placement == "pooled" else node.task.client(request.client).train
     reply = RecordDict()
     if config["evaluate"]:
-        scores = evaluate(node.model, node.task.client(request.client).test, node.task.targets)
+        scores = evaluate(node.model, node.task.client(request.client).test, node.task)
         reply["evaluation"] = MetricRecord(dict(scores))
     trained = train(node.model, data, node.task, node.experiment, round_, request.client)
     state = state_of(node.model)
@@ -108,12 +108,12 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
     personal = _load(node, store, request, round_ + 1)
-    data, targets = node.task.client(request.client), node.task.targets
-    scores = {f"used/{key}": value for key, value in evaluate(node.model, data.test, targets).items()}
+    data = node.task.client(request.client)
+    scores = {f"used/{key}": value for key, value in evaluate(node.model, data.test, node.task).items()}
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         train(node.model, data.train, node.task, node.experiment, round_ + 1, request.client, epochs)
-        scores |= {f"finetuned/{key}": value for key, value in evaluate(node.model, data.test, targets).items()}
+        scores |= {f"finetuned/{key}": value for key, value in evaluate(node.model, data.test, node.task).items()}
     identity = ConfigRecord({"personal": arrays_sha256(personal), "trained": bool(personal)})
     return RecordDict({"evaluation": MetricRecord(dict(scores)), "identity": identity})
 

@@ -9,7 +9,7 @@ from config.schema import Experiment, Local
 from config.seeds import torch_generator, torch_seeded
 from strategies.sharing import HEADS
 from tasks.data import Data
-from tasks.metrics import losses
+from tasks.metrics import class_weights, losses
 from tasks.task import Task
 
 
@@ -36,6 +36,7 @@ def train(
     size = len(data) if plan.batch_size == 0 else min(plan.batch_size, len(data))
     steps_an_epoch = -(-len(data) // size)
     total = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
+    weights = class_weights(task.targets, data.y)
     sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
     seen = 0
     with torch_seeded(seed, "train", round_, client):
@@ -44,7 +45,7 @@ def train(
             if position == 0:
                 order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", round_, client, epoch))
             batch = data.take(order[position * size : (position + 1) * size])
-            parts = losses(model(batch.x), batch.y, task.targets)
+            parts = losses(model(task.prepare(batch.x, training=True)), batch.y, task.targets, weights)
             loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
             assert isinstance(loss, Tensor)
             optimizer.zero_grad(set_to_none=True)
@@ -61,10 +62,9 @@ def freeze(model: nn.Module, plan: Local) -> None:
     model.train()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(plan.trainable == "all" or name.startswith(HEADS))
-    for module in model.modules():
-        own = list(module.parameters())
-        if own and not any(p.requires_grad for p in own):
-            module.eval()
+    for child in model.children():
+        if not any(p.requires_grad for p in child.parameters()):
+            child.eval()
 
 
 def make_optimizer(model: nn.Module, plan: Local) -> torch.optim.Optimizer:

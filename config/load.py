@@ -42,7 +42,7 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
         if path.suffix == ".toml" or len(path.parts) > 1:
             raise UserError(f"experiment = {name}: there is no such file")
         raise UserError(
-            f"experiment = {name}: neither a preset nor a TOML file{_nearest(name, preset_names())}. "
+            f"experiment = {name}: neither a preset nor a TOML file{nearest(name, preset_names())}. "
             f"Presets: {', '.join(preset_names())}"
         )
     try:
@@ -139,7 +139,7 @@ def _explain(fault: Any) -> str:
     dotted = ".".join(str(part) for part in fault["loc"][:2])
     if fault["type"] == "extra_forbidden":
         names = known_keys() if "." in dotted else list(Experiment.model_fields)
-        return f"{dotted}: there is no such setting{_nearest(dotted, names) or ';'} `meadow show` lists all of them"
+        return f"{dotted}: there is no such setting{nearest(dotted, names) or ';'} `meadow show` lists all of them"
     if fault["type"] == "value_error" and "." not in dotted:
         # Raised by a section's or the experiment's own check, whose message names the setting already.
         return (f"{dotted}." if dotted else "") + str(fault["msg"]).removeprefix("Value error, ")
@@ -150,10 +150,11 @@ def _explain(fault: Any) -> str:
     near = ""
     if fault["type"] == "literal_error" and isinstance(value, str):
         options = [part.strip("' ") for part in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        near = _nearest(value, options)
+        near = nearest(value, options)
     return f"{dotted} = {value!r}: {reason[0].lower() + reason[1:]}{near}"
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean X?" for the name that is closest, or "" if none is close."""
     match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else ""

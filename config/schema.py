@@ -46,41 +46,108 @@ class Run(Section):
 
 
 class Task(Section):
-    """`[task]`: what is learned, by which model, from which start."""
+    """`[task]`: what is learned, by which model, from which start. `docs/data.md` shows the lines for each format."""
 
-    dataset: Literal["digits", "printed-digits"] = "digits"
+    dataset: str = Field(
+        "digits",
+        min_length=1,
+        description="digits, printed-digits or stars; a torchvision data set's name; image-table, arrays, text, "
+        "characters or tabular for files under root; hub:NAME; or a user's module:object.",
+    )
+    root: str = Field("", description="The folder of the data's files.")
+    download: bool = Field(False, description="Let torchvision fetch a data set that is not under root.")
+    train: str = Field(
+        "", description="File or folder of the training pool, relative to root; empty: the format's own."
+    )
+    test: str = Field("", description="The same for the global test set; empty: test_fraction of the training file.")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="Share held out as the global test set if test is empty.")
+    inputs: Names = Field((), description="The input columns; for tables each with its constants (docs/data.md).")
     targets: Names = Field(("digit", "slant"), min_length=1, description="The targets of the experiment.")
+    kinds: Names = Field((), description="Of each target: class, labels, value or quantiles, with its constants.")
+    client: str = Field("", description="The column that names the sample's client, for partition.law = natural.")
+    public: str = Field(
+        "", description='A public file to learn vocabulary, categories and scaling from; "train" declares that public.'
+    )
     learn: str = Field(
         "all", description='"all": every target at once (multi-task); "first" or a target\'s name: that one alone.'
     )
-    model: Literal["mlp", "cnn"] = "mlp"
+    model: str = Field("mlp", min_length=1, description="A model of docs/models.md, or a user's module:object.")
     hidden: int = Field(64, ge=2, description="Units of the hidden layers of the MLP; channels of the CNN's trunk.")
+    norm: Literal["", "group"] = Field("", description='"group": every batch normalisation is made a GroupNorm.')
+    gated: bool = Field(False, description="A sigmoid gate over the trunk's features in front of each head.")
     pretrained: str = Field(
-        "", description='Empty: random start; "source": a model trained on task.source; else a .safetensors file.'
+        "",
+        description='Empty: random start; "source": a model trained on task.source; "DEFAULT": torchvision\'s '
+        "published weights; else a .safetensors file.",
     )
+    image_size: int = Field(0, ge=0, description="Images are resized and cropped to this square; 0: as they are.")
+    channels: Literal["", "grey", "rgb", "bgr"] = Field(
+        "", description="Colour channels of images; empty: as they are."
+    )
+    mean: Fractions = Field((), description="Subtracted from each channel, in units of 0..1; empty: nothing.")
+    std: Fractions = Field((), description="Each channel is divided by this after that; empty: nothing.")
+    augment: Names = Field((), description='Of training images: "flip", "crop 4", "rotate 15", "jitter 0.2", ...')
+    tokens: str = Field("hash", description="words, hash, chars, or transformers:FOLDER: how text becomes numbers.")
+    vocabulary: str = Field("", description="A file with one token a line, for tokens = words or chars.")
+    vocabulary_size: int = Field(10000, ge=3, description="Tokens at most, the padding and the unknown one included.")
+    length: int = Field(128, ge=1, description="Tokens of a text that are kept; characters of a window.")
     source: Literal["printed-digits"] = "printed-digits"
     source_samples: int = Field(4000, ge=100, description="Samples made for training the source model.")
     source_epochs: int = Field(10, ge=1)
     target_weights: Fractions = Field((), description="Weight of each learned target's loss, in order; empty: all 1.")
 
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        if self.kinds and len(self.kinds) != len(self.targets):
+            raise ValueError(
+                f"kinds has {len(self.kinds)} entries for {len(self.targets)} targets {list(self.targets)}: "
+                "give one each, or none"
+            )
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}: give one each a channel")
+        if self.std and min(self.std) <= 0:
+            raise ValueError(f"std = {list(self.std)}: give positive numbers")
+        return self
+
 
 class Partition(Section):
     """`[partition]`: how the training samples are dealt to the clients. The laws are defined in `tasks/partition.py`."""
 
-    law: Literal["iid", "dirichlet", "dirichlet-class", "dirichlet-balanced", "shards", "labels", "quantity"] = (
-        "dirichlet"
-    )
-    clients: int = Field(20, ge=1)
+    law: Literal[
+        "iid",
+        "dirichlet",
+        "dirichlet-class",
+        "dirichlet-balanced",
+        "shards",
+        "labels",
+        "quantity",
+        "natural",
+        "feature-shift",
+    ] = "dirichlet"
+    clients: int = Field(20, ge=0, description="0, for law = natural: all that the data has.")
     alpha: float = Field(3.0, gt=0, description="Concentration of the Dirichlet laws: low is uneven.")
     shards: int = Field(2, ge=1, description="Shards a client, for law = shards.")
     labels: int = Field(2, ge=1, description="Labels a client, for law = labels.")
-    min_size: int = Field(10, ge=3, description="A draw that gives some client fewer samples is drawn again.")
+    noise: float = Field(0.1, gt=0, description="Variance of the last client's noise, for law = feature-shift.")
+    min_size: int = Field(
+        10,
+        ge=3,
+        description="A draw that gives a client fewer samples is drawn again; natural leaves such clients out.",
+    )
+    holds: Names = Field(
+        (), description='Which client holds which targets: empty: all; "1": that many each; or "digit 0-9", ...'
+    )
     parts: Fractions = Field((0.6, 0.2, 0.2), description="Train, validation and test fraction of each client.")
 
     @model_validator(mode="after")
     def _parts_add_up(self) -> Self:
         if len(self.parts) != 3 or abs(sum(self.parts) - 1) > 1e-9 or min(self.parts) <= 0:
             raise ValueError(f"parts = {list(self.parts)}: give three positive fractions that add up to 1")
+        if self.clients == 0 and self.law != "natural":
+            raise ValueError(
+                f'clients = 0 with law = "{self.law}": only law = "natural" takes the number of clients from the data; '
+                "write how many there are"
+            )
         return self
 
 
@@ -129,11 +196,19 @@ class Evaluate(Section):
     every: int = Field(1, ge=1, description="Evaluate in every n-th round, and always after the last.")
     on: Names = Field(("global", "clients"), description="Any of global and clients.")
     fine_tune_epochs: int = Field(0, ge=0, description="Score each client's model after this many local epochs too.")
+    folds: int = Field(0, ge=0, description="Cross-validation: so many runs, each with another part of every client.")
+    fold: int = Field(
+        0, ge=0, description="0: the parts of partition.parts; k: the k-th fold is each client's test part."
+    )
 
     @model_validator(mode="after")
     def _known_places(self) -> Self:
         if wrong := set(self.on) - {"global", "clients"}:
             raise ValueError(f'on = {sorted(wrong)}: give "global", "clients" or both')
+        if self.folds == 1 or self.fold > self.folds:
+            raise ValueError(
+                f"folds = {self.folds} with fold = {self.fold}: give 2 folds or more (0 for none), and a fold among them"
+            )
         return self
 
 
@@ -160,12 +235,13 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        if self.cohort.size > self.partition.clients:
+        unknown = self.partition.clients == 0  # until the data has been opened: tasks.task.settle
+        if self.cohort.size > self.partition.clients and not unknown:
             raise ValueError(
                 f"cohort.size = {self.cohort.size} is more than partition.clients = {self.partition.clients}: "
                 "make the cohort smaller or the population larger"
             )
-        if self.cohort.quorum > self.cohort_size:
+        if self.cohort.quorum > self.cohort_size and not unknown:
             raise ValueError(
                 f"cohort.quorum = {self.cohort.quorum} is more than the {self.cohort_size} clients of a cohort, so every "
                 "round would fail: make the quorum smaller or the cohort larger"
@@ -195,8 +271,9 @@ class Experiment(Section):
 
     @property
     def share(self) -> str:
-        """What travels: `strategy.share` in a federated run, nothing when each client is alone, all when pooled."""
-        return {"federated": self.strategy.share, "local": "none", "pooled": "all"}[self.run.placement]
+        """What travels: `strategy.share` in a federated run, nothing when each client is alone, what is
+        trained when pooled."""
+        return {"federated": self.strategy.share, "local": "none", "pooled": "trainable"}[self.run.placement]
 
     @property
     def cohort_size(self) -> int:

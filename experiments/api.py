@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from config.load import apply, flatten, read_tree, resolve
 from config.schema import Experiment
 from server.folder import check_folder
 from simulation.launch import engine
-from tasks.task import initial_state, open_task
+from tasks.task import initial_state, open_task, settle
 
 Watch = Callable[[Path, Experiment], AbstractContextManager[object]]
 
@@ -70,6 +70,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
     Meadow's raises; one that ends early (status "stopped") does not keep the next from running, unless the user
     stopped it.
     """
+    jobs = [replace(job, experiment=settle(job.experiment)) for job in jobs]
     for job in jobs:
         check_folder(job.folder, job.experiment, resume)
         open_task(job.experiment)

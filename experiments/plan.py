@@ -5,7 +5,7 @@ from typing import Any
 from config.schema import Experiment
 from server.rounds import draw_cohort
 from strategies.sharing import nbytes, roles
-from tasks.task import initial_state, open_task
+from tasks.task import initial_state, open_task, settle
 
 
 def plan(experiment: Experiment) -> dict[str, Any]:
@@ -13,6 +13,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
 
     Bytes are those of arrays, as if each client were reached by itself. Raises UserError as a run would.
     """
+    experiment = settle(experiment)
     task, start = open_task(experiment), initial_state(experiment)
     parts = roles(experiment, start)
     pooled = experiment.run.placement == "pooled"

@@ -8,6 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from config.load import from_flat
 from server.rounds import run_experiment
+from tasks.task import settle
 
 app = ServerApp()
 
@@ -15,6 +16,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment. `out` is the run folder (empty: `runs/NAME-TIME` where this process started)."""
-    experiment = from_flat(context.run_config)
+    experiment = settle(from_flat(context.run_config))
     out = Path(str(context.run_config.get("out") or f"runs/{experiment.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
     run_experiment(grid, experiment, out.resolve(), resume=bool(context.run_config.get("resume", False)))

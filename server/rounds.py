@@ -206,7 +206,7 @@ def score_globally(session: Session) -> dict[str, dict[str, float]]:
         return {}
     model = session.task.new_model()
     load_into(model, session.start | session.arrays)
-    scores = evaluate(model, session.task.dataset.test, session.task.targets)
+    scores = evaluate(model, session.task.dataset.test, session.task)
     return nested({key: value for key, value in scores.items() if math.isfinite(value)})
 
 
@@ -234,7 +234,7 @@ def score_clients(session: Session, round_: int, fine_tuned: bool) -> dict[int, 
 def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
     """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles."""
     first = next(t for t in task.dataset.targets if t.name == experiment.task.targets[0])
-    labels = strata(task.dataset.train.y[first.name].numpy(), first)
+    labels = strata(task.dataset.train.y[first.name], first)
     return {
         "sizes": [[len(p.train), len(p.validation), len(p.test)] for p in task.split.clients],
         "target": first.name,

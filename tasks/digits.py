@@ -14,9 +14,9 @@ from sklearn.datasets import load_digits
 
 from config.errors import UserError
 from config.seeds import numpy_generator
-from tasks.data import Data, Dataset, Target, make_dataset
+from tasks.data import Data, Part, Raw
 
-TARGETS = (Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25))
+KINDS = {"digit": "class 10", "slant": "value scale 0.25"}
 """The digit 0..9, and its slant in radians. The slant's scale is a public constant: twice its spread in both."""
 
 _DATA_SEED = 0  # The data are the data: neither depends on the experiment's seed.
@@ -25,7 +25,7 @@ _PRINTED_TEST = 1000
 
 
 @functools.lru_cache(maxsize=1)
-def digits() -> Dataset:
+def digits() -> Raw:
     """scikit-learn's handwritten digits: x float32 (n, 1, 8, 8) in 0..1; digit int64; slant float32, radians.
 
     The global test set has 270 images, 27 of each digit, drawn once and for all; the other 1,527 are for the clients.
@@ -37,19 +37,16 @@ def digits() -> Dataset:
     held_out = np.concatenate([draw.permutation(np.flatnonzero(digit == d))[:_TEST_A_DIGIT] for d in range(10)])
     is_test = np.zeros(len(digit), dtype=bool)
     is_test[held_out] = True
-    return make_dataset("digits", _data(x[~is_test], digit[~is_test]), _data(x[is_test], digit[is_test]), TARGETS)
+    train, test = (_part(_data(x[where], digit[where])) for where in (~is_test, is_test))
+    return Raw("digits", train, test, KINDS)
 
 
 @functools.lru_cache(maxsize=2)
-def printed_dataset(samples: int) -> Dataset:
+def printed_dataset(samples: int) -> Raw:
     """Printed digits as a data set of its own: a training pool of `samples` and a global test set of 1,000."""
     everything = printed_digits(samples + _PRINTED_TEST, _DATA_SEED)
-    return make_dataset(
-        "printed-digits",
-        everything.take(torch.arange(samples)),
-        everything.take(torch.arange(samples, samples + _PRINTED_TEST)),
-        TARGETS,
-    )
+    train, test = torch.arange(samples), torch.arange(samples, samples + _PRINTED_TEST)
+    return Raw("printed-digits", _part(everything.take(train)), _part(everything.take(test)), KINDS)
 
 
 def slant(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -177,3 +174,7 @@ def _box_blur(image: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def _data(images: npt.NDArray[np.float32], digit: npt.NDArray[np.int64]) -> Data:
     x = torch.from_numpy(np.ascontiguousarray(images[:, None]))
     return Data(x, {"digit": torch.from_numpy(digit), "slant": torch.from_numpy(slant(images))})
+
+
+def _part(data: Data) -> Part:
+    return Part(data.x, {name: y.numpy() for name, y in data.y.items()})

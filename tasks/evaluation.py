@@ -1,15 +1,16 @@
 """Models and arrays: loading named arrays into a model in place, taking them out, and scoring a model on data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from config.durable import Arrays
-from tasks.data import Data, Target
+from tasks.data import Data
 from tasks.metrics import score
+from tasks.task import Task
 
 
 def load_into(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -29,9 +30,19 @@ def state_of(model: nn.Module) -> Arrays:
     return {name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()}
 
 
-def evaluate(model: nn.Module, data: Data, targets: Sequence[Target]) -> dict[str, float]:
-    """Score the model on the data: "target/metric" -> value, over pooled predictions, in `eval()` mode."""
+CHUNK = 512
+"""Samples that go through a model at once in evaluation. Part of the result's last bits, like a batch size."""
+
+
+def predict(model: nn.Module, x: Tensor, prepare: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The model's outputs (`tasks.models.Multihead`) for stored samples, in `eval()` mode, without gradients."""
     model.eval()
     with torch.inference_mode():
-        scores = score(model(data.x), data.y, targets)
+        chunks = [model(prepare(part)) for part in torch.split(x, CHUNK)]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def evaluate(model: nn.Module, data: Data, task: Task) -> dict[str, float]:
+    """Score the model on the data: "target/metric" -> value, over pooled predictions, in `eval()` mode."""
+    scores = score(predict(model, data.x, task.prepare), data.y, task.targets)
     return {f"{target}/{metric}": value for target, metrics in scores.items() for metric, value in metrics.items()}

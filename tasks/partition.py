@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from config.errors import UserError
 from config.schema import Partition
 from config.seeds import numpy_generator
-from tasks.data import Target
+from tasks.data import MISSING, Target
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -50,12 +51,22 @@ class Split:
     sha256: str
 
 
-def strata(values: npt.NDArray[np.generic], target: Target) -> Ints:
-    """The labels by which samples are dealt and stratified, int64 (n,): a target's classes, or a value's deciles."""
+def strata(y: Tensor, target: Target) -> Ints:
+    """The labels by which samples are dealt and stratified, int64 (n,).
+
+    They are a target's classes, where there is one at each token that of the last; the first label that a sample of
+    several has; a value's deciles. Samples whose target is missing are a label of their own, after all others.
+    """
+    values = y.numpy() if y.ndim == 1 or target.kind == "labels" else y[:, -1].numpy()
     if target.kind == "class":
-        return values.astype(np.int64)
-    edges = np.quantile(values.astype(np.float64), np.arange(1, _BINS) / _BINS)
-    return np.digitize(values.astype(np.float64), edges).astype(np.int64)
+        return np.where(values == MISSING, target.size, values).astype(np.int64)
+    if target.kind == "labels":
+        return np.where(np.nan_to_num(values).any(1), np.nan_to_num(values).argmax(1), target.size).astype(np.int64)
+    known = ~np.isnan(values)
+    if not known.any():
+        return np.zeros(len(values), dtype=np.int64)
+    edges = np.quantile(values[known].astype(np.float64), np.arange(1, _BINS) / _BINS)
+    return np.where(known, np.digitize(values.astype(np.float64), edges), _BINS).astype(np.int64)
 
 
 def label_counts(split: Split, labels: Ints) -> Ints:

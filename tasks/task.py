@@ -4,7 +4,6 @@ Everything here is a function of the experiment alone, so every process of a run
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +17,14 @@ from torch import Tensor, nn
 from config import schema
 from config.durable import Arrays
 from config.errors import UserError
+from config.load import apply, resolve, to_tree
 from config.schema import Experiment
 from config.seeds import derive, one_thread, torch_generator
 from tasks.data import Data, Dataset, Target, concatenate
-from tasks.digits import digits, printed_dataset, printed_digits
+from tasks.datasets import open_dataset
+from tasks.digits import printed_digits
 from tasks.metrics import loss
-from tasks.models import build
+from tasks.models import Inputs, build, inputs
 from tasks.partition import Split, deal, strata
 
 TRUNK = "trunk."
@@ -66,44 +67,47 @@ class Task:
 
     def new_model(self) -> nn.Module:
         """A new model with the random start of the run's seed; `initial_state` is where training starts."""
-        return build(self.settings, self.targets, _shape(self.dataset), self.seed)
+        return build(self.settings, self.targets, inputs(self.dataset), self.seed)
+
+    def prepare(self, x: Tensor, training: bool = False) -> Tensor:
+        """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`)."""
+        return x
 
 
 def open_task(experiment: Experiment) -> Task:
-    """The task of an experiment; the same object for the same (run.seed, task, partition) in one process.
+    """The task of an experiment; the same object for the same (run.seed, task, partition, fold) in one process.
 
     The split follows the first of `task.targets` (its labels, or for a value target its deciles), not the first
     learned one, so that methods that learn different targets are compared on one split. Raises UserError for an
     unknown target and an impossible split.
     """
-    return _open_task(experiment.run.seed, experiment.task, experiment.partition, experiment.learned)
+    evaluate = experiment.evaluate
+    return _open_task(
+        experiment.run.seed, experiment.task, experiment.partition, experiment.learned, evaluate.folds, evaluate.fold
+    )
+
+
+def settle(experiment: Experiment) -> Experiment:
+    """The experiment with what only its data can tell filled in: `partition.clients` = 0 is how many there are.
+
+    Raises UserError as `open_task`, and if the cohort does not fit so many clients.
+    """
+    if experiment.partition.clients:
+        return experiment
+    count = len(open_task(experiment).split.clients)
+    return resolve(apply(to_tree(experiment), [("partition.clients", count)]))
 
 
 @functools.lru_cache(maxsize=4)
-def _open_task(seed: int, task: schema.Task, partition: schema.Partition, learned: tuple[str, ...]) -> Task:
+def _open_task(
+    seed: int, task: schema.Task, partition: schema.Partition, learned: tuple[str, ...], folds: int, fold: int
+) -> Task:
     dataset = open_dataset(task)
-    known = {target.name: target for target in choose(dataset, task.targets)}
-    first = known[task.targets[0]]
-    split = deal(partition, strata(dataset.train.y[first.name].numpy(), first), seed)
+    targets = {target.name: target for target in dataset.targets}
+    first = targets[task.targets[0]]
+    split = deal(partition, strata(dataset.train.y[first.name], first), seed)
     weights = task.target_weights or (1.0,) * len(learned)
-    return Task(dataset, split, tuple(known[name] for name in learned), weights, task, seed)
-
-
-def open_dataset(task: schema.Task) -> Dataset:
-    """The data set that `task.dataset` names."""
-    return digits() if task.dataset == "digits" else printed_dataset(task.source_samples)
-
-
-def choose(dataset: Dataset, names: Sequence[str]) -> tuple[Target, ...]:
-    """The data set's targets of these names, in their order. Raises UserError for one that it has not."""
-    have = {target.name: target for target in dataset.targets}
-    for name in names:
-        if name not in have:
-            raise UserError(
-                f'task.targets = {list(names)}: the data set "{dataset.name}" has no target "{name}"; '
-                f"it has {', '.join(have)}"
-            )
-    return tuple(have[name] for name in names)
+    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed)
 
 
 def initial_state(experiment: Experiment) -> Arrays:
@@ -116,9 +120,7 @@ def initial_state(experiment: Experiment) -> Arrays:
     """
     task, seed = experiment.task, experiment.run.seed
     dataset = open_dataset(task)
-    choose(dataset, task.targets)
-    targets = choose(dataset, experiment.learned)
-    state = dict(build(task, targets, _shape(dataset), seed).state_dict())
+    state = dict(build(task, _learned(dataset, experiment), inputs(dataset), seed).state_dict())
     if task.pretrained == "source":
         source = source_state(experiment)
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
@@ -148,8 +150,9 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         source_epochs=task.source_epochs,
         target_weights=weights,
     )
+    targets = _learned(open_dataset(task), experiment)
     with one_thread():  # it is trained wherever it is asked for first, before or after an engine sets its threads
-        return _source_state(derive(experiment.run.seed, "source"), key)
+        return _source_state(derive(experiment.run.seed, "source"), key, targets)
 
 
 SOURCE_BATCH = 64
@@ -158,12 +161,11 @@ SOURCE_WEIGHT_DECAY = 1e-2
 
 
 @functools.lru_cache(maxsize=8)
-def _source_state(seed: int, task: schema.Task) -> dict[str, npt.NDArray[np.float32]]:
+def _source_state(seed: int, task: schema.Task, targets: tuple[Target, ...]) -> dict[str, npt.NDArray[np.float32]]:
     """Train the source model with AdamW (Loshchilov and Hutter 2019) at a rate that falls linearly to zero."""
     # The sample count alone decides the source data's targets and shape, so no test part is made for it.
     data = printed_digits(task.source_samples, derive(seed, "data"))
-    targets = choose(digits(), task.targets)
-    model = build(task, targets, tuple(data.x.shape[1:]), seed)
+    model = build(task, targets, Inputs(tuple(data.x.shape[1:])), seed)
     steps = task.source_epochs * -(-len(data) // SOURCE_BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=SOURCE_LR, weight_decay=SOURCE_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -208,5 +210,6 @@ def _trunk_from_file(place: str, trunk: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: arrays[name].to(torch.float32) for name in trunk}
 
 
-def _shape(dataset: Dataset) -> tuple[int, ...]:
-    return tuple(dataset.train.x.shape[1:])
+def _learned(dataset: Dataset, experiment: Experiment) -> tuple[Target, ...]:
+    targets = {target.name: target for target in dataset.targets}
+    return tuple(targets[name] for name in experiment.learned)

@@ -9,8 +9,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from config.load import load
+from config.schema import Task
 from tasks.data import data_sha256
-from tasks.digits import digits, printed_dataset, printed_digits, slant
+from tasks.datasets import open_dataset
+from tasks.digits import printed_digits, slant
 from tasks.task import open_task, source_state
 
 DIGITS_SHA256 = "25104659fae2e4d93dab04d1781f1591be76e5843749605b6bcd75780dd59585"
@@ -41,7 +43,7 @@ def test_a_sheared_upright_figure_has_the_slant_of_the_shear(angle: float) -> No
 
 
 def test_a_real_digit_s_slant_moves_by_the_shear() -> None:
-    image = digits().train.x[7, 0].numpy().astype(np.float64)
+    image = open_dataset(Task()).train.x[7, 0].numpy().astype(np.float64)
     before = math.tan(slant(image[None].astype(np.float32))[0])
     after = math.tan(slant(sheared(image, 0.3)[None].astype(np.float32))[0])
     assert after - before == pytest.approx(0.3, abs=1e-5)
@@ -56,7 +58,7 @@ def test_leaning_to_the_right_is_positive_and_no_height_is_zero() -> None:
 
 
 def test_the_handwritten_digits_and_their_fixed_test_set() -> None:
-    data = digits()
+    data = open_dataset(Task())
     assert data.train.x.shape == (1527, 1, 8, 8) and data.test.x.shape == (270, 1, 8, 8)
     assert data.train.x.dtype == torch.float32 and data.train.x.min() == 0 and data.train.x.max() == 1
     assert data.test.y["digit"].bincount().tolist() == [27] * 10
@@ -68,7 +70,7 @@ def test_the_handwritten_digits_and_their_fixed_test_set() -> None:
 
 
 def test_data_identity_is_over_names_shapes_and_bytes() -> None:
-    data = digits().test.take(torch.tensor([3, 1]))
+    data = open_dataset(Task()).test.take(torch.tensor([3, 1]))
     digest = hashlib.sha256()
     for part in ("train", "test"):
         for name, array in (("x", data.x), ("digit", data.y["digit"]), ("slant", data.y["slant"])):
@@ -78,7 +80,7 @@ def test_data_identity_is_over_names_shapes_and_bytes() -> None:
 
 
 def test_take_always_copies() -> None:
-    data = digits().test
+    data = open_dataset(Task()).test
     everything = data.take(torch.arange(len(data)))
     assert torch.equal(everything.x, data.x) and everything.x.data_ptr() != data.x.data_ptr()
     assert everything.y["digit"].data_ptr() != data.y["digit"].data_ptr()
@@ -94,9 +96,9 @@ def test_printed_digits_are_balanced_repeatable_and_on_the_same_scale() -> None:
 
 
 def test_printed_digits_are_a_data_set_of_their_own() -> None:
-    data = printed_dataset(300)
+    data = open_dataset(Task(dataset="printed-digits", source_samples=300))
     assert (len(data.train), len(data.test)) == (300, 1000)
-    assert data.targets == digits().targets
+    assert data.targets == open_dataset(Task()).targets
 
 
 def test_source_features_serve_handwriting_better_than_pixels() -> None:

@@ -16,11 +16,12 @@ from config.schema import Experiment
 from config.schema import Task as Settings
 from tasks.data import Target
 from tasks.metrics import loss, losses, score
-from tasks.models import build
+from tasks.models import Inputs, build
 from tasks.task import initial_state, open_task, source_state
 
 DIGIT, SLANT = Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25)
 BOTH = (DIGIT, SLANT)
+IMAGE = Inputs((1, 8, 8))
 
 
 def experiment(**task: Any) -> Experiment:
@@ -30,7 +31,7 @@ def experiment(**task: Any) -> Experiment:
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 9, 5)])
 def test_a_trunk_and_a_head_for_each_target(model: str, shape: tuple[int, ...]) -> None:
-    net = build(Settings(model=model, hidden=12), BOTH, shape)  # type: ignore[arg-type]
+    net = build(Settings(model=model, hidden=12), BOTH, Inputs(shape))  # type: ignore[arg-type]
     outputs = net(torch.ones(5, *shape))
     assert outputs["digit"].shape == (5, 10) and outputs["slant"].shape == (5,)
     names = list(net.state_dict())
@@ -44,7 +45,7 @@ def test_a_trunk_and_a_head_for_each_target(model: str, shape: tuple[int, ...]) 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_features_are_bounded_so_that_a_value_head_is_stable(model: str) -> None:
     """|h|^2 <= 8 whatever the trunk's weights, so the squared error's curvature in a head is at most 2 (8 + 1)."""
-    net = build(Settings(model=model), (SLANT,), (1, 8, 8))  # type: ignore[arg-type]
+    net = build(Settings(model=model), (SLANT,), IMAGE)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(30)
@@ -56,16 +57,16 @@ def test_features_are_bounded_so_that_a_value_head_is_stable(model: str) -> None
 
 def test_another_target_changes_neither_the_trunk_s_start_nor_torch_s_generator() -> None:
     before = torch.random.get_rng_state()
-    one, two = (build(Settings(), targets, (1, 8, 8), seed=3).state_dict() for targets in ((DIGIT,), (SLANT, DIGIT)))
+    one, two = (build(Settings(), targets, IMAGE, seed=3).state_dict() for targets in ((DIGIT,), (SLANT, DIGIT)))
     assert torch.equal(before, torch.random.get_rng_state())
     assert all(torch.equal(one[name], two[name]) for name in one)
-    other = build(Settings(), (DIGIT,), (1, 8, 8), seed=4).state_dict()
+    other = build(Settings(), (DIGIT,), IMAGE, seed=4).state_dict()
     assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_cnn_refuses_what_is_no_image() -> None:
     with pytest.raises(UserError, match=r'task.model = "cnn"'):
-        build(Settings(model="cnn"), BOTH, (64,))
+        build(Settings(model="cnn"), BOTH, Inputs((64,)))
 
 
 def test_losses_by_hand() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from config.errors import UserError
 from config.schema import Partition
@@ -194,6 +195,6 @@ def test_rejected_draws_are_counted_and_drawn_anew() -> None:
 
 def test_values_are_dealt_by_their_deciles() -> None:
     values = np.random.Generator(np.random.Philox(1)).permutation(np.linspace(-1, 1, 1000)).astype(np.float32)
-    deciles = strata(values, Target("slant", "value", 1))
+    deciles = strata(torch.from_numpy(values), Target("slant", "value", 1))
     assert np.array_equal(np.bincount(deciles), np.full(10, 100))
     assert all(values[deciles == d].max() < values[deciles == d + 1].min() for d in range(9))

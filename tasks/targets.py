@@ -1,0 +1,261 @@
+"""Targets from raw columns: the grammar of `task.kinds`, and the numbers that a column becomes.
+
+    class [N | NAME ...] [above T] [weights W ... | balanced]
+    labels [N | NAME ...] [weights W ... | balanced]
+    value [scale S] [offset O]
+    quantiles Q ... [scale S] [offset O]
+
+`class` alone takes the distinct values of the column as the classes, in order (numbers by size, text by code point);
+`class 5` says that the column holds 0..4; `class no yes` names them in order; `class above 0` is two classes of a number.
+`labels` reads rows of 0 and 1, or a text column with names separated by "|". An empty cell is a missing label.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from config.errors import UserError
+from tasks.data import MISSING, Data, Raw, Target
+
+KINDS: tuple[str, ...] = get_args(Target.__dataclass_fields__["kind"].type)
+_WORDS = ("above", "weights", "balanced", "scale", "offset")
+Column = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One entry of `task.kinds`, read. `words`: what stands before the first keyword."""
+
+    kind: str
+    words: tuple[str, ...]
+    above: float | None = None
+    weights: tuple[float, ...] = ()
+    balanced: bool = False
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+def read_kind(target: str, text: str) -> Kind:
+    """Read one entry of `task.kinds`. Raises UserError that says what is wrong and what may be written."""
+    first, *rest = text.split() or [""]
+    if first not in KINDS:
+        raise _wrong(target, text, f"a kind begins with one of {', '.join(KINDS)}")
+    parts: dict[str, list[str]] = {"": []}
+    for word in rest:
+        if word in _WORDS:
+            if word in parts:
+                raise _wrong(target, text, f'"{word}" stands twice')
+            parts[word] = []
+            here = word
+        else:
+            parts[here if len(parts) > 1 else ""].append(word)
+    allowed = {
+        "class": ("above", "weights", "balanced"),
+        "labels": ("weights", "balanced"),
+        "value": ("scale", "offset"),
+        "quantiles": ("scale", "offset"),
+    }[first]
+    for word, values in parts.items():
+        if word and word not in allowed:
+            raise _wrong(target, text, f'"{word}" does not go with {first}; {", ".join(allowed)} do')
+        if word in ("above", "scale", "offset") and len(values) != 1:
+            raise _wrong(target, text, f'"{word}" takes one number')
+    numbers = {
+        w: tuple(_number(target, text, v) for v in parts.get(w, ())) for w in ("above", "weights", "scale", "offset")
+    }
+    kind = Kind(
+        first,
+        tuple(parts[""]),
+        above=numbers["above"][0] if numbers["above"] else None,
+        weights=numbers["weights"],
+        balanced="balanced" in parts,
+        scale=numbers["scale"][0] if numbers["scale"] else 1.0,
+        offset=numbers["offset"][0] if numbers["offset"] else 0.0,
+    )
+    if kind.scale <= 0 or (kind.weights and min(kind.weights) <= 0):
+        raise _wrong(target, text, "scale and weights are positive numbers")
+    if kind.weights and kind.balanced:
+        raise _wrong(target, text, "give weights or balanced, not both")
+    if first == "quantiles":
+        levels = [_number(target, text, w) for w in kind.words]
+        if not levels or sorted(set(levels)) != levels or min(levels) <= 0 or max(levels) >= 1:
+            raise _wrong(target, text, "write the levels in rising order, each between 0 and 1: quantiles 0.1 0.5 0.9")
+    if first == "value" and kind.words:
+        raise _wrong(target, text, f'"{kind.words[0]}" is not understood: value [scale S] [offset O]')
+    return kind
+
+
+def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[tuple[Target, ...], Data, Data]:
+    """The targets of these names with their numbers: (targets, training pool, test set).
+
+    A target's kind is that of `kinds`, else of the reader, else "class" for text and whole numbers and "value" for
+    others. Raises UserError for an unknown column, a class that the kind does not know, a value that is no number.
+    """
+    assert raw.test is not None
+    for name in names:
+        if name not in raw.train.columns:
+            raise UserError(
+                f'task.targets = {list(names)}: the data set "{raw.name}" has no target "{name}"; '
+                f"it has {', '.join(raw.train.columns)}"
+            )
+        if name not in raw.test.columns:
+            raise UserError(
+                f'task.test: the test set of "{raw.name}" has no column "{name}", which the training pool has'
+            )
+    targets, train, test = [], {}, {}
+    for name in names:
+        text = kinds.get(name) or raw.kinds.get(name) or _guess(raw.train.columns[name])
+        both = [np.asarray(part.columns[name]) for part in (raw.train, raw.test)]
+        target = _target(name, text, both)
+        targets.append(target)
+        train[name], test[name] = (_numbers(target, text, column) for column in both)
+    return tuple(targets), Data(raw.train.x, train), Data(raw.test.x, test)
+
+
+def missing(column: Column) -> npt.NDArray[np.bool_]:
+    """Which entries of a raw column are missing: empty text, NaN."""
+    if column.dtype.kind in "fc":
+        return np.isnan(column)
+    if column.dtype.kind in "OUS":
+        return np.asarray(column.astype(str) == "")
+    return np.zeros(column.shape, dtype=bool)
+
+
+def _guess(column: Column) -> str:
+    if column.dtype.kind == "f":
+        known = column[~np.isnan(column)]
+        return "class" if len(known) and (known == np.round(known)).all() and len(np.unique(known)) <= 100 else "value"
+    return "class"
+
+
+def _target(name: str, text: str, columns: list[Column]) -> Target:
+    kind = read_kind(name, text)
+    if kind.kind == "value":
+        return Target(name, "value", 1, kind.scale, kind.offset)
+    if kind.kind == "quantiles":
+        levels = tuple(float(w) for w in kind.words)
+        return Target(name, "quantiles", len(levels), kind.scale, kind.offset, levels)
+    if kind.above is not None:
+        names: tuple[str, ...] = (f"at most {kind.above:g}", f"above {kind.above:g}")
+    elif len(kind.words) == 1 and kind.words[0].isdecimal():
+        names = tuple(str(i) for i in range(int(kind.words[0])))
+    elif kind.words:
+        names = kind.words
+    elif kind.kind == "labels":
+        names = _label_names(columns)
+    else:
+        names = _distinct(columns)
+    if kind.weights and len(kind.weights) != len(names):
+        raise _wrong(name, text, f"{len(kind.weights)} weights for {len(names)} classes {list(names)[:20]}")
+    if len(names) < 2 and kind.kind == "class":
+        raise _wrong(name, text, f"the column has {len(names)} distinct values; a class target needs two or more")
+    return Target(
+        name,
+        "labels" if kind.kind == "labels" else "class",
+        len(names),
+        weights=kind.weights,
+        balanced=kind.balanced,
+        names=names,
+    )
+
+
+def _numbers(target: Target, text: str, column: Column) -> Tensor:
+    gone = missing(column)
+    if target.kind in ("value", "quantiles"):
+        return torch.from_numpy(_floats(target.name, text, column, gone).astype(np.float32))
+    if target.kind == "labels":
+        return torch.from_numpy(_rows(target, text, column))
+    kind = read_kind(target.name, text)
+    if kind.above is not None:
+        values = _floats(target.name, text, column, gone)
+        return torch.from_numpy(np.where(gone, MISSING, (values > kind.above).astype(np.int64)))
+    index = {name: i for i, name in enumerate(target.names)}
+    distinct, inverse = np.unique(_text(column), return_inverse=True)
+    codes = np.array([index.get(str(value), MISSING) for value in distinct], dtype=np.int64)
+    unknown = [str(v) for v, code in zip(distinct, codes, strict=True) if code == MISSING and str(v) != ""]
+    if unknown:
+        raise _wrong(target.name, text, f'the column has "{unknown[0]}", which is none of {list(target.names)[:20]}')
+    return torch.from_numpy(codes[inverse].reshape(column.shape))
+
+
+def _text(column: Column) -> npt.NDArray[np.str_]:
+    """Values as text, whole numbers without a decimal point, "" where missing."""
+    if column.dtype.kind == "f":
+        distinct, inverse = np.unique(column, return_inverse=True)
+        words = ["" if np.isnan(v) else str(int(v)) if v == int(v) else repr(float(v)) for v in distinct]
+        return np.array(words, dtype=str)[inverse].reshape(column.shape)
+    if column.dtype.kind in "iub":
+        return column.astype(np.int64).astype(str)
+    return column.astype(str)
+
+
+def _distinct(columns: list[Column]) -> tuple[str, ...]:
+    seen = {str(v) for column in columns for v in np.unique(_text(column)) if str(v) != ""}
+    if all(_is_number(v) for v in seen):
+        return tuple(sorted(seen, key=float))
+    return tuple(sorted(seen))
+
+
+def _label_names(columns: list[Column]) -> tuple[str, ...]:
+    if columns[0].ndim == 2:
+        return tuple(str(i) for i in range(columns[0].shape[1]))
+    return tuple(sorted({name for column in columns for cell in np.unique(_text(column)) for name in _cell(cell)}))
+
+
+def _cell(cell: str) -> list[str]:
+    return [name.strip() for name in str(cell).split("|") if name.strip()]
+
+
+def _rows(target: Target, text: str, column: Column) -> npt.NDArray[np.float32]:
+    if column.ndim == 2:
+        if column.shape[1] != target.size:
+            raise _wrong(target.name, text, f"rows have {column.shape[1]} entries, not {target.size}")
+        rows = column.astype(np.float32)
+        if not np.isin(rows[~np.isnan(rows)], (0, 1)).all():
+            raise _wrong(target.name, text, "rows of labels hold 0 and 1 (NaN where unknown)")
+        return rows
+    index = {name: i for i, name in enumerate(target.names)}
+    rows = np.zeros((len(column), target.size), dtype=np.float32)
+    for row, cell in enumerate(_text(column)):
+        if cell == "":
+            rows[row] = np.nan
+        for name in _cell(cell):
+            if name not in index:
+                raise _wrong(
+                    target.name, text, f'row {row + 1} has "{name}", which is none of {list(target.names)[:20]}'
+                )
+            rows[row, index[name]] = 1
+    return rows
+
+
+def _floats(target: str, text: str, column: Column, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    if column.dtype.kind in "fiub":
+        return column.astype(np.float64)
+    values = np.full(column.shape, np.nan)
+    for row in np.flatnonzero(~gone):
+        if not _is_number(str(column[row])):
+            raise _wrong(target, text, f'row {row + 1} has "{column[row]}", which is not a number')
+        values[row] = float(column[row])
+    return values
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def _number(target: str, text: str, word: str) -> float:
+    if not _is_number(word):
+        raise _wrong(target, text, f'"{word}" is not a number')
+    return float(word)
+
+
+def _wrong(target: str, text: str, why: str) -> UserError:
+    return UserError(f'task.kinds = "{text}" for the target "{target}": {why}')
