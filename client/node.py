@@ -4,10 +4,10 @@ import functools
 import json
 import os
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
@@ -20,8 +20,9 @@ from config.load import from_flat, to_flat
 from config.schema import Experiment
 from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.packing import Answer, NodeReply, Request
-from strategies.sharing import Roles, arrays_sha256, from_record, roles, to_record
+from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
 from tasks.evaluation import evaluate, load_into, state_of
+from tasks.features import View, view
 from tasks.task import Task, initial_state, open_task, settle
 
 
@@ -33,7 +34,9 @@ class Node:
     task: Task
     model: nn.Module
     roles: Roles
+    view: View
     state_root: Path
+    _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
 
 def open_node(context: Context) -> Node:
@@ -47,7 +50,8 @@ def _open_node(flat: str, state_root: Path) -> Node:
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = task.new_model()
-    return Node(experiment, task, model, roles(experiment, model.state_dict()), state_root)
+    parts = roles(experiment, model.state_dict())
+    return Node(experiment, task, model, parts, view(task, model, frozen=parts.trunk_is_frozen), state_root)
 
 
 def _state_root(context: Context) -> Path:
@@ -77,25 +81,33 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
 def train_client(node: Node, request: Request) -> RecordDict:
     """One client's part of a round: score what it received, train, store what is personal, reply what is shared.
 
-    The reply holds "arrays" (the shared arrays after training), "metrics" (num-examples, steps, loss of each target)
-    and, if the message asks for it, "evaluation" (target/metric of the received model on the client's test part).
+    The reply holds "arrays" (the shared arrays after training, without the heads of targets that no training sample
+    has), "metrics" (num-examples in all and for each target, steps, loss of each target) and, if the message asks for
+    it, "evaluation" (target/metric of the received model on the client's test part).
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
     _load(node, store, request, round_)
-    data = node.task.pool() if node.experiment.run.placement == "pooled" else node.task.client(request.client).train
+    client, seen = request.client, node.view
     reply = RecordDict()
     if config["evaluate"]:
-        scores = evaluate(node.model, node.task.client(request.client).test, node.task)
-        reply["evaluation"] = MetricRecord(dict(scores))
-    trained = train(node.model, data, node.task, node.experiment, round_, request.client)
+        data = seen.data(f"{client}/test", node.task.client(client).test)
+        reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
+    if node.experiment.run.placement == "pooled":
+        data = seen.data("pool", node.task.pool())
+    else:
+        data = seen.data(f"{client}/train", node.task.client(client).train)
+    trained = train(seen.model, data, seen.task, node.experiment, round_, client)
     state = state_of(node.model)
     if node.roles.personal:
         personal = {name: state[name] for name in node.roles.personal}
-        store.save(request.client, round_, personal, keep_from=int(cast(int, config["keep-from"])))
-    reply["arrays"] = to_record({name: state[name] for name in node.roles.shared})
+        store.save(client, round_, personal, keep_from=int(cast(int, config["keep-from"])))
+    metrics: dict[str, Any] = {"num-examples": len(data), "steps": trained.steps}
+    metrics |= {f"num-examples/{t.name}": t.labelled(data.y[t.name]) for t in node.task.targets}
+    weights = name_weights(metrics, node.roles.shared)
+    reply["arrays"] = to_record({name: state[name] for name in node.roles.shared if weights[name] > 0})
     losses = {f"loss/{target}": value for target, value in trained.losses.items()}
-    reply["metrics"] = MetricRecord({"num-examples": len(data), "steps": trained.steps, **losses})
+    reply["metrics"] = MetricRecord(metrics | losses)
     return reply
 
 
@@ -108,12 +120,14 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
     personal = _load(node, store, request, round_ + 1)
-    data = node.task.client(request.client)
-    scores = {f"used/{key}": value for key, value in evaluate(node.model, data.test, node.task).items()}
+    client, own, seen = request.client, node.task.client(request.client), node.view
+    test = seen.data(f"{client}/test", own.test)
+    scores = {f"used/{key}": value for key, value in evaluate(seen.model, test, seen.task).items()}
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
-        train(node.model, data.train, node.task, node.experiment, round_ + 1, request.client, epochs)
-        scores |= {f"finetuned/{key}": value for key, value in evaluate(node.model, data.test, node.task).items()}
+        data = seen.data(f"{client}/train", own.train)
+        train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs)
+        scores |= {f"finetuned/{key}": value for key, value in evaluate(seen.model, test, seen.task).items()}
     identity = ConfigRecord({"personal": arrays_sha256(personal), "trained": bool(personal)})
     return RecordDict({"evaluation": MetricRecord(dict(scores)), "identity": identity})
 
@@ -126,12 +140,13 @@ def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequ
     contents = {a.client: a for a in answers}
     sums: dict[int, WeightedSum] = {}
     for index, clients in blocks:
-        updates: list[tuple[float, Arrays]] = []
+        updates: list[tuple[float | Mapping[str, float], Arrays]] = []
         for content in (contents[c].content for c in clients):
             arrays = from_record(content.array_records["arrays"]) if content else {}
-            if content is None or fault(arrays, sent):
+            weights = name_weights(content.metric_records["metrics"], sent) if content else {}
+            if content is None or fault(arrays, sent, weights):
                 break
-            updates.append((float(cast(int, content.metric_records["metrics"]["num-examples"])), arrays))
+            updates.append((weights, arrays))
         else:
             sums[index] = weighted_sum(updates)
             for client in clients:
@@ -152,4 +167,6 @@ def _base(node: Node, store: Store) -> Arrays:
     """What the client starts from besides the shared arrays: sent once if pretrained, else derived from the seed."""
     if not (node.roles.personal or node.roles.fixed):
         return {}
-    return store.base() if node.experiment.task.pretrained else initial_state(node.experiment)
+    if store.run not in node._bases:
+        node._bases[store.run] = store.base() if node.experiment.task.pretrained else initial_state(node.experiment)
+    return node._bases[store.run]

@@ -14,6 +14,7 @@ class Store:
     """State files of one run below `root`: what arrived once for all (base), and each client's personal arrays."""
 
     def __init__(self, root: Path, run_id: str) -> None:
+        self.run = run_id
         self._folder = root / run_id
 
     def put_base(self, arrays: Arrays) -> None:

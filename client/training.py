@@ -1,5 +1,6 @@
 """The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,17 +22,38 @@ class Trained:
     losses: dict[str, float]
 
 
+Correction = Callable[[Mapping[str, nn.Parameter]], None]
+"""Changes the gradients of the parameters that learn, by name, after they are final (clipped and noised, if private)."""
+
+Term = Callable[[nn.Module, Data, Mapping[str, Tensor]], Tensor]
+"""A term beside the data's loss for a batch: of the model, the prepared batch and the model's outputs on it, a scalar."""
+
+
 def train(
-    model: nn.Module, data: Data, task: Task, experiment: Experiment, round_: int, client: int, epochs: int = 0
+    model: nn.Module,
+    data: Data,
+    task: Task,
+    experiment: Experiment,
+    round_: int,
+    client: int,
+    epochs: int = 0,
+    *,
+    learns: Callable[[str], bool] | None = None,
+    correct: Correction | None = None,
+    term: Term | None = None,
 ) -> Trained:
     """Train the model in place on a client's data for one round.
 
     Batches are drawn without replacement within an epoch; their order depends on (run.seed, round, client, epoch)
     alone. `epochs`, if given, takes the place of `local.epochs` and `local.steps`. The loss is the weighted sum over
-    targets of each one's mean over the batch. The model's `requires_grad` flags and modes are set here.
+    targets of each one's mean over the batch, and `term` if given. `learns` narrows what `local.trainable` lets learn, by
+    parameter name. A penalty that does not depend on the data (proximal terms, control variates) belongs in `correct`:
+    under DP-SGD what is added to the loss is clipped, and what is added to the gradients before the noise is lost. The
+    model's `requires_grad` flags and modes are set here.
     """
     plan, seed = experiment.local, experiment.run.seed
-    freeze(model, plan)
+    freeze(model, plan, learns)
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(model, plan)
     size = len(data) if plan.batch_size == 0 else min(plan.batch_size, len(data))
     steps_an_epoch = -(-len(data) // size)
@@ -45,11 +67,17 @@ def train(
             if position == 0:
                 order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", round_, client, epoch))
             batch = data.take(order[position * size : (position + 1) * size])
-            parts = losses(model(task.prepare(batch.x, training=True)), batch.y, task.targets, weights)
+            batch = Data(task.prepare(batch.x, training=True), batch.y)
+            outputs = model(batch.x)
+            parts = losses(outputs, batch.y, task.targets, weights)
             loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
             assert isinstance(loss, Tensor)
+            if term is not None:
+                loss = loss + term(model, batch, outputs)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
+            if correct is not None:
+                correct(learning)
             optimizer.step()
             seen += len(batch)
             for name, value in parts.items():
@@ -57,11 +85,13 @@ def train(
     return Trained(total, {name: float(value) / seen for name, value in sums.items()})
 
 
-def freeze(model: nn.Module, plan: Local) -> None:
-    """Let only what `local.trainable` names learn; a frozen module is in `eval()`, so that no statistic moves."""
+def freeze(model: nn.Module, plan: Local, learns: Callable[[str], bool] | None = None) -> None:
+    """Let only what `local.trainable` and `learns` name learn; a frozen module is in `eval()`: no statistic moves."""
     model.train()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(plan.trainable == "all" or name.startswith(HEADS))
+        parameter.requires_grad_(
+            (plan.trainable == "all" or name.startswith(HEADS)) and (learns is None or learns(name))
+        )
     for child in model.children():
         if not any(p.requires_grad for p in child.parameters()):
             child.eval()

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, MetricRecord
 
 from config.durable import Arrays
 from strategies.blocks import WeightedSum, fault
-from strategies.sharing import from_record
+from strategies.sharing import from_record, name_weights
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
 
@@ -37,14 +38,14 @@ def admit(replies: Sequence[Message], sums: Sums, sent: Arrays, sizes: Mapping[i
         if reason := _reason(reply, sent, sizes.get(client, 0), client in inside):
             refused[client] = reason
     weights = {
-        m.metadata.src_node_id: float(str(m.content.metric_records["metrics"]["num-examples"]))
+        m.metadata.src_node_id: name_weights(m.content.metric_records["metrics"], sent)
         for m in replies
         if m.metadata.src_node_id not in refused
     }
     good = {}
     for block, total in sums.items():
         wrong = [c for c in block if c in refused]
-        reason = f"client {wrong[0]} is refused" if wrong else _sum_reason(total, sent, sum(weights[c] for c in block))
+        reason = f"client {wrong[0]} is refused" if wrong else _sum_reason(total, sent, [weights[c] for c in block])
         if reason:
             refused |= {
                 c: f"its arrays are inside a block's sum that does not count: {reason}" for c in weights if c in block
@@ -58,24 +59,32 @@ def _reason(reply: Message, sent: Arrays, size: int, inside: bool) -> str:
     if reply.has_error():
         return str(reply.error.reason)
     content = reply.content
-    metrics = content.metric_records.get("metrics")
-    weight = metrics.get("num-examples") if metrics is not None else None
-    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
+    metrics = content.metric_records.get("metrics") or MetricRecord()
+    weight = metrics.get("num-examples")
+    if not _number(weight) or weight <= 0:
         return f"num-examples is {weight!r}; it must be a positive number"
     if weight > size:
         return f"num-examples is {weight!r}, more than the {size} training samples declared at roll call"
+    for key, value in metrics.items():
+        if key.startswith("num-examples/") and not (_number(value) and 0 <= value <= weight):
+            return f"{key} is {value!r}; it must be a number from 0 to num-examples = {weight!r}"
     if inside:
         return ""
     record = content.array_records.get("arrays")
     if record is None:
         return "its reply has no arrays"
     try:
-        return fault(from_record(record), sent)
+        return fault(from_record(record), sent, name_weights(metrics, sent))
     except (TypeError, ValueError) as error:
         return f"its arrays cannot be read: {error}"
 
 
-def _sum_reason(total: WeightedSum, sent: Arrays, weight: float) -> str:
-    if any(w != weight for w in total.weights.values()):
+def _sum_reason(total: WeightedSum, sent: Arrays, clients: Sequence[Mapping[str, float]]) -> str:
+    weights = {name: sum(client[name] for client in clients) for name in sent}
+    if total.weights != {name: weight for name, weight in weights.items() if weight > 0}:
         return "the sum's weight is not that of its clients"
-    return fault(total.sums, {name: value.astype(np.float64) for name, value in sent.items()})
+    return fault(total.sums, {name: value.astype(np.float64) for name, value in sent.items()}, weights)
+
+
+def _number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and math.isfinite(value)

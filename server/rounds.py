@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
+from torch import nn
 
 from config.durable import Arrays
 from config.errors import RunStopped
@@ -26,8 +27,9 @@ from server.summary import ClientScores, client_rows, summarise, test_sizes, use
 from strategies import make_strategy
 from strategies.blocks import cut, weighted_sum
 from strategies.packing import block_message
-from strategies.sharing import Roles, from_record, nbytes, roles, to_record
+from strategies.sharing import Roles, from_record, name_weights, nbytes, roles, to_record
 from tasks.evaluation import evaluate, load_into
+from tasks.features import View, view
 from tasks.partition import label_counts, strata
 from tasks.task import Task, initial_state, open_task
 
@@ -47,6 +49,8 @@ class Session:
     exchange: Exchange
     folder: RunFolder
     run_id: str
+    model: nn.Module
+    view: View
 
 
 def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
@@ -70,7 +74,10 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     base = {n: start[n] for n in parts.personal + parts.fixed} if experiment.task.pretrained else {}
     exchange = Exchange(grid, run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     arrays = {n: start[n] for n in parts.shared}
-    session = Session(experiment, task, parts, start, arrays, make_strategy(experiment), exchange, folder, run_id)
+    model = task.new_model()
+    seen = view(task, model, frozen=parts.trunk_is_frozen)
+    strategy = make_strategy(experiment)
+    session = Session(experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen)
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}
     try:
@@ -190,11 +197,9 @@ def combine_order(cohort: Sequence[int], verdict: Verdict) -> list[Message]:
     for block in cut(cohort):
         if present := [admitted[c] for c in block if c in admitted]:
             total = verdict.sums.get(block) or weighted_sum(
-                (
-                    float(cast(int, m.content.metric_records["metrics"]["num-examples"])),
-                    from_record(m.content.array_records["arrays"]),
-                )
+                (name_weights(m.content.metric_records["metrics"], arrays), arrays)
                 for m in present
+                for arrays in [from_record(m.content.array_records["arrays"])]
             )
             messages.append(block_message(total, present[0]))
     return messages
@@ -204,9 +209,9 @@ def score_globally(session: Session) -> dict[str, dict[str, float]]:
     """The shared model on the global test set: {target: {metric: value}}; empty if part of it is personal."""
     if session.roles.personal or "global" not in session.experiment.evaluate.on:
         return {}
-    model = session.task.new_model()
-    load_into(model, session.start | session.arrays)
-    scores = evaluate(model, session.task.dataset.test, session.task)
+    load_into(session.model, session.start | session.arrays)
+    seen = session.view
+    scores = evaluate(seen.model, seen.data("test", session.task.dataset.test), seen.task)
     return nested({key: value for key, value in scores.items() if math.isfinite(value)})
 
 

@@ -37,13 +37,19 @@ def cut(cohort: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(ordered[i : i + BLOCK]) for i in range(0, len(ordered), BLOCK)]
 
 
-def fault(arrays: Mapping[str, npt.NDArray[np.generic]], sent: Mapping[str, npt.NDArray[np.generic]]) -> str:
+def fault(
+    arrays: Mapping[str, npt.NDArray[np.generic]],
+    sent: Mapping[str, npt.NDArray[np.generic]],
+    weights: Mapping[str, float] | None = None,
+) -> str:
     """Why an update may not enter a sum, or "" if it may: its names, shapes, dtypes and finiteness, in that order.
 
-    `sent` are the arrays that the client received; an update must have the same names, shapes and dtypes.
+    `sent` are the arrays that the client received; an update must have the same names, but for those whose weight
+    (`strategies.sharing.name_weights`) is 0, and the same shapes and dtypes.
     """
-    if arrays.keys() != sent.keys():
-        missing, extra = sorted(sent.keys() - arrays.keys()), sorted(arrays.keys() - sent.keys())
+    expected = {name for name in sent if weights is None or weights[name] > 0}
+    if arrays.keys() != expected:
+        missing, extra = sorted(expected - arrays.keys()), sorted(arrays.keys() - expected)
         return f"its arrays have other names: missing {missing}, unexpected {extra}"
     for name, value in arrays.items():
         if value.shape != sent[name].shape:
@@ -55,19 +61,22 @@ def fault(arrays: Mapping[str, npt.NDArray[np.generic]], sent: Mapping[str, npt.
     return ""
 
 
-def weighted_sum(updates: Iterable[tuple[float, Mapping[str, npt.NDArray[np.generic]]]]) -> WeightedSum:
-    """Add up (weight, arrays) pairs in the order given, in float64."""
+def weighted_sum(
+    updates: Iterable[tuple[float | Mapping[str, float], Mapping[str, npt.NDArray[np.generic]]]],
+) -> WeightedSum:
+    """Add up (weight, arrays) pairs in the order given, in float64. A weight is a number, or one for each name."""
     sums: dict[str, npt.NDArray[np.float64]] = {}
-    weights: dict[str, float] = {}
-    for weight, arrays in updates:
+    totals: dict[str, float] = {}
+    for weights, arrays in updates:
         for name, value in arrays.items():
+            weight = weights[name] if isinstance(weights, Mapping) else weights
             term = value.astype(np.float64) * weight
             if name in sums:
                 sums[name] += term
-                weights[name] += weight
+                totals[name] += weight
             else:
-                sums[name], weights[name] = term, weight
-    return WeightedSum(sums, weights)
+                sums[name], totals[name] = term, weight
+    return WeightedSum(sums, totals)
 
 
 def average(blocks: Iterable[WeightedSum], before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:

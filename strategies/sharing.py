@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,11 @@ class Roles:
     personal: tuple[str, ...]
     fixed: tuple[str, ...]
 
+    @property
+    def trunk_is_frozen(self) -> bool:
+        """Whether local training changes heads alone."""
+        return all(name.startswith(HEADS) for name in self.trained)
+
 
 def roles(experiment: Experiment, names: Iterable[str]) -> Roles:
     """Divide the state names of a model by `local.trainable` and `strategy.share`; the order of names is kept."""
@@ -43,6 +49,16 @@ def roles(experiment: Experiment, names: Iterable[str]) -> Roles:
     }[experiment.share]
     personal = tuple(n for n in trained if n not in shared)
     return Roles(trained, shared, personal, tuple(n for n in order if n not in shared and n not in personal))
+
+
+def name_weights(metrics: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    """The weight of each array in a client's reply: its training samples (`num-examples`); for a head those of its target
+    (`num-examples/<target>`). A head that no sample trained has weight 0 and does not travel."""
+    weights = {}
+    for name in names:
+        target = name.split(".")[1] if name.startswith(HEADS) else ""
+        weights[name] = float(metrics.get(f"num-examples/{target}", metrics["num-examples"]))
+    return weights
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[np.generic]]) -> ArrayRecord:

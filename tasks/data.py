@@ -40,6 +40,10 @@ class Target:
         """Where the target's values are not missing: bool, of the shape of `y`."""
         return y != MISSING if self.kind == "class" else ~torch.isnan(y)
 
+    def labelled(self, y: Tensor) -> int:
+        """How many samples have any value of the target."""
+        return int(self.known(y).flatten(1).any(1).sum()) if y.ndim > 1 else int(self.known(y).sum())
+
 
 @dataclass(frozen=True)
 class Data:

@@ -41,7 +41,10 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Task:
-    """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses."""
+    """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses.
+
+    `ready`: samples are given to the model as they are (`tasks.features`).
+    """
 
     dataset: Dataset
     split: Split
@@ -49,6 +52,7 @@ class Task:
     weights: tuple[float, ...]
     settings: schema.Task
     seed: int
+    ready: bool = False
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
