@@ -5,7 +5,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +15,17 @@ from torch import nn
 
 from client.store import Store
 from client.training import train
+from client.turn import ClientTurn, with_wrong_labels
 from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
+from strategies import algorithm
+from strategies.attacks import ON_LABELS, attackers
 from strategies.blocks import WeightedSum, fault, weighted_sum
+from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
-from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
-from tasks.evaluation import evaluate, load_into, state_of
+from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles_of, split_beside, to_record
+from tasks.evaluation import evaluate
 from tasks.features import View, view
 from tasks.task import Task, initial_state, open_task, settle
 
@@ -35,6 +39,7 @@ class Node:
     model: nn.Module
     roles: Roles
     view: View
+    half: Half
     state_root: Path
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
@@ -50,8 +55,8 @@ def _open_node(flat: str, state_root: Path) -> Node:
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = task.new_model()
-    parts = roles(experiment, model.state_dict())
-    return Node(experiment, task, model, parts, view(task, model, frozen=parts.trunk_is_frozen), state_root)
+    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
+    return Node(experiment, task, model, parts, view(task, model, frozen=parts.trunk_is_frozen), half, state_root)
 
 
 def _state_root(context: Context) -> Path:
@@ -79,34 +84,34 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
 
 
 def train_client(node: Node, request: Request) -> RecordDict:
-    """One client's part of a round: score what it received, train, store what is personal, reply what is shared.
+    """One client's part of a round: score the model it would use, take its turn, store what is its own, reply the rest.
 
-    The reply holds "arrays" (the shared arrays after training, without the heads of targets that no training sample
-    has), "metrics" (num-examples in all and for each target, steps, loss of each target) and, if the message asks for
-    it, "evaluation" (target/metric of the received model on the client's test part).
+    The reply holds "arrays" (the shared arrays after training and what the algorithm sends beside them, without those
+    of heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
+    target, and what the algorithm adds) and, if the message asks for it, "evaluation" (target/metric of the model that
+    the client would use, on its test part).
     """
     config = request.content.config_records["config"]
-    round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
-    _load(node, store, request, round_)
+    round_, store = int(cast(int, config["round"])), _store(node, request)
     client, seen = request.client, node.view
+    turn = open_turn(node, request, before=round_, pooled=node.experiment.run.placement == "pooled")
     reply = RecordDict()
     if config["evaluate"]:
+        turn.load(node.half.used(turn))
         data = seen.data(f"{client}/test", node.task.client(client).test)
         reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
-    if node.experiment.run.placement == "pooled":
-        data = seen.data("pool", node.task.pool())
-    else:
-        data = seen.data(f"{client}/train", node.task.client(client).train)
-    trained = train(seen.model, data, seen.task, node.experiment, round_, client)
-    state = state_of(node.model)
-    if node.roles.personal:
-        personal = {name: state[name] for name in node.roles.personal}
-        store.save(client, round_, personal, keep_from=int(cast(int, config["keep-from"])))
-    metrics: dict[str, Any] = {"num-examples": len(data), "steps": trained.steps}
+        turn.load(turn.start())
+    outcome = node.half.train(turn)
+    if lasting := {name: outcome.model[name] for name in node.roles.personal} | outcome.memory:
+        attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
+        store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
+    data = turn.data
+    metrics: dict[str, Any] = {"num-examples": len(data), "steps": outcome.fitted.steps, **outcome.metrics}
     metrics |= {f"num-examples/{t.name}": t.labelled(data.y[t.name]) for t in node.task.targets}
-    weights = name_weights(metrics, node.roles.shared)
-    reply["arrays"] = to_record({name: state[name] for name in node.roles.shared if weights[name] > 0})
-    losses = {f"loss/{target}": value for target, value in trained.losses.items()}
+    sent = {name: outcome.model[name] for name in node.roles.shared} | outcome.extra
+    weights = name_weights(metrics, sent)
+    reply["arrays"] = to_record({name: value for name, value in sent.items() if weights[name] > 0})
+    losses = {f"loss/{target}": value for target, value in outcome.fitted.losses.items()}
     reply["metrics"] = MetricRecord(metrics | losses)
     return reply
 
@@ -115,12 +120,13 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     """Score the model that the client would use, on its test part; after local fine-tuning too, if that is set.
 
     The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned") and "identity" (SHA-256 of
-    the client's personal arrays, and whether it has any of its own).
+    what the client has of its own, and whether it has anything).
     """
     config = request.content.config_records["config"]
-    round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
-    personal = _load(node, store, request, round_ + 1)
+    round_ = int(cast(int, config["round"]))
+    turn = open_turn(node, request, before=round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
+    turn.load(node.half.used(turn))
     test = seen.data(f"{client}/test", own.test)
     scores = {f"used/{key}": value for key, value in evaluate(seen.model, test, seen.task).items()}
     if config["finetune"]:
@@ -128,11 +134,50 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
         data = seen.data(f"{client}/train", own.train)
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs)
         scores |= {f"finetuned/{key}": value for key, value in evaluate(seen.model, test, seen.task).items()}
-    identity = ConfigRecord({"personal": arrays_sha256(personal), "trained": bool(personal)})
+    lasting = turn.personal | turn.memory
+    identity = ConfigRecord({"personal": arrays_sha256(lasting), "trained": bool(lasting)})
     return RecordDict({"evaluation": MetricRecord(dict(scores)), "identity": identity})
 
 
-def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:
+def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -> ClientTurn:
+    """What the client has at the start of its turn: what was received, and what its rounds earlier than `before` left.
+
+    `pooled`: its data is that of all clients. The received model is in place when this returns.
+    """
+    config, client, seen = request.content.config_records["config"], request.client, node.view
+    store = _store(node, request)
+    received, extra = split_beside(from_record(request.content.array_records["arrays"]))
+    void = cast(list[str], config.get("void", []))
+    personal, memory = split_beside(store.load(client, before, void))
+    turn = ClientTurn(
+        experiment=node.experiment,
+        task=seen.task,
+        roles=node.roles,
+        whole=node.model,
+        model=seen.model,
+        data=node.task.client(client).train,
+        round=int(cast(int, config["round"])),
+        client=client,
+        received=received,
+        extra=extra,
+        memory=memory,
+        base=lambda: _base(node, store),
+        personal=personal,
+        work=float(cast(float, config.get("work", 1.0))),
+    )
+    turn.load(turn.start())
+    if pooled:
+        data = seen.data("pool", node.task.pool())
+    else:
+        data = seen.data(f"{client}/train", turn.data)
+    if client in attackers(node.experiment) and node.experiment.attack.kind in ON_LABELS:
+        data = with_wrong_labels(data, node.task.targets)
+    return replace(turn, data=data)
+
+
+def add_up(
+    experiment: Experiment, answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]
+) -> NodeReply:
     """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
 
     Such a block goes to the server client by client, where each reply is judged alone.
@@ -143,8 +188,9 @@ def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequ
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
         for content in (contents[c].content for c in clients):
             arrays = from_record(content.array_records["arrays"]) if content else {}
-            weights = name_weights(content.metric_records["metrics"], sent) if content else {}
-            if content is None or fault(arrays, sent, weights):
+            metrics = content.metric_records["metrics"] if content else {}
+            weights = name_weights(metrics, sent, experiment.equal_weights) if content else {}
+            if content is None or fault(arrays, sent, weights, experiment.cohort.max_norm):
                 break
             updates.append((weights, arrays))
         else:
@@ -155,18 +201,12 @@ def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequ
     return NodeReply(answers, sums)
 
 
-def _load(node: Node, store: Store, request: Request, before: int) -> Arrays:
-    """Load base, personal and shared arrays into the model, the later over the earlier; return the personal ones."""
-    personal = store.load(request.client, before) if node.roles.personal else {}
-    shared = from_record(request.content.array_records["arrays"])
-    load_into(node.model, _base(node, store) | personal | shared)
-    return personal
+def _store(node: Node, request: Request) -> Store:
+    return Store(node.state_root, str(request.content.config_records["config"]["run"]))
 
 
 def _base(node: Node, store: Store) -> Arrays:
     """What the client starts from besides the shared arrays: sent once if pretrained, else derived from the seed."""
-    if not (node.roles.personal or node.roles.fixed):
-        return {}
     if store.run not in node._bases:
         node._bases[store.run] = store.base() if node.experiment.task.pretrained else initial_state(node.experiment)
     return node._bases[store.run]

@@ -1,9 +1,9 @@
 """Admission: each reply of a round is judged alone before anything is combined. One bad client costs that client."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 from flwr.app import Message, MetricRecord
@@ -13,6 +13,8 @@ from strategies.blocks import WeightedSum, fault
 from strategies.sharing import from_record, name_weights
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
+Judge = Callable[[Mapping[str, Any], int], str]
+"""Of a reply's metrics and the client's declared samples, why it cannot count, or ""."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,37 @@ class Verdict:
     refused: dict[int, str]
 
 
-def admit(replies: Sequence[Message], sums: Sums, sent: Arrays, sizes: Mapping[int, int]) -> Verdict:
+def admit(
+    replies: Sequence[Message],
+    sums: Sums,
+    sent: Arrays,
+    sizes: Mapping[int, int],
+    *,
+    equal: bool = False,
+    max_norm: float = 0,
+    judge: Judge | None = None,
+) -> Verdict:
     """Judge each reply: it came, its weight is a positive number no larger than declared, its arrays fit what was sent.
 
-    `sizes`: training samples that each client declared at roll call. A client's arrays may be missing only if they are
+    `equal`: each client counts 1 (`strategies.sharing.name_weights`). `max_norm`: the longest update, 0 for any. `judge`:
+    what the strategy has to say of a reply's metrics. Of two replies of one client the first counts. `sizes`: training samples that each client declared at roll call. A client's arrays may be missing only if they are
     inside its block's sum, which a node makes of arrays that it judged by the same `fault`. What is inside a sum
     cannot be taken out again, so a sum counts only if all its clients do, and if it is itself of the right form.
     """
     inside = {client for block in sums for client in block}
     refused = {}
+    first = {reply.metadata.src_node_id: reply for reply in reversed(replies)}
+    replies = [first[c] for c in dict.fromkeys(reply.metadata.src_node_id for reply in replies)]
     for reply in replies:
         client = reply.metadata.src_node_id
-        if reason := _reason(reply, sent, sizes.get(client, 0), client in inside):
+        size = sizes.get(client, 0)
+        reason = _reason(reply, sent, size, client in inside, max_norm)
+        if not reason and judge is not None:
+            reason = judge(reply.content.metric_records["metrics"], size)
+        if reason:
             refused[client] = reason
     weights = {
-        m.metadata.src_node_id: name_weights(m.content.metric_records["metrics"], sent)
+        m.metadata.src_node_id: name_weights(m.content.metric_records["metrics"], sent, equal)
         for m in replies
         if m.metadata.src_node_id not in refused
     }
@@ -55,7 +73,7 @@ def admit(replies: Sequence[Message], sums: Sums, sent: Arrays, sizes: Mapping[i
     return Verdict([m for m in replies if m.metadata.src_node_id not in refused], good, refused)
 
 
-def _reason(reply: Message, sent: Arrays, size: int, inside: bool) -> str:
+def _reason(reply: Message, sent: Arrays, size: int, inside: bool, max_norm: float) -> str:
     if reply.has_error():
         return str(reply.error.reason)
     content = reply.content
@@ -74,7 +92,7 @@ def _reason(reply: Message, sent: Arrays, size: int, inside: bool) -> str:
     if record is None:
         return "its reply has no arrays"
     try:
-        return fault(from_record(record), sent, name_weights(metrics, sent))
+        return fault(from_record(record), sent, name_weights(metrics, sent), max_norm)
     except (TypeError, ValueError) as error:
         return f"its arrays cannot be read: {error}"
 

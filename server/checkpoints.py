@@ -4,29 +4,34 @@ A checkpoint is `round-N.safetensors` and then `round-N.json`, which names the a
 that matches, the checkpoint does not exist and the one before it counts. The last `KEEP` stay.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from config.durable import Arrays, DamagedFile, read_arrays, read_json, write_arrays, write_json
-from strategies.sharing import arrays_sha256
+from strategies.sharing import arrays_sha256, beside, of_kind, split_beside
 
 KEEP = 3
+
+_STRATEGY = "strategy"
+"""In a checkpoint, what the strategy calls "m@w" stands as "strategy@m@w", beside the shared "w"."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `round`: the shared arrays."""
+    """The state after `round`: the shared arrays, and what the strategy keeps (`state`)."""
 
     round: int
     arrays: Arrays
+    strategy: Arrays = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, then delete those older than the last `KEEP`."""
     stem = folder / f"round-{checkpoint.round:08d}"
-    write_arrays(stem.with_suffix(".safetensors"), checkpoint.arrays)
-    write_json(stem.with_suffix(".json"), {"round": checkpoint.round, "sha256": arrays_sha256(checkpoint.arrays)})
+    everything = checkpoint.arrays | beside(_STRATEGY, checkpoint.strategy)
+    write_arrays(stem.with_suffix(".safetensors"), everything)
+    write_json(stem.with_suffix(".json"), {"round": checkpoint.round, "sha256": arrays_sha256(everything)})
     for old in _rounds(folder)[:-KEEP]:
         (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
         (folder / f"round-{old:08d}.safetensors").unlink(missing_ok=True)
@@ -42,7 +47,7 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             arrays = read_arrays(stem.with_suffix(".safetensors"))
             if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
                 raise DamagedFile(f"{stem}.safetensors: not the arrays that {stem.name}.json names")
-            return Checkpoint(round_, arrays), damaged
+            return Checkpoint(round_, split_beside(arrays)[0], of_kind(_STRATEGY, arrays)), damaged
         except DamagedFile as error:
             damaged.append(str(error))
     return None, damaged

@@ -4,12 +4,12 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
@@ -17,17 +17,20 @@ from torch import nn
 from config.durable import Arrays
 from config.errors import RunStopped
 from config.schema import Experiment
-from config.seeds import numpy_generator
 from server import checkpoints
 from server.admission import Verdict, admit
+from server.cohorts import call, read_schedule
 from server.evaluation import Scores, nested, over_clients
 from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
-from strategies import make_strategy
+from strategies import algorithm, make_strategy
+from strategies.attacks import attack, attackers
 from strategies.blocks import cut, weighted_sum
+from strategies.fedavg import FedAvg
+from strategies.local import Setup
 from strategies.packing import block_message
-from strategies.sharing import Roles, from_record, name_weights, nbytes, roles, to_record
+from strategies.sharing import HEADS, Roles, from_record, name_weights, nbytes, roles_of, to_record
 from tasks.evaluation import evaluate, load_into
 from tasks.features import View, view
 from tasks.partition import label_counts, strata
@@ -51,6 +54,10 @@ class Session:
     run_id: str
     model: nn.Module
     view: View
+    sizes: list[int]
+    schedule: list[list[int]]
+    void: list[str] = field(default_factory=list)
+    """Attempts at rounds that did not count, "ROUND.ATTEMPT": clients forget what those left them."""
 
 
 def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
@@ -70,14 +77,18 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     folder.forget_summary()
     folder.write_split(split | split_table(experiment, task))
     run_id = folder.manifest()["run_id"]
-    parts = roles(experiment, start)
-    base = {n: start[n] for n in parts.personal + parts.fixed} if experiment.task.pretrained else {}
+    model = task.new_model()
+    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
+    own = tuple(start) if half.own_start else parts.personal + parts.fixed
+    base = {n: start[n] for n in own} if experiment.task.pretrained else {}
     exchange = Exchange(grid, run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     arrays = {n: start[n] for n in parts.shared}
-    model = task.new_model()
     seen = view(task, model, frozen=parts.trunk_is_frozen)
-    strategy = make_strategy(experiment)
-    session = Session(experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen)
+    strategy = make_strategy(experiment, setup(experiment, task, parts))
+    sizes, schedule = [len(c.train) for c in task.split.clients], read_schedule(experiment)
+    session = Session(
+        experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, sizes, schedule
+    )
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}
     try:
@@ -99,47 +110,47 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     return summary
 
 
-def draw_cohort(experiment: Experiment, round_: int) -> list[int]:
-    """The clients of a round, ascending: a function of (run.seed, round). Without federation, whoever trains at all."""
-    if experiment.run.placement == "pooled":
-        return [0]
-    everyone = experiment.partition.clients
-    if experiment.cohort_size == everyone:
-        return list(range(everyone))
-    draw = numpy_generator(experiment.run.seed, "cohort", round_)
-    return sorted(int(c) for c in draw.choice(everyone, experiment.cohort_size, replace=False))
+def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
+    """What the strategy is made with. A head is trained by the clients that have a sample labelled for its target."""
+    clients = experiment.partition.clients
+    holders = dict.fromkeys(parts.shared, clients)
+    for target in task.targets:
+        known = target.known(task.dataset.train.y[target.name])
+        count = sum(bool(known[torch.from_numpy(c.train)].any()) for c in task.split.clients)
+        holders |= {name: count for name in parts.shared if name.startswith(f"{HEADS}{target.name}.")}
+    settings, seed = experiment.strategy, experiment.run.seed
+    return Setup(settings, experiment.local, seed, clients, parts, holders, experiment.equal_weights)
 
 
 def play_round(session: Session, round_: int) -> None:
-    """One round: cohort, messages, replies, admission, combination, evaluation, record, checkpoint."""
+    """One round: cohort, messages, replies, admission, combination, evaluation, record, checkpoint.
+
+    A round with fewer good replies than the quorum is void, and tried again with a new cohort, `cohort.attempts` times
+    in all. Raises RunStopped if none of them counts.
+    """
     experiment, began = session.experiment, time.perf_counter()
     pooled = experiment.run.placement == "pooled"
     on_clients = "clients" in experiment.evaluate.on
-    cohort = draw_cohort(experiment, round_)
-    config = ConfigRecord(
-        {
-            "round": round_,
-            "run": session.run_id,
-            "keep-from": checkpoints.oldest_round(session.folder.checkpoints),
-            "evaluate": on_clients and not pooled and (round_ - 1) % experiment.evaluate.every == 0,
-        }
-    )
-    sent = to_record(session.arrays)
-    messages = list(session.strategy.configure_train(round_, sent, config, Cohort(cohort)))
-    sums_only = getattr(session.strategy, "needs_sums_only", False)
-    replies, sums = session.exchange.send(messages, whole_blocks=sums_only)
-    sizes = {0: len(session.task.pool())} if pooled else session.exchange.sizes
-    verdict = admit(replies, sums, session.arrays, sizes)
-    for client, reason in verdict.refused.items():
-        log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
-    if len(verdict.admitted) < experiment.cohort.quorum:
-        first = next(iter(verdict.refused.values()), "").strip().splitlines()
+    void: list[dict[str, Any]] = []
+    for attempt in range(1, experiment.cohort.attempts + 1):
+        tried = try_round(session, round_, attempt)
+        if len(tried.verdict.admitted) >= experiment.cohort.quorum:
+            break
+        log.warning("round %d, attempt %d: void, %d good replies", round_, attempt, len(tried.verdict.admitted))
+        void.append({"cohort": tried.cohort, "failed": _failed(tried.verdict), **_traffic(session, round_, tried)})
+        session.void.append(f"{round_}.{attempt}")
+    else:
+        del session.void[len(session.void) - len(void) :]  # a resumed run tries this round from the start
+        first = next(iter(tried.verdict.refused.values()), "").strip().splitlines()
         raise RunStopped(
-            f"round {round_}: {len(verdict.admitted)} of {len(cohort)} clients gave a good reply, "
-            f"cohort.quorum = {experiment.cohort.quorum}" + (f"; the first failure: {first[-1]}" if first else "")
+            f"round {round_}: {len(tried.verdict.admitted)} of {len(tried.cohort)} clients gave a good reply, "
+            f"cohort.quorum = {experiment.cohort.quorum}, cohort.attempts = {experiment.cohort.attempts}"
+            + (f"; the first failure: {first[-1]}" if first else "")
         )
-    blocks = combine_order(cohort, verdict) if sums_only else verdict.admitted
-    combined, _ = session.strategy.aggregate_train(round_, blocks)
+    verdict = tried.verdict
+    traffic = _traffic(session, round_, tried)
+    blocks = combine_order(tried.cohort, verdict, experiment.equal_weights) if tried.sums_only else verdict.admitted
+    combined, _ = session.strategy.aggregate_train(round_, blocks) if blocks else (None, None)
     if combined is not None:
         session.arrays = from_record(combined)
     received: dict[int, Scores] = {
@@ -150,10 +161,11 @@ def play_round(session: Session, round_: int) -> None:
         received, clients_round = used(score_clients(session, round_, fine_tuned=False)), round_
     record = {
         "round": round_,
-        "cohort": cohort,
-        "failed": [{"client": c, "reason": r} for c, r in verdict.refused.items()],
+        "cohort": tried.cohort,
+        "failed": _failed(verdict),
+        **({"void": void} if void else {}),
         "seconds": 0.0,
-        **_traffic(session, round_, len(cohort), len(verdict.admitted)),
+        **{key: value + sum(v[key] for v in void) for key, value in traffic.items()},
         **_training(session.task, [m.content.metric_records["metrics"] for m in verdict.admitted]),
         "global": score_globally(session) if round_ % experiment.evaluate.every == 0 else {},
         "clients": over_clients(received, test_sizes(session.task)),
@@ -162,18 +174,90 @@ def play_round(session: Session, round_: int) -> None:
     }
     record["seconds"] = time.perf_counter() - began
     session.folder.append(record)
-    checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays))
+    kept = session.strategy.state() if isinstance(session.strategy, FedAvg) else {}
+    checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays, kept))
 
 
-def _traffic(session: Session, round_: int, asked: int, replied: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Tried:
+    """One attempt at a round: who was asked, which replies count, and what was sent to each."""
+
+    cohort: list[int]
+    verdict: Verdict
+    sent: Arrays
+    sums_only: bool
+
+
+def try_round(session: Session, round_: int, attempt: int) -> Tried:
+    """Draw a cohort, send it the model, and judge the replies."""
+    experiment, strategy = session.experiment, session.strategy
+    pooled = experiment.run.placement == "pooled"
+    called = call(experiment, round_, session.sizes, session.schedule, attempt)
+    config = ConfigRecord(
+        {
+            "round": round_,
+            "attempt": attempt,
+            "run": session.run_id,
+            "keep-from": checkpoints.oldest_round(session.folder.checkpoints),
+            "void": session.void,
+            "evaluate": "clients" in experiment.evaluate.on
+            and not pooled
+            and (round_ - 1) % experiment.evaluate.every == 0,
+        }
+    )
+    messages = list(
+        strategy.configure_train(round_, to_record(session.arrays), config, Cohort(called.trained))
+        if called.trained
+        else []
+    )
+    for message in messages:
+        if (share := called.work.get(message.metadata.dst_node_id)) is not None:
+            message.content = RecordDict({**message.content, "config": ConfigRecord({**config, "work": share})})
+    sent = from_record(messages[0].content.array_records["arrays"]) if messages else session.arrays
+    sums_only, attacked = bool(getattr(strategy, "needs_sums_only", False)), attackers(experiment)
+    replies, sums = session.exchange.send(messages, whole_blocks=sums_only and not attacked)
+    if attacked and experiment.attack.kind != "label-flip":
+        _attack(replies, attacked, sent, experiment, round_)
+    sizes = {0: len(session.task.pool())} if pooled else session.exchange.sizes
+    verdict = admit(
+        replies,
+        sums,
+        sent,
+        sizes,
+        equal=experiment.equal_weights,
+        max_norm=experiment.cohort.max_norm,
+        judge=strategy.judge if isinstance(strategy, FedAvg) else None,
+    )
+    for client, reason in verdict.refused.items():
+        log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
+    refused = dict(sorted({**verdict.refused, **called.absent}.items()))
+    return Tried(called.asked, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only)
+
+
+def _attack(
+    replies: Sequence[Message], bad: frozenset[int], sent: Arrays, experiment: Experiment, round_: int
+) -> None:
+    """Put what the attackers send in the place of what they trained."""
+    came = {m.metadata.src_node_id: m.content for m in replies if not m.has_error()}
+    updates = {client: from_record(content.array_records["arrays"]) for client, content in came.items()}
+    for client, arrays in attack(updates, bad, sent, experiment.attack, experiment.run.seed, round_).items():
+        came[client]["arrays"] = to_record(arrays)
+
+
+def _failed(verdict: Verdict) -> list[dict[str, Any]]:
+    return [{"client": c, "reason": r} for c, r in verdict.refused.items()]
+
+
+def _traffic(session: Session, round_: int, tried: Tried) -> dict[str, int]:
     """Bytes of arrays that clients received and sent in a round, as if each were reached by itself.
 
     The first round includes what every client is sent once. Pooling has no traffic of arrays: the data itself moved.
     """
     if session.experiment.run.placement == "pooled":
         return {"bytes_down": 0, "bytes_up": 0}
-    size, once = nbytes(session.arrays), nbytes(session.exchange.base) * session.experiment.partition.clients
-    return {"bytes_down": size * asked + (once if round_ == 1 else 0), "bytes_up": size * replied}
+    size, once = nbytes(tried.sent), nbytes(session.exchange.base) * session.experiment.partition.clients
+    down = size * len(tried.cohort) + (once if round_ == 1 else 0)
+    return {"bytes_down": down, "bytes_up": size * len(tried.verdict.admitted)}
 
 
 def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
@@ -190,14 +274,14 @@ def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
     return {"steps": int(sum(_scalar(m, "steps") or 0 for m in metrics)), "train": losses}
 
 
-def combine_order(cohort: Sequence[int], verdict: Verdict) -> list[Message]:
+def combine_order(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> list[Message]:
     """The round's blocks in order, one message each: a node's sum, or the sum of the single replies, made here."""
     admitted = {m.metadata.src_node_id: m for m in verdict.admitted}
     messages = []
     for block in cut(cohort):
         if present := [admitted[c] for c in block if c in admitted]:
             total = verdict.sums.get(block) or weighted_sum(
-                (name_weights(m.content.metric_records["metrics"], arrays), arrays)
+                (name_weights(m.content.metric_records["metrics"], arrays, equal), arrays)
                 for m in present
                 for arrays in [from_record(m.content.array_records["arrays"])]
             )
@@ -254,7 +338,11 @@ def _recover(session: Session) -> int:
         log.warning("damaged checkpoint, the one before it is used: %s", line)
     if checkpoint is not None:
         session.arrays = checkpoint.arrays
+        if isinstance(session.strategy, FedAvg):
+            session.strategy.load_state(checkpoint.strategy)
     session.folder.cut_back(checkpoint.round if checkpoint else 0)
+    for record in session.folder.rounds():
+        session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]
     return checkpoint.round if checkpoint else 0
 
 

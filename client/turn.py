@@ -1,0 +1,124 @@
+"""A client's turn: what an algorithm's client half is given (`strategies.local.Turn`), on the node's model and data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from client.training import Correction, Trained, make_optimizer, train
+from config import schema
+from config.durable import Arrays
+from config.schema import Experiment
+from strategies.local import Batch, Term
+from strategies.sharing import HEADS, Roles
+from tasks.data import Data, Target
+from tasks.evaluation import load_into, state_of
+from tasks.metrics import class_weights, losses
+from tasks.task import Task
+
+
+@dataclass(frozen=True)
+class ClientTurn:
+    """One client in one round. `whole` is the complete model, of which `model`, the one that learns, may be a view.
+
+    work: the share of its steps that the client gets through (1, but for a simulated straggler).
+    """
+
+    experiment: Experiment
+    task: Task
+    roles: Roles
+    whole: nn.Module
+    model: nn.Module
+    data: Data
+    round: int
+    client: int
+    received: Arrays
+    extra: Arrays
+    memory: Arrays
+    base: Callable[[], Arrays]
+    personal: Arrays
+    work: float = 1.0
+
+    @property
+    def settings(self) -> schema.Strategy:
+        return self.experiment.strategy
+
+    @property
+    def local(self) -> schema.Local:
+        return self.experiment.local
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def start(self) -> Arrays:
+        if self.roles.personal or self.roles.fixed:
+            start = self.base() | self.personal | self.received
+            return {name: start[name] for name in self.whole.state_dict()}
+        return dict(self.received)
+
+    def initial(self) -> Arrays:
+        return self.base()
+
+    def load(self, arrays: Arrays) -> None:
+        load_into(self.whole, arrays)
+
+    def arrays(self) -> Arrays:
+        return state_of(self.whole)
+
+    def fit(
+        self,
+        *,
+        epochs: int = 0,
+        repeat: int = 1,
+        learns: Callable[[str], bool] | None = None,
+        correct: Correction | None = None,
+        term: Term | None = None,
+    ) -> Trained:
+        experiment, plan = self.experiment, self.experiment.local
+        if repeat > 1 or self.work < 1:
+            size = self.size if plan.batch_size == 0 else min(plan.batch_size, self.size)
+            steps_an_epoch = -(-self.size // size)
+            steps = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
+            plan = plan.model_copy(update={"steps": max(1, int(self.work * steps)) * repeat})
+            experiment, epochs = experiment.model_copy(update={"local": plan}), 0
+        hooks = {"learns": learns, "correct": correct, "term": term}
+        return train(self.model, self.data, self.task, experiment, self.round, self.client, epochs, **hooks)  # type: ignore[arg-type]
+
+    def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:
+        weights = class_weights(self.task.targets, self.data.y)
+        parts = losses(model(batch.x), batch.y, self.task.targets, weights)
+        each = [w * parts[t.name] for w, t in zip(self.task.weights, self.task.targets, strict=True)]
+        return sum(each[1:], start=each[0])
+
+    def batch(self) -> Batch:
+        return Data(self.task.prepare(self.data.x), self.data.y)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return make_optimizer(model, self.experiment.local)
+
+    def rate(self, name: str) -> float:
+        plan = self.experiment.local
+        return plan.lr * (1.0 if name.startswith(HEADS) else plan.trunk_lr_factor)
+
+    def class_counts(self) -> dict[str, Tensor]:
+        counts = {}
+        for target in self.task.targets:
+            if target.kind == "class":
+                truth = self.data.y[target.name]
+                counts[target.name] = torch.bincount(truth[target.known(truth)], minlength=target.size).float()
+        return counts
+
+
+def with_wrong_labels(data: Data, targets: Sequence[Target]) -> Data:
+    """The data of a label-flipping attacker: class c of C becomes C - 1 - c, a label 1 - y, a value its mirror image about
+    the target's offset. Missing ones stay missing."""
+    flipped = {}
+    for target in targets:
+        y = data.y[target.name]
+        if target.kind == "class":
+            flipped[target.name] = torch.where(target.known(y), target.size - 1 - y, y)
+        else:
+            flipped[target.name] = 1 - y if target.kind == "labels" else 2 * target.offset - y
+    return Data(data.x, data.y | flipped)
