@@ -124,6 +124,14 @@ class Raw:
     images: bool = False
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is built for: the shape of one prepared sample, and how many tokens there are (0: no tokens)."""
+
+    shape: tuple[int, ...]
+    tokens: int = 0
+
+
 def make_dataset(name: str, train: Data, test: Data, targets: tuple[Target, ...], **more: Any) -> Dataset:
     """A data set with its identity computed; `more`: the other fields of `Dataset`."""
     return Dataset(name, train, test, targets, data_sha256(train, test), **more)

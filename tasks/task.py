@@ -5,29 +5,24 @@ Everything here is a function of the experiment alone, so every process of a run
 
 import functools
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import schema
 from config.durable import Arrays
-from config.errors import UserError
 from config.load import apply, resolve, to_tree
 from config.schema import Experiment
 from config.seeds import derive, one_thread, torch_generator
-from tasks.data import Data, Dataset, Target, concatenate
+from tasks.data import Data, Dataset, Inputs, Target, concatenate
 from tasks.datasets import open_dataset
 from tasks.digits import printed_digits
 from tasks.metrics import loss
-from tasks.models import Inputs, build, inputs
+from tasks.models import build, inputs
 from tasks.partition import Split, deal, strata
-
-TRUNK = "trunk."
+from tasks.weights import TRUNK, pretrained_trunk
 
 
 @dataclass(frozen=True)
@@ -118,9 +113,8 @@ def initial_state(experiment: Experiment) -> Arrays:
     """The model's complete state before the first round, float32, in state_dict order; fresh arrays at each call.
 
     task.pretrained = "": the random start of run.seed (`tasks.models.build`). "source": its trunk is that of
-    `source_state`, the heads keep their random start. A path to a .safetensors file: its arrays whose names start with
-    "trunk." must be exactly the trunk's, by name and shape; other arrays in the file are passed over. Raises UserError
-    for a file that is missing, unreadable or does not fit.
+    `source_state`, the heads keep their random start. Else its trunk is that of `tasks.weights.pretrained_trunk`. Raises
+    UserError for weights that are missing, unreadable or do not fit.
     """
     task, seed = experiment.task, experiment.run.seed
     dataset = open_dataset(task)
@@ -129,7 +123,7 @@ def initial_state(experiment: Experiment) -> Arrays:
         source = source_state(experiment)
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
     elif task.pretrained:
-        state.update(_trunk_from_file(task.pretrained, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
+        state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
     return {name: tensor.numpy(force=True).astype(np.float32) for name, tensor in state.items()}
 
 
@@ -183,35 +177,6 @@ def _source_state(seed: int, task: schema.Task, targets: tuple[Target, ...]) -> 
             optimizer.step()
             schedule.step()
     return {name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()}
-
-
-def _trunk_from_file(place: str, trunk: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not Path(place).is_file():
-        raise UserError(
-            f'task.pretrained = "{place}": there is no such file; write "source", the path of a .safetensors file, '
-            "or an empty string for a random start"
-        )
-    try:
-        arrays = {n: t for n, t in load_file(place).items() if n.startswith(TRUNK)}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f'task.pretrained = "{place}" cannot be read as a .safetensors file: {error}') from None
-    for name in sorted(trunk.keys() | arrays.keys()):
-        way_out = "set task.model and task.hidden as they were when the file was made"
-        if name not in arrays:
-            raise UserError(f'task.pretrained = "{place}" has no array "{name}", which the trunk needs: {way_out}')
-        if name not in trunk:
-            raise UserError(f'task.pretrained = "{place}" has an array "{name}", which the trunk has not: {way_out}')
-        if arrays[name].shape != trunk[name].shape:
-            raise UserError(
-                f'task.pretrained = "{place}": array "{name}" has shape {tuple(arrays[name].shape)}, '
-                f"the trunk's has {tuple(trunk[name].shape)}: {way_out}"
-            )
-        if not arrays[name].is_floating_point() or not arrays[name].isfinite().all():
-            raise UserError(
-                f'task.pretrained = "{place}": array "{name}" is not of finite floating-point numbers: '
-                "use a file that holds a trained model"
-            )
-    return {name: arrays[name].to(torch.float32) for name in trunk}
 
 
 def _learned(dataset: Dataset, experiment: Experiment) -> tuple[Target, ...]:
