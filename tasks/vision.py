@@ -12,7 +12,8 @@ from types import ModuleType
 
 import torch
 
-_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # declarations last as long as this object
+# Declarations last as long as this object.
+_OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -24,6 +25,7 @@ def torchvision() -> ModuleType:
         if "torchvision::nms" not in str(error):
             raise
         for name in ("nms", "qnms"):
-            _OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            schema = f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            _OPERATORS.define(schema)  # type: ignore[no-untyped-call]
     importlib.import_module("torchvision.transforms.v2")
     return importlib.import_module("torchvision")
