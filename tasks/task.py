@@ -26,6 +26,7 @@ from tasks.digits import printed_digits
 from tasks.metrics import loss
 from tasks.models import Inputs, build, inputs
 from tasks.partition import Split, deal, strata
+from tasks.pipeline import Pipeline, image_pipeline
 
 TRUNK = "trunk."
 
@@ -41,7 +42,10 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Task:
-    """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses."""
+    """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses.
+
+    `pipeline` is what `prepare` does to images; None for samples that are no images.
+    """
 
     dataset: Dataset
     split: Split
@@ -49,6 +53,7 @@ class Task:
     weights: tuple[float, ...]
     settings: schema.Task
     seed: int
+    pipeline: Pipeline | None = None
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
@@ -70,8 +75,12 @@ class Task:
         return build(self.settings, self.targets, inputs(self.dataset), self.seed)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
-        """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`)."""
-        return x
+        """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`), of the same shape.
+
+        Images become float32, normalised, and with `training` augmented by draws from torch's global generator: seed it
+        (`config.seeds.torch_seeded`). Other samples pass through.
+        """
+        return x if self.pipeline is None else self.pipeline(x, training)
 
 
 def open_task(experiment: Experiment) -> Task:
@@ -107,7 +116,8 @@ def _open_task(
     first = targets[task.targets[0]]
     split = deal(partition, strata(dataset.train.y[first.name], first), seed)
     weights = task.target_weights or (1.0,) * len(learned)
-    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed)
+    pipeline = image_pipeline(dataset, task)
+    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed, pipeline)
 
 
 def initial_state(experiment: Experiment) -> Arrays:
