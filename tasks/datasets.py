@@ -21,6 +21,8 @@ from config.load import nearest
 from config.seeds import numpy_generator
 from tasks.data import Dataset, Raw, make_dataset
 from tasks.digits import digits, printed_dataset
+from tasks.images import TORCHVISION, image_folder, image_table, torchvision_data
+from tasks.stars import stars
 from tasks.targets import encode
 
 _DATA_SEED = 0  # The held-out test set belongs to the data: it does not depend on the experiment's seed.
@@ -29,6 +31,10 @@ Reader = Callable[[schema.Task], Raw]
 _READERS: dict[str, Reader] = {
     "digits": lambda task: digits(),
     "printed-digits": lambda task: printed_dataset(task.source_samples),
+    "stars": lambda task: stars(),
+    "image-table": lambda task: image_table(task, folder(task)),
+    "ImageFolder": lambda task: image_folder(task, folder(task)),
+    **dict.fromkeys(TORCHVISION, lambda task: torchvision_data(task, folder(task))),
 }
 
 
