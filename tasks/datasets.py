@@ -31,7 +31,7 @@ Reader = Callable[[schema.Task], Raw]
 _READERS: dict[str, Reader] = {
     "digits": lambda task: digits(),
     "printed-digits": lambda task: printed_dataset(task.source_samples),
-    "stars": lambda task: stars(),
+    "stars": lambda task: stars(task.image_size, task.channels),
     "image-table": lambda task: image_table(task, folder(task)),
     "ImageFolder": lambda task: image_folder(task, folder(task)),
     **dict.fromkeys(TORCHVISION, lambda task: torchvision_data(task, folder(task))),

@@ -16,14 +16,15 @@ One star an image, 32x32, grey, white on dark. Its law, all draws independent an
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw
 
 from config.seeds import numpy_generator
 from tasks.data import Part, Raw
+from tasks.decoding import resize_arrays
 
 KINDS = {"points": "class 3 4 5 6 7 8", "size": "value scale 4 offset 10"}
 SIDE = 32
@@ -37,9 +38,14 @@ _DARK, _BRIGHT, _NOISE = 28, 200, 24
 
 
 @functools.lru_cache(maxsize=1)
-def stars() -> Raw:
-    """The data set: x uint8 (n, 1, 32, 32); columns points (int64, 3..8) and size (float64, pixels, 6..14)."""
-    return Raw("stars", _part(_TRAIN, "train"), _part(_TEST, "test"), KINDS, images=True)
+def stars(image_size: int = 0, channels: str = "") -> Raw:
+    """The data set: x uint8 (n, 1, 32, 32); columns points (int64, 3..8) and size (float64, pixels of 32, 6..14).
+
+    `image_size` and `channels` resize and colour the images (`tasks.decoding.resize_arrays`); the sizes stay.
+    """
+    parts = (_part(_TRAIN, "train"), _part(_TEST, "test"))
+    train, test = (Part(resize_arrays(x, image_size, channels), columns) for x, columns in parts)
+    return Raw("stars", train, test, KINDS, images=True)
 
 
 def star(points: int, size: float, x: float, y: float, turn: float, side: int = SIDE) -> npt.NDArray[np.uint8]:
@@ -60,7 +66,8 @@ def star(points: int, size: float, x: float, y: float, turn: float, side: int = 
     return levels
 
 
-def _part(n: int, purpose: str) -> Part:
+def _part(n: int, purpose: str) -> tuple[npt.NDArray[np.uint8], dict[str, npt.NDArray[Any]]]:
+    """n stars of their own draw: images (n, 1, 32, 32) and the two columns."""
     draw = numpy_generator(_DATA_SEED, "stars", purpose)
     points = draw.integers(3, 9, size=n)
     size = draw.uniform(6, 14, n)
@@ -69,4 +76,4 @@ def _part(n: int, purpose: str) -> Part:
     noise = draw.integers(-_NOISE, _NOISE + 1, size=(n, SIDE, SIDE))
     ink = np.stack([star(*law) for law in zip(points.tolist(), size, x, y, turn, strict=True)]).astype(np.int64)
     images = (_DARK + ink * _BRIGHT // 255 + noise).astype(np.uint8)
-    return Part(torch.from_numpy(images[:, None]), {"points": points, "size": size})
+    return images[:, None], {"points": points, "size": size}
