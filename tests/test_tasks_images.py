@@ -1,6 +1,7 @@
 """Images: the formats that users have, what is said when something is wrong, kept decoded files, and pipelines."""
 
 import csv
+import fcntl
 import hashlib
 import lzma
 import math
@@ -180,6 +181,8 @@ def test_download_is_torchvision_s_and_happens_once(tmp_path: Path, monkeypatch:
 
     def fetch(self: Any) -> None:
         asked.append(self.train)
+        with (tmp_path / ".meadow-download.lock").open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another process would wait
         write_mnist(tmp_path, "MNIST")
 
     monkeypatch.setattr(torchvision().datasets.MNIST, "download", fetch)
@@ -202,10 +205,10 @@ def test_a_torn_idx_file_is_the_user_s_to_mend(tmp_path: Path) -> None:
 
 def test_writers_from_a_file_beside_the_data_are_the_clients(tmp_path: Path) -> None:
     write_mnist(tmp_path, "MNIST", 4)
-    write_table(tmp_path, "who.csv", [["writer", "index"], ["zoe", "2"], ["ann", "1"], ["zoe", "0"], ["bob", "3"]])
+    write_table(tmp_path, "who.csv", [["writer", "index"], ["zoe", "2"], ["ann", "0"], ["zoe", "1"], ["bob", "3"]])
     data = named(tmp_path, "MNIST", client="who.csv:writer")
     assert data.clients == ("ann", "bob", "zoe") and data.owner is not None
-    assert [data.clients[i] for i in data.owner] == ["zoe", "ann", "zoe", "bob"]
+    assert [data.clients[i] for i in data.owner] == ["ann", "zoe", "zoe", "bob"]
     for client, why in (
         ("who.csv:pen", 'who.csv has no column "pen"; it has writer, index'),
         ("when.csv:writer", f"there is no file {tmp_path}/when.csv: write FILE:COLUMN"),
@@ -620,6 +623,20 @@ def test_jitter_scales_brightness_within_its_strength() -> None:
     assert ((found.amax((1, 2, 3)) - found.amin((1, 2, 3))) < 1e-3).all()
     level = found[:, 0, 0, 0]
     assert 60 - 1e-3 < level.min() < 64 and 136 < level.max() < 140 + 1e-3
+
+
+def test_jitter_draws_contrast_and_saturation_and_keeps_the_hue() -> None:
+    """Of an even colour, brightness b multiplies everything; contrast c and saturation s keep its grey and multiply
+    each channel's distance from it."""
+    colour = torch.tensor([120, 100, 90], dtype=torch.uint8)
+    x = colour[None, :, None, None].expand(400, 3, 4, 4).contiguous()
+    red, green, blue = (prepared(x, augment=("jitter 0.2",)) * 255)[:, :, 0, 0].double().unbind(1)
+    assert torch.allclose((red - green) / (green - blue), torch.tensor(2.0, dtype=torch.float64), rtol=1e-3)
+    weights = torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64)  # torchvision's, for grey
+    b = (torch.stack([red, green, blue], 1) @ weights) / (colour.double() @ weights)
+    both = (green - blue) / 10 / b  # c s, and either alone is in 0.8..1.2
+    assert 0.64 - 1e-3 < both.min() < 0.7 and 1.38 < both.max() < 1.44 + 1e-3
+    assert 0.8 - 1e-3 < b.min() < 0.81 and 1.19 < b.max() < 1.2 + 1e-3
 
 
 def test_jitter_of_images_in_blue_green_red_is_that_of_the_same_colours() -> None:
