@@ -23,6 +23,8 @@ from tasks.arrays import arrays
 from tasks.data import Dataset, Raw, make_dataset
 from tasks.digits import digits, printed_dataset
 from tasks.hub import hub
+from tasks.images import TORCHVISION, image_folder, image_table, torchvision_data
+from tasks.stars import stars
 from tasks.tabular import tabular
 from tasks.targets import encode
 from tasks.text import characters, text
@@ -38,6 +40,10 @@ _READERS: dict[str, Reader] = {
     "characters": lambda task: characters(task, folder(task)),
     "tabular": lambda task: tabular(task, folder(task)),
     "hub": lambda task: hub(task),
+    "stars": lambda task: stars(task.image_size, task.channels),
+    "image-table": lambda task: image_table(task, folder(task)),
+    "ImageFolder": lambda task: image_folder(task, folder(task)),
+    **dict.fromkeys(TORCHVISION, lambda task: torchvision_data(task, folder(task))),
 }
 
 

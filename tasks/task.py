@@ -22,6 +22,7 @@ from tasks.digits import printed_digits
 from tasks.metrics import loss
 from tasks.models import build, inputs
 from tasks.partition import Split, deal, strata
+from tasks.pipeline import Pipeline, image_pipeline
 from tasks.weights import TRUNK, pretrained_trunk
 
 
@@ -38,7 +39,7 @@ class ClientData:
 class Task:
     """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses.
 
-    `ready`: samples are given to the model as they are (`tasks.features`).
+    `pipeline` is what `prepare` does to images; None for samples that a model takes as they are.
     """
 
     dataset: Dataset
@@ -47,7 +48,7 @@ class Task:
     weights: tuple[float, ...]
     settings: schema.Task
     seed: int
-    ready: bool = False
+    pipeline: Pipeline | None = None
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
@@ -69,8 +70,12 @@ class Task:
         return build(self.settings, self.targets, inputs(self.dataset), self.seed)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
-        """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`)."""
-        return x
+        """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`), of the same shape.
+
+        Images become float32, normalised, and with `training` augmented by draws from torch's global generator: seed it
+        (`config.seeds.torch_seeded`). Other samples pass through.
+        """
+        return x if self.pipeline is None else self.pipeline(x, training)
 
 
 def open_task(experiment: Experiment) -> Task:
@@ -106,7 +111,8 @@ def _open_task(
     first = targets[task.targets[0]]
     split = deal(partition, strata(dataset.train.y[first.name], first), seed)
     weights = task.target_weights or (1.0,) * len(learned)
-    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed)
+    pipeline = image_pipeline(dataset, task)
+    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed, pipeline)
 
 
 def initial_state(experiment: Experiment) -> Arrays:
