@@ -4,6 +4,7 @@ Everything here is a function of the experiment alone, so every process of a run
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,10 +20,12 @@ from config.durable import Arrays
 from config.errors import UserError
 from config.load import apply, resolve, to_tree
 from config.schema import Experiment
-from config.seeds import derive, one_thread, torch_generator
-from tasks.data import Data, Dataset, Target, concatenate
+from config.seeds import derive, numpy_generator, one_thread, torch_generator
+from tasks.data import MISSING, Data, Dataset, Target, concatenate
 from tasks.datasets import open_dataset
 from tasks.digits import printed_digits
+from tasks.holds import held
+from tasks.laws import Ints
 from tasks.metrics import loss
 from tasks.models import Inputs, build, inputs
 from tasks.partition import Split, deal, strata
@@ -41,7 +44,11 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Task:
-    """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses."""
+    """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses.
+
+    held: whether each client has the labels of each of `task.targets` (`partition.holds`), bool (clients, targets).
+    noise: variance of the last client's noise under law = feature-shift, else 0.
+    """
 
     dataset: Dataset
     split: Split
@@ -49,17 +56,32 @@ class Task:
     weights: tuple[float, ...]
     settings: schema.Task
     seed: int
+    held: npt.NDArray[np.bool_]
+    noise: float = 0.0
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
-        """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond."""
+        """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond.
+
+        The labels of targets that it does not hold are missing, and under law = feature-shift its inputs are noisy.
+        """
         if not 0 <= pid < len(self.split.clients):
             raise IndexError(f"client {pid}: there are clients 0 to {len(self.split.clients) - 1}")
         if pid not in self._clients:
-            own, pool = self.split.clients[pid], self.dataset.train
-            parts = (pool.take(torch.from_numpy(index)) for index in (own.train, own.validation, own.test))
+            own = self.split.clients[pid]
+            indices = (own.train, own.validation, own.test)
+            parts = [self._masked(pid, self.dataset.train.take(torch.from_numpy(index))) for index in indices]
+            if self.noise:
+                variance = self.noise * (pid + 1) / len(self.split.clients)
+                parts = _with_noise(parts, indices, variance, numpy_generator(self.seed, "feature-shift", pid))
             self._clients[pid] = ClientData(*parts)
         return self._clients[pid]
+
+    def _masked(self, pid: int, data: Data) -> Data:
+        gone = {name for name, has in zip(self.settings.targets, self.held[pid], strict=True) if not has}
+        if not gone:
+            return data
+        return Data(data.x, {name: _missing(y) if name in gone else y for name, y in data.y.items()})
 
     def pool(self) -> Data:
         """All clients' train parts in client order: what placement = "pooled" trains on."""
@@ -105,9 +127,42 @@ def _open_task(
     dataset = open_dataset(task)
     targets = {target.name: target for target in dataset.targets}
     first = targets[task.targets[0]]
-    split = deal(partition, strata(dataset.train.y[first.name], first), seed)
+    shifted = partition.law == "feature-shift"
+    if shifted and dataset.tokens:
+        raise UserError(
+            f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which no '
+            "noise can be added; choose another law"
+        )
+    split = deal(partition, strata(dataset.train.y[first.name], first), seed, dataset.owner, folds, fold)
+    holders = held(partition.holds, task.targets, len(split.clients), seed)
     weights = task.target_weights or (1.0,) * len(learned)
-    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed)
+    noise = partition.noise if shifted else 0.0
+    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed, holders, noise)
+
+
+def _missing(y: Tensor) -> Tensor:
+    """Labels of this shape and dtype that are all missing."""
+    return torch.full_like(y, torch.nan if y.is_floating_point() else MISSING)
+
+
+def _with_noise(
+    parts: Sequence[Data], indices: Sequence[Ints], variance: float, draw: np.random.Generator
+) -> list[Data]:
+    """NIID-Bench's noise-based feature imbalance (Li et al. 2022, arXiv:2102.02079, section 4.2): Gaussian noise of
+    mean 0 and this variance on the inputs, for images stored as uint8 in units of 255, rounded and clipped.
+
+    A client's samples draw in the order of their indices, so that a sample's noise does not depend on the part or fold
+    that it is in.
+    """
+    order = np.argsort(np.concatenate(indices))
+    noise = np.empty((len(order), *parts[0].x.shape[1:]), dtype=np.float32)
+    noise[order] = draw.standard_normal(noise.shape, dtype=np.float32) * np.float32(np.sqrt(variance))
+    pieces = torch.split(torch.from_numpy(noise), [len(part) for part in parts])
+    return [Data(_added(data.x, own), data.y) for data, own in zip(parts, pieces, strict=True)]
+
+
+def _added(x: Tensor, noise: Tensor) -> Tensor:
+    return (x + 255 * noise).round().clamp(0, 255).to(torch.uint8) if x.dtype == torch.uint8 else x + noise
 
 
 def initial_state(experiment: Experiment) -> Arrays:
