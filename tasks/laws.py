@@ -118,7 +118,7 @@ def _dirichlet_class(partition: Partition, counts: Ints, draw: np.random.Generat
     Sizes vary, and clients may end up small. This is also FedScope's, FL-bench's and Flower's law.
     """
     alpha = np.full(partition.clients, partition.alpha)
-    return _rows([_cut(int(count), _dirichlet_draws(draw, alpha, 1)[0]) for count in counts])
+    return _rows([_cut(int(count), _dirichlet_draws(draw, alpha, 1)[0], draw.random()) for count in counts])
 
 
 def _dirichlet_balanced(partition: Partition, counts: Ints, draw: np.random.Generator) -> Runs:
@@ -133,7 +133,7 @@ def _dirichlet_balanced(partition: Partition, counts: Ints, draw: np.random.Gene
     for count in counts:
         takers = np.flatnonzero(dealt < counts.sum() / partition.clients)
         share = _dirichlet_draws(draw, np.full(len(takers), partition.alpha), 1)[0]
-        owner, amount = _cut(int(count), share)
+        owner, amount = _cut(int(count), share, draw.random())
         rows.append((takers[owner], amount))
         dealt[takers[owner]] += amount
     return _rows(rows)
@@ -162,7 +162,7 @@ def _labels(partition: Partition, counts: Ints, draw: np.random.Generator) -> Ru
 def _quantity(partition: Partition, counts: Ints, draw: np.random.Generator) -> Runs:
     """NIID-Bench's quantity skew: sizes ~ Dir_N(alpha) times n, samples uniformly at random whatever their label."""
     share = _dirichlet_draws(draw, np.full(partition.clients, partition.alpha), 1)[0]
-    return Runs(*_cut(int(counts.sum()), share), by_label=False)
+    return Runs(*_cut(int(counts.sum()), share, draw.random()), by_label=False)
 
 
 LAWS: dict[str, Callable[[Partition, Ints, np.random.Generator], Runs]] = {
@@ -192,10 +192,15 @@ def _dirichlet_draws(draw: np.random.Generator, alpha: Floats, rows: int) -> Flo
     return np.asarray(shares, dtype=np.float64)
 
 
-def _cut(count: int, shares: Floats) -> tuple[Ints, Ints]:
-    """Who gets how many of `count` samples, by cutting them at the cumulative shares; those who get none left out."""
+def _cut(count: int, shares: Floats, start: float) -> tuple[Ints, Ints]:
+    """Who gets how many of `count` samples, by cutting them at the cumulative shares; those who get none left out.
+
+    Amounts are within one of share * count. The cuts begin at `start`, uniform in [0, 1): so each amount's expectation
+    is share * count exactly, and where labels have fewer samples than there are clients it is not always the same
+    clients who get one.
+    """
     total = np.cumsum(shares)
-    cuts = np.minimum(np.floor(total / total[-1] * count + 1e-6).astype(np.int64), count)
+    cuts = np.minimum(np.floor(total / total[-1] * count + start).astype(np.int64), count)
     cuts[-1] = count
     amount = np.diff(cuts, prepend=0)
     owner = np.flatnonzero(amount)
