@@ -319,7 +319,7 @@ def to_svg(figure: Figure, name: str, about: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", text)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows both name spaces
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
