@@ -113,7 +113,7 @@ class Task(Section):
 
 
 class Partition(Section):
-    """`[partition]`: how the training samples are dealt to the clients. The laws are defined in `tasks/partition.py`."""
+    """`[partition]`: how the training samples are dealt to the clients. The laws: `tasks/laws.py`, docs/splits.md."""
 
     law: Literal[
         "iid",

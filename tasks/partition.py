@@ -137,19 +137,18 @@ def deal(
     Raises UserError if the split is impossible, or not found within 200 tries.
     """
     counts = np.bincount(labels)
-    # Labels that occur in no sample are none to a law; small integers are sorted by radix, in linear time.
-    dense = (np.cumsum(counts > 0) - 1).astype(np.min_scalar_type(len(counts)))[labels]
     shuffled = numpy_generator(seed, "samples").permutation(len(labels))
-    by_label = shuffled[np.argsort(dense[shuffled], kind="stable")]
+    small = labels.astype(np.min_scalar_type(len(counts)))  # small integers are sorted by radix, in linear time
+    by_label = shuffled[np.argsort(small[shuffled], kind="stable")]
     tries, left_out, natural = 1, LeftOut(0, 0), None
     if partition.law == "natural":
         owners, left_out, natural = _natural(partition, owner, seed)
         by_label = by_label[owners[by_label] >= 0]
     else:
-        runs, tries = _draw(partition, counts[counts > 0], seed)
+        runs, tries = _draw(partition, counts[counts > 0], seed)  # labels that occur in no sample are none to a law
         owners = np.empty(len(labels), dtype=np.int64)
         owners[by_label if runs.by_label else shuffled] = np.repeat(runs.owner, runs.amount)
-    del dense, shuffled
+    del shuffled
     along = owners[by_label]
     place, _ = _grouped(along, np.arange(len(along)))
     by_client, sizes = by_label[place], np.bincount(along)

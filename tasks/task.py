@@ -154,15 +154,21 @@ def _with_noise(
     A client's samples draw in the order of their indices, so that a sample's noise does not depend on the part or fold
     that it is in.
     """
-    order = np.argsort(np.concatenate(indices))
-    noise = np.empty((len(order), *parts[0].x.shape[1:]), dtype=np.float32)
-    noise[order] = draw.standard_normal(noise.shape, dtype=np.float32) * np.float32(np.sqrt(variance))
-    pieces = torch.split(torch.from_numpy(noise), [len(part) for part in parts])
-    return [Data(_added(data.x, own), data.y) for data, own in zip(parts, pieces, strict=True)]
+    own = np.concatenate(indices)
+    noise = draw.standard_normal((len(own), *parts[0].x.shape[1:]), dtype=np.float32)
+    noise *= np.float32(np.sqrt(variance))
+    rank = np.empty(len(own), dtype=np.int64)
+    rank[np.argsort(own)] = np.arange(len(own))
+    pieces = torch.split(torch.from_numpy(rank), [len(part) for part in parts])
+    noises = (torch.from_numpy(noise).index_select(0, piece) for piece in pieces)
+    return [Data(_added(data.x, noise), data.y) for data, noise in zip(parts, noises, strict=True)]
 
 
 def _added(x: Tensor, noise: Tensor) -> Tensor:
-    return (x + 255 * noise).round().clamp(0, 255).to(torch.uint8) if x.dtype == torch.uint8 else x + noise
+    """x + noise, of x's dtype; `noise` is used up."""
+    if x.dtype == torch.uint8:
+        return noise.mul_(255).add_(x).round_().clamp_(0, 255).to(torch.uint8)
+    return noise.add_(x)
 
 
 def initial_state(experiment: Experiment) -> Arrays:

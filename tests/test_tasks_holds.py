@@ -64,19 +64,22 @@ def test_a_samples_noise_is_a_function_of_the_seed_and_not_of_the_fold() -> None
 
 
 def test_noise_on_stored_images_is_in_units_of_255_rounded_and_clipped() -> None:
-    """Client 4, variance 0.01: a standard deviation of 25.5 grey levels, plus 1/12 for rounding, where nothing clips;
-    black samples are clipped half of the time."""
-    x = torch.full((500, 1, 10, 20), 128, dtype=torch.uint8)
-    x[250:] = 0
-    made = task(x, 0.01)
-    assert made.client(4).train.x.dtype == torch.uint8
-    found = shift(made, 4)
-    grey, black = found[:250].flatten(), found[250:].flatten()
-    grey, black = grey[~grey.isnan()].double(), black[~black.isnan()]
-    assert abs(float(grey.var()) / (25.5**2 + 1 / 12) - 1) < 5 * np.sqrt(2 / len(grey))
-    assert float(black.min()) == 0  # below zero it would have turned round to 255
-    # 0 is what is below half a level: a Gaussian is below 0.5/25.5 standard deviations with probability 0.5078
-    assert abs(float((black == 0).double().mean()) - 0.5078) < 5 * 0.5 / np.sqrt(len(black))
+    """The same noise as on floats (the same seed), on grey, black and white images."""
+    levels = torch.tensor([128, 0, 255], dtype=torch.uint8).repeat(100)[:, None, None, None].expand(300, 1, 4, 5)
+    stored, floats = task(levels.contiguous(), 0.04), task(torch.zeros(300, 1, 4, 5), 0.04)
+    for client in range(CLIENTS):
+        own, noise = stored.split.clients[client], floats.client(client).train.x
+        exact = (levels[own.train] + 255 * noise).numpy()
+        assert stored.client(client).train.x.dtype == torch.uint8
+        assert np.array_equal(stored.client(client).train.x.numpy(), np.clip(np.rint(exact), 0, 255))
+    assert (exact < 0).any() and (exact > 255).any()
+
+
+def test_the_fold_of_the_experiment_is_each_clients_test_part() -> None:
+    split = open_task(small("fedavg", "evaluate.folds=4", "evaluate.fold=3")).split
+    whole = open_task(small("fedavg")).split
+    assert np.array_equal(split.sizes.sum(axis=1), whole.sizes.sum(axis=1)) and split.sha256 != whole.sha256
+    assert np.all(np.abs(split.sizes[:, 2] - whole.sizes.sum(axis=1) / 4) < 1)
 
 
 def test_tokens_cannot_be_shifted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,6 +253,16 @@ def test_hsu_in_blocks_is_the_law_of_one_client_after_another(alpha: float) -> N
         assert stats.ks_2samp(a, b).pvalue > 1e-3
 
 
+def test_hsu_client_that_uses_up_a_label_had_drawn_it() -> None:
+    """One sample of label 0, three of label 1, two clients, even mixes: the first to draw takes two by (1/4, 3/4), so
+    it gets the only sample of label 0 with probability 1 - (3/4)^2. Five standard errors of 2,000 draws."""
+    got = 0
+    for number in range(2000):
+        first = numpy_generator(number, "test").permutation(2)[0]
+        got += amounts("dirichlet", [1, 3], number, clients=2, alpha=1e6)[first, 0]
+    assert abs(got / 2000 - 7 / 16) < 5 * np.sqrt(7 / 16 * 9 / 16 / 2000)
+
+
 @pytest.mark.parametrize("law", list(laws.LAWS))
 def test_labels_that_occur_nowhere_change_nothing(law: str) -> None:
     few = LABELS % 3
