@@ -12,6 +12,7 @@ from torch import Tensor
 from config.errors import UserError
 from config.schema import Task
 from tasks.data import Part, Raw
+from tasks.decoding import resize_arrays
 
 _TRAIN, _TEST = "_train", "_test"
 
@@ -20,8 +21,9 @@ def arrays(task: Task, folder: Path) -> Raw:
     """The arrays of `task.train` (default: the only .npz file of the folder).
 
     `x_train`, `y_train`, ... and `x_test`, `y_test`, ...; or `x`, `y`, ... without a test set. x: (n, *shape) of numbers,
-    read as float32; bytes (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w) are images. Every other array with n rows
-    may be a target; `task.client` names the one that says whose each sample is. Raises UserError for what does not fit.
+    read as float32; bytes (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w) are images, made `task.image_size` pixels large
+    and of `task.channels` if these are set. Every other array with n rows may be a target; `task.client` names the one
+    that says whose each sample is. Raises UserError for what does not fit.
     """
     path = _file(task, folder)
     found = _load(path)
@@ -45,6 +47,8 @@ def _file(task: Task, folder: Path) -> Path:
 
 
 def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: this is not an .npz file; numpy.savez makes one")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -62,7 +66,7 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
 def _part(task: Task, path: Path, found: dict[str, npt.NDArray[Any]], suffix: str) -> Part:
     if f"x{suffix}" not in found:
         raise UserError(f'{path}: there is no array "x{suffix}"; it has {", ".join(found) or "nothing"}')
-    x = _samples(path, f"x{suffix}", found[f"x{suffix}"])
+    x = _samples(task, path, f"x{suffix}", found[f"x{suffix}"])
     others = {n: a for n, a in found.items() if n != f"x{suffix}" and n.endswith(suffix)}
     if not suffix:
         others = {n: a for n, a in others.items() if not n.endswith((_TRAIN, _TEST))}
@@ -82,7 +86,7 @@ def _column(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.reshape(len(array)) if array.ndim == 2 and array.shape[1] == 1 else array
 
 
-def _samples(path: Path, name: str, array: npt.NDArray[Any]) -> Tensor:
+def _samples(task: Task, path: Path, name: str, array: npt.NDArray[Any]) -> Tensor:
     if array.ndim < 2 or not len(array):
         raise UserError(f'{path}: "{name}" has shape {array.shape}; expected samples in rows, (n, ...)')
     if array.dtype == np.uint8 and array.ndim in (3, 4):
@@ -92,7 +96,7 @@ def _samples(path: Path, name: str, array: npt.NDArray[Any]) -> Tensor:
             array = array.transpose(0, 3, 1, 2)
         if array.shape[1] not in (1, 3):
             raise UserError(f'{path}: "{name}": bytes are images of 1 or 3 channels, not of shape {array.shape}')
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return resize_arrays(array, task.image_size, task.channels)
     if array.dtype.kind not in "fiub":
         raise UserError(f'{path}: "{name}" is of {array.dtype}; expected numbers')
     samples = array.astype(np.float32)

@@ -9,6 +9,7 @@ import torch
 from config.errors import UserError
 from config.schema import Task
 from tasks.data import Part, Raw
+from tasks.decoding import pixels
 from tasks.tables import Table
 from tasks.tabular import labelled, tabular_raw
 from tasks.text import text_raw
@@ -21,8 +22,8 @@ def hub(task: Task) -> Raw:
     test if there is one).
 
     What `task.inputs` names decides what it is: one column of images gives bytes (n, channels, height, width), which must
-    be of one size; one column of texts tokens (`tasks.text`); other columns inputs as in a table (`tasks.tabular`).
-    Raises UserError for a package, a data set, a split or a column that is not there.
+    be of one size unless `task.image_size` is set; one column of texts tokens (`tasks.text`); other columns inputs as in a
+    table (`tasks.tabular`). Raises UserError for a package, a data set, a split or a column that is not there.
     """
     name = task.dataset.partition(":")[2]
     data = _load(name)
@@ -57,7 +58,7 @@ def _load(name: str) -> Any:
             raise UserError(f'task.dataset = "hub:{name}": there is no such folder')
         name = str(place.resolve())
     try:
-        federated = FederatedDataset(dataset=name, partitioners={})
+        federated = FederatedDataset(dataset=name, partitioners={}, shuffle=False)
         splits = datasets.get_dataset_split_names(name)
         return {split: federated.load_split(split) for split in splits}
     except Exception as error:
@@ -81,12 +82,15 @@ def _class_kinds(split: Any) -> dict[str, str]:
 
 def _images(task: Task, name: str, split: Any, table: Table, clients: bool) -> Part:
     column = task.inputs[0]
-    mode = {"grey": "L", "rgb": "RGB", "bgr": "RGB", "": ""}[task.channels]
-    pixels = []
-    for image in split[column]:
-        array = np.asarray(image.convert(mode) if mode else image)
-        array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        pixels.append(array[::-1] if task.channels == "bgr" else array)
-    if len({array.shape for array in pixels}) > 1:
-        raise UserError(f'task.dataset = "hub:{name}": its images are of different sizes; save them in one size first')
-    return labelled(task, table, torch.from_numpy(np.ascontiguousarray(np.stack(pixels))), clients)
+    found = []
+    for row, image in enumerate(split[column]):
+        try:
+            found.append(pixels(image, task.image_size, task.channels))
+        except ValueError as error:
+            raise UserError(f'task.dataset = "hub:{name}", row {row + 1}, column "{column}": {error}') from None
+        if found[row].shape != found[0].shape:
+            raise UserError(
+                f'task.dataset = "hub:{name}", row {row + 1}: the image is of another size than the first: write the size '
+                "that all are to have (for example task.image_size = 224)"
+            )
+    return labelled(task, table, torch.from_numpy(np.stack(found)), clients)

@@ -126,6 +126,8 @@ def _rows(path: Path, text: str, kind: str) -> Iterator[tuple[int, dict[str, str
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if kind == ".csv" else "\t", strict=True)
     try:
         header = next(reader, [])
+        if any(not name.strip() for name in header):
+            raise UserError(f"{path}, line 1: a column has no name: {header}")
         if len(set(header)) != len(header):
             raise UserError(f"{path}, line 1: two columns have the same name: {', '.join(header)}")
         before = reader.line_num
