@@ -15,7 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from config.durable import Arrays
-from config.errors import RunStopped
+from config.errors import RunStopped, UserError
 from config.schema import Experiment
 from config.seeds import numpy_generator
 from server import checkpoints
@@ -57,6 +57,11 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     Raises UserError for input that only shows now (an impossible split), RunStopped if the run ends early for a
     stated reason; the summary is written in that case too, and in every case the folder can be resumed.
     """
+    if (folds := experiment.evaluate.folds) and not experiment.evaluate.fold:
+        raise UserError(
+            f"evaluate.folds = {folds}: a single run is one fold of them; write evaluate.fold = 1 to {folds}, or let "
+            "`meadow run` make all of them"
+        )
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     start = initial_state(experiment)

@@ -84,7 +84,7 @@ def test_a_resumed_run_has_the_same_evaluation(tmp_path: Path) -> None:
 
 
 LIES: dict[str, Any] = {
-    "too short": [1] * 99,
+    "too short": [0] * 99,
     "negative": [-1] + [0] * 99,
     "more than there are": [0] * 99 + [10**6],
     "more than there are, each few": [5] * 100,
@@ -100,6 +100,7 @@ def test_confusion_counts_are_taken_only_where_they_may_be_true(lie: str) -> Non
     assert 5 < size < 500
     honest = [size] + [0] * 99
     assert read_confusion(MetricRecord({"digit": honest}), task, 0)["digit"].tolist() == honest
+    assert read_confusion(MetricRecord({"digit": [size + 1] + [0] * 99}), task, 0) == {}
     assert read_confusion(MetricRecord({"digit": LIES[lie]}), task, 0) == {}
     assert read_confusion(MetricRecord(), task, 0) == {}
 

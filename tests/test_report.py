@@ -109,11 +109,11 @@ def test_ranking_by_hand(compared: Path) -> None:
     json.dumps([first, second], allow_nan=False)
 
 
-def test_the_losers_are_named_by_seed(compared: Path) -> None:
+def test_the_losers_are_named_by_seed_and_fold(compared: Path) -> None:
     methods = by_method(find_runs([compared]))
     paired = compare_paired(methods["fedavg"], methods["local"], "digit", "accuracy")
     assert paired is not None
-    assert paired.losers == {0: frozenset({1}), 1: frozenset({2}), 2: frozenset({2})}
+    assert paired.losers == {(0, 0): frozenset({1}), (1, 0): frozenset({2}), (2, 0): frozenset({2})}
     assert paired.gains == pytest.approx(GAINS)
 
 
