@@ -83,7 +83,8 @@ STYLE: dict[Any, Any] = {
 }
 
 
-_DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
+Dash = Literal["-", "--", "-.", ":"] | tuple[float, Sequence[float]]
+_DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":")
 
 _LONGEST = 23
 """Characters of a method's name that a picture shows."""
@@ -287,14 +288,14 @@ _MOST_NUMBERS = 12
 def confusion_matrices(panels: Mapping[str, Confusion]) -> Figure:
     """A heat map for each titled confusion matrix: each row, a true class, as shares of its samples; counts inside."""
     classes = list(next(iter(panels.values()))["classes"])
-    size, across = len(classes), min(len(panels), 3)
+    size, across = len(classes), min(len(panels), 3 if len(panels) <= 6 else 5)
     with matplotlib.rc_context(STYLE):
         names = [name if len(name) <= 12 else f"{name[:11]}…" for name in classes]
         longest = max(map(len, names))
         left = 0.42 + 0.075 * longest  # inches for the names of the rows, and below for those of the columns if turned
         turned = longest * 0.085 > (WIDTH / across - left - 0.3) / size
         below = 0.42 + (0.07 * longest if turned else 0.1)
-        side = min((WIDTH - left - 0.3 * across) / across - (0 if across < 3 else 0.02), 1.2 + 0.42 * size, 4.6)
+        side = min((WIDTH - left) / across - 0.3, 1.2 + 0.42 * size, 4.6)
         down = -(-len(panels) // across)
         high = 0.42 + side
         height = down * high + below + 0.1
@@ -305,7 +306,7 @@ def confusion_matrices(panels: Mapping[str, Confusion]) -> Figure:
             place = (left + column * (side + 0.3), height - (row + 1) * high)
             axes = figure.add_axes((place[0] / WIDTH, place[1] / height, side / WIDTH, side / height))
             _heat(axes, np.array(panel["confusion"], dtype=np.float64), side)
-            axes.set_title(title if len(title) <= 34 else f"{title[:33]}…", pad=6.0)
+            axes.set_title(title if len(title) <= 13 * side else f"{title[: int(13 * side) - 1]}…", pad=6.0)
             every = max(1, -(-size // 25))
             ticks = range(0, size, every)
             axes.set_xticks(ticks, names[::every] if lowest else [], rotation=90 if turned else 0)
@@ -350,20 +351,24 @@ def mean_roc(curves: Sequence[Roc]) -> Roc:
     return np.append(0.0, grid), np.append(0.0, mean), float(np.mean([area for _, _, area in curves]))
 
 
-def roc_curves(curves: Mapping[str, Roc]) -> Figure:
-    """ROC curves by name with the areas under them; beside them the corner where good ones crowd, enlarged."""
+def roc_curves(curves: Mapping[str, Roc], methods: Methods) -> Figure:
+    """ROC curves of methods, or of classes, with the areas under them; beside them the corner where good ones crowd."""
+    looks = {
+        name: _look(name, methods) if name in methods else (COLOURS[f"m{i % 8}"][0], _DASHES[i // 8 % 4])
+        for i, name in enumerate(curves)
+    }
     crowded = min(area for _, _, area in curves.values()) > 0.9
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 4.3))
         panels = [((0.0, 1.0), (0.0, 1.0), "True against false positive rate")]
         if crowded:
-            panels.append(((0.0, 0.2), (0.8, 1.0), "The upper left corner of it"))
+            panels.append(((0.0, 0.2), (0.8, 1.0), "Its upper left corner"))
         side, order = 3.3, sorted(curves, key=lambda name: -curves[name][2])
         for at, (across, up, title) in enumerate(panels):
             axes = figure.add_axes(((0.6 + at * (side + 0.65)) / WIDTH, 0.55 / 4.3, side / WIDTH, side / 4.3))
-            axes.plot((0, 1), (0, 1), color=COLOURS["muted"][0], linewidth=0.8, linestyle=(0, (1.2, 1.6)))
-            for i, (false, true, _) in enumerate(curves.values()):
-                axes.plot(false, true, color=COLOURS[f"m{i % 8}"][0], linestyle=_DASHES[i // 8 % 4], linewidth=1.6)
+            axes.plot((0, 1), (0, 1), color=COLOURS["muted"][0], linewidth=0.8)
+            for name, (false, true, _) in curves.items():
+                axes.plot(false, true, color=looks[name][0], linestyle=looks[name][1], linewidth=1.6)
             axes.set(title=title, xlim=across, ylim=up, xlabel="false positive rate (%)")
             axes.set_ylabel("true positive rate (%)" if at == 0 else "")
             for axis in (axes.xaxis, axes.yaxis):
@@ -373,12 +378,10 @@ def roc_curves(curves: Mapping[str, Roc]) -> Figure:
         figure.text(right / WIDTH, (0.55 + side) / 4.3, "AUROC (%)", va="top", color=COLOURS["muted"][0], fontsize=9)
         step = min(0.19, (side - 0.3) / len(order))
         for row, name in enumerate(order):
-            i = list(curves).index(name)
             y = (0.55 + side - 0.32 - row * step) / 4.3
-            figure.add_artist(Line2D(
-                (right / WIDTH, (right + 0.28) / WIDTH), (y, y), color=COLOURS[f"m{i % 8}"][0],
-                linestyle=_DASHES[i // 8 % 4], linewidth=1.8,
-            ))  # fmt: skip
+            colour, dash = looks[name]
+            line = Line2D((right / WIDTH, (right + 0.28) / WIDTH), (y, y), color=colour, linestyle=dash, linewidth=1.8)
+            figure.add_artist(line)
             shown = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
             text = f"{100 * curves[name][2]:.1f}  {shown}"
             figure.text((right + 0.36) / WIDTH, y, text, va="center", fontsize=min(9.0, 60 * step))
@@ -443,13 +446,13 @@ def _mean_curve(
     return rounds, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
 
 
-def _look(name: str, methods: Methods) -> tuple[str, str]:
+def _look(name: str, methods: Methods) -> tuple[str, Dash]:
     """Colour and line of a method: grey and broken for the two references, else the palette in order."""
     if name == ALONE:
-        return COLOURS["ink"][0], (0, (4, 2))  # type: ignore[return-value]
+        return COLOURS["ink"][0], (0, (4, 2))
     others = [m for m, runs in methods.items() if m != ALONE and runs[0].experiment.run.placement != "pooled"]
     if name not in others:
-        return COLOURS["muted"][0], (0, (1.2, 1.6))  # type: ignore[return-value]
+        return COLOURS["muted"][0], (0, (1.2, 1.6))
     at = others.index(name)
     return COLOURS[f"m{at % 8}"][0], _DASHES[at // 8 % 4]
 

@@ -52,7 +52,7 @@ def ranking_table(runs: Sequence[RunResult]) -> Table:
     """The ranking for a terminal: what matters of it, one section a target."""
     rows = ranking(runs)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for head in ("clients' mean", "worst tenth", "global", "lost vs alone", "sent", "time"):
         table.add_column(head, justify="right")
     for target in dict.fromkeys(row["target"] for row in rows):

@@ -36,6 +36,7 @@ from experiments.results import (
     counted,
     find_runs,
     higher_is_better,
+    is_share,
     metrics_of,
     targets_of,
 )
@@ -62,6 +63,7 @@ th { font-weight: 500; color: var(--muted); vertical-align: bottom; }
 th, td { text-align: right; padding: .34rem .55rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th.left, td.left { text-align: left; }
+th.wrap { white-space: normal; max-width: 5.5rem; }
 tr.aside td { color: var(--muted); }
 thead tr:last-child th, tbody tr { border-bottom: 1px solid var(--rule); }
 th.group { text-align: center; }
@@ -238,7 +240,7 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
          "The clients' mean against what has been spent until then."
          + (" Methods at 0 B train without sending anything." if len({r["bytes_up"] > 0 for r in part}) > 1 else "")),
     ]  # fmt: skip
-    pictures += _evaluation_pictures(learners, target)
+    pictures += _evaluation_pictures(ordered, learners, target)
     direction = "higher" if higher_is_better(metric) else "lower"
     text = [
         f"<h2>{escape(target)}</h2>",
@@ -255,14 +257,15 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
     return "\n".join(text)
 
 
-def _evaluation_pictures(learners: Methods, target: str) -> list[tuple[Figure, str, str, str]]:
+def _evaluation_pictures(ordered: Methods, methods: Methods, target: str) -> list[tuple[Figure, str, str, str]]:
     """The confusion matrices and ROC curves of a target, each as (figure, id, about, caption), where there are any.
 
-    Of each method they are of its first run that has them; of a cross-validation the first seed's folds are added up.
+    `ordered`: the methods as the ranking has them. Of each they are of its first run that has them; of a
+    cross-validation the first seed's folds are added up.
     """
     shown: dict[str, list[RunResult]] = {}
-    for name, group in learners.items():
-        if ended := [run for run in counted(group) if run.evaluation]:
+    for name, group in ordered.items():
+        if ended := [run for run in group if run.evaluation]:
             shown[name] = [run for run in ended if run.seed == ended[0].seed]
     if not shown:
         return []
@@ -273,14 +276,17 @@ def _evaluation_pictures(learners: Methods, target: str) -> list[tuple[Figure, s
     where = "on the clients' own test samples, of the model that each would use"
     if len(shown) == 1:
         (name,) = shown
-        both = {"On the global test set": _confusion(shown[name], "global", target),
-                "On the clients' own test samples": panels.get(name)}  # fmt: skip
+        alike = f", fold {shown[name][0].fold}" if folds else ""  # the same samples in each fold: not added up
+        both = {
+            f"Global test set{alike}": _confusion(shown[name][:1], "global", target),
+            "Clients' test samples": panels.get(name),
+        }
         panels, where = {title: found for title, found in both.items() if found}, ""
     if panels:
         pictures.append((
             plots.confusion_matrices(panels), "confusion", f"Confusion matrices of {target}",
             f"{of}Rows are the true {target}, columns what was predicted{f' {where}' if where else ''}. "
-            "The darker, the larger the share of its row; the numbers are counts.",
+            "The stronger the colour, the larger the share of its row; the numbers are counts.",
         ))  # fmt: skip
     curves: dict[str, plots.Roc] = {}
     about = "on the global test set."
@@ -299,8 +305,8 @@ def _evaluation_pictures(learners: Methods, target: str) -> list[tuple[Figure, s
     if curves:
         absent = " Methods without a single shared model have none." if len(curves) < len(shown) > 1 else ""
         fold = f", fold {first.fold}" if (first := next(iter(shown.values()))[0]).fold else ""
-        caption = f"Seed {first.seed}{fold}. ROC {about}{absent} Dotted: chance."
-        pictures.append((plots.roc_curves(curves), "roc", f"ROC curves of {target}", caption))
+        caption = f"Seed {first.seed}{fold}. ROC {about}{absent} The diagonal is chance."
+        pictures.append((plots.roc_curves(curves, methods), "roc", f"ROC curves of {target}", caption))
     return pictures
 
 
@@ -332,7 +338,7 @@ def _metrics_html(learners: Methods, target: str, part: Sequence[Row]) -> str:
         if (n := sum(column[0] == place for column in columns))
     )
     head += '</tr><tr><th class="left">method</th>'
-    head += "".join(f"<th>{escape(plots.metric_label(target, name))}</th>" for _, name in columns) + "</tr>"
+    head += "".join(f'<th class="wrap">{escape(metric_name(name))}</th>' for _, name in columns) + "</tr>"
     body = "".join(
         f"<tr><td>{escape(method)}</td>"
         + "".join(f"<td>{number(values[method, place, name], name)}</td>" for place, name in columns)
@@ -340,7 +346,15 @@ def _metrics_html(learners: Methods, target: str, part: Sequence[Row]) -> str:
         for method in runs
     )
     table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-    return f"<details><summary>All metrics of {escape(target)}</summary>{table}</details>"
+    unit = plots.unit_of(target, "rmse")
+    units = [
+        "Fractions are in percent" if any(is_share(name) for name in names) else "",
+        f"{', '.join(metric_name(n) for n in named)} in {unit}"
+        if unit and (named := [n for n in names if plots.unit_of(target, n) == unit])
+        else "",
+    ]
+    note = f'<p class="note">{escape(". ".join(filter(None, units)))}.</p>' if any(units) else ""
+    return f"<details><summary>All metrics of {escape(target)}</summary>{table}{note}</details>"
 
 
 def _ranking_html(part: Sequence[Row]) -> str:
