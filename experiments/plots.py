@@ -230,54 +230,6 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
         return figure
 
 
-def label_split(split: Mapping[str, object]) -> Figure:
-    """The split of one seed: samples of each client by part, and below them by label (area is the count).
-
-    `split` is a run's split.json: `labels` [clients x classes] may be missing, `sizes` is [clients x 3].
-    """
-    sizes = np.array(split["sizes"], dtype=np.float64)
-    labels = np.array(split.get("labels") or np.zeros((len(sizes), 0)), dtype=np.float64)
-    clients, classes = labels.shape
-    with matplotlib.rc_context(STYLE):
-        tall = min(6.0, 0.27 * max(classes, 1)) if classes else 0.0
-        height = 2.25 + tall
-        figure = Figure(figsize=(WIDTH, height))
-        left, wide = 0.75 / WIDTH, 1 - 2.2 / WIDTH
-        bars = figure.add_axes((left, (0.6 + tall) / height, wide, 1.25 / height))
-        blue, at, below = COLOURS["m0"][0], np.arange(clients), np.zeros(clients)
-        bars.bar(at, sizes.sum(axis=1), 0.66, color=COLOURS["paper"][0], linewidth=0)  # hides the grid behind the tints
-        key: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
-        for i, (name, alpha) in enumerate((("training", 1.0), ("validation", 0.5), ("test", 0.25))):
-            bars.bar(at, sizes[:, i], 0.66, bottom=below, color=blue, alpha=alpha, linewidth=0)
-            below += sizes[:, i]
-            place = (1.015, 0.2 + 0.22 * i)
-            bars.plot(*place, "s", transform=bars.transAxes, color=blue, alpha=alpha, ms=7, clip_on=False, mew=0)
-            bars.annotate(name, place, (9, 0), "axes fraction", **key)
-        bars.set(title="Samples of each client", xlim=(-0.7, clients - 0.3))
-        bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        bars.grid(visible=False, axis="x")
-        if not classes:
-            bars.set_xlabel("client")
-            return figure
-        bars.tick_params(axis="x", length=0, labelbottom=False)
-        grid = figure.add_axes((left, 0.5 / height, wide, tall / height))
-        if clients <= 80:
-            client, label = np.nonzero(labels)
-            room = min(17.3, 72 * wide * WIDTH / clients * 0.95)  # points: the largest bubble just fits its cell
-            area = labels[client, label] / labels.max() * room**2
-            grid.scatter(client, label, s=area, color=blue, alpha=0.8, linewidths=0)
-        else:
-            ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
-            grid.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest")
-        grid.set(xlabel="client", ylabel=str(split.get("target") or "label"), xlim=(-0.7, clients - 0.3))
-        grid.set_ylim(classes - 0.4, -0.6)
-        grid.set_yticks(range(classes) if classes <= 20 else range(0, classes, 10))
-        grid.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-        grid.tick_params(length=0)
-        grid.grid(visible=False, axis="x")
-        return figure
-
-
 Confusion = Mapping[str, Any]
 """The `classes` and the `confusion` counts of a target, as in evaluation.json."""
 
@@ -385,6 +337,54 @@ def roc_curves(curves: Mapping[str, Roc], methods: Methods) -> Figure:
             shown = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
             text = f"{100 * curves[name][2]:.1f}  {shown}"
             figure.text((right + 0.36) / WIDTH, y, text, va="center", fontsize=min(9.0, 60 * step))
+        return figure
+
+
+def label_split(split: Mapping[str, object]) -> Figure:
+    """The split of one seed: samples of each client by part, and below them by label (area is the count).
+
+    `split` is a run's split.json: `labels` [clients x classes] may be missing, `sizes` is [clients x 3].
+    """
+    sizes = np.array(split["sizes"], dtype=np.float64)
+    labels = np.array(split.get("labels") or np.zeros((len(sizes), 0)), dtype=np.float64)
+    clients, classes = labels.shape
+    with matplotlib.rc_context(STYLE):
+        tall = min(6.0, 0.27 * max(classes, 1)) if classes else 0.0
+        height = 2.25 + tall
+        figure = Figure(figsize=(WIDTH, height))
+        left, wide = 0.75 / WIDTH, 1 - 2.2 / WIDTH
+        bars = figure.add_axes((left, (0.6 + tall) / height, wide, 1.25 / height))
+        blue, at, below = COLOURS["m0"][0], np.arange(clients), np.zeros(clients)
+        bars.bar(at, sizes.sum(axis=1), 0.66, color=COLOURS["paper"][0], linewidth=0)  # hides the grid behind the tints
+        key: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+        for i, (name, alpha) in enumerate((("training", 1.0), ("validation", 0.5), ("test", 0.25))):
+            bars.bar(at, sizes[:, i], 0.66, bottom=below, color=blue, alpha=alpha, linewidth=0)
+            below += sizes[:, i]
+            place = (1.015, 0.2 + 0.22 * i)
+            bars.plot(*place, "s", transform=bars.transAxes, color=blue, alpha=alpha, ms=7, clip_on=False, mew=0)
+            bars.annotate(name, place, (9, 0), "axes fraction", **key)
+        bars.set(title="Samples of each client", xlim=(-0.7, clients - 0.3))
+        bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        bars.grid(visible=False, axis="x")
+        if not classes:
+            bars.set_xlabel("client")
+            return figure
+        bars.tick_params(axis="x", length=0, labelbottom=False)
+        grid = figure.add_axes((left, 0.5 / height, wide, tall / height))
+        if clients <= 80:
+            client, label = np.nonzero(labels)
+            room = min(17.3, 72 * wide * WIDTH / clients * 0.95)  # points: the largest bubble just fits its cell
+            area = labels[client, label] / labels.max() * room**2
+            grid.scatter(client, label, s=area, color=blue, alpha=0.8, linewidths=0)
+        else:
+            ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
+            grid.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest")
+        grid.set(xlabel="client", ylabel=str(split.get("target") or "label"), xlim=(-0.7, clients - 0.3))
+        grid.set_ylim(classes - 0.4, -0.6)
+        grid.set_yticks(range(classes) if classes <= 20 else range(0, classes, 10))
+        grid.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        grid.tick_params(length=0)
+        grid.grid(visible=False, axis="x")
         return figure
 
 
