@@ -135,7 +135,7 @@ def number(value: float | None, metric: str, signed: bool = False) -> str:
     if value is None:
         return ""
     sign = "+" if signed else ""
-    decimals = 1 if is_share(metric) else max(0, 4 - len(f"{abs(value):.0f}"))
+    decimals = 1 if is_share(metric) else max(0, 4 - len(str(int(abs(value)))))
     text = f"{100 * value if is_share(metric) else value:{sign},.{decimals}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
