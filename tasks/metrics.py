@@ -153,7 +153,9 @@ def score(
     result: dict[str, dict[str, float]] = {}
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
         for target in targets:
-            output, truth = outputs[target.name].detach(), y[target.name]
+            # In float64: a loss near zero is a small difference of logits.
+            output, truth = outputs[target.name].detach().double(), y[target.name]
+            truth = truth.double() if truth.is_floating_point() else truth
             if not len(truth):
                 raise ValueError(f"no samples to score {target.name} on")
             known = target.known(truth)
@@ -170,7 +172,7 @@ def score(
             if thorough:
                 areas = [float(sk.auc(*sk.roc_curve(*asked)[:2])) for _, *asked in _questions(target, output, truth)]
                 metrics |= {"auroc": float(np.mean(areas))} if areas else {}
-            metrics["loss"] = float(_each(target, output, truth, known, None).double().sum() / known.sum())
+            metrics["loss"] = float(_each(target, output, truth, known, None).sum() / known.sum())
             result[target.name] = {name: value for name, value in metrics.items() if np.isfinite(value)}
     return result
 
@@ -231,8 +233,8 @@ def _labels_scores(output: Tensor, truth: Tensor, known: Tensor) -> dict[str, fl
 
 
 def _value_scores(target: Target, output: Tensor, truth: Tensor, known: Tensor) -> dict[str, float]:
-    true = truth[known].double().numpy(force=True)
-    predicted = output[known].double().numpy(force=True) * target.scale + target.offset
+    true = truth[known].numpy(force=True)
+    predicted = output[known].numpy(force=True) * target.scale + target.offset
     metrics = {
         "mae": float(sk.mean_absolute_error(true, predicted)),
         "rmse": float(sk.root_mean_squared_error(true, predicted)),
@@ -243,8 +245,8 @@ def _value_scores(target: Target, output: Tensor, truth: Tensor, known: Tensor) 
 
 
 def _quantile_scores(target: Target, output: Tensor, truth: Tensor, known: Tensor) -> dict[str, float]:
-    true = truth[known].double().numpy(force=True)
-    predicted = output[known].double().numpy(force=True) * target.scale + target.offset
+    true = truth[known].numpy(force=True)
+    predicted = output[known].numpy(force=True) * target.scale + target.offset
     pinball = [sk.mean_pinball_loss(true, predicted[:, i], alpha=q) for i, q in enumerate(target.quantiles)]
     coverage = (true[:, None] <= predicted).mean(0)
     return {"pinball": float(np.mean(pinball))} | {

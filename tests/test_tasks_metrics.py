@@ -222,7 +222,7 @@ def test_class_scores_are_scikit_learn_s(target: Target, n: int, seed: int) -> N
         "f1": reference.f1_score(true, predicted, **macro),
         "loss": reference.log_loss(true, probability, labels=range(target.size)),
     }
-    assert of(target, output, truth) == pytest.approx(expected, rel=1e-5)
+    assert of(target, output, truth) == pytest.approx(expected, rel=1e-9)
     occur = np.unique(true)
     if len(occur) > 1:
         if target is PAIR:
@@ -233,7 +233,7 @@ def test_class_scores_are_scikit_learn_s(target: Target, n: int, seed: int) -> N
             one_hot = true[:, None] == occur
             areas = [reference.roc_auc_score(one_hot[:, i], probability[:, c]) for i, c in enumerate(occur)]
             expected["auroc"] = np.mean(areas)
-    assert of(target, output, truth, thorough=True) == pytest.approx(expected, rel=1e-5)
+    assert of(target, output, truth, thorough=True) == pytest.approx(expected, rel=1e-9)
 
 
 @few
@@ -252,13 +252,13 @@ def test_label_scores_are_scikit_learn_s(n: int, seed: int, labels: int) -> None
         one = getattr(reference, f"{name}_score")
         if either:
             expected[name] = np.mean([one(true[:, i], predicted[:, i], zero_division=0) for i in either])
-    assert of(target, output, truth) == pytest.approx(expected, rel=1e-5)
+    assert of(target, output, truth) == pytest.approx(expected, rel=1e-9)
     if labels > 1 and len(either) == labels:
         assert expected["f1"] == pytest.approx(reference.f1_score(true, predicted, average="macro", zero_division=0))
         assert expected["exact_match"] == pytest.approx(reference.accuracy_score(true, predicted))
     if both := [i for i in range(labels) if 0 < true[:, i].sum() < n]:
         expected["auroc"] = reference.roc_auc_score(true[:, both], probability[:, both], average="macro")
-    assert of(target, output, truth, thorough=True) == pytest.approx(expected, rel=1e-5)
+    assert of(target, output, truth, thorough=True) == pytest.approx(expected, rel=1e-9)
 
 
 @few
@@ -273,13 +273,13 @@ def test_value_and_quantile_scores_are_scikit_learn_s(n: int, seed: int) -> None
     }
     if n > 1:
         expected["r2"] = reference.r2_score(true, predicted)
-    assert of(SLANT, output, truth, thorough=True) == pytest.approx(expected, rel=1e-5)
+    assert of(SLANT, output, truth, thorough=True) == pytest.approx(expected, rel=1e-9)
     output, truth = draw(STAY, n, seed)
     true, several = truth.double().numpy(), output.double().numpy() * 2 + 1
     pinball = [reference.mean_pinball_loss(true, several[:, i], alpha=q) for i, q in enumerate(STAY.quantiles)]
     expected = {"pinball": np.mean(pinball), "loss": sum(pinball) / 2}
     expected |= {f"coverage_{q}": np.mean(true <= several[:, i]) for i, q in enumerate(STAY.quantiles)}
-    assert of(STAY, output, truth, thorough=True) == pytest.approx(expected, rel=1e-5)
+    assert of(STAY, output, truth, thorough=True) == pytest.approx(expected, rel=1e-9)
 
 
 def test_quantile_scores_by_hand() -> None:
