@@ -233,7 +233,7 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
 Confusion = Mapping[str, Any]
 """The `classes` and the `confusion` counts of a target, as in evaluation.json."""
 
-_MOST_NUMBERS = 12
+MOST_NUMBERS = 12
 """With more classes a confusion matrix shows colours alone."""
 
 
@@ -272,7 +272,7 @@ def _heat(axes: Axes, counts: Floats, side: float) -> None:
     """One matrix, `side` inches wide: blue by the share of the row, and the counts that are not zero."""
     size = len(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    if size <= _MOST_NUMBERS:
+    if size <= MOST_NUMBERS:
         font = min(9.5, 72 * side / size * 0.62 / max(2, len(f"{counts.max():.0f}")) / 0.6)
         for row, column in np.argwhere(counts > 0):
             share = float(shares[row, column])

@@ -283,10 +283,12 @@ def _evaluation_pictures(ordered: Methods, methods: Methods, target: str) -> lis
         }
         panels, where = {title: found for title, found in both.items() if found}, ""
     if panels:
+        small = len(next(iter(panels.values()))["classes"]) <= plots.MOST_NUMBERS
+        numbers = "; the numbers are counts" if small else ""
         pictures.append((
             plots.confusion_matrices(panels), "confusion", f"Confusion matrices of {target}",
             f"{of}Rows are the true {target}, columns what was predicted{f' {where}' if where else ''}. "
-            "The stronger the colour, the larger the share of its row; the numbers are counts.",
+            f"The stronger the colour, the larger the share of its row{numbers}.",
         ))  # fmt: skip
     curves: dict[str, plots.Roc] = {}
     about = "on the global test set."
@@ -297,7 +299,7 @@ def _evaluation_pictures(ordered: Methods, methods: Methods, target: str) -> lis
             curves[name] = next(iter(own.values()))
             about = f"of {next(iter(own))} on the global test set."
         elif own and len(shown) == 1:
-            curves = own
+            curves = {f"{target} {c}" if c.isdecimal() else c: curve for c, curve in own.items()}
             about = "of each class against all others on the global test set."
         elif own:
             curves[name] = plots.mean_roc(list(own.values()))
