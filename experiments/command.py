@@ -50,13 +50,17 @@ def run(
 ) -> None:
     """One run: a preset's name or a TOML file, then dotted overrides."""
     from experiments.api import Job, default_folder, exit_status, run_many
+    from experiments.folds import in_folds
+    from experiments.ranking import ranking_table
     from experiments.report import write_report
+    from experiments.results import find_runs
 
     resolved = load(experiment, [*(overrides or []), *_engine_overrides(engine, workers)])
     folder = _folder(out, resume, default_folder(resolved.run.name))
     summary = run_many([Job(resolved, folder)], resume, _watch(_console(json_), quiet))[0]
     report = write_report([folder], folder / "report.html")
-    _close(quiet, json_, json.loads((folder / "summary.json").read_text()), None, report, [summary])
+    table = ranking_table(find_runs([folder])) if in_folds(resolved) else None
+    _close(quiet, json_, json.loads((folder / "summary.json").read_text()), table, report, [summary])
     raise typer.Exit(exit_status([summary]))
 
 

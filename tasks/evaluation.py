@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from config.durable import Arrays
 from tasks.data import Data
-from tasks.metrics import score
+from tasks.metrics import MOST_CLASSES, Ints, confusion, score
 from tasks.task import Task
 
 
@@ -49,7 +49,21 @@ def predict(model: nn.Module, x: Tensor, prepare: Callable[[Tensor], Tensor]) ->
     return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
 
-def evaluate(model: nn.Module, data: Data, task: Task) -> dict[str, float]:
+def evaluate(model: nn.Module, data: Data, task: Task, thorough: bool = False) -> dict[str, float]:
     """Score the model on the data: "target/metric" -> value, over pooled predictions, in `eval()` mode."""
-    scores = score(predict(model, data.x, task.prepare), data.y, task.targets)
+    return _flat(score(predict(model, data.x, task.prepare), data.y, task.targets, thorough))
+
+
+def examine(model: nn.Module, data: Data, task: Task) -> tuple[dict[str, float], dict[str, Ints]]:
+    """A thorough `evaluate`, and the confusion counts of each class target that has at most MOST_CLASSES classes."""
+    outputs = predict(model, data.x, task.prepare)
+    counts = {
+        t.name: confusion(t, outputs[t.name], data.y[t.name])
+        for t in task.targets
+        if t.kind == "class" and t.size <= MOST_CLASSES
+    }
+    return _flat(score(outputs, data.y, task.targets, thorough=True)), counts
+
+
+def _flat(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{target}/{metric}": value for target, metrics in scores.items() for metric, value in metrics.items()}
