@@ -20,6 +20,11 @@ from config.schema import Experiment
 from config.seeds import one_thread
 from simulation.launch import engine
 
+settings.register_profile(
+    "untimed", deadline=None
+)  # how long an example takes says more of the machine than of the code
+settings.load_profile("untimed")
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
