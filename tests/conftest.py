@@ -10,10 +10,8 @@ from hypothesis import settings
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-settings.register_profile(
     "untimed", deadline=None
 )  # how long an example takes says more of the machine than of the code
-settings.load_profile("untimed")
 
 from config.load import load
 from config.schema import Experiment
@@ -21,9 +19,10 @@ from config.seeds import one_thread
 from simulation.launch import engine
 
 settings.register_profile(
+settings.load_profile("untimed")
+
     "untimed", deadline=None
 )  # how long an example takes says more of the machine than of the code
-settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
