@@ -1,4 +1,4 @@
-"""What the data side costs on this machine: dealing samples to clients, and opening a client.
+"""What the data side costs on this machine: dealing samples to clients, opening a client, preparing its batches.
 
     python -m benchmarks.data [--quick]
 
@@ -20,11 +20,12 @@ from rich.table import Table
 
 from config.schema import Partition
 from config.schema import Task as Settings
-from config.seeds import numpy_generator
+from config.seeds import numpy_generator, torch_generator, torch_seeded
 from tasks.data import Data, Target, make_dataset
 from tasks.holds import held
 from tasks.laws import LAWS
 from tasks.partition import deal
+from tasks.pipeline import Pipeline, image_pipeline
 from tasks.task import Task
 
 LABELS = 10
@@ -75,6 +76,47 @@ def opening(sizes: Sequence[tuple[int, int]]) -> Table:
     return table
 
 
+PIPELINES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("scaled", ()),
+    ("flip", ("flip",)),
+    ("crop, flip", ("crop 4", "flip")),
+    ("jitter", ("jitter 0.2",)),
+)
+
+
+def pipelines(samples: int) -> Table:
+    """Samples a second that batches of 64 give, as the training loop takes them: gathered, prepared and augmented."""
+    table = Table(title="Batches of 64, as training takes them", title_justify="left", box=None)
+    for name in ("samples", "pipeline", "samples a second"):
+        table.add_column(name, justify="right" if name == "samples a second" else "left")
+    tokens = torch.ones((samples, 128), dtype=torch.int64)
+    for what, x in (("128 tokens", tokens), ("9x128 float32", torch.zeros(samples, 9, 128))):
+        table.add_row(what, "as they are", f"{_rate(Data(x, {}), None):,.0f}")
+    for side, channels, n in ((28, 1, samples), (224, 3, min(samples, 256))):
+        images = Data(torch.zeros((n, channels, side, side), dtype=torch.uint8), {})
+        dataset = make_dataset("images", images, images, (), images=True)
+        for name, augment in PIPELINES:
+            prepare = image_pipeline(dataset, Settings(augment=augment, mean=(0.5,), std=(0.25,)))
+            table.add_row(f"{channels}x{side}x{side} uint8", name, f"{_rate(images, prepare):,.0f}")
+    return table
+
+
+def _rate(data: Data, prepare: Pipeline | None) -> float:
+    """Samples a second over half a second of batches in random order."""
+    order = torch.randperm(len(data), generator=torch_generator(0, "order"))
+    seen, began = -1, 0.0
+    with torch_seeded(0, "benchmark"):
+        while seen < 0 or (took := time.perf_counter() - began) < 0.5:
+            batch = data.take(order[max(seen, 0) % len(data) :][:64])
+            if prepare is not None:
+                prepare(batch.x, True)
+            if seen < 0:  # the first batch warms up
+                seen, began = 0, time.perf_counter()
+            else:
+                seen += len(batch)
+    return seen / took
+
+
 def _task(law: str, x: torch.Tensor, clients: int) -> Task:
     n = len(x)
     y = {"digit": torch.arange(n) % LABELS, "slant": torch.zeros(n)}
@@ -105,6 +147,7 @@ def main(arguments: Sequence[str]) -> None:
     quick, console = "--quick" in arguments, Console(width=120)
     console.print(splits(QUICK if quick else SIZES))
     console.print(opening(QUICK if quick else SIZES[:1]))
+    console.print(pipelines(2_000 if quick else 10_000))
 
 
 if __name__ == "__main__":

@@ -10,19 +10,14 @@ from hypothesis import settings
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-    "untimed", deadline=None
-)  # how long an example takes says more of the machine than of the code
-
 from config.load import load
 from config.schema import Experiment
 from config.seeds import one_thread
 from simulation.launch import engine
 
-settings.register_profile(
+# How long an example takes says more of the machine than of the code.
+settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
-
-    "untimed", deadline=None
-)  # how long an example takes says more of the machine than of the code
 
 
 @pytest.fixture(autouse=True)
