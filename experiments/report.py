@@ -306,8 +306,8 @@ def _split_section(runs: Sequence[RunResult]) -> str:
         for totals in [[sum(sizes) for sizes in run.split["sizes"]]]
     )
     return (
-        f'<h2>Who holds what</h2><p class="note">The split of seed {first.seed}. The area of a bubble is the number of '
-        f"samples with that label.</p><figure>{svg}</figure>"
+        f'<h2>Who holds what</h2><p class="note">The split of seed {first.seed}. '
+        f"{plots.split_caption(first.split)}</p><figure>{svg}</figure>"
         '<div class="scroll"><table><thead><tr><th>seed</th><th class="left">law</th><th>tries</th>'
         '<th>samples a client</th><th class="left">SHA-256 of the split</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

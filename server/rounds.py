@@ -4,10 +4,11 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -237,14 +238,25 @@ def score_clients(session: Session, round_: int, fine_tuned: bool) -> dict[int, 
 
 
 def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
-    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles."""
+    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles.
+
+    "holds", where clients hold part of the targets: the clients that hold each. For law = natural "left_out", how many
+    of the data's own clients are too small and how many samples they have, and "names", each client's name in the data.
+    """
     first = next(t for t in task.dataset.targets if t.name == experiment.task.targets[0])
     labels = strata(task.dataset.train.y[first.name], first)
-    return {
-        "sizes": [[len(p.train), len(p.validation), len(p.test)] for p in task.split.clients],
+    table: dict[str, Any] = {
+        "sizes": task.split.sizes.tolist(),
         "target": first.name,
         "labels": label_counts(task.split, labels).tolist(),
     }
+    if experiment.partition.holds:
+        columns = zip(experiment.task.targets, task.held.T, strict=True)
+        table["holds"] = {name: np.flatnonzero(has).tolist() for name, has in columns}
+    if task.split.natural is not None:
+        table["left_out"] = asdict(task.split.left_out)
+        table["names"] = [task.dataset.clients[number] for number in task.split.natural]
+    return table
 
 
 def _recover(session: Session) -> int:

@@ -187,6 +187,15 @@ def test_a_run_that_has_only_begun(tmp_path: Path, missing: str) -> None:
     assert write_report([folder], tmp_path / "r.html").is_file()
 
 
+@pytest.mark.parametrize(("clients", "bubbles"), [(80, True), (81, False)])
+def test_the_splits_caption_tells_bubbles_from_shades(tmp_path: Path, clients: int, bubbles: bool) -> None:
+    """A picture of more than 80 clients has shades, an image, where fewer have a bubble each."""
+    page = write_report([make_run(tmp_path / "run", "fedavg", 0, [0.5] * clients)], tmp_path / "r.html").read_text()
+    section = page[page.index("Who holds what") :]
+    assert ("The area of a bubble is" in section) == bubbles == ("<image" not in section)
+    assert ("The darker the blue" in section) != bubbles
+
+
 def test_a_stopped_run_says_why_and_failures_are_told(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "fedper", 0, [0.5, 0.7], status="stopped", reason="too few <clients>",
                       clients={"never_sampled": 1})  # fmt: skip

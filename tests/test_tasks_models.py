@@ -14,9 +14,9 @@ from config.errors import UserError
 from config.load import load
 from config.schema import Experiment
 from config.schema import Task as Settings
-from tasks.data import Target
+from tasks.data import Inputs, Target
 from tasks.metrics import loss, losses, score
-from tasks.models import Inputs, build
+from tasks.models import build
 from tasks.task import initial_state, open_task, source_state
 
 DIGIT, SLANT = Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25)
