@@ -1,4 +1,4 @@
-"""Health of a service, for Docker: `python -m deploy.health URL` ends with 0 if URL answers 200 (TLS by the federation's CA)."""
+"""Health of a service: `python -m deploy.health URL` ends with 0 if URL answers 200, by TLS with the federation's CA."""
 
 import ssl
 import sys

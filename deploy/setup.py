@@ -24,7 +24,7 @@ def main(nodes: int) -> int:
     experiment = os.environ.get("MEADOW_EXPERIMENT") or "fedavg"
     overrides = shlex.split(os.environ.get("MEADOW_OVERRIDES", ""))
     deal = [sys.executable, "-m", "experiments", "deal", experiment, *overrides]
-    return subprocess.call([*deal, "--nodes", str(nodes), "--out", str(VOLUMES)])
+    return subprocess.call([*deal, "--nodes", str(nodes), "--out", str(VOLUMES), "--below", "share"])
 
 
 if __name__ == "__main__":
