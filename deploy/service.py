@@ -5,11 +5,15 @@ as soon as the run has ended, which `deploy/submit.py` says by writing the file 
 on a node that serves many runs). Any other end of the program is a failure, and the container is started again.
 """
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 KEYS, SHARE, STATE = Path("/own/keys"), Path("/own/share"), Path("/state")
@@ -57,7 +61,10 @@ def main(name: str) -> int:
     os.environ["FLWR_HOME"] = str(STATE / "flwr")
     ended = os.environ.get("MEADOW_ENDED", "")
     print(f"level=INFO service={name} event=start", flush=True)
-    child = subprocess.Popen(SERVICES[name]())
+    child = subprocess.Popen(
+        SERVICES[name](), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    threading.Thread(target=_tell, args=(name, child.stdout), daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: child.terminate())
     while child.poll() is None:
@@ -72,6 +79,28 @@ def main(name: str) -> int:
         time.sleep(0.5)
     print(f"level=WARNING service={name} event=end status={child.returncode}", flush=True)
     return 1 if child.returncode >= 0 else 128 - child.returncode
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :]*")
+
+
+def _tell(name: str, lines: Iterable[str]) -> None:
+    """Print what the program says as one line an event: level, service, text. Calls that went well are left out: each node
+    asks every few seconds whether there is something to do."""
+    for line in lines:
+        text = _COLOUR.sub("", line).strip()
+        if not text or text.startswith("level="):
+            if text:
+                print(text, flush=True)
+            continue
+        if " 200" in text and "HTTP/1" in text:
+            continue
+        found = _LEVEL.search(text[:60])
+        level = found.group(1) if found else "INFO"
+        rest = (text[found.end() :] if found else text).strip()
+        if rest:
+            print(f"level={level} service={name} text={json.dumps(rest, ensure_ascii=False)}", flush=True)
 
 
 if __name__ == "__main__":

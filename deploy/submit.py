@@ -109,11 +109,14 @@ def _run(experiment: Experiment, out: Path) -> int:
         file.write_text(tomli_w.dumps(overrides))
         app = _app()
         log("submit", attempt=attempt, out=str(out))
-        followed = subprocess.Popen(["flwr", "run", str(app), CONNECTION, "--run-config", str(file), "--stream"])
-        try:
-            followed.wait()
-        finally:
-            followed.kill()
+        submitted = subprocess.run(
+            ["flwr", "run", str(app), CONNECTION, "--run-config", str(file), "--format", "json"],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        if submitted.returncode != 0:
+            log("refused", level="ERROR", answer=json.dumps(submitted.stdout + submitted.stderr))
+            return 1
+        _follow(out)
         summary = _summary(out)
         if summary and summary["status"] in ("done", "stopped"):
             log("end", status=summary["status"], reason=json.dumps(summary["reason"]), model=summary["model_sha256"])
@@ -123,6 +126,28 @@ def _run(experiment: Experiment, out: Path) -> int:
         if summary and summary["status"] == "failed":
             return 1
     return 1
+
+
+def _follow(out: Path) -> None:
+    """Tell each round as it ends, until Flower calls the run finished."""
+    told, looked = 0, 0.0
+    while True:
+        path = out / "rounds.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines[told:]:
+            record = json.loads(line)
+            failed = [failure["client"] for failure in record["failed"]]
+            log(
+                "round", round=record["round"], clients=len(record["cohort"]), failed=failed,
+                seconds=round(record["seconds"], 1), bytes=record["bytes_up"] + record["bytes_down"],
+            )  # fmt: skip
+        told = max(told, len(lines))
+        if time.monotonic() - looked > 5:
+            runs = _flwr("ls").get("runs", [])
+            if runs and str(runs[0].get("status", "")).startswith("finished"):
+                return
+            looked = time.monotonic()
+        time.sleep(0.5)
 
 
 def _app() -> Path:
