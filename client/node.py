@@ -23,6 +23,7 @@ from strategies.packing import Answer, NodeReply, Request
 from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
 from tasks.evaluation import evaluate, examine, load_into, state_of
 from tasks.features import View, view
+from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle
 
 
@@ -60,11 +61,11 @@ def _state_root(context: Context) -> Path:
     return Path(str(place))
 
 
-def hosted(context: Context, clients: int) -> range:
-    """The clients that this node hosts: an even, contiguous share of them by its partition-id of num-partitions."""
+def hosted_here(context: Context, clients: int) -> range:
+    """The clients that this node hosts, by its partition-id of num-partitions."""
     index = int(cast(int, context.node_config.get("partition-id", 0)))
     nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
-    return range(index * clients // nodes, (index + 1) * clients // nodes)
+    return hosted(index, nodes, clients)
 
 
 def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], RecordDict]) -> list[Answer]:

@@ -173,6 +173,21 @@ def show(
 
 
 @app.command()
+def deal(
+    experiment: Name,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that host the clients.")] = 4,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("shares"),
+    below: Annotated[str, typer.Option(help="A folder within each machine's own.")] = "",
+) -> None:
+    """Each machine's own share of the data, for a deployment: OUT/coordinator, OUT/node-0, ... (docs/deploy.md)."""
+    from tasks.shares import deal_out
+
+    for folder in deal_out(load(experiment, overrides or []), nodes, out, below):
+        typer.echo(folder)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what is missing, what to type."""
     missing = False

@@ -32,7 +32,6 @@ from strategies.sharing import Roles, from_record, name_weights, nbytes, roles, 
 from tasks.evaluation import load_into, predict
 from tasks.features import View, view
 from tasks.metrics import score
-from tasks.partition import label_counts, strata
 from tasks.task import Task, initial_state, open_task
 
 log = logging.getLogger("meadow.server")
@@ -269,12 +268,10 @@ def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
     "holds", where clients hold part of the targets: the clients that hold each. For law = natural "left_out", how many
     of the data's own clients are too small and how many samples they have, and "names", each client's name in the data.
     """
-    first = next(t for t in task.dataset.targets if t.name == experiment.task.targets[0])
-    labels = strata(task.dataset.train.y[first.name], first)
     table: dict[str, Any] = {
         "sizes": task.split.sizes.tolist(),
-        "target": first.name,
-        "labels": label_counts(task.split, labels).tolist(),
+        "target": experiment.task.targets[0],
+        "labels": task.label_counts().tolist(),
     }
     if experiment.partition.holds:
         columns = zip(experiment.task.targets, task.held.T, strict=True)

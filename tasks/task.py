@@ -25,7 +25,7 @@ from tasks.holds import held
 from tasks.laws import Ints
 from tasks.metrics import loss
 from tasks.models import build, inputs
-from tasks.partition import Split, deal, strata
+from tasks.partition import Split, deal, label_counts, strata
 from tasks.pipeline import Pipeline, image_pipeline
 from tasks.weights import TRUNK, pretrained_trunk
 
@@ -45,7 +45,8 @@ class Task:
 
     held: whether each client has the labels of each of `task.targets` (`partition.holds`), bool (clients, targets).
     noise: variance of the last client's noise under law = feature-shift, else 0. pipeline: what `prepare` does to
-    images; None for samples that a model takes as they are.
+    images; None for samples that a model takes as they are. counts: `label_counts`, where the pool is not in this process
+    (`tasks.shares`).
     """
 
     dataset: Dataset
@@ -57,6 +58,7 @@ class Task:
     held: npt.NDArray[np.bool_]
     noise: float = 0.0
     pipeline: Pipeline | None = None
+    counts: Ints | None = None
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
@@ -82,6 +84,14 @@ class Task:
             return data
         return Data(data.x, {name: _missing(y) if name in gone else y for name, y in data.y.items()})
 
+    def label_counts(self) -> Ints:
+        """Samples (all three parts) of each client by label or decile of the first of `task.targets`, int64 (clients,
+        labels)."""
+        if self.counts is not None:
+            return self.counts
+        first = next(t for t in self.dataset.targets if t.name == self.settings.targets[0])
+        return label_counts(self.split, strata(self.dataset.train.y[first.name], first))
+
     def pool(self) -> Data:
         """All clients' train parts in client order: what placement = "pooled" trains on."""
         return concatenate([self.client(pid).train for pid in range(len(self.split.clients))])
@@ -104,8 +114,12 @@ def open_task(experiment: Experiment) -> Task:
 
     The split follows the first of `task.targets` (its labels, or for a value target its deciles), not the first
     learned one, so that methods that learn different targets are compared on one split. Raises UserError for an
-    unknown target and an impossible split.
+    unknown target and an impossible split. A process that has a share (`tasks.shares`) opens its task from there.
     """
+    from tasks.shares import read_share, share_folder  # shares are made of tasks
+
+    if place := share_folder():
+        return read_share(place, experiment)
     evaluate = experiment.evaluate
     return _open_task(
         experiment.run.seed, experiment.task, experiment.partition, experiment.learned, evaluate.folds, evaluate.fold
@@ -182,9 +196,8 @@ def initial_state(experiment: Experiment) -> Arrays:
     `source_state`, the heads keep their random start. Else its trunk is that of `tasks.weights.pretrained_trunk`. Raises
     UserError for weights that are missing, unreadable or do not fit.
     """
-    task, seed = experiment.task, experiment.run.seed
-    dataset = open_dataset(task)
-    state = dict(build(task, _learned(dataset, experiment), inputs(dataset), seed).state_dict())
+    task = experiment.task
+    state = dict(open_task(experiment).new_model().state_dict())
     if task.pretrained == "source":
         source = source_state(experiment)
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
@@ -214,7 +227,7 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         source_epochs=task.source_epochs,
         target_weights=weights,
     )
-    targets = _learned(open_dataset(task), experiment)
+    targets = open_task(experiment).targets
     with one_thread():  # it is trained wherever it is asked for first, before or after an engine sets its threads
         return _source_state(derive(experiment.run.seed, "source"), key, targets)
 
@@ -243,8 +256,3 @@ def _source_state(seed: int, task: schema.Task, targets: tuple[Target, ...]) -> 
             optimizer.step()
             schedule.step()
     return {name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()}
-
-
-def _learned(dataset: Dataset, experiment: Experiment) -> tuple[Target, ...]:
-    targets = {target.name: target for target in dataset.targets}
-    return tuple(targets[name] for name in experiment.learned)
