@@ -25,8 +25,9 @@ from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
 from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles_of, split_beside, to_record
-from tasks.evaluation import evaluate
+from tasks.evaluation import evaluate, examine
 from tasks.features import View, view
+from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle
 
 
@@ -65,11 +66,11 @@ def _state_root(context: Context) -> Path:
     return Path(str(place))
 
 
-def hosted(context: Context, clients: int) -> range:
-    """The clients that this node hosts: an even, contiguous share of them by its partition-id of num-partitions."""
+def hosted_here(context: Context, clients: int) -> range:
+    """The clients that this node hosts, by its partition-id of num-partitions."""
     index = int(cast(int, context.node_config.get("partition-id", 0)))
     nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
-    return range(index * clients // nodes, (index + 1) * clients // nodes)
+    return hosted(index, nodes, clients)
 
 
 def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], RecordDict]) -> list[Answer]:
@@ -119,8 +120,9 @@ def train_client(node: Node, request: Request) -> RecordDict:
 def evaluate_client(node: Node, request: Request) -> RecordDict:
     """Score the model that the client would use, on its test part; after local fine-tuning too, if that is set.
 
-    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned") and "identity" (SHA-256 of
-    what the client has of its own, and whether it has anything).
+    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of what
+    the client has of its own, and whether it has anything) and, if the message asks for a thorough evaluation,
+    "confusion" (of the used model, by class target: its confusion counts, row after row).
     """
     config = request.content.config_records["config"]
     round_ = int(cast(int, config["round"]))
@@ -128,15 +130,23 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     client, own, seen = request.client, node.task.client(request.client), node.view
     turn.load(node.half.used(turn))
     test = seen.data(f"{client}/test", own.test)
-    scores = {f"used/{key}": value for key, value in evaluate(seen.model, test, seen.task).items()}
+    reply = RecordDict()
+    if config["thorough"]:
+        found, counts = examine(seen.model, test, seen.task)
+        reply["confusion"] = MetricRecord({target: matrix.flatten().tolist() for target, matrix in counts.items()})
+    else:
+        found = evaluate(seen.model, test, seen.task)
+    scores = {f"used/{key}": value for key, value in found.items()}
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs)
-        scores |= {f"finetuned/{key}": value for key, value in evaluate(seen.model, test, seen.task).items()}
+        found = evaluate(seen.model, test, seen.task, thorough=True)
+        scores |= {f"finetuned/{key}": value for key, value in found.items()}
+    reply["evaluation"] = MetricRecord(dict(scores))
     lasting = turn.personal | turn.memory
-    identity = ConfigRecord({"personal": arrays_sha256(lasting), "trained": bool(lasting)})
-    return RecordDict({"evaluation": MetricRecord(dict(scores)), "identity": identity})
+    reply["identity"] = ConfigRecord({"personal": arrays_sha256(lasting), "trained": bool(lasting)})
+    return reply
 
 
 def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -> ClientTurn:
@@ -166,10 +176,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         work=float(cast(float, config.get("work", 1.0))),
     )
     turn.load(turn.start())
-    if pooled:
-        data = seen.data("pool", node.task.pool())
-    else:
-        data = seen.data(f"{client}/train", turn.data)
+    data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)
     if client in attackers(node.experiment) and node.experiment.attack.kind in ON_LABELS:
         data = with_wrong_labels(data, node.task.targets)
     return replace(turn, data=data)

@@ -10,7 +10,7 @@ from client.training import Correction, Trained, make_optimizer, train
 from config import schema
 from config.durable import Arrays
 from config.schema import Experiment
-from strategies.local import Batch, Term
+from strategies.local import Batch, Term, steps_of
 from strategies.sharing import HEADS, Roles
 from tasks.data import Data, Target
 from tasks.evaluation import load_into, state_of
@@ -78,10 +78,8 @@ class ClientTurn:
     ) -> Trained:
         experiment, plan = self.experiment, self.experiment.local
         if repeat > 1 or self.work < 1:
-            size = self.size if plan.batch_size == 0 else min(plan.batch_size, self.size)
-            steps_an_epoch = -(-self.size // size)
-            steps = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
-            plan = plan.model_copy(update={"steps": max(1, int(self.work * steps)) * repeat})
+            steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
+            plan = plan.model_copy(update={"steps": steps * repeat})
             experiment, epochs = experiment.model_copy(update={"local": plan}), 0
         hooks = {"learns": learns, "correct": correct, "term": term}
         return train(self.model, self.data, self.task, experiment, self.round, self.client, epochs, **hooks)  # type: ignore[arg-type]

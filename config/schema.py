@@ -15,7 +15,9 @@ from config.algorithms import ALGORITHMS, NORMALISED, ROBUST, SUMMED_EQUALLY
 
 
 def _listed(value: Any) -> Any:
-    """Read "a,b" as a list: Flower's run configuration and the command line carry no lists."""
+    """Read "a,b" as a list: Flower's run configuration and the command line carry no lists. A number is a list of one."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, list) else value
@@ -31,7 +33,9 @@ def _listed_floats(value: Any) -> Any:
 def _no_such(value: str, known: Iterable[str], other: str) -> PydanticCustomError:
     """What pydantic says of a Literal, for a name that may also be something else."""
     expected = ", ".join(f"'{name}'" for name in known)
-    return PydanticCustomError("literal_error", "Input should be {expected} or {other}", {"expected": expected, "other": other})
+    return PydanticCustomError(
+        "literal_error", "Input should be {expected} or {other}", {"expected": expected, "other": other}
+    )
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -121,7 +125,7 @@ class Task(Section):
 
 
 class Partition(Section):
-    """`[partition]`: how the training samples are dealt to the clients. The laws are defined in `tasks/partition.py`."""
+    """`[partition]`: how the training samples are dealt to the clients. The laws: `tasks/laws.py`, docs/splits.md."""
 
     law: Literal[
         "iid",
@@ -178,7 +182,10 @@ class Cohort(Section):
     max_norm: float = Field(0.0, ge=0, description="A reply whose update is longer than this is refused; 0: none is.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Simulated: chance that a client of the cohort never answers.")
     stragglers: float = Field(
-        0.0, ge=0, lt=1, description="Simulated: chance that a client of the cohort gets through part of its steps only."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Simulated: chance that a client of the cohort gets through part of its steps only.",
     )
     over_selection: float = Field(
         0.0, ge=0, description="Ask this share more clients than the cohort, and take the first replies."
@@ -225,7 +232,7 @@ class Strategy(Section):
     mu: float = Field(0.1, ge=0, description="Weight of FedProx's and MOON's term.")
     temperature: float = Field(0.5, gt=0, description="MOON's.")
     alpha: float = Field(0.1, gt=0, description="FedDyn's.")
-    lambda_: float = Field(1.0, ge=0, description="Weight of Ditto's and pFedMe's pull towards the shared model.")
+    pull: float = Field(1.0, ge=0, description="Ditto's and pFedMe's lambda: the pull towards the shared model.")
     mix: float = Field(0.5, ge=0, le=1, description="APFL's share of the personal model, at the start.")
     mix_lr: float = Field(0.0, ge=0, description="The rate at which APFL learns that share; 0: it stays.")
     head_epochs: int = Field(0, ge=0, description="FedRep's and FedAlt's epochs of what is personal; 0: local.epochs.")
@@ -430,15 +437,15 @@ class Experiment(Section):
 
     def _defence_fits(self) -> None:
         name, f = self.strategy.name, self.strategy.byzantine
-        if self.attack.kind != "none" and not 1 <= round(self.attack.fraction * self.partition.clients):
+        if self.attack.kind != "none" and round(self.attack.fraction * self.partition.clients) < 1:
             raise ValueError(
-                f"attack.fraction = {self.attack.fraction:g} of {self.partition.clients} clients is none: raise it, or write "
-                'attack.kind = "none"'
+                f"attack.fraction = {self.attack.fraction:g} of {self.partition.clients} clients is none: raise it, or "
+                'write attack.kind = "none"'
             )
         if self.strategy.bucket > 1 and name not in ROBUST and ":" not in name:
             raise ValueError(
-                f'strategy.bucket = {self.strategy.bucket} with strategy.name = "{name}": a mean of means is the mean; write '
-                f"strategy.bucket = 1, or one of {', '.join(ROBUST)}"
+                f'strategy.bucket = {self.strategy.bucket} with strategy.name = "{name}": a mean of means is the mean; '
+                f"write strategy.bucket = 1, or one of {', '.join(ROBUST)}"
             )
         updates = -(-self.cohort_size // self.strategy.bucket)
         needed = {"krum": 2 * f + 3, "multi-krum": 2 * f + 3, "bulyan": 4 * f + 3}.get(name, 1)

@@ -1,27 +1,44 @@
 """What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
 
+from pathlib import Path
 from typing import Any
 
 from config.schema import Experiment
-from server.rounds import draw_cohort
-from strategies.sharing import nbytes, roles
+from experiments.folds import fold_runs
+from server.cohorts import draw_cohort, read_schedule
+from server.rounds import setup
+from strategies import algorithm, make_strategy
+from strategies.fedavg import FedAvg
+from strategies.sharing import nbytes, roles_of
 from tasks.task import initial_state, open_task, settle
 
 
 def plan(experiment: Experiment) -> dict[str, Any]:
     """Rounds, cohort, clients and samples; parameters by role; steps and bytes of the whole run (`summary.json`'s cost).
 
-    Bytes are those of arrays, as if each client were reached by itself. Raises UserError as a run would.
+    Bytes are those of arrays, as if each client were reached by itself. A cross-validation is as many `runs` as it has
+    folds: rounds, steps and bytes are those of all together, the rest is of the first. Raises UserError as a run would.
     """
     experiment = settle(experiment)
+    folds = [_plan(fold) for fold, _ in fold_runs(experiment, Path())]
+    totals = {key: sum(one[key] for one in folds) for key in ("rounds", "steps", "bytes_up", "bytes_down")}
+    return {"runs": len(folds)} | folds[0] | totals
+
+
+def _plan(experiment: Experiment) -> dict[str, Any]:
     task, start = open_task(experiment), initial_state(experiment)
-    parts = roles(experiment, start)
+    parts, half = roles_of(experiment, task.new_model()), algorithm(experiment.strategy.name)
     pooled = experiment.run.placement == "pooled"
     sizes = [len(task.pool())] if pooled else [len(c.train) for c in task.split.clients]
-    cohorts = [draw_cohort(experiment, r) for r in range(1, experiment.run.rounds + 1)]
-    steps = [_steps(experiment, n) for n in sizes]
-    shared = 0 if pooled else nbytes({n: start[n] for n in parts.shared})
-    once = nbytes({n: start[n] for n in (*parts.personal, *parts.fixed)}) if experiment.task.pretrained else 0
+    schedule = read_schedule(experiment)
+    cohorts = [draw_cohort(experiment, r, sizes, schedule) for r in range(1, experiment.run.rounds + 1)]
+    steps = [half.client.steps(experiment.strategy, experiment.local, n) for n in sizes]
+    arrays = {n: start[n] for n in parts.shared}
+    strategy = make_strategy(experiment, setup(experiment, task, parts))
+    beside = strategy.extra(arrays) if isinstance(strategy, FedAvg) else {}
+    shared = 0 if pooled else nbytes(arrays | beside)
+    own = start if half.own_start else (*parts.personal, *parts.fixed)
+    once = nbytes({n: start[n] for n in own}) if experiment.task.pretrained else 0
     asked = sum(len(c) for c in cohorts)
     return {
         "rounds": experiment.run.rounds,
@@ -37,11 +54,3 @@ def plan(experiment: Experiment) -> dict[str, Any]:
         "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
         "privacy": {"unit": experiment.privacy.unit, "epsilon": None},
     }
-
-
-def _steps(experiment: Experiment, samples: int) -> int:
-    """Optimiser steps of a client with so many training samples in one round."""
-    if experiment.local.steps:
-        return experiment.local.steps
-    size = min(experiment.local.batch_size or samples, samples)
-    return experiment.local.epochs * -(-samples // size)

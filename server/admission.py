@@ -38,8 +38,9 @@ def admit(
 ) -> Verdict:
     """Judge each reply: it came, its weight is a positive number no larger than declared, its arrays fit what was sent.
 
-    `equal`: each client counts 1 (`strategies.sharing.name_weights`). `max_norm`: the longest update, 0 for any. `judge`:
-    what the strategy has to say of a reply's metrics. Of two replies of one client the first counts. `sizes`: training samples that each client declared at roll call. A client's arrays may be missing only if they are
+    `sizes`: training samples that each client declared at roll call. `equal`: each client counts 1
+    (`strategies.sharing.name_weights`). `max_norm`: the longest update, 0 for any. `judge`: what the strategy has to say
+    of a reply's metrics. Of two replies of one client the first counts. A client's arrays may be missing only if they are
     inside its block's sum, which a node makes of arrays that it judged by the same `fault`. What is inside a sum
     cannot be taken out again, so a sum counts only if all its clients do, and if it is itself of the right form.
     """

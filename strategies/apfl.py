@@ -11,12 +11,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from config.durable import Arrays
 from strategies.fedavg import FedAvg
 from strategies.local import Algorithm, Batch, Half, Outcome, Turn, watch
-from strategies.sharing import beside, of_kind
+from strategies.sharing import beside, doubles, of_kind
 
 KIND = "own"
 MIX = "mix@"
@@ -63,10 +63,9 @@ class Client(Half):
         start, own = turn.start(), of_kind(KIND, turn.memory)
         if not own:
             return start
-        mix, buffers = _mix(turn), turn.roles.buffers
-        return {
-            n: own[n] if n in buffers else (mix * own[n] + (1 - mix) * start[n]).astype(start[n].dtype) for n in start
-        }
+        mix, theirs = _mix(turn), doubles(start)
+        mixed = {n: mix * v + (1 - mix) * theirs[n] for n, v in doubles(own).items()}
+        return {n: own[n] if n in turn.roles.buffers else mixed[n].astype(v.dtype) for n, v in start.items()}
 
 
 def _mix(turn: Turn) -> float:

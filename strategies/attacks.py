@@ -22,7 +22,6 @@ from config.schema import Attack, Experiment
 from config.seeds import numpy_generator
 
 ON_LABELS = ("label-flip", "replacement")
-Moves = dict[str, npt.NDArray[np.float64]]
 
 
 def attackers(experiment: Experiment) -> frozenset[int]:
@@ -64,19 +63,19 @@ def _sent(
 ) -> npt.NDArray[np.generic]:
     if "@" in name or not np.issubdtype(own.dtype, np.floating):
         return own
-    x = sent[name].astype(np.float64)
-    move, (n, m) = own - x, counts
+    x, (n, m) = sent[name].astype(np.float64), counts
+    move = own.astype(np.float64) - x
     kind, scale = settings.kind, settings.scale
     if kind == "sign-flip":
-        return (x - scale * move).astype(own.dtype)
-    if kind == "noise":
-        return (own + scale * draw.standard_normal(own.shape)).astype(own.dtype)
-    if kind == "replacement":
-        return (x + (scale or n / m) * move).astype(own.dtype)
-    moves = np.stack([u[name] - x for u in honest if name in u] or [np.zeros_like(x)])
-    if kind == "ipm":
-        return (x - scale * moves.mean(0)).astype(own.dtype)
-    return (x + moves.mean(0) - (scale or largest_z(n, m)) * moves.std(0)).astype(own.dtype)
+        evil = -scale * move
+    elif kind == "noise":
+        evil = move + scale * draw.standard_normal(own.shape)
+    elif kind == "replacement":
+        evil = (scale or n / m) * move
+    else:
+        moves = np.stack([u[name].astype(np.float64) - x for u in honest if name in u] or [np.zeros_like(x)])
+        evil = -scale * moves.mean(0) if kind == "ipm" else moves.mean(0) - (scale or largest_z(n, m)) * moves.std(0)
+    return (x + evil).astype(own.dtype)
 
 
 def largest_z(clients: int, attackers: int) -> float:

@@ -115,5 +115,7 @@ def average(blocks: Iterable[WeightedSum], before: Mapping[str, npt.NDArray[np.g
 
 def length(update: Mapping[str, npt.NDArray[np.generic]], sent: Mapping[str, npt.NDArray[np.generic]]) -> float:
     """The Euclidean length of an update's move away from what was sent, over all arrays together, in float64."""
-    squares = (np.square(value.astype(np.float64) - sent[name]).sum() for name, value in update.items())
+    squares = (
+        np.square(value.astype(np.float64) - sent[name].astype(np.float64)).sum() for name, value in update.items()
+    )
     return float(np.sqrt(sum(squares, start=np.float64(0))))

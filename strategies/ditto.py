@@ -20,7 +20,7 @@ class Client(Half):
         fitted = turn.fit()
         model = turn.arrays()
         turn.load(turn.initial() | of_kind(KIND, turn.memory))
-        turn.fit(correct=pull(turn, turn.received, turn.settings.lambda_))
+        turn.fit(correct=pull(turn, turn.received, turn.settings.pull))
         return Outcome(model, fitted, memory=beside(KIND, turn.arrays()))
 
     def used(self, turn: Turn) -> Arrays:

@@ -56,7 +56,9 @@ class FedAvg(Strategy):
         rates = dict.fromkeys(self.setup.roles.buffers, 1.0)
         rate = self.setup.settings.server_lr
         return {
-            name: (old + rates.get(name, rate) * step[name]).astype(old.dtype) if name in step else old
+            name: (old.astype(np.float64) + rates.get(name, rate) * step[name]).astype(old.dtype)
+            if name in step
+            else old
             for name, old in before.items()
         }
 

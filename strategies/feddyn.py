@@ -9,13 +9,14 @@ theta^t = mean over the cohort of theta_k, minus h / alpha.
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from config.durable import Arrays
 from strategies.blocks import WeightedSum, mean
 from strategies.fedavg import FedAvg, changes
 from strategies.local import Algorithm, Half, Outcome, Setup, Turn, gradient_of, pull, tensors
-from strategies.sharing import beside, of_kind
+from strategies.sharing import beside, doubles, of_kind
 
 KIND = "h"
 
@@ -36,7 +37,8 @@ class Client(Half):
 
         fitted = turn.fit(correct=correct)
         model = turn.arrays()
-        new = {n: (old - alpha * (model[n].astype(np.float64) - before[n])).astype(np.float32) for n, old in h.items()}
+        now, then = doubles(model), doubles(before)
+        new = {n: (old - alpha * (now[n] - then[n])).astype(np.float32) for n, old in doubles(h).items()}
         return Outcome(model, fitted, memory=beside(KIND, new))
 
 
@@ -45,7 +47,7 @@ class Server(FedAvg):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._h: Arrays = {}
+        self._h: dict[str, npt.NDArray[np.float64]] = {}
 
     def combine(self, total: WeightedSum, before: Arrays) -> Arrays:
         alpha, moved, result = self.setup.settings.alpha, changes(total, before), mean(total, before)
@@ -54,14 +56,14 @@ class Server(FedAvg):
                 share = total.weights[name] / self.setup.holders[name]
                 h = self._h.get(name, np.zeros(before[name].shape, np.float64)) - alpha * share * moved[name]
                 self._h[name] = h
-                result[name] = (before[name] + moved[name] - h / alpha).astype(before[name].dtype)
+                result[name] = (before[name].astype(np.float64) + moved[name] - h / alpha).astype(before[name].dtype)
         return result
 
     def state(self) -> Arrays:
         return beside(KIND, self._h)
 
     def load_state(self, arrays: Arrays) -> None:
-        self._h = of_kind(KIND, arrays)
+        self._h = doubles(of_kind(KIND, arrays))
 
 
 FEDDYN = Algorithm(Server, Client())

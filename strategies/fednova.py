@@ -16,7 +16,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord
 
 from strategies.fedavg import FedAvg
-from strategies.local import Algorithm
+from strategies.local import Algorithm, steps_of
 from strategies.sharing import from_record, name_weights, to_record
 
 
@@ -35,10 +35,7 @@ class Server(FedAvg):
     needs_sums_only = False
 
     def judge(self, metrics: Mapping[str, Any], size: int) -> str:
-        local = self.setup.local
-        batch = size if local.batch_size == 0 else min(local.batch_size, size)
-        most = local.steps or local.epochs * -(-size // batch)
-        steps = metrics.get("steps")
+        steps, most = metrics.get("steps"), steps_of(self.setup.local, size)
         if not isinstance(steps, int) or not 1 <= steps <= most:
             return f"steps is {steps!r}; with {size} training samples it must be a whole number from 1 to {most}"
         return ""
@@ -54,7 +51,7 @@ class Server(FedAvg):
             a = normaliser(int(str(metrics["steps"])), self.setup.local.momentum)
             for name, value in update.items():
                 scale = 1.0 if name in self.setup.roles.buffers else a
-                move = value.astype(np.float64) - self._before[name]
+                move = value.astype(np.float64) - self._before[name].astype(np.float64)
                 moves.setdefault(name, []).append((weights[name], scale, move))
         if not moves:
             return None, None

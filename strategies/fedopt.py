@@ -19,7 +19,7 @@ from config.durable import Arrays
 from strategies.blocks import WeightedSum, mean
 from strategies.fedavg import FedAvg, changes
 from strategies.local import Algorithm, Setup
-from strategies.sharing import beside, of_kind
+from strategies.sharing import beside, doubles, of_kind
 
 Float64 = npt.NDArray[np.float64]
 
@@ -30,8 +30,8 @@ class Server(FedAvg):
     def __init__(self, setup: Setup, rule: Literal["momentum", "adagrad", "adam", "yogi"]) -> None:
         super().__init__(setup)
         self._rule = rule
-        self._m: Arrays = {}
-        self._v: Arrays = {}
+        self._m: dict[str, Float64] = {}
+        self._v: dict[str, Float64] = {}
 
     def combine(self, total: WeightedSum, before: Arrays) -> Arrays:
         steps = {}
@@ -48,7 +48,7 @@ class Server(FedAvg):
     def _adaptive(self, name: str, delta: Float64) -> Float64:
         plan, square = self.setup.settings, np.square(delta)
         m: Float64 = plan.beta1 * self._m.get(name, np.zeros_like(delta)) + (1 - plan.beta1) * delta
-        v: Float64 = np.asarray(self._v.get(name, np.full_like(delta, plan.tau**2)), np.float64)
+        v: Float64 = self._v.get(name, np.full_like(delta, plan.tau**2))
         if self._rule == "adagrad":
             v = v + square
         elif self._rule == "adam":
@@ -63,7 +63,7 @@ class Server(FedAvg):
         return beside("m", self._m) | beside("v", self._v)
 
     def load_state(self, arrays: Arrays) -> None:
-        self._m, self._v = of_kind("m", arrays), of_kind("v", arrays)
+        self._m, self._v = doubles(of_kind("m", arrays)), doubles(of_kind("v", arrays))
 
 
 FEDAVGM = Algorithm(partial(Server, rule="momentum"))

@@ -7,8 +7,9 @@ that with share = "body": `head_epochs` for the head first, then `body_epochs` f
 Server: the average of FedAvg over the shared arrays.
 """
 
+from config.schema import Local, Strategy
 from strategies.fedavg import FedAvg
-from strategies.local import Algorithm, Half, Outcome, Turn
+from strategies.local import Algorithm, Half, Outcome, Turn, steps_of
 
 
 class Client(Half):
@@ -19,6 +20,9 @@ class Client(Half):
         first = turn.fit(epochs=turn.settings.head_epochs, learns=lambda name: name not in shared)
         second = turn.fit(epochs=turn.settings.body_epochs, learns=lambda name: name in shared)
         return Outcome(turn.arrays(), _Both(first.steps + second.steps, second.losses))
+
+    def steps(self, settings: Strategy, local: Local, size: int) -> int:
+        return steps_of(local, size, settings.head_epochs) + steps_of(local, size, settings.body_epochs)
 
 
 class _Both:

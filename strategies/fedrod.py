@@ -22,7 +22,7 @@ from torch.func import functional_call
 from config.durable import Arrays
 from strategies.fedavg import FedAvg
 from strategies.local import Algorithm, Batch, Half, Outcome, Turn, watch
-from strategies.sharing import beside, of_kind
+from strategies.sharing import beside, doubles, of_kind
 
 KIND = "own"
 ABSENT = 1e-9
@@ -55,7 +55,9 @@ class Client(Half):
             balanced = False
             found = turn.loss(lambda _: both((features[-1],)), batches[-1])
             balanced = True
-            for parameter, slope in zip(own.parameters(), torch.autograd.grad(found, list(own.parameters())), strict=True):
+            for parameter, slope in zip(
+                own.parameters(), torch.autograd.grad(found, list(own.parameters())), strict=True
+            ):
                 parameter.grad = slope
             optimizer.step()
 
@@ -70,7 +72,7 @@ class Client(Half):
 
     def used(self, turn: Turn) -> Arrays:
         start, own = turn.start(), of_kind(KIND, turn.memory)
-        return {n: (v.astype(np.float64) + own[n]).astype(v.dtype) if n in own else v for n, v in start.items()}
+        return start | {n: (q + start[n].astype(np.float64)).astype(start[n].dtype) for n, q in doubles(own).items()}
 
 
 class _Own(nn.Module):

@@ -46,19 +46,36 @@ Term = Callable[[nn.Module, Batch, Mapping[str, Tensor]], Tensor]
 class Turn(Protocol):
     """What a client's half is given for one client in one round. Arrays are by state name; none may be written to."""
 
-    settings: schema.Strategy
-    local: schema.Local
-    roles: Roles
-    model: nn.Module
-    """The model that `fit` trains. It holds what `start` returns when the turn begins."""
-    received: Arrays
-    """The shared arrays as the server sent them."""
-    extra: Arrays
+    @property
+    def settings(self) -> schema.Strategy: ...
+    @property
+    def local(self) -> schema.Local: ...
+    @property
+    def roles(self) -> Roles: ...
+    @property
+    def model(self) -> nn.Module:
+        """The model that `fit` trains. It holds what `start` returns when the turn begins."""
+        ...
+
+    @property
+    def received(self) -> Arrays:
+        """The shared arrays as the server sent them."""
+        ...
+
+    @property
+    def extra(self) -> Arrays: ...
+
     """What the server sent beside them ("c@trunk.w")."""
-    memory: Arrays
-    """What this client's last turn left in `Outcome.memory`; empty before the first."""
-    size: int
-    """Training samples."""
+
+    @property
+    def memory(self) -> Arrays:
+        """What this client's last turn left in `Outcome.memory`; empty before the first."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Training samples."""
+        ...
 
     def start(self) -> Arrays:
         """The model's whole state as the client begins: what was received, its own personal layers, and what is fixed."""
@@ -133,6 +150,10 @@ class Half:
         fitted = turn.fit()
         return Outcome(turn.arrays(), fitted)
 
+    def steps(self, settings: schema.Strategy, local: schema.Local, size: int) -> int:
+        """Optimiser steps that `train` takes on `size` training samples, as its outcome reports them."""
+        return steps_of(local, size)
+
     def used(self, turn: Turn) -> Arrays:
         """The whole state of the model that the client would use, given what it now has and last received."""
         return turn.start()
@@ -161,6 +182,12 @@ class Algorithm:
     server: Callable[[Setup], Strategy]
     client: Half = field(default_factory=Half)
     own_start: bool = False
+
+
+def steps_of(local: schema.Local, size: int, epochs: int = 0) -> int:
+    """Optimiser steps of one training on `size` samples, as long as `[local]` says, or for so many epochs."""
+    batch = min(local.batch_size or size, size)
+    return epochs * -(-size // batch) if epochs else local.steps or local.epochs * -(-size // batch)
 
 
 def tensors(arrays: Arrays, like: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from config.durable import Arrays
+from config.schema import Local, Strategy
 from strategies.fedavg import FedAvg
-from strategies.local import Algorithm, Batch, Half, Outcome, Turn, watch
+from strategies.local import Algorithm, Batch, Half, Outcome, Turn, steps_of, watch
 
 DELTA = 1e-3
 """The finite difference's half width, along v."""
@@ -61,6 +62,9 @@ class Client(Half):
 
         fitted = turn.fit(repeat=self._batches, term=watch(seen), correct=step)
         return Outcome(turn.arrays(), fitted)
+
+    def steps(self, settings: Strategy, local: Local, size: int) -> int:
+        return self._batches * steps_of(local, size)
 
     def used(self, turn: Turn) -> Arrays:
         start = turn.start()

@@ -1,14 +1,14 @@
 """pFedMe: Dinh, Tran and Nguyen, Personalized Federated Learning with Moreau Envelopes (NeurIPS 2020), algorithm 1.
 
 Client i, on each batch: theta is found by `inner_steps` steps of rate `inner_lr` on f(theta; batch) + lambda/2
-|theta - w|^2, from where it last stood, at first from w; then w <- w - eta lambda (w - theta), eta = local.lr. The model used is theta.
-Server: w <- (1 - beta) w + beta mean(w_i), beta = server_lr.
+|theta - w|^2, from where it last stood, at first from w; then w <- w - eta lambda (w - theta), eta = local.lr.
+The model used is theta. Server: w <- (1 - beta) w + beta mean(w_i), beta = server_lr.
 """
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from config.durable import Arrays
 from strategies.fedavg import FedAvg
@@ -34,11 +34,11 @@ class Client(Half):
                     turn.loss(model, batches[-1]).backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     for name, theta in learning.items():
-                        slope = plan.lambda_ * (theta - w[name])
+                        slope = plan.pull * (theta - w[name])
                         slope += 0 if theta.grad is None else theta.grad
                         theta.sub_(slope, alpha=plan.inner_lr or turn.rate(name))
             for name, theta in learning.items():
-                w[name] -= turn.rate(name) * plan.lambda_ * (w[name] - theta.detach())
+                w[name] -= turn.rate(name) * plan.pull * (w[name] - theta.detach())
                 theta.grad = None  # so that the optimiser leaves theta where it is
 
         fitted = turn.fit(term=watch(batches), correct=step)

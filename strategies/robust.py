@@ -26,7 +26,7 @@ from config.schema import Strategy as Settings
 from config.seeds import numpy_generator
 from strategies.fedavg import FedAvg
 from strategies.local import Algorithm, Setup
-from strategies.sharing import from_record, name_weights, split_beside, to_record
+from strategies.sharing import doubles, from_record, name_weights, split_beside, to_record
 
 Moves = dict[str, npt.NDArray[np.float64]]
 
@@ -59,15 +59,16 @@ class Robust(FedAvg):
         groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
         senders: dict[str, list[tuple[int, float]]] = {}
         moves: dict[int, Moves] = {}
+        before = doubles(self._before)
         for message in replies:
             client = message.metadata.src_node_id
             update, _ = split_beside(from_record(message.content.array_records["arrays"]))
-            moves[client] = {n: v.astype(np.float64) - self._before[n] for n, v in update.items()}
+            moves[client] = {n: v - before[n] for n, v in doubles(update).items()}
             weights = name_weights(message.content.metric_records["metrics"], update, self.setup.equal_weights)
             for name, weight in weights.items():
                 senders.setdefault(name, []).append((client, weight))
-        for name, pairs in senders.items():
-            groups.setdefault(tuple(pairs), []).append(name)
+        for name, theirs in senders.items():
+            groups.setdefault(tuple(theirs), []).append(name)
         if not groups:
             return None, None
         steps: Moves = {}
@@ -167,9 +168,7 @@ MEDIAN = _algorithm(partial(flowers, lambda s: FedMedian()))
 TRIMMED_MEAN = _algorithm(partial(flowers, lambda s: FedTrimmedAvg(beta=s.trim)))
 KRUM = _algorithm(partial(flowers, lambda s: Krum(num_malicious_nodes=s.byzantine)))
 MULTI_KRUM = _algorithm(multi_krum)
-BULYAN = _algorithm(
-    partial(flowers, lambda s: Bulyan(num_malicious_nodes=s.byzantine, selection_rule=repeated_krum))
-)
+BULYAN = _algorithm(partial(flowers, lambda s: Bulyan(num_malicious_nodes=s.byzantine, selection_rule=repeated_krum)))
 GEOMETRIC_MEDIAN = _algorithm(geometric_median)
 CENTRED_CLIPPING = _algorithm(centred_clipping)
 NORM_BOUND = _algorithm(partial(centred_clipping, once=True))

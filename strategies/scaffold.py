@@ -11,6 +11,7 @@ gradient. An array that only some clients train (a head) has these as its N, bec
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from config.durable import Arrays
@@ -18,7 +19,7 @@ from strategies.blocks import WeightedSum
 from strategies.fedavg import FedAvg
 from strategies.fednova import normaliser
 from strategies.local import Algorithm, Half, Outcome, Setup, Turn, gradient_of, tensors
-from strategies.sharing import beside, of_kind
+from strategies.sharing import beside, doubles, of_kind
 
 KIND = "c"
 """The server's c travels as "c@name", and the change of the client's comes back under the same name."""
@@ -28,10 +29,10 @@ class Client(Half):
     """Steps corrected by c - c_i; c_i is the client's memory."""
 
     def train(self, turn: Turn) -> Outcome:
-        ours = of_kind(KIND, turn.memory)
-        theirs = of_kind(KIND, turn.extra)
+        theirs, before = doubles(of_kind(KIND, turn.extra)), doubles(turn.received)
+        ours = {n: np.zeros_like(c) for n, c in theirs.items()} | doubles(of_kind(KIND, turn.memory))
         parameters = dict(turn.model.named_parameters())
-        difference = tensors({n: c - ours.get(n, np.zeros_like(c)) for n, c in theirs.items()}, parameters)
+        difference = tensors({n: (c - ours[n]).astype(np.float32) for n, c in theirs.items()}, parameters)
         moved: set[str] = set()
 
         def correct(learning: Mapping[str, nn.Parameter]) -> None:
@@ -40,15 +41,14 @@ class Client(Half):
                 moved.add(name)
 
         fitted = turn.fit(correct=correct)
-        model, before = turn.arrays(), turn.received
+        model = turn.arrays()
+        after = doubles(model)
         steps = normaliser(fitted.steps, turn.local.momentum)
         memory, change = {}, {}
         for name, c in theirs.items():
-            old = ours.get(name, np.zeros_like(c)).astype(np.float64)
-            mean = (before[name].astype(np.float64) - model[name]) / (steps * turn.rate(name))
-            new = old - c + mean if name in moved else old
-            memory[name] = new.astype(np.float32)
-            change[name] = (memory[name] - old).astype(np.float32)
+            mean = (before[name] - after[name]) / (steps * turn.rate(name))
+            memory[name] = (ours[name] - c + mean if name in moved else ours[name]).astype(np.float32)
+            change[name] = (memory[name] - ours[name]).astype(np.float32)
         return Outcome(model, fitted, beside(KIND, change), beside(KIND, memory))
 
 
@@ -57,7 +57,7 @@ class Server(FedAvg):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self._c: Arrays = {}
+        self._c: dict[str, npt.NDArray[np.float64]] = {}
 
     def extra(self, arrays: Arrays) -> Arrays:
         for name in self.setup.roles.learned_together:
@@ -65,7 +65,7 @@ class Server(FedAvg):
         return beside(KIND, {name: c.astype(np.float32) for name, c in self._c.items()})
 
     def combine(self, total: WeightedSum, before: Arrays) -> Arrays:
-        for name, change in of_kind(KIND, total.sums).items():
+        for name, change in doubles(of_kind(KIND, total.sums)).items():
             self._c[name] = self._c[name] + change / self.setup.holders[name]
         return super().combine(total, before)
 
@@ -73,7 +73,7 @@ class Server(FedAvg):
         return beside(KIND, self._c)
 
     def load_state(self, arrays: Arrays) -> None:
-        self._c = of_kind(KIND, arrays)
+        self._c = doubles(of_kind(KIND, arrays))
 
 
 SCAFFOLD = Algorithm(Server, Client())

@@ -145,6 +145,11 @@ def split_beside(arrays: Mapping[str, npt.NDArray[np.generic]]) -> tuple[Arrays,
     return own, {name: value for name, value in arrays.items() if BESIDE in name}
 
 
+def doubles(arrays: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.float64]]:
+    """The arrays in float64, in which everything is combined."""
+    return {name: value.astype(np.float64) for name, value in arrays.items()}
+
+
 def to_record(arrays: Mapping[str, npt.NDArray[np.generic]]) -> ArrayRecord:
     """Named arrays as Flower's ArrayRecord, in the given order. Zero-dimensional arrays keep their shape."""
     return ArrayRecord({name: Array(np.asarray(value)) for name, value in arrays.items()})
