@@ -34,7 +34,7 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
     cohorts = [draw_cohort(experiment, r, sizes, schedule) for r in range(1, experiment.run.rounds + 1)]
     steps = [half.client.steps(experiment.strategy, experiment.local, n) for n in sizes]
     arrays = {n: start[n] for n in parts.shared}
-    strategy = make_strategy(experiment, setup(experiment, task, parts))
+    strategy = make_strategy(setup(experiment, task, parts))
     beside = strategy.extra(arrays) if isinstance(strategy, FedAvg) else {}
     shared = 0 if pooled else nbytes(arrays | beside)
     own = start if half.own_start else (*parts.personal, *parts.fixed)

@@ -90,7 +90,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     exchange = Exchange(grid, run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     arrays = {n: start[n] for n in parts.shared}
     seen = view(task, model, frozen=parts.trunk_is_frozen)
-    strategy = make_strategy(experiment, setup(experiment, task, parts))
+    strategy = make_strategy(setup(experiment, task, parts))
     sizes, schedule = [len(c.train) for c in task.split.clients], read_schedule(experiment)
     session = Session(
         experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, sizes, schedule

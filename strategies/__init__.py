@@ -6,7 +6,6 @@ from flwr.serverapp.strategy import Strategy
 
 from config.algorithms import ALGORITHMS
 from config.errors import UserError
-from config.schema import Experiment
 from strategies.local import Algorithm, Setup
 
 
@@ -31,6 +30,6 @@ def algorithm(name: str) -> Algorithm:
     return found
 
 
-def make_strategy(experiment: Experiment, setup: Setup) -> Strategy:
+def make_strategy(setup: Setup) -> Strategy:
     """The server's half of the algorithm that `strategy.name` asks for."""
-    return algorithm(experiment.strategy.name).server(setup)
+    return algorithm(setup.settings.name).server(setup)

@@ -38,7 +38,7 @@ class Client(Half):
         fitted = turn.fit(correct=correct)
         model = turn.arrays()
         now, then = doubles(model), doubles(before)
-        new = {n: (old - alpha * (now[n] - then[n])).astype(np.float32) for n, old in doubles(h).items()}
+        new = {n: (old - alpha * (now[n] - then[n])).astype(model[n].dtype) for n, old in doubles(h).items()}
         return Outcome(model, fitted, memory=beside(KIND, new))
 
 

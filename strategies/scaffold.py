@@ -32,7 +32,7 @@ class Client(Half):
         theirs, before = doubles(of_kind(KIND, turn.extra)), doubles(turn.received)
         ours = {n: np.zeros_like(c) for n, c in theirs.items()} | doubles(of_kind(KIND, turn.memory))
         parameters = dict(turn.model.named_parameters())
-        difference = tensors({n: (c - ours[n]).astype(np.float32) for n, c in theirs.items()}, parameters)
+        difference = tensors({n: (c - ours[n]).astype(turn.received[n].dtype) for n, c in theirs.items()}, parameters)
         moved: set[str] = set()
 
         def correct(learning: Mapping[str, nn.Parameter]) -> None:
@@ -47,8 +47,9 @@ class Client(Half):
         memory, change = {}, {}
         for name, c in theirs.items():
             mean = (before[name] - after[name]) / (steps * turn.rate(name))
-            memory[name] = (ours[name] - c + mean if name in moved else ours[name]).astype(np.float32)
-            change[name] = (memory[name] - ours[name]).astype(np.float32)
+            new = ours[name] - c + mean if name in moved else ours[name]
+            memory[name] = new.astype(model[name].dtype)
+            change[name] = (memory[name] - ours[name]).astype(model[name].dtype)
         return Outcome(model, fitted, beside(KIND, change), beside(KIND, memory))
 
 
@@ -62,7 +63,7 @@ class Server(FedAvg):
     def extra(self, arrays: Arrays) -> Arrays:
         for name in self.setup.roles.learned_together:
             self._c.setdefault(name, np.zeros(arrays[name].shape, np.float64))
-        return beside(KIND, {name: c.astype(np.float32) for name, c in self._c.items()})
+        return beside(KIND, {name: c.astype(arrays[name].dtype) for name, c in self._c.items()})
 
     def combine(self, total: WeightedSum, before: Arrays) -> Arrays:
         for name, change in doubles(of_kind(KIND, total.sums)).items():
