@@ -49,7 +49,7 @@ class Client(Half):
             mean = (before[name] - after[name]) / (steps * turn.rate(name))
             new = ours[name] - c + mean if name in moved else ours[name]
             memory[name] = new.astype(model[name].dtype)
-            change[name] = (memory[name] - ours[name]).astype(model[name].dtype)
+            change[name] = (memory[name].astype(np.float64) - ours[name]).astype(model[name].dtype)
         return Outcome(model, fitted, beside(KIND, change), beside(KIND, memory))
 
 

@@ -34,9 +34,8 @@ def test_the_world_is_as_told() -> None:
                 one[name] = one[name].copy()
                 one[name][index] += sign * 1e-6
             x, y = data(plan, 1)
-            losses = [
-                np.mean((x @ m["trunk.weight"].T @ m["heads.y.weight"][0] + m["heads.y.bias"] - y) ** 2) for m in moved
-            ]
+            ends = [x @ m["trunk.weight"].T @ m["heads.y.weight"][0] + m["heads.y.bias"] for m in moved]
+            losses = [np.mean((end - y) ** 2) for end in ends]
             assert value[index] == pytest.approx((losses[0] - losses[1]) / 2e-6, abs=1e-8)
 
 
@@ -103,11 +102,11 @@ def test_fedprox(tmp_path: Path) -> None:
 
 def test_fednova(tmp_path: Path) -> None:
     """Wang et al. 2020, equation 6 and algorithm 1, client 0 with one step, client 1 with two (batches of at most 3)."""
-    plan = experiment(
-        "strategy.name=fednova", "local.batch_size=3", "local.epochs=1", "run.rounds=1", "strategy.server_lr=0.9"
-    )
-    one_epoch = experiment("local.batch_size=3", "local.epochs=1", "run.rounds=1", "strategy.share=none")
-    run(one_epoch, tmp_path / "alone")  # where each client ends, whatever its batches are
+    once = ("local.batch_size=3", "local.epochs=1", "run.rounds=1")
+    plan = experiment("strategy.name=fednova", "strategy.server_lr=0.9", *once)
+    run(
+        experiment("strategy.share=none", *once), tmp_path / "alone"
+    )  # where each client ends, whatever its batches are
     w, ends = start(plan), [stored(tmp_path / "alone", c, 1) for c in (0, 1)]
     tau = [1.0, 2.0]
     p = [n / sum(N) for n in N]
