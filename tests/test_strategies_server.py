@@ -4,15 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from two_clients import LR, State, data, descend, double, experiment, gradient, mean, run, same, start, step, stored
+from two_clients import LR, N, State, data, descend, double, experiment, gradient, mean, run, same, start, step, stored
 
 from strategies.sharing import beside, of_kind
 
 pytestmark = pytest.mark.usefixtures("double")
 __all__ = ["double"]
-
-N = [3.0, 6.0]
-"""Training points of the clients: three fifths of 5 and of 10."""
 
 
 def averages(w: State, rounds: int = 2) -> State:
