@@ -20,7 +20,7 @@ from config.errors import RunStopped, UserError
 from config.schema import Experiment
 from server import checkpoints
 from server.admission import Verdict, admit
-from server.cohorts import call, read_schedule
+from server.cohorts import call, read_schedule, unseen
 from server.evaluation import Scores, add_confusion, describe, over_clients, read_confusion
 from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
@@ -121,15 +121,14 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
 
 
 def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
-    """What the strategy is made with. A head is trained by the clients that have a sample labelled for its target."""
-    clients = experiment.partition.clients
-    holders = dict.fromkeys(parts.shared, clients)
+    """What the strategy is made with. A head is trained by the clients that hold its target; unseen ones train nothing."""
+    holders = dict.fromkeys(parts.shared, experiment.participants)
+    held = task.held[[c for c in range(experiment.partition.clients) if c not in unseen(experiment)]]
     for target in task.targets:
-        known = target.known(task.dataset.train.y[target.name])
-        count = sum(bool(known[torch.from_numpy(c.train)].any()) for c in task.split.clients)
+        count = int(held[:, experiment.task.targets.index(target.name)].sum())
         holders |= {name: count for name in parts.shared if name.startswith(f"{HEADS}{target.name}.")}
     settings, seed = experiment.strategy, experiment.run.seed
-    return Setup(settings, experiment.local, seed, clients, parts, holders, experiment.equal_weights)
+    return Setup(settings, experiment.local, seed, parts, holders, experiment.equal_weights)
 
 
 def play_round(session: Session, round_: int) -> None:

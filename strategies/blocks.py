@@ -96,16 +96,16 @@ def add(blocks: Iterable[WeightedSum]) -> WeightedSum:
 
 
 def mean(total: WeightedSum, before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
-    """Sum over weight for each name of `before`, in the dtype that it had. A name that nobody sent stays as it was.
-    Integer arrays are rounded to the nearest."""
+    """Sum over weight for each name of `before`, `as_before`. A name that nobody sent stays as it was."""
     result: Arrays = {}
     for name, old in before.items():
-        if name not in total.sums:
-            result[name] = old
-            continue
-        value = total.sums[name] / total.weights[name]
-        result[name] = (np.rint(value) if np.issubdtype(old.dtype, np.integer) else value).astype(old.dtype)
+        result[name] = as_before(total.sums[name] / total.weights[name], old) if name in total.sums else old
     return result
+
+
+def as_before(value: npt.NDArray[np.float64], old: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """The value in the dtype that it had; integers are rounded to the nearest."""
+    return (np.rint(value) if np.issubdtype(old.dtype, np.integer) else value).astype(old.dtype)
 
 
 def average(blocks: Iterable[WeightedSum], before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:

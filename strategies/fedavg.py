@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from config.durable import Arrays
-from strategies.blocks import WeightedSum, add, mean
+from strategies.blocks import WeightedSum, add, as_before, mean
 from strategies.local import Algorithm, Setup
 from strategies.packing import block_of
 from strategies.sharing import from_record, to_record
@@ -55,12 +55,8 @@ class FedAvg(Strategy):
         moved by the whole step, whatever the rate: they are no parameters."""
         rates = dict.fromkeys(self.setup.roles.buffers, 1.0)
         rate = self.setup.settings.server_lr
-        return {
-            name: (old.astype(np.float64) + rates.get(name, rate) * step[name]).astype(old.dtype)
-            if name in step
-            else old
-            for name, old in before.items()
-        }
+        new = {name: before[name].astype(np.float64) + rates.get(name, rate) * move for name, move in step.items()}
+        return {name: as_before(new[name], old) if name in new else old for name, old in before.items()}
 
     def judge(self, metrics: Mapping[str, Any], size: int) -> str:
         """Why a reply's metrics cannot be used by this strategy, or "". `size`: the client's declared samples."""

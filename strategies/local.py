@@ -161,12 +161,11 @@ class Half:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the server's half is made with. holders: for each array's name, how many clients train it at all."""
+    """What the server's half is made with. holders: for each array's name, how many clients may ever train it."""
 
     settings: schema.Strategy
     local: schema.Local
     seed: int
-    clients: int
     roles: Roles
     holders: Mapping[str, int]
     equal_weights: bool

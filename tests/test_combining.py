@@ -113,7 +113,7 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
         replies = [reply(c, None if c in inside else updates[c], **{"num-examples": sizes[c]}) for c in sorted(cohort)]
         verdict = admit(replies, sums, before, sizes)
         plan, parts = load("fedavg"), Roles(("w",), ("w",), (), ())
-        setup = Setup(plan.strategy, plan.local, 0, 61, parts, {"w": 61}, equal_weights=False)
+        setup = Setup(plan.strategy, plan.local, 0, parts, {"w": 61}, equal_weights=False)
         strategy = make_strategy(setup)
         list(strategy.configure_train(1, to_record(before), ConfigRecord(), Cohort(sorted(cohort))))
         mean, _ = strategy.aggregate_train(1, combine_order(sorted(cohort), verdict))
