@@ -46,7 +46,7 @@ def train(message: Message, context: Context) -> Message:
     node = open_node(context)
     answers = answer(node, requests, train_client)
     sent = from_record(requests[0].content.array_records["arrays"])
-    return Message(pack_replies(add_up(node.experiment, answers, sent, blocks)), reply_to=message)
+    return Message(pack_replies(add_up(node, answers, sent, blocks)), reply_to=message)
 
 
 @app.evaluate()

@@ -21,9 +21,10 @@ from config.load import from_flat, to_flat
 from config.schema import Experiment
 from strategies import algorithm
 from strategies.attacks import ON_LABELS, attackers
-from strategies.blocks import WeightedSum, fault, weighted_sum
+from strategies.blocks import WeightedSum, weighted_sum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
+from strategies.replies import arrays_fault, weight_fault
 from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles_of, split_beside, to_record
 from tasks.evaluation import evaluate, examine
 from tasks.features import View, view
@@ -182,9 +183,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
     return replace(turn, data=data)
 
 
-def add_up(
-    experiment: Experiment, answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]
-) -> NodeReply:
+def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:
     """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
 
     Such a block goes to the server client by client, where each reply is judged alone.
@@ -193,19 +192,26 @@ def add_up(
     sums: dict[int, WeightedSum] = {}
     for index, clients in blocks:
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
-        for content in (contents[c].content for c in clients):
-            arrays = from_record(content.array_records["arrays"]) if content else {}
-            metrics = content.metric_records["metrics"] if content else {}
-            weights = name_weights(metrics, sent, experiment.equal_weights) if content else {}
-            if content is None or fault(arrays, sent, weights, experiment.cohort.max_norm):
+        for client in clients:
+            content, size = contents[client].content, _size(node, client)
+            if content is None or weight_fault(content.metric_records.get("metrics"), size):
                 break
-            updates.append((weights, arrays))
+            if arrays_fault(content, sent, node.experiment.cohort.max_norm):
+                break
+            weights = name_weights(content.metric_records["metrics"], sent, node.experiment.equal_weights)
+            updates.append((weights, from_record(content.array_records["arrays"])))
         else:
             sums[index] = weighted_sum(updates)
             for client in clients:
                 contents[client].summed = True
                 cast(RecordDict, contents[client].content).pop("arrays")
     return NodeReply(answers, sums)
+
+
+def _size(node: Node, client: int) -> int:
+    """The training samples that the client may have had in this round."""
+    pooled = node.experiment.run.placement == "pooled"
+    return len(node.task.pool() if pooled else node.task.client(client).train)
 
 
 def _store(node: Node, request: Request) -> Store:

@@ -1,16 +1,16 @@
 """Admission: each reply of a round is judged alone before anything is combined. One bad client costs that client."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
-from flwr.app import Message, MetricRecord
+from flwr.app import Message
 
 from config.durable import Arrays
 from strategies.blocks import WeightedSum, fault
-from strategies.sharing import from_record, name_weights
+from strategies.replies import arrays_fault, weight_fault
+from strategies.sharing import name_weights
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
 Judge = Callable[[Mapping[str, Any], int], str]
@@ -78,24 +78,9 @@ def _reason(reply: Message, sent: Arrays, size: int, inside: bool, max_norm: flo
     if reply.has_error():
         return str(reply.error.reason)
     content = reply.content
-    metrics = content.metric_records.get("metrics") or MetricRecord()
-    weight = metrics.get("num-examples")
-    if not _number(weight) or weight <= 0:
-        return f"num-examples is {weight!r}; it must be a positive number"
-    if weight > size:
-        return f"num-examples is {weight!r}, more than the {size} training samples declared at roll call"
-    for key, value in metrics.items():
-        if key.startswith("num-examples/") and not (_number(value) and 0 <= value <= weight):
-            return f"{key} is {value!r}; it must be a number from 0 to num-examples = {weight!r}"
-    if inside:
-        return ""
-    record = content.array_records.get("arrays")
-    if record is None:
-        return "its reply has no arrays"
-    try:
-        return fault(from_record(record), sent, name_weights(metrics, sent), max_norm)
-    except (TypeError, ValueError) as error:
-        return f"its arrays cannot be read: {error}"
+    if reason := weight_fault(content.metric_records.get("metrics"), size):
+        return reason
+    return "" if inside else arrays_fault(content, sent, max_norm)
 
 
 def _sum_reason(total: WeightedSum, sent: Arrays, clients: Sequence[Mapping[str, float]]) -> str:
@@ -103,7 +88,3 @@ def _sum_reason(total: WeightedSum, sent: Arrays, clients: Sequence[Mapping[str,
     if total.weights != {name: weight for name, weight in weights.items() if weight > 0}:
         return "the sum's weight is not that of its clients"
     return fault(total.sums, {name: value.astype(np.float64) for name, value in sent.items()}, weights)
-
-
-def _number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from strategies.blocks import cut, weighted_sum
 from strategies.fedavg import FedAvg
 from strategies.local import Setup
 from strategies.packing import block_message
+from strategies.replies import arrays_fault, weight_fault
 from strategies.sharing import HEADS, Roles, from_record, name_weights, nbytes, roles_of, to_record
 from tasks.evaluation import load_into, predict
 from tasks.features import View, view
@@ -227,9 +228,9 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
     sent = from_record(messages[0].content.array_records["arrays"]) if messages else session.arrays
     sums_only, attacked = bool(getattr(strategy, "needs_sums_only", False)), attackers(experiment)
     replies, sums = session.exchange.send(messages, whole_blocks=sums_only and not attacked)
-    if attacked and experiment.attack.kind != "label-flip":
-        _attack(replies, attacked, sent, experiment, round_)
     sizes = {0: len(session.task.pool())} if pooled else session.exchange.sizes
+    if attacked and experiment.attack.kind != "label-flip":
+        _attack(replies, attacked, sent, sizes, experiment, round_)
     verdict = admit(
         replies,
         sums,
@@ -245,10 +246,21 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
     return Tried(called.asked, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only)
 
 
-def _attack(replies: Sequence[Message], bad: frozenset[int], sent: Arrays, experiment: Experiment, round_: int) -> None:
-    """Put what the attackers send in the place of what they trained."""
+def _attack(
+    replies: Sequence[Message],
+    bad: frozenset[int],
+    sent: Arrays,
+    sizes: Mapping[int, int],
+    experiment: Experiment,
+    round_: int,
+) -> None:
+    """Put what the attackers send in the place of what they trained. They look at sound replies alone."""
     came = {m.metadata.src_node_id: m.content for m in replies if not m.has_error()}
-    updates = {client: from_record(content.array_records["arrays"]) for client, content in came.items()}
+    updates = {
+        client: from_record(content.array_records["arrays"])
+        for client, content in came.items()
+        if not weight_fault(content.metric_records.get("metrics"), sizes[client]) and not arrays_fault(content, sent)
+    }
     for client, arrays in attack(updates, bad, sent, experiment.attack, experiment.run.seed, round_).items():
         came[client]["arrays"] = to_record(arrays)
 
