@@ -51,3 +51,9 @@ ROBUST = (
     "norm-bound",
 )
 """Aggregators that judge each client's update beside the others'."""
+
+
+def least_updates(name: str, byzantine: int) -> int:
+    """How many updates an aggregator needs to withstand so many attackers: Blanchard et al. 2017 for Krum, El Mhamdi et
+    al. 2018 for Bulyan; the others combine whatever there is."""
+    return {"krum": 2 * byzantine + 3, "multi-krum": 2 * byzantine + 3, "bulyan": 4 * byzantine + 3}.get(name, 1)

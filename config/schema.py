@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from config.algorithms import ALGORITHMS, NORMALISED, ROBUST, SUMMED_EQUALLY
+from config.algorithms import ALGORITHMS, NORMALISED, ROBUST, SUMMED_EQUALLY, least_updates
 
 
 def _listed(value: Any) -> Any:
@@ -448,7 +448,7 @@ class Experiment(Section):
                 f"write strategy.bucket = 1, or one of {', '.join(ROBUST)}"
             )
         updates = -(-self.cohort_size // self.strategy.bucket)
-        needed = {"krum": 2 * f + 3, "multi-krum": 2 * f + 3, "bulyan": 4 * f + 3}.get(name, 1)
+        needed = least_updates(name, f)
         if updates < needed:
             raise ValueError(
                 f'strategy.byzantine = {f} with strategy.name = "{name}" needs {needed} updates or more, and a cohort of '

@@ -10,6 +10,7 @@ their digits in float32. Arrays that the same clients trained with the same weig
 only some clients train is judged among these.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +23,14 @@ from flwr.serverapp.strategy import Bulyan, FedMedian, FedTrimmedAvg, Krum, Mult
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
+from config.algorithms import least_updates
 from config.schema import Strategy as Settings
 from config.seeds import numpy_generator
 from strategies.fedavg import FedAvg
 from strategies.local import Algorithm, Setup
 from strategies.sharing import doubles, from_record, name_weights, split_beside, to_record
+
+log = logging.getLogger("meadow.server")
 
 Moves = dict[str, npt.NDArray[np.float64]]
 
@@ -39,12 +43,14 @@ class Update:
     moves: Moves
 
 
-Rule = Callable[[Sequence[Update], Settings], Moves | None]
-"""Combines updates that all have the same names; None if there are too few of them."""
+Rule = Callable[[Sequence[Update], Settings], Moves]
+"""Combines updates, one or more, that all have the same names."""
 
 
 class Robust(FedAvg):
-    """x <- x + server_lr * rule(the clients' moves)."""
+    """x <- x + server_lr * rule(the clients' moves). Arrays of which too few updates came for the rule to withstand
+    `byzantine` attackers among them stay as they were.
+    """
 
     needs_sums_only = False
 
@@ -75,7 +81,14 @@ class Robust(FedAvg):
         for pairs, names in groups.items():
             updates = [Update(weight, {n: moves[client][n] for n in names}) for client, weight in pairs]
             draw = numpy_generator(self.setup.seed, "bucket", server_round)
-            steps |= self._rule(bucketed(updates, self.setup.settings.bucket, draw), self.setup.settings) or {}
+            given, plan = bucketed(updates, self.setup.settings.bucket, draw), self.setup.settings
+            if (needed := least_updates(plan.name, plan.byzantine)) > len(given) and plan.byzantine:
+                log.warning(
+                    "round %d: %s stay as they were: %s with strategy.byzantine = %d needs %d updates, there are %d",
+                    *(server_round, ", ".join(names), plan.name, plan.byzantine, needed, len(given)),
+                )
+                continue
+            steps |= self._rule(given, plan)
         return to_record(self.stepped(steps, self._before)), None
 
 
@@ -128,7 +141,7 @@ def centred_clipping(updates: Sequence[Update], settings: Settings, once: bool =
     return v
 
 
-def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update], settings: Settings) -> Moves | None:
+def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update], settings: Settings) -> Moves:
     """Let one of Flower's strategies combine the moves: it gets them as it would get models."""
     replies = []
     for update in updates:
@@ -137,7 +150,8 @@ def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update],
         )
         replies.append(Message(content, dst_node_id=0, message_type="train"))
     arrays, _ = make(settings).aggregate_train(0, replies)
-    return None if arrays is None else cast(Moves, from_record(arrays))
+    assert arrays is not None  # there are updates, and enough of them
+    return cast(Moves, from_record(arrays))
 
 
 def repeated_krum(contents: list[RecordDict], byzantine: int, count: int) -> list[RecordDict]:
@@ -155,7 +169,7 @@ def _multi_krum(settings: Settings, replies: int) -> MultiKrum:
     return MultiKrum(num_malicious_nodes=settings.byzantine, num_nodes_to_select=keep)
 
 
-def multi_krum(updates: Sequence[Update], settings: Settings) -> Moves | None:
+def multi_krum(updates: Sequence[Update], settings: Settings) -> Moves:
     """Flower's Multi-Krum; `keep` = 0 keeps all but `byzantine` of those that came."""
     return flowers(lambda s: _multi_krum(s, len(updates)), updates, settings)
 

@@ -15,7 +15,6 @@ import client.node
 import server.rounds
 from config.algorithms import ALGORITHMS
 from config.durable import Arrays
-from config.schema import Experiment
 from server.checkpoints import latest
 from strategies.sharing import from_record, to_record
 
@@ -79,8 +78,8 @@ def poisoned_runs(
     clients = HONEST + len(poisons)
     experiment = small(
         "fedavg", f"strategy.name={name}", f"strategy.share={share}", f"partition.clients={clients}", "run.rounds=2",
-        "task.hidden=4", "partition.law=iid", "partition.min_size=3", "local.steps=2", "evaluate.on=global",
-        "cohort.max_norm=1e6",
+        "task.hidden=4", "partition.law=iid", "partition.min_size=3", "local.steps=1", "evaluate.on=global",
+        "evaluate.every=2", "cohort.max_norm=1e6",
     )  # fmt: skip
     honest = client.node.train_client
     kinds = dict(enumerate(poisons.values(), start=1))  # client 0 is honest, and so are the last ones
@@ -137,14 +136,3 @@ def test_a_second_reply_does_not_count(name: str, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(server.rounds, "admit", twice)
     assert run_inline(experiment, tmp_path / "twice")["model_sha256"] == expected["model_sha256"]
-
-
-def test_a_good_reply_of_every_strategy_is_admitted(tmp_path: Path) -> None:
-    """The table is no proof if honest clients were refused as well."""
-    for name in ALGORITHMS:
-        share = "body" if name in ("fedalt", "fedrep") else "all"
-        experiment: Experiment = small(
-            "fedavg", f"strategy.name={name}", f"strategy.share={share}", "run.rounds=1", "local.steps=2"
-        )
-        run_inline(experiment, tmp_path / name)
-        assert json.loads((tmp_path / name / "rounds.jsonl").read_text())["failed"] == []
