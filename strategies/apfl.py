@@ -15,7 +15,8 @@ from torch import nn
 
 from config.durable import Arrays
 from strategies.fedavg import FedAvg
-from strategies.local import Algorithm, Batch, Half, Outcome, Turn, watch
+from strategies.hooks import watch
+from strategies.local import Algorithm, Batch, Half, Outcome, Turn
 from strategies.sharing import beside, doubles, of_kind
 
 KIND = "own"

@@ -7,7 +7,8 @@ It never feeds what is shared. Server: the average of FedAvg.
 
 from config.durable import Arrays
 from strategies.fedavg import FedAvg
-from strategies.local import Algorithm, Half, Outcome, Turn, pull
+from strategies.hooks import pull
+from strategies.local import Algorithm, Half, Outcome, Turn
 from strategies.sharing import beside, of_kind
 
 KIND = "own"

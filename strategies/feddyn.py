@@ -15,7 +15,8 @@ from torch import nn
 from config.durable import Arrays
 from strategies.blocks import WeightedSum, mean
 from strategies.fedavg import FedAvg, changes
-from strategies.local import Algorithm, Half, Outcome, Setup, Turn, gradient_of, pull, tensors
+from strategies.hooks import gradient_of, pull, tensors
+from strategies.local import Algorithm, Half, Outcome, Setup, Turn
 from strategies.sharing import beside, doubles, of_kind
 
 KIND = "h"

@@ -4,7 +4,8 @@ Client: minimise F_k(w) + mu/2 |w - w^t|^2 (equation 2), w^t what was received. 
 """
 
 from strategies.fedavg import FedAvg
-from strategies.local import Algorithm, Half, Outcome, Turn, pull
+from strategies.hooks import pull
+from strategies.local import Algorithm, Half, Outcome, Turn
 
 
 class Client(Half):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from config.durable import Arrays
 from config.schema import Local, Strategy
 from strategies.fedavg import FedAvg
-from strategies.local import Algorithm, Batch, Half, Outcome, Turn, steps_of, watch
+from strategies.hooks import watch
+from strategies.local import Algorithm, Batch, Half, Outcome, Turn, steps_of
 
 DELTA = 1e-3
 """The finite difference's half width, along v."""

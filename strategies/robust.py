@@ -31,6 +31,7 @@ from strategies.local import Algorithm, Setup
 from strategies.sharing import doubles, from_record, name_weights, split_beside, to_record
 
 log = logging.getLogger("meadow.server")
+logging.getLogger("flwr").addFilter(lambda line: "Received %s results" not in str(line.msg))  # at each of our calls
 
 Moves = dict[str, npt.NDArray[np.float64]]
 

@@ -18,7 +18,8 @@ from config.durable import Arrays
 from strategies.blocks import WeightedSum
 from strategies.fedavg import FedAvg
 from strategies.fednova import normaliser
-from strategies.local import Algorithm, Half, Outcome, Setup, Turn, gradient_of, tensors
+from strategies.hooks import gradient_of, tensors
+from strategies.local import Algorithm, Half, Outcome, Setup, Turn
 from strategies.sharing import beside, doubles, of_kind
 
 KIND = "c"

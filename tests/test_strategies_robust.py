@@ -35,6 +35,7 @@ from strategies.robust import (
     multi_krum,
     weighted_mean,
 )
+from tasks.task import initial_state, open_task
 
 Floats = npt.NDArray[np.float64]
 
