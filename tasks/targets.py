@@ -104,8 +104,9 @@ def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[
     """The targets of these names with their numbers: (targets, training pool, test set).
 
     A target's kind is that of `kinds`, else of the reader, else told by its values: "class" for text, for an array of
-    whole numbers, and where all are whole numbers of which at most 100 differ; "value" for other numbers. Raises UserError for an unknown column, a class that the kind does not know, a value
-    that is no number, and a column of another shape than the kind's.
+    whole numbers, and where all are whole numbers of which at most 100 differ; "value" for other numbers. Raises
+    UserError for an unknown column, a class that the kind does not know, a value that is no number, and a column of
+    another shape than the kind's.
     """
     assert raw.test is not None
     for name in names:
