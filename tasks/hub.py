@@ -82,7 +82,7 @@ def _split(name: str, splits: dict[str, Any], setting: str, split: str) -> Any:
 
 def _feature(split: Any, inputs: tuple[str, ...]) -> str:
     """What the one input column is: "Image", "string", or something else."""
-    feature = split.features.get(inputs[0]) if len(inputs) == 1 else None
+    feature: Any = split.features.get(inputs[0]) if len(inputs) == 1 else None
     if type(feature).__name__ == "Value":
         return "string" if feature.dtype in ("string", "large_string") else str(feature.dtype)
     return type(feature).__name__

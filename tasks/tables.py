@@ -82,7 +82,8 @@ def read_table(path: Path) -> Table:
     """The table in a file, by its name: .csv, .tsv, .jsonl, each also with .xz or .gz behind.
 
     CSV and TSV have a header; empty lines are passed over. JSON lines have an object a line; all have the keys of the first
-    one, whose values are texts, numbers, booleans, null, or lists of them (joined by "|"). Raises UserError for what is missing or malformed.
+    one, whose values are texts, numbers, booleans, null, or lists of them (joined by "|"). Raises UserError for what is
+    missing or malformed.
     """
     kind = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     if kind not in FORMATS:
@@ -155,7 +156,7 @@ def _rows(path: Path, text: str, kind: str) -> Iterator[tuple[int, dict[str, str
             else:
                 yield line, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+        raise UserError(f"{path}, line {begin}: {error}, in the row that begins here") from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
