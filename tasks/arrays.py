@@ -126,7 +126,8 @@ def _samples(task: Task, path: Path, name: str, array: npt.NDArray[Any]) -> Tens
                 f'task.{setting} = {value!r}: "{name}" of {path} is {array.dtype} of shape {array.shape}, where images are '
                 "uint8 of shape (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w)"
             )
-    samples = array.astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told below
+        samples = array.astype(np.float32)
     if not np.isfinite(samples).all():
         row = int(np.flatnonzero(~np.isfinite(samples.reshape(len(samples), -1)).all(1))[0]) + 1
         raise UserError(f'{path}: "{name}", row {row}, has a number that is not finite; fill or leave out such samples')

@@ -51,7 +51,7 @@ def decode_files(paths: Sequence[Path], where: Callable[[int], str], size: int, 
     def decode(i: int) -> Pixels:
         try:
             with Image.open(paths[i]) as image:
-                return _pixels(image, size, channels)
+                return pixels(image, size, channels)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{where(i)}: {paths[i]} cannot be taken as an image: {error}") from None
 
@@ -66,7 +66,7 @@ def convert_images(images: Iterable[Image.Image], where: Callable[[int], str], s
     made: list[Pixels] = []
     for i, image in enumerate(images):
         try:
-            made.append(_pixels(image, size, channels))
+            made.append(pixels(image, size, channels))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{where(i)}: it cannot be taken as an image: {error}") from None
         if made[-1].shape != made[0].shape:
@@ -85,7 +85,7 @@ def resize_arrays(images: Pixels, size: int, channels: str) -> Tensor:
 
     def resize(i: int) -> Pixels:
         image = images[i, 0] if now == "grey" else images[i].transpose(1, 2, 0)
-        return _pixels(Image.fromarray(np.ascontiguousarray(image)), size, channels)
+        return pixels(Image.fromarray(np.ascontiguousarray(image)), size, channels)
 
     def differs(i: int, found: tuple[int, ...], first: tuple[int, ...]) -> UserError:
         raise AssertionError("images of one array are of one size")
@@ -97,8 +97,9 @@ def _digest(size: int, channels: str) -> "hashlib._Hash":
     return hashlib.sha256(f"{_LAYOUT}\0{PIL.__version__}\0{size}\0{channels}\n".encode())
 
 
-def _pixels(image: Image.Image, size: int, channels: str) -> Pixels:
-    """One image as uint8 (channels, height, width). Raises ValueError for a colour mode that would lose by it."""
+def pixels(image: Image.Image, size: int, channels: str) -> Pixels:
+    """One image as `decode_files` gives it, uint8 (channels, height, width). Raises ValueError for a colour mode that
+    would lose by it."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}): store it with 8 bits a channel")
     if channels:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.data import Data
-from tasks.evaluation import CHUNK
+from tasks.evaluation import chunks
 from tasks.models import Multihead
 from tasks.task import Task
 
@@ -53,7 +53,7 @@ class View:
         if key not in self._kept:
             self.trunk.eval()
             with torch.no_grad():
-                parts = [self.trunk(self.prepare(x)) for x in torch.split(data.x, CHUNK)]
+                parts = [self.trunk(self.prepare(x)) for x in chunks(data.x)]
             self._kept[key] = Data(torch.cat(parts), data.y)
         return self._kept[key]
 

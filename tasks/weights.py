@@ -1,5 +1,6 @@
 """Pretrained trunks: published weights, or a .safetensors file with our names or the model's own."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -65,7 +66,7 @@ def _fitting(name: str, arrays: Mapping[str, Tensor], trunk: Mapping[str, Tensor
 
 
 def _from_file(place: str) -> dict[str, Tensor]:
-    path = Path(place).expanduser()
+    path = Path(os.path.expandvars(place)).expanduser()
     if not path.is_file():
         raise UserError(
             f'task.pretrained = "{place}": there is no such file; write "source", "{PUBLISHED}", the path of a '

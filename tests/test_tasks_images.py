@@ -445,7 +445,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("an image was decoded")
 
-    monkeypatch.setattr(decoding, "_pixels", fail)
+    monkeypatch.setattr(decoding, "pixels", fail)
 
 
 def kept(tmp_path: Path) -> list[Path]:

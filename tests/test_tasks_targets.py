@@ -214,3 +214,13 @@ def test_a_column_that_is_not_there_is_told_with_the_nearest() -> None:
     bare = Part(torch.zeros(2, 1), {"age": np.array([1.0, 2.5])})
     with pytest.raises(UserError, match='the test set of "clinic" has no column "grade", which the training pool has'):
         encode(Raw("clinic", part, bare), ("grade",), {})
+
+
+def test_weights_are_read() -> None:
+    assert read_kind("y", "class 3 weights 1 2 5").weights == (1.0, 2.0, 5.0)
+    assert read_kind("y", "labels a b balanced").balanced
+    assert of([0, 1, 2], "class 3 weights 1 2 5")[0].weights == (1.0, 2.0, 5.0)
+
+
+def test_a_class_that_only_the_test_set_has_is_a_class() -> None:
+    assert of(["a", "b"], test=["c"])[0].names == ("a", "b", "c")
