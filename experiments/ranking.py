@@ -28,7 +28,8 @@ def ranking(runs: Sequence[RunResult]) -> list[Row]:
     client_mean, client_weighted, client_worst_decile, client_std (over the clients), global, last10_clients,
     last10_global and finetuned are means over the seeds; *_seed_std are standard deviations over seeds (n - 1; None for
     one seed). gain and its interval are against `local`, oriented so that positive is better; `lost` of `lost_of` pairs
-    of client and seed do worse than alone. bytes_up, bytes_down and seconds are of one run, the mean over seeds.
+    of client and seed do worse than alone. bytes_up, bytes_down, bytes_saved (None: none),
+    trained_parameters and seconds are of one run, the mean over seeds.
     """
     methods = by_method(runs)
     rows: list[Row] = []
@@ -100,6 +101,8 @@ def _row(name: str, group: Sequence[RunResult], target: str, metric: str, alone:
         "gain_high": versus.interval[1] if versus and versus.interval else None,
         "lost": versus.lost if versus else None, "lost_of": versus.clients if versus else None,
         **{key: _mean([run.cost[key] for run in runs]) for key in ("bytes_up", "bytes_down", "seconds")},
+        "bytes_saved": _mean([run.cost.get("bytes_saved") or None for run in runs]),
+        "trained_parameters": _mean([run.cost.get("trained_parameters") for run in runs]),
     }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from tasks.digits import printed_digits
 from tasks.metrics import loss
 from tasks.models import Inputs, build, inputs
 from tasks.partition import Split, deal, strata
+from tasks.peft import Added, added, extend
 
 TRUNK = "trunk."
 
@@ -52,6 +53,7 @@ class Task:
     weights: tuple[float, ...]
     settings: schema.Task
     seed: int
+    added: Added
     ready: bool = False
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
@@ -71,7 +73,7 @@ class Task:
 
     def new_model(self) -> nn.Module:
         """A new model with the random start of the run's seed; `initial_state` is where training starts."""
-        return build(self.settings, self.targets, inputs(self.dataset), self.seed)
+        return extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
         """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`)."""
@@ -85,10 +87,8 @@ def open_task(experiment: Experiment) -> Task:
     learned one, so that methods that learn different targets are compared on one split. Raises UserError for an
     unknown target and an impossible split.
     """
-    evaluate = experiment.evaluate
-    return _open_task(
-        experiment.run.seed, experiment.task, experiment.partition, experiment.learned, evaluate.folds, evaluate.fold
-    )
+    seed, folds = experiment.run.seed, (experiment.evaluate.folds, experiment.evaluate.fold)
+    return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, added(experiment.local))
 
 
 def settle(experiment: Experiment) -> Experiment:
@@ -104,14 +104,20 @@ def settle(experiment: Experiment) -> Experiment:
 
 @functools.lru_cache(maxsize=4)
 def _open_task(
-    seed: int, task: schema.Task, partition: schema.Partition, learned: tuple[str, ...], folds: int, fold: int
+    seed: int,
+    task: schema.Task,
+    partition: schema.Partition,
+    learned: tuple[str, ...],
+    folds: int,
+    fold: int,
+    added: Added,
 ) -> Task:
     dataset = open_dataset(task)
     targets = {target.name: target for target in dataset.targets}
     first = targets[task.targets[0]]
     split = deal(partition, strata(dataset.train.y[first.name], first), seed)
     weights = task.target_weights or (1.0,) * len(learned)
-    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed)
+    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed, added)
 
 
 def initial_state(experiment: Experiment) -> Arrays:
@@ -130,6 +136,8 @@ def initial_state(experiment: Experiment) -> Arrays:
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
     elif task.pretrained:
         state.update(_trunk_from_file(task.pretrained, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
+    if added(experiment.local).kind:
+        state = dict(open_task(experiment).new_model().state_dict()) | state
     return {name: tensor.numpy(force=True).astype(np.float32) for name, tensor in state.items()}
 
 
@@ -159,6 +167,27 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         return _source_state(derive(experiment.run.seed, "source"), key, targets)
 
 
+@dataclass(frozen=True)
+class SourceData:
+    """The source task's own samples: those that the source model learned from, and others made the same way."""
+
+    train: Data
+    test: Data
+
+
+def source_data(experiment: Experiment) -> SourceData:
+    """The source task's data of an experiment: what `source_state` is trained on, and a test set of 1,000 samples."""
+    return _source_data(derive(experiment.run.seed, "source"), experiment.task.source_samples)
+
+
+@functools.lru_cache(maxsize=2)
+def _source_data(seed: int, samples: int) -> SourceData:
+    return SourceData(
+        printed_digits(samples, derive(seed, "data")), printed_digits(SOURCE_TEST, derive(seed, "data", "test"))
+    )
+
+
+SOURCE_TEST = 1000
 SOURCE_BATCH = 64
 SOURCE_LR = 2e-3
 SOURCE_WEIGHT_DECAY = 1e-2
