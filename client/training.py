@@ -4,7 +4,7 @@ What the settings of `[local]` mean beyond a plain step stands in modules of its
 (`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from config.durable import Arrays
 from config.schema import Experiment
 from config.seeds import torch_generator, torch_seeded
 from strategies.trainable import rate_factors, stage, trained
-from tasks.data import Data, Target
+from tasks.data import Data
 from tasks.metrics import class_weights, losses
 from tasks.task import Task
 
@@ -100,8 +100,7 @@ def train(
             batch = data.take(order[position * size : (position + 1) * size])
             batch = Data(task.prepare(batch.x, training=True), batch.y)
             outputs = model(batch.x)
-            parts = losses(outputs, batch.y, task.targets, weights)
-            parts = smoothed(parts, outputs, batch.y, task.targets, plan.label_smoothing)
+            parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
             loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
             assert isinstance(loss, Tensor)
             if term is not None:
@@ -123,21 +122,3 @@ def train(
     if watch is not None:
         watch.restore(model)
     return Trained(steps, {name: float(value) / seen for name, value in sums.items()}, memory)
-
-
-def smoothed(
-    parts: Mapping[str, Tensor],
-    outputs: Mapping[str, Tensor],
-    y: Mapping[str, Tensor],
-    targets: Sequence[Target],
-    share: float,
-) -> dict[str, Tensor]:
-    """Label smoothing (Szegedy et al. 2016, section 7): each class target's loss times 1 - share, plus share times its
-    cross-entropy to the uniform distribution, the mean over its samples. Other kinds of target keep their loss."""
-    result = dict(parts)
-    for target in targets if share else ():
-        if target.kind == "class":
-            known = target.known(y[target.name])
-            uniform = -torch.log_softmax(outputs[target.name], 1).mean(1) * known
-            result[target.name] = (1 - share) * parts[target.name] + share * uniform.sum() / known.sum().clamp(min=1)
-    return result

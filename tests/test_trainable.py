@@ -89,10 +89,11 @@ def test_what_is_frozen_keeps_its_bits_and_what_is_not_moves(family: str, kind: 
     assert (allowed == set(before)) == everything
     changed = differ(before, state_of(model))
     assert changed <= allowed
-    assert changed >= {n for n in allowed if n.endswith("weight")}
-    if family == "batchnorm" and kind == "last:2":
+    if kind != "fisher":  # its entries may leave a small array out
+        assert changed >= {n for n in allowed if n.endswith("weight")}
+    if family == "batchnorm" and kind == "last:1":
         assert not any("running" in n for n in changed)
-    if family == "batchnorm" and kind == "gradual":  # two stages: the linear layer and the second norm
+    if family == "batchnorm" and kind in ("last:2", "gradual"):  # the linear layer and the second norm
         assert {n for n in changed if "running" in n} == {"trunk.4.running_mean", "trunk.4.running_var"}
 
 
