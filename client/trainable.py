@@ -19,8 +19,8 @@ from tasks.task import initial_state, open_task, source_data, source_state
 def freeze(model: nn.Module, learns: Collection[str]) -> dict[str, nn.Parameter]:
     """Let only the arrays of these names learn, and return those parameters by name.
 
-    A module that holds state of which nothing learns, and a module whose parameters are all frozen with everything in
-    it, is in `eval()`: a frozen normalisation's statistics do not move, a frozen trunk drops nothing out.
+    A module whose parameters are all frozen is in `eval()` with everything in it, and a module with frozen state of its
+    own alone: a frozen normalisation's statistics do not move, a frozen trunk drops nothing out.
     """
     model.train()
     for name, parameter in model.named_parameters():
@@ -28,10 +28,10 @@ def freeze(model: nn.Module, learns: Collection[str]) -> dict[str, nn.Parameter]
     for place, module in model.named_modules():
         parameters = list(module.parameters())
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if (parameters and not any(p.requires_grad for p in parameters)) or (
-            own and not any((f"{place}.{name}" if place else name) in learns for name, _ in own)
-        ):
+        if parameters and not any(p.requires_grad for p in parameters):
             module.eval()
+        elif own and not any((f"{place}.{name}" if place else name) in learns for name, _ in own):
+            module.training = False
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

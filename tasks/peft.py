@@ -7,7 +7,7 @@ the thirty lines that stand here.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -18,6 +18,9 @@ from config import schema
 from config.durable import Arrays
 from config.errors import UserError
 from config.seeds import torch_seeded
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+"""The layers that something can be added to."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,13 @@ def extend(model: nn.Module, what: Added, seed: int) -> nn.Module:
     """
     if not what.kind:
         return model
-    changed = 0
-    for name, layer in list(_layers(model.get_submodule("trunk"))):
+    changed, layers = 0, list(_layers(model.get_submodule("trunk")))
+    if not layers:
+        raise UserError(
+            f'local.trainable = "{"lora" if what.kind == "lora" else "adapters"}": the trunk of this model has no linear '
+            'layer and no convolution to add to; write local.trainable = "all", "last:1" or "head"'
+        )
+    for name, layer in layers:
         with torch_seeded(seed, "init", what.kind, name):
             parts = _low_rank(layer, what) if what.kind == "lora" else {"adapter": _adapter(layer, what)}
         if sum(p.numel() for part in parts.values() for p in part.parameters()) >= layer.weight.numel():
@@ -111,49 +119,44 @@ class _Adapted:
         return output + cast(Tensor, cast(nn.Module, layer.adapter)(inputs[0] if self.parallel else output))
 
 
-def _layers(trunk: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+def _layers(trunk: nn.Module) -> Iterator[tuple[str, Layer]]:
     for name, module in trunk.named_modules():
         # Attention reads the weights of its output layer without calling it, so that a hook would change nothing.
-        if isinstance(module, nn.Linear | nn.Conv2d) and type(module).__name__ != "NonDynamicallyQuantizableLinear":
+        if isinstance(module, Layer) and type(module).__name__ != "NonDynamicallyQuantizableLinear":
             yield name, module
 
 
-def _low_rank(layer: nn.Linear | nn.Conv2d, what: Added) -> dict[str, nn.Module]:
+def _low_rank(layer: Layer, what: Added) -> dict[str, nn.Module]:
     down, up = _narrow(layer, what.size, bias=False), _widen(layer, what.size, bias=False)
     nn.init.zeros_(up.weight)
     return {"lora_a": down, "lora_b": up}
 
 
-def _adapter(layer: nn.Linear | nn.Conv2d, what: Added) -> nn.Module:
+def _adapter(layer: Layer, what: Added) -> nn.Module:
     if what.kind == "parallel":
         down = _narrow(layer, what.size, bias=True)
     elif isinstance(layer, nn.Linear):
         down = nn.Linear(layer.out_features, what.size)
     else:
-        down = nn.Conv2d(layer.out_channels, what.size * layer.groups, 1, groups=layer.groups)
+        down = _convolution(layer)(layer.out_channels, what.size * layer.groups, 1, groups=layer.groups)
     up = _widen(layer, what.size, bias=True)
     nn.init.zeros_(up.weight)
     nn.init.zeros_(cast(Tensor, up.bias))
     return nn.Sequential(OrderedDict[str, nn.Module](down=down, relu=nn.ReLU(), up=up))
 
 
-def _narrow(layer: nn.Linear | nn.Conv2d, size: int, bias: bool) -> nn.Linear | nn.Conv2d:
+def _narrow(layer: Layer, size: int, bias: bool) -> Layer:
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, size, bias)
-    return nn.Conv2d(
-        layer.in_channels,
-        size * layer.groups,
-        cast(tuple[int, int], layer.kernel_size),
-        cast(tuple[int, int], layer.stride),
-        cast("tuple[int, int] | str", layer.padding),
-        cast(tuple[int, int], layer.dilation),
-        layer.groups,
-        bias,
-        layer.padding_mode,
-    )
+    same = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return _convolution(layer)(layer.in_channels, size * layer.groups, *same, bias, layer.padding_mode)
 
 
-def _widen(layer: nn.Linear | nn.Conv2d, size: int, bias: bool) -> nn.Linear | nn.Conv2d:
+def _widen(layer: Layer, size: int, bias: bool) -> Layer:
     if isinstance(layer, nn.Linear):
         return nn.Linear(size, layer.out_features, bias)
-    return nn.Conv2d(size * layer.groups, layer.out_channels, 1, groups=layer.groups, bias=bias)
+    return _convolution(layer)(size * layer.groups, layer.out_channels, 1, groups=layer.groups, bias=bias)
+
+
+def _convolution(layer: nn.Conv1d | nn.Conv2d) -> Callable[..., nn.Conv1d | nn.Conv2d]:
+    return nn.Conv1d if isinstance(layer, nn.Conv1d) else nn.Conv2d

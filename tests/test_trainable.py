@@ -22,14 +22,25 @@ from config.seeds import torch_generator
 from server.checkpoints import latest
 from strategies.sharing import roles
 from strategies.trainable import layers, rate_factors, stage, trained
-from tasks.data import Data, Target
+from tasks.data import Data, Inputs, Target
 from tasks.evaluation import load_into, state_of
-from tasks.models import Multihead
+from tasks.models import Multihead, build
 from tasks.peft import Added, extend, merged
 from tasks.task import Task, initial_state, open_task
 
 FAMILIES: dict[str, tuple[str, ...]] = {"mlp": ("task.model=mlp",), "cnn": ("task.model=cnn",), "batchnorm": ()}
-"""Every model family: what the experiment file says to get it. The last one is built here, below."""
+"""Models on the default data: what the experiment file says to get them. The last one is built here, below."""
+
+OTHERS = {
+    "lenet": Inputs((1, 28, 28)),
+    "mcmahan-cnn": Inputs((1, 12, 12)),
+    "cnn1d": Inputs((3, 24)),
+    "bilstm": Inputs((9,), tokens=30),
+    "charlstm": Inputs((9,), tokens=30),
+    "resnet18": Inputs((3, 32, 32)),
+    "mobilenet_v3_small": Inputs((3, 32, 32)),
+}
+"""The other families, and what they take here."""
 
 KINDS: dict[str, tuple[str, ...]] = {
     "head": (),
@@ -69,6 +80,20 @@ def opened(family: str, *overrides: str) -> tuple[Experiment, Task, nn.Module]:
     return experiment, task, model
 
 
+def unlike(family: str, experiment: Experiment) -> tuple[Task, nn.Module, Data]:
+    """A model of one of the other families, with random samples for it and a task around them."""
+    form, draw = OTHERS[family], torch.Generator().manual_seed(5)
+    settings = experiment.task.model_copy(update={"model": family})
+    target = Target("t", "class", form.tokens or 3)
+    task = replace(open_task(experiment), targets=(target,), weights=(1.0,), settings=settings, pipeline=None)
+    model = extend(build(settings, task.targets, form), task.added, 0)
+    if form.tokens:
+        x = torch.randint(1, form.tokens, (12, *form.shape), generator=draw)
+        y = x.roll(1, 1) if family == "charlstm" else x[:, 0]
+        return task, model, Data(x, {"t": y})
+    return task, model, Data(torch.randn(12, *form.shape, generator=draw), {"t": torch.arange(12) % 3})
+
+
 def differ(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
     return {n for n in before if before[n].tobytes() != after[n].tobytes()}
 
@@ -95,6 +120,26 @@ def test_what_is_frozen_keeps_its_bits_and_what_is_not_moves(family: str, kind: 
         assert not any("running" in n for n in changed)
     if family == "batchnorm" and kind in ("last:2", "gradual"):  # the linear layer and the second norm
         assert {n for n in changed if "running" in n} == {"trunk.4.running_mean", "trunk.4.running_var"}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fisher"])
+def test_what_is_frozen_keeps_its_bits_in_every_other_family(family: str, kind: str) -> None:
+    overrides = (f"local.trainable={kind.split()[0]}", *KINDS[kind], "local.weight_decay=0.01", "local.epochs=1")
+    experiment = small("fedavg", *overrides, "task.learn=first", "task.hidden=16")
+    if "lstm" in family and ("lora" in kind or "adapters" in kind):
+        with pytest.raises(UserError, match="no linear layer and no convolution"):
+            unlike(family, experiment)
+        return
+    task, model, data = unlike(family, experiment)
+    before = state_of(model)
+    train(model, data, task, experiment, 2, 0)
+    allowed = trained(experiment, before, stage(experiment, 2, 0))
+    changed = differ(before, state_of(model))
+    assert changed <= allowed < set(before) or allowed == changed == set(before)
+    assert changed >= {n for n in allowed if n.startswith("heads.")} and len(changed) > 2 * (
+        kind not in ("head", "last:0")
+    )
 
 
 def test_modes_follow_what_learns() -> None:
