@@ -14,13 +14,14 @@ from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from torch import nn
 
 from client.store import Store
-from client.training import train
+from client.training import Beside, train
 from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
 from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.packing import Answer, NodeReply, Request
 from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
+from tasks.data import concatenate
 from tasks.evaluation import evaluate, examine, load_into, state_of
 from tasks.features import View, view
 from tasks.shares import hosted
@@ -88,7 +89,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
-    _load(node, store, request, round_)
+    _, memory = _load(node, store, request, round_)
     client, seen = request.client, node.view
     reply = RecordDict()
     if config["evaluate"]:
@@ -98,11 +99,13 @@ def train_client(node: Node, request: Request) -> RecordDict:
         data = seen.data("pool", node.task.pool())
     else:
         data = seen.data(f"{client}/train", node.task.client(client).train)
-    trained = train(seen.model, data, seen.task, node.experiment, round_, client)
+    beside = _beside(node, client, memory)
+    trained = train(seen.model, data, seen.task, node.experiment, round_, client, beside=beside)
     state = state_of(node.model)
-    if node.roles.personal:
-        personal = {name: state[name] for name in node.roles.personal}
-        store.save(client, round_, personal, keep_from=int(cast(int, config["keep-from"])))
+    kept = {name: state[name] for name in node.roles.personal}
+    kept |= {f"{_MEMORY}{name}": value for name, value in trained.memory.items()}
+    if kept:
+        store.save(client, round_, kept, keep_from=int(cast(int, config["keep-from"])))
     metrics: dict[str, Any] = {"num-examples": len(data), "steps": trained.steps}
     metrics |= {f"num-examples/{t.name}": t.labelled(data.y[t.name]) for t in node.task.targets}
     weights = name_weights(metrics, node.roles.shared)
@@ -121,7 +124,7 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
-    personal = _load(node, store, request, round_ + 1)
+    personal, memory = _load(node, store, request, round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
     test = seen.data(f"{client}/test", own.test)
     reply = RecordDict()
@@ -134,7 +137,8 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs)
+        beside = _beside(node, client, memory)
+        train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
     reply["evaluation"] = MetricRecord(dict(scores))
@@ -165,12 +169,34 @@ def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequ
     return NodeReply(answers, sums)
 
 
-def _load(node: Node, store: Store, request: Request, before: int) -> Arrays:
-    """Load base, personal and shared arrays into the model, the later over the earlier; return the personal ones."""
-    personal = store.load(request.client, before) if node.roles.personal else {}
+_MEMORY = "memory/"
+"""In the store, the names of what local training must remember (`Beside.memory`) start with this."""
+
+
+def _beside(node: Node, client: int, memory: Arrays) -> Beside:
+    """What training gets beside the training samples, as far as the settings ask for it."""
+    plan, task = node.experiment.local, node.task
+    if not (plan.patience or plan.schedule == "plateau"):
+        return Beside(None, memory)
+    if node.experiment.run.placement == "pooled":
+        everyone = [task.client(c).validation for c in range(node.experiment.partition.clients)]
+        validation, key = concatenate(everyone), "pool/validation"
+    else:
+        validation, key = task.client(client).validation, f"{client}/validation"
+    return Beside(node.view.data(key, validation) if len(validation) else None, memory)
+
+
+def _load(node: Node, store: Store, request: Request, before: int) -> tuple[Arrays, Arrays]:
+    """Load base, personal and shared arrays into the model, the later over the earlier.
+
+    Returns the client's personal arrays, and what its local training remembers.
+    """
+    kept = store.load(request.client, before)
+    memory = {n.removeprefix(_MEMORY): value for n, value in kept.items() if n.startswith(_MEMORY)}
+    personal = {n: value for n, value in kept.items() if not n.startswith(_MEMORY)}
     shared = from_record(request.content.array_records["arrays"])
     load_into(node.model, _base(node, store) | personal | shared)
-    return personal
+    return personal, memory
 
 
 def _base(node: Node, store: Store) -> Arrays:

@@ -30,7 +30,7 @@ def ranking(runs: Sequence[RunResult]) -> list[Row]:
     last10_global and finetuned are means over the runs, one for each of `seeds` seeds, or for each of its `folds`;
     *_seed_std are standard deviations over these runs (n - 1; None for one run). gain and its interval are against
     `local`, oriented so that positive is better; `lost` of `lost_of` pairs of client and run do worse than alone.
-    bytes_up, bytes_down and seconds are of one run, the mean over them.
+    bytes_up, bytes_down, bytes_saved (None: none), trained_parameters and seconds are of one run, the mean over them.
     """
     methods = by_method(runs)
     rows: list[Row] = []
@@ -104,6 +104,8 @@ def _row(name: str, group: Sequence[RunResult], target: str, metric: str, alone:
         "gain_high": versus.interval[1] if versus and versus.interval else None,
         "lost": versus.lost if versus else None, "lost_of": versus.clients if versus else None,
         **{key: mean_of([run.cost[key] for run in runs]) for key in ("bytes_up", "bytes_down", "seconds")},
+        "bytes_saved": mean_of([run.cost.get("bytes_saved") or None for run in runs]),
+        "trained_parameters": mean_of([run.cost.get("trained_parameters") for run in runs]),
     }  # fmt: skip
 
 

@@ -374,6 +374,8 @@ def _ranking_html(part: Sequence[Row]) -> str:
         ("against alone", "lost", "lost"),
         ("one run", "up", "bytes_up"),
         ("one run", "down", "bytes_down"),
+        ("one run", "saved", "bytes_saved"),
+        ("one run", "trained", "trained_parameters"),
         ("one run", "time", "seconds"),
     ]
     columns = [column for column in columns if any(row[column[2]] is not None for row in part)]
@@ -391,6 +393,10 @@ def _ranking_html(part: Sequence[Row]) -> str:
     if any(row["gain"] is not None for row in part):
         notes.append("gain: mean difference to local on the same clients, positive is better.")
         notes.append("lost: clients, counted once a run, that do worse than under local.")
+    if any(row["bytes_saved"] is not None for row in part):
+        notes.append("saved: bytes that did not travel, against sharing the whole model with the same clients.")
+    if any(row["trained_parameters"] is not None for row in part):
+        notes.append("trained: parameters that local training changes.")
     if any(row["gain_low"] is not None for row in part):
         notes.append("In brackets: the 95% paired t-interval over the seeds.")
     note = f'<p class="note">{escape(" ".join(notes))}</p>'
@@ -403,7 +409,9 @@ def _cell(row: Row, part: Sequence[Row], key: str, metric: str) -> str:
         return ""
     if key == "lost":
         return f"{value} <small>of {row['lost_of']}</small>"
-    if key in ("bytes_up", "bytes_down"):
+    if key == "trained_parameters":
+        return f"{value:,.0f}"
+    if key in ("bytes_up", "bytes_down", "bytes_saved"):
         return words.bytes_text(value) if value else "0"
     if key == "seconds":
         return words.seconds_text(value)
