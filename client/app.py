@@ -9,7 +9,7 @@ import json
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.node import add_up, answer, evaluate_client, hosted, open_node, train_client
+from client.node import add_up, answer, evaluate_client, hosted_here, open_node, train_client
 from client.store import Store
 from config.identity import code_sha256, versions
 from strategies.packing import NodeReply, pack_replies, unpack_requests
@@ -25,7 +25,7 @@ def join(message: Message, context: Context) -> Message:
     run_id = str(message.content.config_records["config"]["run"])
     if base := from_record(message.content.array_records["base"]):
         Store(node.state_root, run_id).put_base(base)
-    clients = list(hosted(context, node.experiment.partition.clients))
+    clients = list(hosted_here(context, node.experiment.partition.clients))
     roll = ConfigRecord(
         {
             "clients": clients,

@@ -21,8 +21,9 @@ from config.schema import Experiment
 from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.packing import Answer, NodeReply, Request
 from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
-from tasks.evaluation import evaluate, load_into, state_of
+from tasks.evaluation import evaluate, examine, load_into, state_of
 from tasks.features import View, view
+from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle
 
 
@@ -60,11 +61,11 @@ def _state_root(context: Context) -> Path:
     return Path(str(place))
 
 
-def hosted(context: Context, clients: int) -> range:
-    """The clients that this node hosts: an even, contiguous share of them by its partition-id of num-partitions."""
+def hosted_here(context: Context, clients: int) -> range:
+    """The clients that this node hosts, by its partition-id of num-partitions."""
     index = int(cast(int, context.node_config.get("partition-id", 0)))
     nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
-    return range(index * clients // nodes, (index + 1) * clients // nodes)
+    return hosted(index, nodes, clients)
 
 
 def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], RecordDict]) -> list[Answer]:
@@ -114,22 +115,31 @@ def train_client(node: Node, request: Request) -> RecordDict:
 def evaluate_client(node: Node, request: Request) -> RecordDict:
     """Score the model that the client would use, on its test part; after local fine-tuning too, if that is set.
 
-    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned") and "identity" (SHA-256 of
-    the client's personal arrays, and whether it has any of its own).
+    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of the
+    client's personal arrays, and whether it has any of its own) and, if the message asks for a thorough evaluation,
+    "confusion" (of the used model, by class target: its confusion counts, row after row).
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
     personal = _load(node, store, request, round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
     test = seen.data(f"{client}/test", own.test)
-    scores = {f"used/{key}": value for key, value in evaluate(seen.model, test, seen.task).items()}
+    reply = RecordDict()
+    if config["thorough"]:
+        found, counts = examine(seen.model, test, seen.task)
+        reply["confusion"] = MetricRecord({target: matrix.flatten().tolist() for target, matrix in counts.items()})
+    else:
+        found = evaluate(seen.model, test, seen.task)
+    scores = {f"used/{key}": value for key, value in found.items()}
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs)
-        scores |= {f"finetuned/{key}": value for key, value in evaluate(seen.model, test, seen.task).items()}
-    identity = ConfigRecord({"personal": arrays_sha256(personal), "trained": bool(personal)})
-    return RecordDict({"evaluation": MetricRecord(dict(scores)), "identity": identity})
+        found = evaluate(seen.model, test, seen.task, thorough=True)
+        scores |= {f"finetuned/{key}": value for key, value in found.items()}
+    reply["evaluation"] = MetricRecord(dict(scores))
+    reply["identity"] = ConfigRecord({"personal": arrays_sha256(personal), "trained": bool(personal)})
+    return reply
 
 
 def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:

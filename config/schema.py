@@ -11,7 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 
 def _listed(value: Any) -> Any:
-    """Read "a,b" as a list: Flower's run configuration and the command line carry no lists."""
+    """Read "a,b" as a list: Flower's run configuration and the command line carry no lists. A number is a list of one."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, list) else value
@@ -111,7 +113,7 @@ class Task(Section):
 
 
 class Partition(Section):
-    """`[partition]`: how the training samples are dealt to the clients. The laws are defined in `tasks/partition.py`."""
+    """`[partition]`: how the training samples are dealt to the clients. The laws: `tasks/laws.py`, docs/splits.md."""
 
     law: Literal[
         "iid",

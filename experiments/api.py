@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from config.load import apply, flatten, read_tree, resolve
 from config.schema import Experiment
+from experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
 from server.folder import check_folder
 from simulation.launch import engine
 from tasks.task import initial_state, open_task, settle
@@ -18,7 +19,11 @@ Watch = Callable[[Path, Experiment], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class Summary:
-    """`summary.json` as attributes, and the run's folder. Metrics are fractions in 0..1, sizes bytes, times seconds."""
+    """`summary.json` as attributes, and the run's folder. Metrics are fractions in 0..1, sizes bytes, times seconds.
+
+    Of a cross-validation (`evaluate.folds`) `metrics` is the mean over the `folds` and `metrics_std` their standard
+    deviation, in the same shape (`experiments.folds.write_folds`); else these are 0 and empty.
+    """
 
     folder: Path
     name: str
@@ -32,11 +37,13 @@ class Summary:
     clients: dict[str, int]
     cost: dict[str, float]
     privacy: dict[str, Any]
+    folds: int = 0
+    metrics_std: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to do: an experiment and its folder."""
+    """One run to do, or a cross-validation's runs: an experiment and its folder."""
 
     experiment: Experiment
     folder: Path
@@ -66,25 +73,34 @@ def run(
 def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = None) -> list[Summary]:
     """Run jobs one after another on one engine, that of the first; each is checked before any begins.
 
-    `watch` gives a context in which each run takes place (the progress display). A run that fails by a fault of
-    Meadow's raises; one that ends early (status "stopped") does not keep the next from running, unless the user
-    stopped it.
+    A job with `evaluate.folds` is a run for each fold, in its folder, and one summary. `watch` gives a context in which
+    each run takes place (the progress display). A run that fails by a fault of Meadow's raises; one that ends early
+    (status "stopped") does not keep the next from running, unless the user stopped it.
     """
     jobs = [replace(job, experiment=settle(job.experiment)) for job in jobs]
     for job in jobs:
-        check_folder(job.folder, job.experiment, resume)
-        open_task(job.experiment)
+        if in_folds(job.experiment):
+            check_folds_folder(job.folder, resume)
+        for experiment, folder in fold_runs(job.experiment, job.folder):
+            check_folder(folder, experiment, resume)
+            open_task(experiment)
         initial_state(job.experiment)
     plan = jobs[0].experiment.engine
     summaries = []
     with engine(plan.name, plan.workers, plan.threads) as launch:
         for job in jobs:
-            with watch(job.folder, job.experiment) if watch else nullcontext():
-                found = launch(job.experiment, job.folder, resume)
-            summaries.append(
-                Summary(job.folder, **{k: found[k] for k in Summary.__dataclass_fields__ if k != "folder"})
-            )
-            if found["reason"] == "stopped by the user":
+            found: list[dict[str, Any]] = []
+            if in_folds(job.experiment):  # what an earlier summary says is no longer so
+                (job.folder / "summary.json").unlink(missing_ok=True)
+            for experiment, folder in fold_runs(job.experiment, job.folder):
+                with watch(folder, experiment) if watch else nullcontext():
+                    found.append(launch(experiment, folder, resume))
+                if by_user := found[-1]["reason"] == "stopped by the user":
+                    break
+            whole = write_folds(job.folder, job.experiment, found) if in_folds(job.experiment) else found[0]
+            known = Summary.__dataclass_fields__.keys() - {"folder"}
+            summaries.append(Summary(job.folder, **{k: v for k, v in whole.items() if k in known}))
+            if by_user:
                 break
     return summaries
 

@@ -50,13 +50,17 @@ def run(
 ) -> None:
     """One run: a preset's name or a TOML file, then dotted overrides."""
     from experiments.api import Job, default_folder, exit_status, run_many
+    from experiments.folds import in_folds
+    from experiments.ranking import ranking_table
     from experiments.report import write_report
+    from experiments.results import find_runs
 
     resolved = load(experiment, [*(overrides or []), *_engine_overrides(engine, workers)])
     folder = _folder(out, resume, default_folder(resolved.run.name))
     summary = run_many([Job(resolved, folder)], resume, _watch(_console(json_), quiet))[0]
     report = write_report([folder], folder / "report.html")
-    _close(quiet, json_, json.loads((folder / "summary.json").read_text()), None, report, [summary])
+    table = ranking_table(find_runs([folder])) if in_folds(resolved) else None
+    _close(quiet, json_, json.loads((folder / "summary.json").read_text()), table, report, [summary])
     raise typer.Exit(exit_status([summary]))
 
 
@@ -146,13 +150,41 @@ def presets() -> None:
 
 
 @app.command()
-def show(experiment: Annotated[str, typer.Argument()] = "", overrides: Overrides = None) -> None:
-    """The resolved experiment as TOML: every setting with its value."""
+def show(
+    experiment: Annotated[str, typer.Argument()] = "",
+    overrides: Overrides = None,
+    split: Annotated[bool, typer.Option("--split", help="Show who gets which samples instead, and draw it.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --split: the picture to write (.png, .svg, .pdf); default split.png.")
+    ] = None,
+) -> None:
+    """The resolved experiment as TOML: every setting with its value. With --split: the split, as a table and a picture."""
     given = list(overrides or [])
     if "=" in experiment:
         given, experiment = [experiment, *given], ""
     tree: Tree = read_tree(experiment) if experiment else {}
-    typer.echo(to_toml(load(apply(tree, [parse_override(o) for o in given]))), nl=False)
+    resolved = load(apply(tree, [parse_override(o) for o in given]))
+    if split:
+        _show_split(resolved, out or Path("split.png"))
+    elif out is not None:
+        raise UserError(f"--out {out}: only --split writes a file; for the settings write: meadow show ... > {out}")
+    else:
+        typer.echo(to_toml(resolved), nl=False)
+
+
+@app.command()
+def deal(
+    experiment: Name,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that host the clients.")] = 4,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("shares"),
+    below: Annotated[str, typer.Option(help="A folder within each machine's own.")] = "",
+) -> None:
+    """Each machine's own share of the data, for a deployment: OUT/coordinator, OUT/node-0, ... (docs/deploy.md)."""
+    from tasks.shares import deal_out
+
+    for folder in deal_out(load(experiment, overrides or []), nodes, out, below):
+        typer.echo(folder)
 
 
 @app.command()
@@ -181,6 +213,21 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("meadow: stopped by the user; the same command with --resume --out DIR goes on")
         sys.exit(3)
+
+
+def _show_split(experiment: Experiment, picture: Path) -> None:
+    from experiments import plots, splits
+    from tasks.task import open_task
+
+    task = open_task(experiment)
+    split = splits.facts(experiment, task)
+    plots.to_file(plots.label_split(split), picture)
+    first = next(target for target in task.dataset.targets if target.name == split["target"])
+    console, table = _console(False), splits.table(split, splits.label_names(first))
+    # Into a file or a narrow window the table goes as wide as it is: a line too long is better read than a cut cell.
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
+    console.print(table)
+    console.print(f"picture: {picture}. {plots.split_caption(split)}", soft_wrap=True, markup=False)
 
 
 def _run_group(jobs: Sequence[Any], folder: Path, resume: bool, quiet: bool, as_json: bool) -> None:

@@ -1,8 +1,10 @@
 """What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
 
+from pathlib import Path
 from typing import Any
 
 from config.schema import Experiment
+from experiments.folds import fold_runs
 from server.rounds import draw_cohort
 from strategies.sharing import nbytes, roles
 from tasks.task import initial_state, open_task, settle
@@ -11,9 +13,16 @@ from tasks.task import initial_state, open_task, settle
 def plan(experiment: Experiment) -> dict[str, Any]:
     """Rounds, cohort, clients and samples; parameters by role; steps and bytes of the whole run (`summary.json`'s cost).
 
-    Bytes are those of arrays, as if each client were reached by itself. Raises UserError as a run would.
+    Bytes are those of arrays, as if each client were reached by itself. A cross-validation is as many `runs` as it has
+    folds: rounds, steps and bytes are those of all together, the rest is of the first. Raises UserError as a run would.
     """
     experiment = settle(experiment)
+    folds = [_plan(fold) for fold, _ in fold_runs(experiment, Path())]
+    totals = {key: sum(one[key] for one in folds) for key in ("rounds", "steps", "bytes_up", "bytes_down")}
+    return {"runs": len(folds)} | folds[0] | totals
+
+
+def _plan(experiment: Experiment) -> dict[str, Any]:
     task, start = open_task(experiment), initial_state(experiment)
     parts = roles(experiment, start)
     pooled = experiment.run.placement == "pooled"

@@ -7,16 +7,19 @@ same picture follows a page's light or dark look.
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from experiments.results import ALONE, PRIMARY, Curve, Floats, Paired, RunResult, counted
+from config.errors import UserError
+from experiments.results import ALONE, Curve, Floats, Paired, RunResult, counted, higher_is_better, is_share
 
 Methods = Mapping[str, Sequence[RunResult]]
 
@@ -42,11 +45,23 @@ COLOURS: dict[str, tuple[str, str]] = {
 UNITS = {"slant": "rad"}
 """Unit of a value target; a target that is not here is shown without one."""
 
+NAMES = {
+    "balanced_accuracy": "balanced accuracy", "f1": "F1", "auroc": "AUROC", "exact_match": "exact match",
+    "mae": "MAE", "rmse": "RMSE", "r2": "R\N{SUPERSCRIPT TWO}", "pinball": "pinball loss",
+}  # fmt: skip
+"""How a metric is written; one that is not here as it is called, coverage as "coverage at 0.1"."""
+
 WIDTH = 10.4
 """Inches; every picture is as wide as the page's column."""
 
 MOST_POINTS = 300
 """Points of one curve; longer runs are thinned so that the page stays small."""
+
+MOST_BUBBLES = 80
+"""Clients of a split whose labels are drawn as bubbles; more are drawn as shades."""
+
+MOST_CLIENTS = 1000
+"""Clients that the picture of a split shows; a pixel or so each."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -76,19 +91,30 @@ STYLE: dict[Any, Any] = {
 }
 
 
+Dash = Literal["-", "--", "-.", ":"] | tuple[float, Sequence[float]]
+_DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":")
+
 _LONGEST = 23
 """Characters of a method's name that a picture shows."""
 
 
+def metric_name(metric: str) -> str:
+    return NAMES.get(metric, metric.replace("coverage_", "coverage at "))
+
+
+def unit_of(target: str, metric: str) -> str:
+    """ "%", the unit of a value where the metric has it and it is known, else ""."""
+    return "%" if is_share(metric) else UNITS.get(target, "") if metric in ("mae", "rmse", "pinball") else ""
+
+
 def metric_label(target: str, metric: str) -> str:
     """A metric's name with its unit, for an axis or a table's head."""
-    unit = "%" if metric == "accuracy" else UNITS.get(target, "") if metric == "rmse" else ""
-    name = metric.upper() if metric == "rmse" else metric
-    return f"{name} ({unit})" if unit else name
+    unit = unit_of(target, metric)
+    return f"{metric_name(metric)} ({unit})" if unit else metric_name(metric)
 
 
 def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
-    """The clients' mean and the global test metric by round: the mean over seeds, a band of one standard deviation."""
+    """The clients' mean and the global test metric by round: the mean over the runs, a band of one standard deviation."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.9))
         panels = {"clients": "Mean over the clients' own test samples", "global": "Shared model on the global test set"}
@@ -114,7 +140,7 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
 
 
 def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str, Paired]) -> Figure:
-    """A dot for each client and seed by method, with the mean and the worst tenth; `paired` says who lost to alone."""
+    """A dot for each client and run by method, with the mean and the worst tenth; `paired` says who lost to alone."""
     rows = {name: [r for r in runs if r.scores(target, metric)] for name, runs in methods.items()}
     rows = {name: runs for name, runs in rows.items() if runs}
     with matplotlib.rc_context(STYLE):
@@ -128,10 +154,10 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
             versus = paired.get(name)
             for lost in (False, True):
                 dots = [
-                    (value, row + _jitter(client, run.seed))
+                    (value, row + _jitter(client, run.seed, run.fold))
                     for run in runs
                     for client, value in run.scores(target, metric).items()
-                    if (versus is not None and client in versus.losers.get(run.seed, ())) == lost
+                    if (versus is not None and client in versus.losers.get((run.seed, run.fold), ())) == lost
                 ]
                 if dots:
                     colour = COLOURS["loser" if lost else "dot"][0]
@@ -212,14 +238,130 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
         return figure
 
 
-def label_split(split: Mapping[str, object]) -> Figure:
-    """The split of one seed: samples of each client by part, and below them by label (area is the count).
+Confusion = Mapping[str, Any]
+"""The `classes` and the `confusion` counts of a target, as in evaluation.json."""
 
-    `split` is a run's split.json: `labels` [clients x classes] may be missing, `sizes` is [clients x 3].
+MOST_NUMBERS = 12
+"""With more classes a confusion matrix shows colours alone."""
+
+
+def confusion_matrices(panels: Mapping[str, Confusion]) -> Figure:
+    """A heat map for each titled confusion matrix: each row, a true class, as shares of its samples; counts inside."""
+    classes = list(next(iter(panels.values()))["classes"])
+    size, across = len(classes), min(len(panels), 3 if len(panels) <= 6 else 5)
+    with matplotlib.rc_context(STYLE):
+        names = [name if len(name) <= 12 else f"{name[:11]}…" for name in classes]
+        longest = max(map(len, names))
+        left = 0.42 + 0.075 * longest  # inches for the names of the rows, and below for those of the columns if turned
+        turned = longest * 0.085 > (WIDTH / across - left - 0.3) / size
+        below = 0.42 + (0.07 * longest if turned else 0.1)
+        side = min((WIDTH - left) / across - 0.3, 1.2 + 0.42 * size, 4.6)
+        down = -(-len(panels) // across)
+        high = 0.42 + side
+        height = down * high + below + 0.1
+        figure = Figure(figsize=(WIDTH, height))
+        for at, (title, panel) in enumerate(panels.items()):
+            row, column = divmod(at, across)
+            lowest = at + across >= len(panels)
+            place = (left + column * (side + 0.3), height - (row + 1) * high)
+            axes = figure.add_axes((place[0] / WIDTH, place[1] / height, side / WIDTH, side / height))
+            _heat(axes, np.array(panel["confusion"], dtype=np.float64), side)
+            axes.set_title(title if len(title) <= 13 * side else f"{title[: int(13 * side) - 1]}…", pad=6.0)
+            every = max(1, -(-size // 25))
+            ticks = range(0, size, every)
+            axes.set_xticks(ticks, names[::every] if lowest else [], rotation=90 if turned else 0)
+            axes.set_yticks(ticks, names[::every] if column == 0 else [])
+            axes.set_xlabel("predicted" if lowest else "")
+            axes.set_ylabel("truth" if column == 0 else "")
+        return figure
+
+
+def _heat(axes: Axes, counts: Floats, side: float) -> None:
+    """One matrix, `side` inches wide: blue by the share of the row, and the counts that are not zero."""
+    size = len(counts)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    if size <= MOST_NUMBERS:
+        font = min(9.5, 72 * side / size * 0.62 / max(2, len(f"{counts.max():.0f}")) / 0.6)
+        for row, column in np.argwhere(counts > 0):
+            share = float(shares[row, column])
+            axes.fill_between((column - 0.5, column + 0.5), row - 0.5, row + 0.5, color=COLOURS["m0"][0],
+                              alpha=max(share, 0.04), linewidth=0)  # fmt: skip
+            colour = COLOURS["paper" if share > 0.55 else "ink"][0]
+            text = f"{counts[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center_baseline", fontsize=font, color=colour)
+    else:
+        ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
+        axes.imshow(shares, aspect="auto", cmap=ramp, vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+
+
+Roc = tuple[Floats, Floats, float]
+"""False positive rates, true positive rates, and the area under the curve."""
+
+
+def mean_roc(curves: Sequence[Roc]) -> Roc:
+    """The curve whose true positive rate is the mean of the curves' at each false positive rate, and the mean area."""
+    grid = np.unique(np.concatenate([false for false, _, _ in curves]))
+    grid = grid[np.unique(np.linspace(0, len(grid) - 1, min(len(grid), MOST_POINTS)).round().astype(int))]
+    mean = np.mean([np.interp(grid, false, true) for false, true, _ in curves], axis=0)
+    return np.append(0.0, grid), np.append(0.0, mean), float(np.mean([area for _, _, area in curves]))
+
+
+def roc_curves(curves: Mapping[str, Roc], methods: Methods) -> Figure:
+    """ROC curves of methods, or of classes, with the areas under them; beside them the corner where good ones crowd."""
+    looks = {
+        name: _look(name, methods) if name in methods else (COLOURS[f"m{i % 8}"][0], _DASHES[i // 8 % 4])
+        for i, name in enumerate(curves)
+    }
+    crowded = min(area for _, _, area in curves.values()) > 0.9
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.3))
+        panels = [((0.0, 1.0), (0.0, 1.0), "True against false positive rate")]
+        if crowded:
+            panels.append(((0.0, 0.2), (0.8, 1.0), "Its upper left corner"))
+        side, order = 3.3, sorted(curves, key=lambda name: -curves[name][2])
+        for at, (across, up, title) in enumerate(panels):
+            axes = figure.add_axes(((0.6 + at * (side + 0.65)) / WIDTH, 0.55 / 4.3, side / WIDTH, side / 4.3))
+            axes.plot((0, 1), (0, 1), color=COLOURS["muted"][0], linewidth=0.8)
+            for name, (false, true, _) in curves.items():
+                axes.plot(false, true, color=looks[name][0], linestyle=looks[name][1], linewidth=1.6)
+            axes.set(title=title, xlim=across, ylim=up, xlabel="false positive rate (%)")
+            axes.set_ylabel("true positive rate (%)" if at == 0 else "")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(5))
+                axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
+        right = 0.6 + len(panels) * (side + 0.65) - 0.25
+        figure.text(right / WIDTH, (0.55 + side) / 4.3, "AUROC (%)", va="top", color=COLOURS["muted"][0], fontsize=9)
+        step = min(0.19, (side - 0.3) / len(order))
+        for row, name in enumerate(order):
+            y = (0.55 + side - 0.32 - row * step) / 4.3
+            colour, dash = looks[name]
+            line = Line2D((right / WIDTH, (right + 0.28) / WIDTH), (y, y), color=colour, linestyle=dash, linewidth=1.8)
+            figure.add_artist(line)
+            shown = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+            text = f"{100 * curves[name][2]:.1f}  {shown}"
+            figure.text((right + 0.36) / WIDTH, y, text, va="center", fontsize=min(9.0, 60 * step))
+        return figure
+
+
+def label_split(split: Mapping[str, object]) -> Figure:
+    """The split of one seed: samples of each client by part, and below them by label, as `split_caption` says.
+
+    `split` is a run's split.json: `labels` [clients x classes] may be missing, `sizes` is [clients x 3]. Of more than
+    MOST_CLIENTS clients, so many are shown, evenly spaced.
     """
     sizes = np.array(split["sizes"], dtype=np.float64)
     labels = np.array(split.get("labels") or np.zeros((len(sizes), 0)), dtype=np.float64)
+    number = np.arange(len(sizes))
+    if len(sizes) > MOST_CLIENTS:
+        number = np.arange(MOST_CLIENTS) * len(sizes) // MOST_CLIENTS
+        sizes, labels = sizes[number], labels[number]
     clients, classes = labels.shape
+    few = clients <= MOST_BUBBLES
     with matplotlib.rc_context(STYLE):
         tall = min(6.0, 0.27 * max(classes, 1)) if classes else 0.0
         height = 2.25 + tall
@@ -227,37 +369,71 @@ def label_split(split: Mapping[str, object]) -> Figure:
         left, wide = 0.75 / WIDTH, 1 - 2.2 / WIDTH
         bars = figure.add_axes((left, (0.6 + tall) / height, wide, 1.25 / height))
         blue, at, below = COLOURS["m0"][0], np.arange(clients), np.zeros(clients)
-        bars.bar(at, sizes.sum(axis=1), 0.66, color=COLOURS["paper"][0], linewidth=0)  # hides the grid behind the tints
+        edges = np.arange(clients + 1) - 0.5
+
+        def draw(top: Floats, colour: str, alpha: float) -> None:
+            if few:
+                bars.bar(at, top - below, 0.66, bottom=below, color=colour, alpha=alpha, linewidth=0)
+            else:  # one shape for all: thousands of bars would make a heavy page
+                bars.stairs(top, edges, baseline=below, fill=True, color=colour, alpha=alpha, linewidth=0)
+
+        draw(sizes.sum(axis=1), COLOURS["paper"][0], 1.0)  # hides the grid behind the tints
         key: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
         for i, (name, alpha) in enumerate((("training", 1.0), ("validation", 0.5), ("test", 0.25))):
-            bars.bar(at, sizes[:, i], 0.66, bottom=below, color=blue, alpha=alpha, linewidth=0)
-            below += sizes[:, i]
+            draw(below + sizes[:, i], blue, alpha)
+            below = below + sizes[:, i]
             place = (1.015, 0.2 + 0.22 * i)
             bars.plot(*place, "s", transform=bars.transAxes, color=blue, alpha=alpha, ms=7, clip_on=False, mew=0)
             bars.annotate(name, place, (9, 0), "axes fraction", **key)
-        bars.set(title="Samples of each client", xlim=(-0.7, clients - 0.3))
+        total = len(split["sizes"])  # type: ignore[arg-type]
+        shown = "" if clients == total else f": {clients:,} of {total:,}, evenly spaced"
+        bars.set(title=f"Samples of each client{shown}", xlim=(-0.7, clients - 0.3), ylim=(0, None))
         bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         bars.grid(visible=False, axis="x")
+        bars.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        bars.xaxis.set_major_formatter(
+            FuncFormatter(lambda x, _: f"{number[int(x)]}" if 0 <= x < clients and x == int(x) else "")
+        )
         if not classes:
             bars.set_xlabel("client")
             return figure
         bars.tick_params(axis="x", length=0, labelbottom=False)
         grid = figure.add_axes((left, 0.5 / height, wide, tall / height))
-        if clients <= 80:
+        if few:
             client, label = np.nonzero(labels)
             room = min(17.3, 72 * wide * WIDTH / clients * 0.95)  # points: the largest bubble just fits its cell
             area = labels[client, label] / labels.max() * room**2
             grid.scatter(client, label, s=area, color=blue, alpha=0.8, linewidths=0)
         else:
             ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
-            grid.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest")
+            grid.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest", vmin=0)
         grid.set(xlabel="client", ylabel=str(split.get("target") or "label"), xlim=(-0.7, clients - 0.3))
         grid.set_ylim(classes - 0.4, -0.6)
         grid.set_yticks(range(classes) if classes <= 20 else range(0, classes, 10))
         grid.xaxis.set_major_locator(MaxNLocator(20, integer=True))
+        grid.xaxis.set_major_formatter(bars.xaxis.get_major_formatter())
         grid.tick_params(length=0)
-        grid.grid(visible=False, axis="x")
+        grid.grid(visible=False, axis="x" if few else "both")
         return figure
+
+
+def split_caption(split: Mapping[str, Any]) -> str:
+    """What stands for the number of samples with a label in the picture of `label_split`; "" if it has no labels."""
+    if not split.get("labels"):
+        return ""
+    if len(split["sizes"]) <= MOST_BUBBLES:
+        return "The area of a bubble is the number of samples with that label."
+    return "The darker the blue, the more samples with that label the client has."
+
+
+def to_file(figure: Figure, path: Path) -> None:
+    """Write a figure on white, in the format that the file's name ends with. Raises UserError if that cannot be."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out {path}: give a name that ends with .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}; make it first, or name another")
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, dpi=150, facecolor="white")
 
 
 def to_svg(figure: Figure, name: str, about: str) -> str:
@@ -271,7 +447,7 @@ def to_svg(figure: Figure, name: str, about: str) -> str:
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", text)
     text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows both name spaces
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
@@ -318,20 +494,20 @@ def _mean_curve(
     return rounds, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
 
 
-def _look(name: str, methods: Methods) -> tuple[str, str]:
+def _look(name: str, methods: Methods) -> tuple[str, Dash]:
     """Colour and line of a method: grey and broken for the two references, else the palette in order."""
     if name == ALONE:
-        return COLOURS["ink"][0], (0, (4, 2))  # type: ignore[return-value]
+        return COLOURS["ink"][0], (0, (4, 2))
     others = [m for m, runs in methods.items() if m != ALONE and runs[0].experiment.run.placement != "pooled"]
     if name not in others:
-        return COLOURS["muted"][0], (0, (1.2, 1.6))  # type: ignore[return-value]
+        return COLOURS["muted"][0], (0, (1.2, 1.6))
     at = others.index(name)
-    return COLOURS[f"m{at % 8}"][0], ("-", "--", "-.", ":")[at // 8 % 4]
+    return COLOURS[f"m{at % 8}"][0], _DASHES[at // 8 % 4]
 
 
-def _jitter(client: int, seed: int) -> float:
+def _jitter(client: int, seed: int, fold: int) -> float:
     """A place within a row, -0.28..0.28: the golden ratio's multiples keep neighbours apart, always the same way."""
-    return ((client * 0.6180339887 + seed * 0.3247179572) % 1 - 0.5) * 0.56
+    return ((client * 0.6180339887 + seed * 0.3247179572 + fold * 0.2207440846) % 1 - 0.5) * 0.56
 
 
 def _box(figure: Figure, at: int, of: int, right: float) -> tuple[float, float, float, float]:
@@ -348,11 +524,11 @@ def _label_room(methods: Methods) -> float:
 
 def _value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
     axis = axes.yaxis if which == "y" else axes.xaxis
-    if metric == "accuracy":
+    if is_share(metric):
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
         low, high = axes.get_ylim() if which == "y" else axes.get_xlim()
         (axes.set_ylim if which == "y" else axes.set_xlim)(max(low, -0.02), min(high, 1.02))
-    better = "higher" if PRIMARY.get(metric, True) else "lower"
+    better = "higher" if higher_is_better(metric) else "lower"
     axis.set_label_text(f"{metric_label(target, metric)}, {better} is better")
 
 

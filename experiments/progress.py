@@ -14,8 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.plots import bytes_text, seconds_text
-from experiments.results import PRIMARY
+from experiments.plots import bytes_text, metric_name, seconds_text
+from experiments.ranking import worded
+from tasks.metrics import PRIMARY, kind_of
 
 SHOWN = 8
 """Rounds in the table."""
@@ -116,7 +117,7 @@ def line(records: Mapping[int, Record], total: int, label: str, before: Mapping[
     parts = [f"{label}: round {newest['round']}/{total}", f"loss {_loss(newest, target)}"]
     for name, value in zip(("global", "clients", "worst tenth"), _metrics(newest, target, metric), strict=True):
         if value is not None:
-            parts.append(f"{name} {_text(value, metric)}")
+            parts.append(f"{name} {worded(value, metric, target)}")
     sent = sum(_bytes(record) for record in records.values())
     spent = sum(float(record.get("seconds") or 0) for record in records.values())
     left = time_left(records, total, before)
@@ -138,7 +139,7 @@ def render(
     target, metric = subject(records)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     failing = any(record.get("failed") for record in records.values())
-    for head in ("round", "loss", f"global {metric}", "clients' mean", "worst tenth", "sent", "a round"):
+    for head in ("round", "loss", f"global {metric_name(metric)}", "clients' mean", "worst tenth", "sent", "a round"):
         table.add_column(head, justify="right")
     if failing:
         table.add_column("failed", justify="right", style="yellow")
@@ -147,7 +148,7 @@ def render(
         record = records[number]
         sent += _bytes(record)
         if number > max(records) - SHOWN:
-            values = ["" if v is None else _text(v, metric) for v in _metrics(record, target, metric)]
+            values = [worded(v, metric, target) if v is not None else "" for v in _metrics(record, target, metric)]
             spent = seconds_text(float(record.get("seconds") or 0))
             failed = [str(len(record.get("failed") or []) or "")] if failing else []
             table.add_row(f"{number}/{total}", _loss(record, target), *values, bytes_text(sent), spent, *failed)
@@ -164,7 +165,8 @@ def subject(records: Mapping[int, Record]) -> tuple[str, str]:
             for target, metrics in (record.get(place) or {}).items():
                 found.setdefault(target, set()).update(metrics)
     target = next(iter(found), "")
-    return target, next((name for name in PRIMARY if name in found.get(target, ())), "metric")
+    primary = PRIMARY[kind_of(found.get(target, ()))]
+    return target, primary if primary in found.get(target, ()) else "metric"
 
 
 def time_left(records: Mapping[int, Record], total: int, before: Mapping[int, Record] | None = None) -> float | None:
@@ -192,7 +194,3 @@ def _loss(record: Record, target: str) -> str:
 
 def _bytes(record: Record) -> float:
     return float((record.get("bytes_up") or 0) + (record.get("bytes_down") or 0))
-
-
-def _text(value: float, metric: str) -> str:
-    return f"{100 * value:.1f}%" if metric == "accuracy" else f"{value:.3f}"

@@ -9,11 +9,12 @@ from rich.table import Table
 from experiments import plots
 from experiments.results import (
     ALONE,
-    PRIMARY,
     RunResult,
     by_method,
     compare_paired,
     counted,
+    higher_is_better,
+    is_share,
     primary_metric,
     targets_of,
 )
@@ -26,15 +27,16 @@ def ranking(runs: Sequence[RunResult]) -> list[Row]:
     """One row a target and method, the best for the clients first; plain numbers, None where not measured.
 
     client_mean, client_weighted, client_worst_decile, client_std (over the clients), global, last10_clients,
-    last10_global and finetuned are means over the seeds; *_seed_std are standard deviations over seeds (n - 1; None for
-    one seed). gain and its interval are against `local`, oriented so that positive is better; `lost` of `lost_of` pairs
-    of client and seed do worse than alone. bytes_up, bytes_down and seconds are of one run, the mean over seeds.
+    last10_global and finetuned are means over the runs, one for each of `seeds` seeds, or for each of its `folds`;
+    *_seed_std are standard deviations over these runs (n - 1; None for one run). gain and its interval are against
+    `local`, oriented so that positive is better; `lost` of `lost_of` pairs of client and run do worse than alone.
+    bytes_up, bytes_down and seconds are of one run, the mean over them.
     """
     methods = by_method(runs)
     rows: list[Row] = []
     for target in targets_of(runs):
         metric = primary_metric(runs, target)
-        higher = PRIMARY.get(metric, True)
+        higher = higher_is_better(metric)
         alone = learners_of(methods, target).get(ALONE, [])
         found = [_row(n, group, target, metric, alone) for n, group in learners_of(methods, target).items()]
 
@@ -50,7 +52,7 @@ def ranking_table(runs: Sequence[RunResult]) -> Table:
     """The ranking for a terminal: what matters of it, one section a target."""
     rows = ranking(runs)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for head in ("clients' mean", "worst tenth", "global", "lost vs alone", "sent", "time"):
         table.add_column(head, justify="right")
     for target in dict.fromkeys(row["target"] for row in rows):
@@ -83,23 +85,25 @@ def _row(name: str, group: Sequence[RunResult], target: str, metric: str, alone:
     shared = [run.final("global", target, metric) for run in runs]
     tuned = [float(np.mean(list(s.values()))) for run in runs if (s := run.scores(target, metric, "finetuned"))]
     return {
-        "target": target, "metric": metric, "rank": 0, "method": name, "seeds": len(runs), "started": len(group),
+        "target": target, "metric": metric, "rank": 0, "method": name,
+        "seeds": len({run.seed for run in runs}), "folds": max(run.experiment.evaluate.folds for run in runs),
+        "counted": len(runs), "started": len(group),
         "statuses": [run.status for run in group],
         "rounds": max(run.rounds_done for run in group),
         "pooled": group[0].experiment.run.placement == "pooled",
-        "client_mean": _mean(client_means), "client_mean_seed_std": _deviation(client_means),
-        "client_std": _mean([v.get("std") for v in over_clients]),
-        "client_weighted": _mean([v.get("weighted") for v in over_clients]),
-        "client_worst_decile": _mean([v.get("worst_decile") for v in over_clients]),
-        "global": _mean(shared), "global_seed_std": _deviation(shared),
-        "last10_clients": _mean([run.last10("clients", target, metric) for run in runs]),
-        "last10_global": _mean([run.last10("global", target, metric) for run in runs]),
-        "finetuned": _mean(tuned),
+        "client_mean": mean_of(client_means), "client_mean_seed_std": _deviation(client_means),
+        "client_std": mean_of([v.get("std") for v in over_clients]),
+        "client_weighted": mean_of([v.get("weighted") for v in over_clients]),
+        "client_worst_decile": mean_of([v.get("worst_decile") for v in over_clients]),
+        "global": mean_of(shared), "global_seed_std": _deviation(shared),
+        "last10_clients": mean_of([run.last10("clients", target, metric) for run in runs]),
+        "last10_global": mean_of([run.last10("global", target, metric) for run in runs]),
+        "finetuned": mean_of(tuned),
         "gain": versus.mean if versus else None,
         "gain_low": versus.interval[0] if versus and versus.interval else None,
         "gain_high": versus.interval[1] if versus and versus.interval else None,
         "lost": versus.lost if versus else None, "lost_of": versus.clients if versus else None,
-        **{key: _mean([run.cost[key] for run in runs]) for key in ("bytes_up", "bytes_down", "seconds")},
+        **{key: mean_of([run.cost[key] for run in runs]) for key in ("bytes_up", "bytes_down", "seconds")},
     }  # fmt: skip
 
 
@@ -108,7 +112,7 @@ def flag(row: Row) -> str:
     states = row["statuses"]
     if set(states) == {"done"}:
         return str(row["method"])
-    if "running" in states and row["seeds"] == len(states):
+    if "running" in states and row["counted"] == len(states):
         return f"{row['method']} (so far)"
     return f"{row['method']} ({states.count('done')} of {len(states)} done)"
 
@@ -117,7 +121,7 @@ def is_best(row: Row, part: Sequence[Row], key: str) -> bool:
     values = [other[key] for other in part if other[key] is not None and not is_aside(other, part)]
     if len(values) < 2 or row[key] is None or is_aside(row, part):
         return False
-    lower = key == "client_std" or (key != "gain" and not PRIMARY.get(row["metric"], True))
+    lower = key == "client_std" or (key != "gain" and not higher_is_better(row["metric"]))
     return bool(row[key] == (min(values) if lower else max(values)))
 
 
@@ -127,29 +131,38 @@ def is_aside(row: Row, part: Sequence[Row]) -> bool:
 
 
 def number(value: float | None, metric: str, signed: bool = False) -> str:
-    """A metric as it stands in a table: accuracy in percent, anything else with three decimals."""
+    """A metric as it stands in a table: a fraction in percent, anything else with three decimals or four digits."""
     if value is None:
         return ""
     sign = "+" if signed else ""
-    text = f"{100 * value:{sign}.1f}" if metric == "accuracy" else f"{value:{sign}.3f}"
+    decimals = 1 if is_share(metric) else max(0, 4 - len(str(int(abs(value)))))
+    text = f"{100 * value if is_share(metric) else value:{sign},.{decimals}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def unit(metric: str, target: str) -> str:
-    if metric == "accuracy":
-        return " percentage points"
-    return f" {plots.UNITS[target]}" if metric == "rmse" and target in plots.UNITS else ""
+    """The unit of a difference between two values of the metric."""
+    return " percentage points" if is_share(metric) else f" {plots.unit_of(target, metric)}".rstrip()
 
 
 def worded(value: float | None, metric: str, target: str) -> str:
-    return number(value, metric) + ("%" if metric == "accuracy" else unit(metric, target))
+    return number(value, metric) + ("%" if is_share(metric) else unit(metric, target))
+
+
+def repeats(row: Row) -> str:
+    """What a row's means and deviations are over: "3 seeds", "5 folds"; "" for a single run."""
+    folds, seeds = f"{row['folds']} folds", f"{row['seeds']} seeds"
+    if not row["folds"]:
+        return seeds if row["seeds"] > 1 else ""
+    return f"{seeds} of {folds} each" if row["seeds"] > 1 else folds
 
 
 def plus_minus(value: float | None, metric: str) -> str:
     return "" if value is None else f" ± {number(value, metric)}"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that are known; None if none is."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

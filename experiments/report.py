@@ -6,8 +6,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+
 from config import load
 from experiments import plots
+from experiments.plots import metric_name
 from experiments.ranking import (
     Methods,
     Row,
@@ -15,23 +19,27 @@ from experiments.ranking import (
     is_aside,
     is_best,
     learners_of,
+    mean_of,
     number,
     plus_minus,
     ranking,
+    repeats,
     unit,
     worded,
 )
 from experiments.results import (
     ALONE,
-    PRIMARY,
     Paired,
     RunResult,
     by_method,
     compare_paired,
     counted,
     find_runs,
+    higher_is_better,
+    is_share,
+    metrics_of,
     targets_of,
-)  # fmt: skip
+)
 
 CSS = (
     f":root {{ color-scheme: light dark; {plots.css_variables(dark=False)} }}\n"
@@ -55,6 +63,7 @@ th { font-weight: 500; color: var(--muted); vertical-align: bottom; }
 th, td { text-align: right; padding: .34rem .55rem; white-space: nowrap; font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th.left, td.left { text-align: left; }
+th.wrap { white-space: normal; max-width: 5.5rem; }
 tr.aside td { color: var(--muted); }
 thead tr:last-child th, tbody tr { border-bottom: 1px solid var(--rule); }
 th.group { text-align: center; }
@@ -98,7 +107,8 @@ def render(runs: Sequence[RunResult]) -> str:
     title = f"{len(names)} methods compared" if len(names) > 1 else f"{names[0]}, {_seeds(methods[names[0]])}"
     facts = [
         f"{first.task.dataset}, {first.partition.clients} clients, {first.partition.law} split",
-        f"{max(run.experiment.run.rounds for run in runs)} rounds, {_count(len({run.seed for run in runs}), 'seed')}",
+        f"{max(run.experiment.run.rounds for run in runs)} rounds, {_count(len({run.seed for run in runs}), 'seed')}"
+        + (f", {folds}-fold cross-validation" if (folds := max(run.experiment.evaluate.folds for run in runs)) else ""),
         f"model {first.task.model}",
         str(runs[0].manifest.get("created", ""))[:10],
     ]
@@ -126,13 +136,14 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
     real = [row for row in rows if row["client_mean"] is not None]
     if not real:
         value = rows[0]["global"]
-        told = f"The {metric} of {target} on the global test set is {worded(value, metric, target)}."
+        told = f"The {metric_name(metric)} of {target} on the global test set is {worded(value, metric, target)}."
         return ["Nothing has been measured yet." if value is None else told]
     choices = [row for row in real if not is_aside(row, real)]
     best = choices[0]
-    seeds = f" ± {worded(best['client_mean_seed_std'], metric, target)} over {best['seeds']} seeds"
+    seeds = f" ± {worded(best['client_mean_seed_std'], metric, target)} over {repeats(best)}"
     reached = (
-        f"mean {metric} of {target} on the clients' own test samples {worded(best['client_mean'], metric, target)}"
+        f"mean {metric_name(metric)} of {target} on the clients' own test samples "
+        f"{worded(best['client_mean'], metric, target)}"
         f"{seeds if best['client_mean_seed_std'] is not None else ''}, "
         f"{worded(best['client_worst_decile'], metric, target)} for the worst tenth of them"
     )
@@ -146,7 +157,7 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
         said.append(f"Training alone gives {worded(alone['client_mean'], metric, target)}.")
     losing = sorted((r for r in choices if r["lost"]), key=lambda r: -r["lost"] / r["lost_of"])
     if losing:
-        pairs = "clients, counted once a seed," if max(row["seeds"] for row in losing) > 1 else "clients"
+        pairs = "clients, counted once a run," if max(row["counted"] for row in losing) > 1 else "clients"
         chosen = losing[:2] + [row for row in losing[2:] if row is best]
         parts = [f"{row['lost']} of {row['lost_of']} under {row['method']}" for row in chosen]
         none = f", none under {best['method']}" if best["lost"] == 0 else ""
@@ -172,9 +183,12 @@ def warnings(runs: Sequence[RunResult]) -> list[str]:
             said.append(f"{name} {run.status} after {run.rounds_done} of {run.experiment.run.rounds} rounds: {reason}")
     if len(said) > 6:
         said = [*said[:5], f"{len(said) - 5} more runs have not ended as they should; the list of runs below has all."]
-    for seed in sorted({run.seed for run in runs}):
-        if len({run.split_sha256 for run in runs if run.seed == seed and run.split_sha256}) > 1:
-            said.append(f"The runs of seed {seed} do not all have the same split; those that differ are not paired.")
+    splits: dict[tuple[int, int], set[str]] = {}
+    for run in runs:
+        splits.setdefault((run.seed, run.fold), set()).update({run.split_sha256} - {""})
+    for seed, fold in sorted(at for at, found in splits.items() if len(found) > 1):
+        of = f"seed {seed}" + (f", fold {fold}," if fold else "")
+        said.append(f"The runs of {of} do not all have the same split; those that differ are not paired.")
     unseen = [(run, int(((run.summary or {}).get("clients") or {}).get("untrained_head") or 0)) for run in runs]
     told = [f"{count} of {run.experiment.partition.clients} ({_named(run)})" for run, count in unseen if count]
     if told:
@@ -187,7 +201,11 @@ def warnings(runs: Sequence[RunResult]) -> list[str]:
 
 
 def _named(run: RunResult) -> str:
-    return f"{run.experiment.run.name}, seed {run.seed}"
+    return f"{run.experiment.run.name}, {_seed_of(run)}"
+
+
+def _seed_of(run: RunResult) -> str:
+    return f"seed {run.seed}" + (f", fold {run.fold}" if run.fold else "")
 
 
 def _against_next(methods: Methods, best: Row, following: Row, target: str, metric: str) -> str:
@@ -209,24 +227,27 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
     ordered = {row["method"]: list(counted(learners[row["method"]])) for row in part}
     shown = {name: learners[name] for name in learners}
     lost = " Orange: the clients that do worse than under local, on the same split." if paired else ""
+    longest = max((repeats(row) for row in part), key=len)
     dots = any(run.scores(target, metric) for runs in learners.values() for run in runs)
     pictures = [
         (plots.learning_curves(shown, target, metric), "curves", f"Learning curves of {target}",
-         ("Lines are means over the seeds, bands one standard deviation. " if max(r["seeds"] for r in part) > 1 else "")
+         (f"Lines are means over {longest}, bands one standard deviation. " if longest else "")
          + "A method without a curve for the global test set has no single shared model."),
         *([(plots.client_dots(ordered, target, metric, paired), "dots", f"{target}: each client by method",
-            f"A dot for each client and seed: the metric of the model that it would use. Bar: the clients' mean. "
+            f"A dot for each client and run: the metric of the model that it would use. Bar: the clients' mean. "
             f"Diamond: the mean of the worst tenth.{lost}")] if dots else []),
         (plots.cost_curves(shown, target, metric), "cost", f"{target} against bytes and seconds",
          "The clients' mean against what has been spent until then."
          + (" Methods at 0 B train without sending anything." if len({r["bytes_up"] > 0 for r in part}) > 1 else "")),
     ]  # fmt: skip
-    direction = "higher" if PRIMARY.get(metric, True) else "lower"
+    pictures += _evaluation_pictures(ordered, learners, target)
+    direction = "higher" if higher_is_better(metric) else "lower"
     text = [
         f"<h2>{escape(target)}</h2>",
         f'<p class="note">{escape(plots.metric_label(target, metric))} at the end of training; {direction} is better. '
         f"{_legend(part)}</p>",
         _ranking_html(part),
+        _metrics_html(learners, target, part),
         *(
             f"<figure>{plots.to_svg(figure, f'{target}-{name}', escape(about))}"
             f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -234,6 +255,108 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
         ),
     ]
     return "\n".join(text)
+
+
+def _evaluation_pictures(ordered: Methods, methods: Methods, target: str) -> list[tuple[Figure, str, str, str]]:
+    """The confusion matrices and ROC curves of a target, each as (figure, id, about, caption), where there are any.
+
+    `ordered`: the methods as the ranking has them. Of each they are of its first run that has them; of a
+    cross-validation the first seed's folds are added up.
+    """
+    shown: dict[str, list[RunResult]] = {}
+    for name, group in ordered.items():
+        if ended := [run for run in group if run.evaluation]:
+            shown[name] = [run for run in ended if run.seed == ended[0].seed]
+    if not shown:
+        return []
+    pictures = []
+    folds = ", the folds added up" if any(len(runs) > 1 for runs in shown.values()) else ""
+    of = f"Seed {next(iter(shown.values()))[0].seed}{folds}. "
+    panels = {name: found for name, runs in shown.items() if (found := _confusion(runs, "clients", target))}
+    where = "on the clients' own test samples, of the model that each would use"
+    if len(shown) == 1:
+        (name,) = shown
+        alike = f", fold {shown[name][0].fold}" if folds else ""  # the same samples in each fold: not added up
+        both = {
+            f"Global test set{alike}": _confusion(shown[name][:1], "global", target),
+            "Clients' test samples": panels.get(name),
+        }
+        panels, where = {title: found for title, found in both.items() if found}, ""
+    if panels:
+        small = len(next(iter(panels.values()))["classes"]) <= plots.MOST_NUMBERS
+        numbers = "; the numbers are counts" if small else ""
+        pictures.append((
+            plots.confusion_matrices(panels), "confusion", f"Confusion matrices of {target}",
+            f"{of}Rows are the true {target}, columns what was predicted{f' {where}' if where else ''}. "
+            f"The stronger the colour, the larger the share of its row{numbers}.",
+        ))  # fmt: skip
+    curves: dict[str, plots.Roc] = {}
+    about = "on the global test set."
+    for name, runs in shown.items():
+        found = (runs[0].evaluation.get("global") or {}).get(target, {}).get("roc") or {}
+        own = {c: (np.array(r["false_positive"]), np.array(r["true_positive"]), r["auroc"]) for c, r in found.items()}
+        if len(own) == 1:
+            curves[name] = next(iter(own.values()))
+            about = f"of {next(iter(own))} on the global test set."
+        elif own and len(shown) == 1:
+            curves = {f"{target} {c}" if c.isdecimal() else c: curve for c, curve in own.items()}
+            about = "of each class against all others on the global test set."
+        elif own:
+            curves[name] = plots.mean_roc(list(own.values()))
+            about = "on the global test set: the mean over the classes, each against all others."
+    if curves:
+        absent = " Methods without a single shared model have none." if len(curves) < len(shown) > 1 else ""
+        fold = f", fold {first.fold}" if (first := next(iter(shown.values()))[0]).fold else ""
+        caption = f"Seed {first.seed}{fold}. ROC {about}{absent} The diagonal is chance."
+        pictures.append((plots.roc_curves(curves, methods), "roc", f"ROC curves of {target}", caption))
+    return pictures
+
+
+def _confusion(runs: Sequence[RunResult], place: str, target: str) -> plots.Confusion | None:
+    """The confusion of a target over the runs, added up; None where none has any."""
+    found = [one for run in runs if "confusion" in (one := (run.evaluation.get(place) or {}).get(target, {}))]
+    if not found:
+        return None
+    return {"classes": found[0]["classes"], "confusion": np.sum([one["confusion"] for one in found], axis=0)}
+
+
+def _metrics_html(learners: Methods, target: str, part: Sequence[Row]) -> str:
+    """Every metric that was measured, behind a click: the clients' mean, and the shared model's."""
+    runs = {row["method"]: counted(learners[row["method"]]) for row in part}
+    names = metrics_of([run for group in runs.values() for run in group], target)
+    places = {"clients": "clients' mean", "global": "shared model on the global test set"}
+    values = {
+        (method, place, name): mean_of([
+            v["mean"] if place == "clients" and v else v for run in group for v in [run.final(place, target, name)]
+        ])
+        for method, group in runs.items() for place in places for name in names
+    }  # fmt: skip
+    columns = [(p, n) for p in places for n in names if any(values[m, p, n] is not None for m in runs)]
+    if not columns:
+        return ""
+    head = '<tr><th class="left"></th>' + "".join(
+        f'<th class="group" colspan="{n}"><span>{escape(about)}</span></th>'
+        for place, about in places.items()
+        if (n := sum(column[0] == place for column in columns))
+    )
+    head += '</tr><tr><th class="left">method</th>'
+    head += "".join(f'<th class="wrap">{escape(metric_name(name))}</th>' for _, name in columns) + "</tr>"
+    body = "".join(
+        f"<tr><td>{escape(method)}</td>"
+        + "".join(f"<td>{number(values[method, place, name], name)}</td>" for place, name in columns)
+        + "</tr>"
+        for method in runs
+    )
+    table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+    unit = plots.unit_of(target, "rmse")
+    units = [
+        "Fractions are in percent" if any(is_share(name) for name in names) else "",
+        f"{', '.join(metric_name(n) for n in named)} in {unit}"
+        if unit and (named := [n for n in names if plots.unit_of(target, n) == unit])
+        else "",
+    ]
+    note = f'<p class="note">{escape(". ".join(filter(None, units)))}.</p>' if any(units) else ""
+    return f"<details><summary>All metrics of {escape(target)}</summary>{table}{note}</details>"
 
 
 def _ranking_html(part: Sequence[Row]) -> str:
@@ -267,7 +390,7 @@ def _ranking_html(part: Sequence[Row]) -> str:
     notes = ["std: over the clients. last 10: mean of the last ten evaluated rounds."]
     if any(row["gain"] is not None for row in part):
         notes.append("gain: mean difference to local on the same clients, positive is better.")
-        notes.append("lost: clients, counted once a seed, that do worse than under local.")
+        notes.append("lost: clients, counted once a run, that do worse than under local.")
     if any(row["gain_low"] is not None for row in part):
         notes.append("In brackets: the 95% paired t-interval over the seeds.")
     note = f'<p class="note">{escape(" ".join(notes))}</p>'
@@ -293,21 +416,22 @@ def _cell(row: Row, part: Sequence[Row], key: str, metric: str) -> str:
 
 
 def _split_section(runs: Sequence[RunResult]) -> str:
-    seeds = {run.seed: run for run in runs if run.split.get("sizes")}
-    if not seeds:
+    splits = {(run.seed, run.fold): run for run in runs if run.split.get("sizes")}
+    if not splits:
         return ""
-    first = seeds[min(seeds)]
+    first = splits[min(splits)]
     svg = plots.to_svg(plots.label_split(first.split), "split", "Samples of each client by part and by label")
     rows = "".join(
-        f'<tr><td class="left">{seed}</td><td class="left">{escape(str(run.split.get("law", "")))}</td>'
+        f'<tr><td class="left">{seed}{f", fold {fold}" if fold else ""}</td>'
+        f'<td class="left">{escape(str(run.split.get("law", "")))}</td>'
         f"<td>{run.split.get('tries', '')}</td><td>{min(totals)} to {max(totals)}</td>"
         f'<td class="left"><code>{escape(run.split_sha256)}</code></td></tr>'
-        for seed, run in sorted(seeds.items())
+        for (seed, fold), run in sorted(splits.items())
         for totals in [[sum(sizes) for sizes in run.split["sizes"]]]
     )
     return (
-        f'<h2>Who holds what</h2><p class="note">The split of seed {first.seed}. The area of a bubble is the number of '
-        f"samples with that label.</p><figure>{svg}</figure>"
+        f'<h2>Who holds what</h2><p class="note">The split of {_seed_of(first)}. '
+        f"{plots.split_caption(first.split)}</p><figure>{svg}</figure>"
         '<div class="scroll"><table><thead><tr><th>seed</th><th class="left">law</th><th>tries</th>'
         '<th>samples a client</th><th class="left">SHA-256 of the split</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
@@ -320,7 +444,9 @@ def _methods_section(methods: Methods) -> str:
     for name, group in methods.items():
         flat[name]["strategy.share"] = group[0].experiment.share  # what really travels: nothing when each is alone
     keys = [k for k in next(iter(flat.values())) if len({str(s[k]) for s in flat.values()}) > 1]
-    keys = [key for key in keys if key not in ("run.name", "run.seed") and not key.startswith("engine.")]
+    keys = [
+        key for key in keys if key not in ("run.name", "run.seed", "evaluate.fold") and not key.startswith("engine.")
+    ]
     if not keys:
         return ""
     head = "".join(f'<th class="left">{escape(key)}</th>' for key in keys)
@@ -367,7 +493,7 @@ def _run_html(name: str, run: RunResult) -> str:
         ("folder", f"<code>{escape(str(run.folder))}</code>"),
     ]
     items = "".join(f"<dt>{key}</dt><dd>{text}</dd>" for key, text in facts if text not in ("", "<code></code>"))
-    head = f"<summary>{escape(name)}, seed {run.seed} <span>{escape(line)}</span></summary>"
+    head = f"<summary>{escape(name)}, {_seed_of(run)} <span>{escape(line)}</span></summary>"
     return f"<details>{head}<dl>{items}</dl></details>"
 
 
@@ -396,7 +522,8 @@ def _never_sampled(count: int, run: RunResult) -> str:
 
 
 def _legend(part: Sequence[Row]) -> str:
-    said = ["± is the standard deviation over seeds."] if any(row["seeds"] > 1 for row in part) else []
+    longest = max((repeats(row) for row in part), key=len)
+    said = [f"± is the standard deviation over {longest}."] if longest else []
     if len(part) > 1:
         aside = next((row["method"] for row in part if is_aside(row, part)), "")
         said.append(f"The best of each column is bold{f', {escape(aside)} aside' if aside else ''}.")
@@ -408,8 +535,9 @@ def _setting(value: Any) -> str:
 
 
 def _seeds(runs: Sequence[RunResult]) -> str:
-    numbers = ", ".join(str(run.seed) for run in runs)
-    return f"seed {numbers}" if len(runs) == 1 else f"seeds {numbers}"
+    seeds = sorted({run.seed for run in runs})
+    folds = f", {len({run.fold for run in runs})} folds" if any(run.fold for run in runs) else ""
+    return ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(map(str, seeds)) + folds
 
 
 def _rounds_text(rounds: Sequence[int]) -> str:

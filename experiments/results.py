@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 from config import load
 from config.errors import UserError
 from config.schema import Experiment
+from tasks.metrics import LOWER_IS_BETTER, PRIMARY, SHARES, kind_of
 
 Floats = NDArray[np.float64]
 Curve = tuple[Floats, Floats]
@@ -22,13 +23,16 @@ Curve = tuple[Floats, Floats]
 ALONE = "local"
 """The method that the others are held against: each client alone, from scratch."""
 
-PRIMARY = {"accuracy": True, "rmse": False}
-"""A target's primary metric is the first of these that it has; the value says whether higher is better."""
+_ORDER = (
+    "accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc", "exact_match",
+    "mae", "rmse", "r2", "pinball", "coverage", "loss",
+)  # fmt: skip
+"""The order in which metrics stand in a table; coverage before its level."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run folder as read. `summary` is None while the run goes on, `columns` (clients.csv) empty.
+    """One run folder as read. `summary` is None while the run goes on, `columns` (clients.csv) and `evaluation` empty.
 
     `rounds` holds the complete lines of rounds.jsonl in order of round. `columns` maps a column of clients.csv to one
     float64 a client, NaN where the cell is empty. Metrics are fractions in 0..1, sizes bytes, times seconds.
@@ -41,10 +45,16 @@ class RunResult:
     rounds: tuple[Mapping[str, Any], ...]
     columns: Mapping[str, Floats]
     summary: Mapping[str, Any] | None
+    evaluation: Mapping[str, Any]
 
     @property
     def seed(self) -> int:
         return self.experiment.run.seed
+
+    @property
+    def fold(self) -> int:
+        """Which fold of a cross-validation it is; 0 if it is none."""
+        return self.experiment.evaluate.fold
 
     @property
     def status(self) -> str:
@@ -118,14 +128,14 @@ class RunResult:
 class Paired:
     """How a method does against another on the same clients. Gains are oriented: positive is better than the other.
 
-    `gains` is the mean gain over the clients of each seed, in order of `seeds`; `losers` are the clients of each seed
-    that do strictly worse; `clients` counts the pairs of all seeds; `interval` is of the mean gain, None below three
-    seeds.
+    `gains` is the mean gain over the clients (and folds) of each seed, in order of `seeds`; `losers` are the clients of
+    each (seed, fold) that do strictly worse; `clients` counts the pairs of all runs; `interval` is of the mean gain,
+    None below three seeds.
     """
 
     seeds: tuple[int, ...]
     gains: tuple[float, ...]
-    losers: Mapping[int, frozenset[int]]
+    losers: Mapping[tuple[int, int], frozenset[int]]
     clients: int
     interval: tuple[float, float] | None
 
@@ -139,7 +149,7 @@ class Paired:
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunResult]:
-    """All runs under the given folders, each a run or a folder of runs (`compare`, `sweep`), each run once.
+    """All runs under the given folders, each a run or a folder of runs (`compare`, `sweep`, folds), each run once.
 
     Raises UserError for a folder that is neither, and for a run folder that cannot be read.
     """
@@ -149,7 +159,7 @@ def find_runs(paths: Iterable[Path]) -> list[RunResult]:
             raise UserError(
                 f"{path}: there is no such folder. Give run folders, or a folder that compare or sweep made"
             )
-        inside = [path] if _is_run(path) else sorted(child for child in path.iterdir() if _is_run(child))
+        inside = [path] if _is_run(path) else [run for child in sorted(path.iterdir()) for run in _run_or_folds(child)]
         if not inside:
             raise UserError(
                 f"{path} is not a run (it has no experiment.toml) and no folder in it is one. "
@@ -181,6 +191,7 @@ def read_run(path: Path) -> RunResult:
         rounds=rounds,
         columns=_read_columns(path / "clients.csv") if summary else {},
         summary=summary,
+        evaluation=(_read_json(path / "evaluation.json") or {}) if summary else {},
     )
 
 
@@ -204,7 +215,7 @@ def read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
 
 
 def by_method(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """Method -> its runs, one a seed, in order of seed; methods in order of appearance.
+    """Method -> its runs, one a seed and fold, in this order; methods in order of appearance.
 
     A method is called after `run.name`. Runs of one name with different settings are different methods, and what
     differs joins the name; so does the folder where even that leaves two runs of one seed.
@@ -219,10 +230,10 @@ def by_method(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
         for run, settings in zip(group, flat, strict=True):
             marks = ", ".join(f"{key.partition('.')[2]}={settings[key]}" for key in varied)
             label = f"{name} ({marks})" if marks else name
-            if any(other.seed == run.seed for other in methods.get(label, [])):
+            if any((other.seed, other.fold) == (run.seed, run.fold) for other in methods.get(label, [])):
                 label += f" [{run.folder.parent.name}/{run.folder.name}]"
             methods.setdefault(label, []).append(run)
-    return {label: sorted(group, key=lambda run: run.seed) for label, group in methods.items()}
+    return {label: sorted(group, key=lambda run: (run.seed, run.fold)) for label, group in methods.items()}
 
 
 def counted(runs: Sequence[RunResult]) -> Sequence[RunResult]:
@@ -239,40 +250,60 @@ def targets_of(runs: Iterable[RunResult]) -> list[str]:
 
 
 def primary_metric(runs: Iterable[RunResult], target: str) -> str:
-    """The metric that decides for a target: the first of PRIMARY that the runs have measured."""
+    """The metric that decides for a target: that of its kind (`tasks.metrics.PRIMARY`)."""
+    names = metrics_of(runs, target)
+    primary = PRIMARY[kind_of(names)]
+    return primary if primary in names or not names else names[0]
+
+
+def metrics_of(runs: Iterable[RunResult], target: str) -> list[str]:
+    """Every metric of a target that any of the runs has measured, in the order of a table."""
     names: set[str] = set()
     for run in runs:
-        names.update(c.rpartition(".")[2] for c in run.columns if c.startswith(f"used.{target}."))
+        start = f"used.{target}."
+        names.update(column.removeprefix(start) for column in run.columns if column.startswith(start))
         for place in ("global", "clients"):
             names.update(*((r.get(place) or {}).get(target, {}) for r in run.rounds[-1:]))
             names.update((run.summary or {}).get("metrics", {}).get(place, {}).get(target, {}))
-    return next((name for name in PRIMARY if name in names), min(names, default="accuracy"))
+    stems = {name: "coverage" if name.startswith("coverage_") else name for name in names}
+    places = {name: _ORDER.index(stem) if stem in _ORDER else len(_ORDER) for name, stem in stems.items()}
+    return sorted(names, key=lambda name: (places[name], name))
+
+
+def higher_is_better(metric: str) -> bool:
+    return metric not in LOWER_IS_BETTER
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a fraction in 0..1, which is shown in percent."""
+    return metric in SHARES or metric.startswith("coverage_")
 
 
 def compare_paired(runs: Sequence[RunResult], others: Sequence[RunResult], target: str, metric: str) -> Paired | None:
-    """Pair two methods by (seed, client) on the final metric; None where no seed has the same split in both.
+    """Pair two methods by (seed, fold, client) on the final metric; None where no seed has the same split in both.
 
     The interval treats each seed's mean gain d_s as one draw: mean(d) +- t(0.975, n - 1) * s / sqrt(n) with s the
-    sample standard deviation (n - 1 in the denominator) of the n seeds' d_s: the two-sided 95% paired t-interval.
+    sample standard deviation (n - 1 in the denominator) of the n seeds' d_s: the two-sided 95% paired t-interval. Folds
+    of one seed are not draws of their own: they share most of their training samples, and no estimate of the variance
+    over them is unbiased (Bengio and Grandvalet 2004).
     """
-    sign = 1.0 if PRIMARY.get(metric, True) else -1.0
-    reference = {other.seed: other for other in others}
-    gains: dict[int, float] = {}
-    losers: dict[int, frozenset[int]] = {}
-    pairs = 0
+    sign = 1.0 if higher_is_better(metric) else -1.0
+    reference = {(other.seed, other.fold): other for other in others}
+    by_seed: dict[int, list[float]] = {}
+    losers: dict[tuple[int, int], frozenset[int]] = {}
     for run in runs:
-        other = reference.get(run.seed)
+        other = reference.get((run.seed, run.fold))
         if other is None or other.split_sha256 != run.split_sha256:
             continue
         mine, theirs = run.scores(target, metric), other.scores(target, metric)
         gain = {client: sign * (mine[client] - theirs[client]) for client in mine.keys() & theirs.keys()}
         if gain:
-            gains[run.seed] = float(np.mean(list(gain.values())))
-            losers[run.seed] = frozenset(client for client, value in gain.items() if value < 0)
-            pairs += len(gain)
-    if not gains:
+            by_seed.setdefault(run.seed, []).extend(gain.values())
+            losers[run.seed, run.fold] = frozenset(client for client, value in gain.items() if value < 0)
+    if not by_seed:
         return None
-    return Paired(tuple(gains), tuple(gains.values()), losers, pairs, t_interval(list(gains.values())))
+    gains = [float(np.mean(values)) for values in by_seed.values()]
+    return Paired(tuple(by_seed), tuple(gains), losers, sum(map(len, by_seed.values())), t_interval(gains))
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -288,10 +319,15 @@ def _is_run(path: Path) -> bool:
     return (path / "experiment.toml").is_file()
 
 
+def _run_or_folds(path: Path) -> list[Path]:
+    return [path] if _is_run(path) else sorted(fold for fold in path.glob("fold-*") if _is_run(fold))
+
+
 def _identity(run: RunResult) -> dict[str, Any]:
-    """The settings that make two runs different methods: all but the seed and how the run is launched."""
+    """The settings that make two runs different methods: all but the seed, the fold and how the run is launched."""
     flat = dict(load.flatten(load.to_tree(run.experiment)))
-    return {key: value for key, value in flat.items() if key != "run.seed" and not key.startswith("engine.")}
+    same = ("run.seed", "evaluate.fold")
+    return {key: value for key, value in flat.items() if key not in same and not key.startswith("engine.")}
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

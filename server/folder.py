@@ -68,6 +68,10 @@ class RunFolder:
         """Write `summary.json`."""
         write_json(self.path / "summary.json", summary)
 
+    def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        """Write `evaluation.json`: confusion counts and ROC curves at the end (`server.evaluation.describe`)."""
+        write_json(self.path / "evaluation.json", evaluation)
+
     def forget_summary(self) -> None:
         """Delete the summary of a run that ended early and now goes on: what it says is no longer so."""
         (self.path / "summary.json").unlink(missing_ok=True)

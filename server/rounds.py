@@ -4,23 +4,24 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from torch import nn
+from torch import Tensor, nn
 
 from config.durable import Arrays
-from config.errors import RunStopped
+from config.errors import RunStopped, UserError
 from config.schema import Experiment
 from config.seeds import numpy_generator
 from server import checkpoints
 from server.admission import Verdict, admit
-from server.evaluation import Scores, nested, over_clients
+from server.evaluation import Scores, add_confusion, describe, over_clients, read_confusion
 from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
@@ -28,9 +29,9 @@ from strategies import make_strategy
 from strategies.blocks import cut, weighted_sum
 from strategies.packing import block_message
 from strategies.sharing import Roles, from_record, name_weights, nbytes, roles, to_record
-from tasks.evaluation import evaluate, load_into
+from tasks.evaluation import load_into, predict
 from tasks.features import View, view
-from tasks.partition import label_counts, strata
+from tasks.metrics import score
 from tasks.task import Task, initial_state, open_task
 
 log = logging.getLogger("meadow.server")
@@ -59,6 +60,11 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     Raises UserError for input that only shows now (an impossible split), RunStopped if the run ends early for a
     stated reason; the summary is written in that case too, and in every case the folder can be resumed.
     """
+    if (folds := experiment.evaluate.folds) and not experiment.evaluate.fold:
+        raise UserError(
+            f"evaluate.folds = {folds}: a single run is one fold of them; write evaluate.fold = 1 to {folds}, or let "
+            "`meadow run` make all of them"
+        )
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     start = initial_state(experiment)
@@ -84,7 +90,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         exchange.gather()
         for round_ in range(_recover(session) + 1, experiment.run.rounds + 1):
             play_round(session, round_)
-        scores = score_clients(session, experiment.run.rounds, fine_tuned=experiment.evaluate.fine_tune_epochs > 0)
+        scores = score_clients(session, experiment.run.rounds, last=True)
     except RunStopped as stop:
         status, reason = "stopped", str(stop)
     except KeyboardInterrupt:
@@ -94,6 +100,10 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         raise
     if scores:
         folder.write_clients(client_rows(folder, task, scores))
+        outputs = predict_globally(session)
+        shared = describe(outputs, task.dataset.test.y, task.targets) if outputs else {}
+        counts = add_confusion([s.confusion for s in scores.values()], task.targets)
+        folder.write_evaluation({"global": shared, "clients": counts})
     summary = summarise(folder, experiment, task, session.arrays, scores, status, reason)
     folder.write_summary(summary)
     return summary
@@ -147,7 +157,7 @@ def play_round(session: Session, round_: int) -> None:
     }
     clients_round = round_ - 1
     if pooled and on_clients and round_ % experiment.evaluate.every == 0:
-        received, clients_round = used(score_clients(session, round_, fine_tuned=False)), round_
+        received, clients_round = used(score_clients(session, round_, last=False)), round_
     record = {
         "round": round_,
         "cohort": cohort,
@@ -155,7 +165,9 @@ def play_round(session: Session, round_: int) -> None:
         "seconds": 0.0,
         **_traffic(session, round_, len(cohort), len(verdict.admitted)),
         **_training(session.task, [m.content.metric_records["metrics"] for m in verdict.admitted]),
-        "global": score_globally(session) if round_ % experiment.evaluate.every == 0 else {},
+        "global": score_globally(session)
+        if round_ % experiment.evaluate.every == 0 or round_ == experiment.run.rounds
+        else {},
         "clients": over_clients(received, test_sizes(session.task)),
         "clients_round": clients_round,
         "epsilon": None,
@@ -206,45 +218,68 @@ def combine_order(cohort: Sequence[int], verdict: Verdict) -> list[Message]:
 
 
 def score_globally(session: Session) -> dict[str, dict[str, float]]:
-    """The shared model on the global test set: {target: {metric: value}}; empty if part of it is personal."""
+    """The shared model on the global test set: {target: {metric: value}}; empty where `predict_globally` is."""
+    outputs = predict_globally(session)
+    return score(outputs, session.task.dataset.test.y, session.task.targets, thorough=True) if outputs else {}
+
+
+def predict_globally(session: Session) -> dict[str, Tensor]:
+    """The shared model's outputs on the global test set; empty if part of the model is personal, or nobody asks."""
     if session.roles.personal or "global" not in session.experiment.evaluate.on:
         return {}
     load_into(session.model, session.start | session.arrays)
     seen = session.view
-    scores = evaluate(seen.model, seen.data("test", session.task.dataset.test), seen.task)
-    return nested({key: value for key, value in scores.items() if math.isfinite(value)})
+    return predict(seen.model, seen.data("test", session.task.dataset.test).x, seen.task.prepare)
 
 
-def score_clients(session: Session, round_: int, fine_tuned: bool) -> dict[int, ClientScores]:
-    """Ask every client to score the model that it would use after `round_`; who does not answer is left out."""
+def score_clients(session: Session, round_: int, last: bool) -> dict[int, ClientScores]:
+    """Ask every client to score the model that it would use after `round_`; who does not answer is left out.
+
+    `last`: thoroughly, and, if that is set, after local fine-tuning too.
+    """
     everyone = range(session.experiment.partition.clients)
-    config = ConfigRecord({"round": round_, "run": session.run_id, "finetune": fine_tuned})
+    fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
+    config = ConfigRecord({"round": round_, "run": session.run_id, "finetune": fine_tuned, "thorough": last})
     sent = to_record(session.arrays)
     replies, _ = session.exchange.send(
         list(session.strategy.configure_evaluate(round_, sent, config, Cohort(everyone)))
     )
     scores = {}
     for reply in replies:
+        client = reply.metadata.src_node_id
         identity = None if reply.has_error() else reply.content.config_records.get("identity")
         if identity is None:
             reason = reply.error.reason if reply.has_error() else "its reply says nothing of itself"
-            log.warning("client %d was not evaluated: %s", reply.metadata.src_node_id, reason)
+            log.warning("client %d was not evaluated: %s", client, reason)
             continue
-        scores[reply.metadata.src_node_id] = ClientScores(
-            _scores(reply), str(identity.get("personal")), bool(identity.get("trained"))
+        counts = reply.content.metric_records.get("confusion") or MetricRecord()
+        scores[client] = ClientScores(
+            _scores(reply),
+            str(identity.get("personal")),
+            bool(identity.get("trained")),
+            read_confusion(counts, session.task, client),
         )
     return scores
 
 
 def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
-    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles."""
-    first = next(t for t in task.dataset.targets if t.name == experiment.task.targets[0])
-    labels = strata(task.dataset.train.y[first.name], first)
-    return {
-        "sizes": [[len(p.train), len(p.validation), len(p.test)] for p in task.split.clients],
-        "target": first.name,
-        "labels": label_counts(task.split, labels).tolist(),
+    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles.
+
+    "holds", where clients hold part of the targets: the clients that hold each. For law = natural "left_out", how many
+    of the data's own clients are too small and how many samples they have, and "names", each client's name in the data.
+    """
+    table: dict[str, Any] = {
+        "sizes": task.split.sizes.tolist(),
+        "target": experiment.task.targets[0],
+        "labels": task.label_counts().tolist(),
     }
+    if experiment.partition.holds:
+        columns = zip(experiment.task.targets, task.held.T, strict=True)
+        table["holds"] = {name: np.flatnonzero(has).tolist() for name, has in columns}
+    if task.split.natural is not None:
+        table["left_out"] = asdict(task.split.left_out)
+        table["names"] = [task.dataset.clients[number] for number in task.split.natural]
+    return table
 
 
 def _recover(session: Session) -> int:

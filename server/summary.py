@@ -11,6 +11,7 @@ from config.schema import Experiment
 from server.evaluation import Scores, mean_tree, over_clients
 from server.folder import RunFolder
 from strategies.sharing import arrays_sha256
+from tasks.metrics import THOROUGH, Ints
 from tasks.task import Task
 
 LAST = 10
@@ -18,11 +19,13 @@ LAST = 10
 
 @dataclass(frozen=True)
 class ClientScores:
-    """What one client replied to the last evaluation: its scores by model/target/metric, and its personal arrays' hash."""
+    """What one client replied to an evaluation: its scores by model/target/metric, its personal arrays' hash, and of the
+    model that it would use the confusion counts by target, int64 (classes * classes,)."""
 
     scores: Scores
     personal_sha256: str
     trained: bool
+    confusion: Mapping[str, Ints]
 
 
 def test_sizes(task: Task) -> dict[int, int]:
@@ -49,7 +52,9 @@ def summarise(
     """The summary of a run that has ended, well or not. `scores` is empty if it never got to the last evaluation."""
     records = folder.rounds()
     at_end = over_clients(used(scores), test_sizes(task))
-    client_curve = [r["clients"] for r in records if r["clients"]] + ([at_end] if at_end else [])
+    # What only the last evaluation measures is no mean over ten rounds.
+    as_before = {t: {m: v for m, v in metrics.items() if m not in THOROUGH} for t, metrics in at_end.items()}
+    client_curve = [r["clients"] for r in records if r["clients"]] + ([as_before] if at_end else [])
     if len(records) > 0 and records[-1]["clients_round"] == records[-1]["round"] and at_end:
         client_curve.pop()
     global_curve = [r["global"] for r in records if r["global"]]
@@ -116,8 +121,8 @@ def releases(experiment: Experiment) -> list[dict[str, str]]:
     left = ["number of training samples", "training loss", "label counts (in the split manifest)"]
     if experiment.share != "none":
         left.insert(0, f'model arrays (share = "{experiment.share}")')
-    if "clients" in experiment.evaluate.on:
-        left.append("metrics on the test part")
+    # Every client is scored at the end, whatever evaluate.on says of the rounds.
+    left += ["metrics on the test part", "confusion counts of the test part"]
     return [{"what": what, "mechanism": "not protected"} for what in left]
 
 

@@ -94,11 +94,14 @@ class Part:
 
     x as in `Data`. `columns` holds what may be a target, raw, one array (n, ...) each: numbers (NaN where missing),
     strings ("" where missing), or 0/1 rows (n, labels). `client` names each sample's owner, where the data says it.
+    `source` and `lines` (int64 (n,)) say in errors where a sample comes from.
     """
 
     x: Tensor
     columns: Mapping[str, npt.NDArray[Any]]
     client: npt.NDArray[Any] | None = None
+    source: str = ""
+    lines: npt.NDArray[np.int64] | None = None
 
     def take(self, index: npt.NDArray[np.int64]) -> "Part":
         """The samples at `index`, in that order."""
@@ -106,7 +109,14 @@ class Part:
             self.x[torch.from_numpy(index)],
             {name: column[index] for name, column in self.columns.items()},
             None if self.client is None else self.client[index],
+            self.source,
+            None if self.lines is None else self.lines[index],
         )
+
+    def where(self, row: int) -> str:
+        """Where the sample in that row comes from."""
+        place = f"row {row + 1}" if self.lines is None else f"line {self.lines[row]}"
+        return f"{self.source}, {place}" if self.source else place
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,14 @@ class Raw:
     kinds: Mapping[str, str] = field(default_factory=dict)
     tokens: int = 0
     images: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is built for: the shape of one prepared sample, and how many tokens there are (0: no tokens)."""
+
+    shape: tuple[int, ...]
+    tokens: int = 0
 
 
 def make_dataset(name: str, train: Data, test: Data, targets: tuple[Target, ...], **more: Any) -> Dataset:

@@ -19,9 +19,15 @@ from config import schema
 from config.errors import UserError
 from config.load import nearest
 from config.seeds import numpy_generator
+from tasks.arrays import arrays
 from tasks.data import Dataset, Raw, make_dataset
 from tasks.digits import digits, printed_dataset
+from tasks.hub import hub
+from tasks.images import TORCHVISION, image_folder, image_table, torchvision_data
+from tasks.stars import stars
+from tasks.tabular import tabular
 from tasks.targets import encode
+from tasks.text import characters, text
 
 _DATA_SEED = 0  # The held-out test set belongs to the data: it does not depend on the experiment's seed.
 
@@ -29,6 +35,15 @@ Reader = Callable[[schema.Task], Raw]
 _READERS: dict[str, Reader] = {
     "digits": lambda task: digits(),
     "printed-digits": lambda task: printed_dataset(task.source_samples),
+    "arrays": lambda task: arrays(task, folder(task)),
+    "text": lambda task: text(task, folder(task)),
+    "characters": lambda task: characters(task, folder(task)),
+    "tabular": lambda task: tabular(task, folder(task)),
+    "hub": lambda task: hub(task),
+    "stars": lambda task: stars(task.image_size, task.channels),
+    "image-table": lambda task: image_table(task, folder(task)),
+    "ImageFolder": lambda task: image_folder(task, folder(task)),
+    **dict.fromkeys(TORCHVISION, lambda task: torchvision_data(task, folder(task))),
 }
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont, features
-from sklearn.datasets import load_digits
 
 from config.errors import UserError
 from config.seeds import numpy_generator
@@ -30,6 +29,8 @@ def digits() -> Raw:
 
     The global test set has 270 images, 27 of each digit, drawn once and for all; the other 1,527 are for the clients.
     """
+    from sklearn.datasets import load_digits  # takes a second to import; a node with a share of the data needs it not
+
     bunch = load_digits()
     x = (bunch.images / 16).astype(np.float32)
     digit = bunch.target.astype(np.int64)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from config.durable import Arrays
 from tasks.data import Data
-from tasks.metrics import score
+from tasks.metrics import MOST_CLASSES, Ints, confusion, score
 from tasks.task import Task
 
 
@@ -30,19 +30,40 @@ def state_of(model: nn.Module) -> Arrays:
     return {name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()}
 
 
-CHUNK = 512
-"""Samples that go through a model at once in evaluation. Part of the result's last bits, like a batch size."""
+_NUMBERS_AT_ONCE = 2**23
+_SAMPLES_AT_ONCE = 512
+
+
+def chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Stored samples in pieces that go through a model at once where nothing learns: 512 of them, fewer if they are large
+    (55 images of 3x224x224). Part of the result's last bits, like a batch size."""
+    size = max(1, x[0].numel()) if len(x) else 1
+    return torch.split(x, min(_SAMPLES_AT_ONCE, max(8, _NUMBERS_AT_ONCE // size)))
 
 
 def predict(model: nn.Module, x: Tensor, prepare: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The model's outputs (`tasks.models.Multihead`) for stored samples, in `eval()` mode, without gradients."""
     model.eval()
     with torch.inference_mode():
-        chunks = [model(prepare(part)) for part in torch.split(x, CHUNK)]
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        outputs = [model(prepare(part)) for part in chunks(x)]
+    return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
 
 
-def evaluate(model: nn.Module, data: Data, task: Task) -> dict[str, float]:
+def evaluate(model: nn.Module, data: Data, task: Task, thorough: bool = False) -> dict[str, float]:
     """Score the model on the data: "target/metric" -> value, over pooled predictions, in `eval()` mode."""
-    scores = score(predict(model, data.x, task.prepare), data.y, task.targets)
+    return _flat(score(predict(model, data.x, task.prepare), data.y, task.targets, thorough))
+
+
+def examine(model: nn.Module, data: Data, task: Task) -> tuple[dict[str, float], dict[str, Ints]]:
+    """A thorough `evaluate`, and the confusion counts of each class target that has at most MOST_CLASSES classes."""
+    outputs = predict(model, data.x, task.prepare)
+    counts = {
+        t.name: confusion(t, outputs[t.name], data.y[t.name])
+        for t in task.targets
+        if t.kind == "class" and t.size <= MOST_CLASSES
+    }
+    return _flat(score(outputs, data.y, task.targets, thorough=True)), counts
+
+
+def _flat(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {f"{target}/{metric}": value for target, metrics in scores.items() for metric, value in metrics.items()}

@@ -4,13 +4,14 @@ This is a fact, not an approximation: it is done where the trunk is not trained 
 augmentation), and features are forgotten as soon as a trunk is loaded that is not, bit for bit, the one that they are of.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from tasks.data import Data
-from tasks.evaluation import CHUNK
+from tasks.evaluation import chunks
 from tasks.models import Multihead
 from tasks.task import Task
 
@@ -37,6 +38,7 @@ class View:
     model: nn.Module
     task: Task
     trunk: nn.Module | None = None
+    prepare: Callable[[Tensor], Tensor] = lambda x: x
     _kept: dict[str, Data] = field(default_factory=dict, repr=False, compare=False)
     _of: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -51,16 +53,13 @@ class View:
         if key not in self._kept:
             self.trunk.eval()
             with torch.no_grad():
-                parts = [self.trunk(self._prepare(x)) for x in torch.split(data.x, CHUNK)]
+                parts = [self.trunk(self.prepare(x)) for x in chunks(data.x)]
             self._kept[key] = Data(torch.cat(parts), data.y)
         return self._kept[key]
-
-    def _prepare(self, x: Tensor) -> Tensor:
-        return replace(self.task, ready=False).prepare(x)
 
 
 def view(task: Task, model: nn.Module, frozen: bool) -> View:
     """The view of a model. `frozen`: local training does not change the trunk."""
     if frozen and not task.settings.augment and isinstance(model, Multihead):
-        return View(Heads(model), replace(task, ready=True), model.trunk)
+        return View(Heads(model), replace(task, pipeline=None), model.trunk, task.prepare)
     return View(model, task)

@@ -1,32 +1,23 @@
-"""The models: a trunk that turns a sample into features, and a linear head for each target.
+"""The models: a trunk that turns a sample into features, and a head for each target.
 
-State names are `trunk.*` and `heads.<target>.*`; everything that shares, freezes or personalises goes by them. There
-are no batch statistics in any model (GroupNorm, Wu and He 2018), so a model has no buffer that would travel or leak.
+State names are `trunk.*` and `heads.<target>.*`; everything that shares, freezes or personalises goes by them. The trunks
+are in `tasks/networks.py` (our own) and `tasks/backbones.py` (torchvision's and transformers').
 """
 
-import math
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.errors import UserError
 from config.load import nearest
 from config.schema import Task
 from config.seeds import torch_seeded
-from tasks.data import Dataset, Target
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a model is built for: the shape of one prepared sample, and how many tokens there are (0: no tokens)."""
-
-    shape: tuple[int, ...]
-    tokens: int = 0
+from tasks import networks
+from tasks.backbones import TRANSFORMERS, torchvision_names, torchvision_trunk, transformers_trunk
+from tasks.data import Dataset, Inputs, Target
+from tasks.datasets import user_object
 
 
 def inputs(dataset: Dataset) -> Inputs:
@@ -42,7 +33,7 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
     heads start from the same trunk. Raises UserError if the model cannot take samples of this shape.
     """
     with torch_seeded(seed, "init", "trunk"):
-        trunk, features = _trunk(task, inputs)
+        trunk, features = _trunk(task)(task, inputs)
     heads: dict[str, nn.Module] = {}
     for target in targets:
         with torch_seeded(seed, "init", "heads", target.name):
@@ -88,76 +79,33 @@ class Gated(nn.Module):
         return cast(Tensor, self.linear(h * torch.sigmoid(self.gate(h))))
 
 
-def _trunk(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
-    """The trunk of `task.model`, and how many features it gives."""
-    if task.model == "mlp":
-        return _mlp(task.hidden, inputs.shape), task.hidden
-    if task.model == "cnn":
-        return _cnn(task.hidden, inputs.shape), task.hidden
-    raise UserError(f'task.model = "{task.model}": there is no such model{nearest(task.model, MODELS)}')
+Trunk = Callable[[Task, Inputs], tuple[nn.Module, int]]
+"""Makes a trunk: of the settings and of what it is built for, the module and how many features it gives."""
+
+OWN: dict[str, Trunk] = {
+    "mlp": networks.mlp,
+    "cnn": networks.cnn,
+    "lenet": networks.lenet,
+    "mcmahan-cnn": networks.mcmahan_cnn,
+    "cnn1d": networks.cnn1d,
+    "bilstm": networks.bilstm,
+    "charlstm": networks.charlstm,
+}
 
 
-MODELS = ("mlp", "cnn")
-
-
-FEATURE_NORM_SQUARED = 8.0
-
-
-class BoundedFeatures(nn.Module):
-    """Centre each sample's features (n, hidden) and scale them to squared length 8: layer normalisation (Ba et al.
-    2016) without parameters, times sqrt(8 / hidden).
-
-    A head's loss has curvature at most 2 (8 + 1) then, whatever the trunk has learned: gradient descent on a value
-    head is stable for lr < 2 / 18, and with momentum 0.9 for lr < 3.8 / 18. A trunk of a source task gives features of
-    squared length 300 without it, on which a value head at lr = 0.05 goes to infinity.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = x.shape[-1]
-        return F.layer_norm(x, (hidden,)) * math.sqrt(FEATURE_NORM_SQUARED / hidden)
-
-
-def _mlp(hidden: int, shape: tuple[int, ...]) -> nn.Sequential:
-    """Flatten, two hidden layers of `hidden` units with ReLU, `BoundedFeatures`: (n, *shape) -> (n, hidden)."""
-    return nn.Sequential(
-        OrderedDict[str, nn.Module](
-            flatten=nn.Flatten(),
-            linear1=nn.Linear(math.prod(shape), hidden),
-            relu1=nn.ReLU(),
-            linear2=nn.Linear(hidden, hidden),
-            relu2=nn.ReLU(),
-            bounded=BoundedFeatures(),
-        )
-    )
-
-
-def _cnn(hidden: int, shape: tuple[int, ...]) -> nn.Sequential:
-    """Twice 3x3 convolution, GroupNorm, ReLU and 2x2 pooling, then a linear layer with ReLU, and `BoundedFeatures`:
-    (n, c, h, w) -> (n, hidden).
-
-    The convolutions have hidden // 2 (at least 1) and `hidden` channels. Not adaptive pooling: its gradient has no
-    deterministic kernel on a GPU.
-    """
-    if len(shape) != 3 or min(shape[1:]) < 2:
-        raise UserError(
-            f'task.model = "cnn" needs images (channels, height, width), not {shape}: use task.model = "mlp"'
-        )
-    channels, height, width = shape
-    narrow = max(1, hidden // 2)
-    pooled = hidden * math.ceil(math.ceil(height / 2) / 2) * math.ceil(math.ceil(width / 2) / 2)
-    return nn.Sequential(
-        OrderedDict[str, nn.Module](
-            conv1=nn.Conv2d(channels, narrow, 3, padding=1),
-            norm1=nn.GroupNorm(math.gcd(8, narrow), narrow),
-            relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2, ceil_mode=True),
-            conv2=nn.Conv2d(narrow, hidden, 3, padding=1),
-            norm2=nn.GroupNorm(math.gcd(8, hidden), hidden),
-            relu2=nn.ReLU(),
-            pool2=nn.MaxPool2d(2, ceil_mode=True),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(pooled, hidden),
-            relu3=nn.ReLU(),
-            bounded=BoundedFeatures(),
-        )
+def _trunk(task: Task) -> Trunk:
+    if task.model in OWN:
+        return OWN[task.model]
+    if task.model.startswith(TRANSFORMERS):
+        return transformers_trunk
+    if ":" in task.model:
+        found = user_object("task.model", task.model)
+        if not callable(found):
+            raise UserError(f'task.model = "{task.model}": it is no function; docs/models.md says what it must be')
+        return found
+    if task.model in torchvision_names():
+        return torchvision_trunk
+    raise UserError(
+        f'task.model = "{task.model}": there is no such model{nearest(task.model, [*OWN, *torchvision_names()])}; there are '
+        f"{', '.join(OWN)}, torchvision's classification models by name, transformers:NAME, or your own module:object"
     )

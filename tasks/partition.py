@@ -1,14 +1,16 @@
-"""Splits: how the training samples are dealt to clients, and each client's into train, validation and test.
+"""Splits: the training samples dealt to clients by a law of `tasks.laws` or as the data says, and each client's samples
+cut into train, validation and test.
 
-"Dirichlet alpha" means three different laws in the literature; each has its own name here. All deal every sample to
-exactly one client. A draw that leaves some client with fewer than `min_size` samples is drawn again; that changes the
-law, so the number of tries is recorded.
+No sample has two owners. All laws but `natural` deal every sample, and a draw that leaves some client with fewer than
+`min_size` samples is drawn again; that changes the law, so the number of tries is recorded. Everything is held and made
+as flat arrays over all clients, so that time and memory grow with the samples and not with the clients.
 """
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +20,15 @@ from config.errors import UserError
 from config.schema import Partition
 from config.seeds import numpy_generator
 from tasks.data import MISSING, Target
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Owners = Ints
-"""For each sample the client that gets it, int64 (n,)."""
+from tasks.laws import LAWS, Ints, Runs
 
 _TRIES = 200
 _BINS = 10
+_PARTS = 3
+_BY_ALPHA = ("dirichlet", "dirichlet-class", "dirichlet-balanced", "quantity")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ClientIndices:
     """One client's sample indices into the training pool, each part sorted, int64."""
 
@@ -38,17 +38,66 @@ class ClientIndices:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """The data's own clients that have fewer than `min_size` samples: how many there are, and their samples."""
+
+    clients: int
+    samples: int
+
+
+@dataclass(frozen=True, eq=False)
 class Split:
     """A split with the law it was drawn from and the tries it took.
 
-    sha256: over, for each client in order, its number in UTF-8 and the little-endian int64 bytes of its sorted
-    training, validation and test indices, in this order.
+    order: sample indices grouped by client and part, each part sorted, int64 (samples,). bounds: where the parts begin
+    and end in it, int64 (3 * clients + 1,). sha256: over, for each client in order, its number in UTF-8 and the
+    little-endian int64 bytes of its sorted training, validation and test indices, in this order. `natural`: for
+    law = natural the number of each client among the data's own clients, int64 (clients,).
     """
 
     law: str
     tries: int
-    clients: tuple[ClientIndices, ...]
+    order: Ints
+    bounds: Ints
     sha256: str
+    left_out: LeftOut = LeftOut(0, 0)
+    natural: Ints | None = None
+
+    @property
+    def clients(self) -> "Clients":
+        """The clients' parts, in client order."""
+        return Clients(self.order, self.bounds)
+
+    @property
+    def sizes(self) -> Ints:
+        """Train, validation and test samples of each client, int64 (clients, 3)."""
+        return np.diff(self.bounds).reshape(-1, _PARTS)
+
+
+@dataclass(frozen=True, eq=False)
+class Clients(Sequence[ClientIndices]):
+    """Each client's parts as views of the split's arrays."""
+
+    order: Ints
+    bounds: Ints
+
+    def __len__(self) -> int:
+        return len(self.bounds) // _PARTS
+
+    @overload
+    def __getitem__(self, client: int) -> ClientIndices: ...
+    @overload
+    def __getitem__(self, client: slice) -> tuple[ClientIndices, ...]: ...
+    def __getitem__(self, client: int | slice) -> ClientIndices | tuple[ClientIndices, ...]:
+        at = range(len(self))[client]  # raises IndexError beyond the last
+        return self._parts(at) if isinstance(at, int) else tuple(map(self._parts, at))
+
+    def __iter__(self) -> Iterator[ClientIndices]:
+        return map(self._parts, range(len(self)))
+
+    def _parts(self, client: int) -> ClientIndices:
+        bounds = self.bounds[_PARTS * client : _PARTS * (client + 1) + 1]
+        return ClientIndices(*(self.order[a:b] for a, b in itertools.pairwise(bounds)))
 
 
 def strata(y: Tensor, target: Target) -> Ints:
@@ -71,47 +120,85 @@ def strata(y: Tensor, target: Target) -> Ints:
 
 def label_counts(split: Split, labels: Ints) -> Ints:
     """Samples (all three parts) of each client by label, int64 (clients, labels)."""
-    classes = int(labels.max()) + 1
-    counts = [
-        np.bincount(labels[np.concatenate([c.train, c.validation, c.test])], minlength=classes) for c in split.clients
-    ]
-    return np.stack(counts).astype(np.int64)
+    classes, clients = int(labels.max()) + 1, len(split.clients)
+    cell = np.repeat(np.arange(clients) * classes, split.sizes.sum(axis=1)) + labels[split.order]
+    return np.bincount(cell, minlength=clients * classes).reshape(clients, classes)
 
 
-def deal(partition: Partition, labels: Ints, seed: int) -> Split:
+def deal(
+    partition: Partition, labels: Ints, seed: int, owner: Ints | None = None, folds: int = 0, fold: int = 0
+) -> Split:
     """Deal samples with the given labels (int64 (n,), 0 and up) by the law of the experiment.
+
+    `owner`: for law = natural, whose each sample is (int64 (n,), 0 and up). `folds` with `fold` = 1..folds: each
+    client's test part is that one of its stratified folds, and the validation part keeps its share of the rest; who
+    owns what is the same for every fold.
 
     Raises UserError if the split is impossible, or not found within 200 tries.
     """
-    classes = int(labels.max()) + 1
-    _possible(partition, len(labels), classes)
-    law = _LAWS[partition.law]
-    for attempt in range(1, _TRIES + 1):
-        owners = law(partition, labels, classes, numpy_generator(seed, "partition", attempt))
-        sizes = np.bincount(owners, minlength=partition.clients)
-        if sizes.min() >= partition.min_size:
-            break
+    counts = np.bincount(labels)
+    shuffled = numpy_generator(seed, "samples").permutation(len(labels))
+    small = labels.astype(np.min_scalar_type(len(counts)))  # small integers are sorted by radix, in linear time
+    by_label = shuffled[np.argsort(small[shuffled], kind="stable")]
+    tries, left_out, natural = 1, LeftOut(0, 0), None
+    if partition.law == "natural":
+        owners, left_out, natural = _natural(partition, owner, seed)
+        by_label = by_label[owners[by_label] >= 0]
     else:
-        raise UserError(
-            f'partition.min_size = {partition.min_size}: no draw of {_TRIES} by law "{partition.law}" with alpha = '
-            f"{partition.alpha} gave each of {partition.clients} clients so many of {len(labels)} samples: raise "
-            "partition.alpha, or lower partition.min_size or partition.clients"
-        )
-    order = np.lexsort((labels, owners))
-    bounds = np.concatenate([[0], np.cumsum(sizes)])
-    clients = tuple(
-        _into_parts(order[a:b], partition.parts, numpy_generator(seed, "parts", client), labels)
-        for client, (a, b) in enumerate(itertools.pairwise(bounds))
+        runs, tries = _draw(partition, counts[counts > 0], seed)  # labels that occur in no sample are none to a law
+        owners = np.empty(len(labels), dtype=np.int64)
+        owners[by_label if runs.by_label else shuffled] = np.repeat(runs.owner, runs.amount)
+    del shuffled
+    along = owners[by_label]
+    place, _ = _grouped(along, np.arange(len(along)))
+    by_client, sizes = by_label[place], np.bincount(along)
+    parts = _fold(sizes, partition, seed, folds, fold) if fold else _parts(sizes, partition, seed)
+    order, bounds = _grouped(np.repeat(np.arange(len(sizes)) * _PARTS, sizes) + parts, by_client)
+    return Split(partition.law, tries, order, bounds, _sha256(order, bounds), left_out, natural)
+
+
+def _draw(partition: Partition, counts: Ints, seed: int) -> tuple[Runs, int]:
+    """The first draw that gives each client enough samples, and how many draws it took."""
+    _possible(partition, int(counts.sum()), len(counts))
+    for attempt in range(1, _TRIES + 1):
+        runs = LAWS[partition.law](partition, counts, numpy_generator(seed, "partition", attempt))
+        if np.bincount(runs.owner, runs.amount, partition.clients).min() >= partition.min_size:
+            return runs, attempt
+    alpha = f" with alpha = {partition.alpha}" if partition.law in _BY_ALPHA else ""
+    raise UserError(
+        f'partition.min_size = {partition.min_size}: no draw of {_TRIES} by law "{partition.law}"{alpha} gave each of '
+        f"{partition.clients} clients so many of {int(counts.sum())} samples: "
+        f"{'raise partition.alpha, or ' if alpha else ''}lower partition.min_size or partition.clients"
     )
-    digest = hashlib.sha256()
-    for client, indices in enumerate(clients):
-        digest.update(str(client).encode())
-        for part in (indices.train, indices.validation, indices.test):
-            digest.update(part.astype("<i8").tobytes())
-    return Split(partition.law, attempt, clients, digest.hexdigest())
 
 
-def _possible(partition: Partition, samples: int, classes: int) -> None:
+def _natural(partition: Partition, owner: Ints | None, seed: int) -> tuple[Ints, LeftOut, Ints]:
+    """Each sample's client (-1: none), who is left out, and the clients' numbers in the data."""
+    if owner is None:
+        raise UserError(
+            'partition.law = "natural": the data does not say whose each sample is; name the column that does as '
+            "task.client, or choose another law"
+        )
+    sizes = np.bincount(owner)
+    there = np.flatnonzero(sizes)
+    enough = there[sizes[there] >= partition.min_size]
+    if len(enough) < max(partition.clients, 1):
+        raise UserError(
+            f"partition.clients = {partition.clients}: {len(enough)} of the data's own {len(there)} clients have "
+            f"partition.min_size = {partition.min_size} samples or more; lower partition.min_size"
+            + (f", or write at most {len(enough)} (0 takes all)" if len(enough) else "")
+        )
+    chosen = enough
+    if partition.clients:
+        draw = numpy_generator(seed, "partition", "natural")
+        chosen = np.sort(draw.choice(enough, partition.clients, replace=False))
+    number = np.full(len(sizes), -1, dtype=np.int64)
+    number[chosen] = np.arange(len(chosen))
+    few = LeftOut(len(there) - len(enough), len(owner) - int(sizes[enough].sum()))
+    return number[owner], few, chosen
+
+
+def _possible(partition: Partition, samples: int, labels: int) -> None:
     if partition.clients * partition.min_size > samples:
         raise UserError(
             f"partition.clients = {partition.clients}: {samples} samples cannot give each client partition.min_size = "
@@ -119,173 +206,88 @@ def _possible(partition: Partition, samples: int, classes: int) -> None:
         )
     if partition.law == "shards" and partition.clients * partition.shards > samples:
         raise UserError(f"partition.shards = {partition.shards}: more shards than the {samples} samples; lower it")
-    if partition.law == "labels" and partition.labels > classes:
-        raise UserError(f"partition.labels = {partition.labels}: the data has {classes} labels; write at most that")
-    if partition.law == "labels" and partition.labels * partition.clients < classes:
+    if partition.law == "labels" and partition.labels > labels:
+        raise UserError(f"partition.labels = {partition.labels}: {labels} labels occur in the data; write at most that")
+    if partition.law == "labels" and partition.labels * partition.clients < labels:
         raise UserError(
             f"partition.labels = {partition.labels}: {partition.clients} clients with so many labels each cannot hold "
-            f"all {classes} labels; write at least {-(-classes // partition.clients)}"
+            f"all {labels} labels; write at least {-(-labels // partition.clients)}"
         )
 
 
-def _iid(partition: Partition, labels: Ints, classes: int, draw: np.random.Generator) -> Owners:
-    """A uniformly random deal into equal sizes, to within one."""
-    return _by_rank(draw.permutation(len(labels)), _even(len(labels), partition.clients))
+def _parts(sizes: Ints, partition: Partition, seed: int) -> Ints:
+    """The part of each sample along every client's in label order: 0 train, 1 validation, 2 test; int64 (n,).
 
-
-def _dirichlet(partition: Partition, labels: Ints, classes: int, draw: np.random.Generator) -> Owners:
-    """Hsu et al. 2019 (arXiv:1909.06335, section 3): equal sizes; each client draws its label mix q ~ Dir(alpha p).
-
-    p is the label distribution of the data, so alpha is the sum of the Dirichlet's parameters: alpha -> infinity gives
-    IID clients, alpha -> 0 clients of one label. Samples are taken without replacement; a label that has run out is
-    left out of the mix, which is then scaled up again. Clients draw in a random order, so that what the last ones
-    must take does not depend on their number.
+    Systematic sampling: along a client's samples in label order (shuffled within a label), a part of fraction f takes
+    one every 1/f, so that each label is represented to within one and the totals are exact; no part is left empty.
     """
-    counts = np.bincount(labels, minlength=classes)
-    stock = counts.copy()
-    prior = counts / counts.sum()
-    sizes = _even(len(labels), partition.clients)
-    taken = np.zeros((partition.clients, classes), dtype=np.int64)
-    for client in draw.permutation(partition.clients):
-        mix = np.zeros(classes)
-        mix[prior > 0] = _dirichlet_draw(draw, partition.alpha * prior[prior > 0])
-        while (need := int(sizes[client] - taken[client].sum())) > 0:
-            left = np.where(stock > 0, mix, 0.0)
-            if left.sum() <= 0:
-                left = stock.astype(np.float64)
-            wanted = np.minimum(draw.multinomial(need, left / left.sum()), stock)
-            taken[client] += wanted
-            stock -= wanted
-    return _by_class(labels, taken.T, draw)
-
-
-def _dirichlet_class(partition: Partition, labels: Ints, classes: int, draw: np.random.Generator) -> Owners:
-    """Yurochkin et al. 2019 (arXiv:1905.12022, section 4): each label is dealt by its own p ~ Dir_N(alpha) over clients.
-
-    Sizes vary, and clients may end up small. This is also FedScope's, FL-bench's and Flower's law.
-    """
-    counts = np.bincount(labels, minlength=classes)
-    shares = np.stack([_dirichlet_draw(draw, np.full(partition.clients, partition.alpha)) for _ in range(classes)])
-    return _by_class(labels, _cut(counts, shares), draw)
-
-
-def _dirichlet_balanced(partition: Partition, labels: Ints, classes: int, draw: np.random.Generator) -> Owners:
-    """NIID-Bench (Li et al. 2022, arXiv:2102.02079, its code): as dirichlet-class, but who has its even share of all
-    samples already gets none of the next label."""
-    counts = np.bincount(labels, minlength=classes)
-    dealt = np.zeros((classes, partition.clients), dtype=np.int64)
-    for label in range(classes):
-        share = _dirichlet_draw(draw, np.full(partition.clients, partition.alpha))
-        open_ = np.where(dealt.sum(axis=0) < len(labels) / partition.clients, share, 0.0)
-        share = open_ / open_.sum() if open_.sum() > 0 else np.full(partition.clients, 1 / partition.clients)
-        dealt[label] = _cut(counts[label : label + 1], share[None])[0]
-    return _by_class(labels, dealt, draw)
-
-
-def _shards(partition: Partition, labels: Ints, classes: int, draw: np.random.Generator) -> Owners:
-    """McMahan et al. 2017, section 3: sort by label, cut into clients x shards equal shards, deal them at random."""
-    mixed = draw.permutation(len(labels))
-    ordered = mixed[np.argsort(labels[mixed], kind="stable")]
-    pieces = partition.clients * partition.shards
-    owner_of_piece = draw.permutation(pieces) // partition.shards
-    owners = np.empty(len(labels), dtype=np.int64)
-    owners[ordered] = np.repeat(owner_of_piece, _even(len(labels), pieces))
-    return owners
-
-
-def _labels(partition: Partition, labels: Ints, classes: int, draw: np.random.Generator) -> Owners:
-    """NIID-Bench's #C = k: each client holds k labels, and a label's samples are dealt evenly among its holders.
-
-    Labels are handed out in random rounds over all labels, so that each is held by somebody, and by as many clients as
-    any other to within one; a client never gets the same label twice.
-    """
-    holders = np.zeros((classes, partition.clients), dtype=np.int64)
-    for client in draw.permutation(partition.clients):
-        held = holders.sum(axis=1) + draw.random(classes)
-        holders[np.argsort(held)[: partition.labels], client] = 1
-    counts = np.bincount(labels, minlength=classes)
-    return _by_class(labels, _cut(counts, holders / holders.sum(axis=1, keepdims=True)), draw)
-
-
-def _quantity(partition: Partition, labels: Ints, classes: int, draw: np.random.Generator) -> Owners:
-    """NIID-Bench's quantity skew: sizes ~ Dir_N(alpha) times n, samples uniformly at random whatever their label."""
-    share = _dirichlet_draw(draw, np.full(partition.clients, partition.alpha))
-    return _by_rank(draw.permutation(len(labels)), _cut(np.array([len(labels)]), share[None])[0])
-
-
-_LAWS: dict[str, Callable[[Partition, Ints, int, np.random.Generator], Owners]] = {
-    "iid": _iid,
-    "dirichlet": _dirichlet,
-    "dirichlet-class": _dirichlet_class,
-    "dirichlet-balanced": _dirichlet_balanced,
-    "shards": _shards,
-    "labels": _labels,
-    "quantity": _quantity,
-}
-
-
-def _dirichlet_draw(draw: np.random.Generator, alpha: Floats) -> Floats:
-    """A Dirichlet draw, rounded to 2^-40: the last bits of gamma variates differ between mathematical libraries."""
-    share = np.round(draw.dirichlet(alpha) * 2.0**40) / 2.0**40
-    if not np.isfinite(share).all() or share.sum() <= 0:  # so small an alpha that every gamma variate is zero
-        share = np.zeros(len(alpha))
-        share[draw.integers(len(alpha))] = 1.0
-    total: float = share.sum()
-    return np.asarray(share / total, dtype=np.float64)
-
-
-def _even(samples: int, pieces: int) -> Ints:
-    """Equal sizes to within one that add up to `samples`."""
-    return np.diff(np.arange(pieces + 1) * samples // pieces).astype(np.int64)
-
-
-def _cut(counts: Ints, shares: Floats) -> Ints:
-    """Whole numbers (rows, clients) that add up to each row's count, by cutting it at the cumulative shares."""
-    cuts = np.floor(np.cumsum(shares, axis=1) * counts[:, None] + 1e-6).astype(np.int64)
-    cuts[:, -1] = counts
-    return np.diff(np.minimum(cuts, counts[:, None]), axis=1, prepend=0)
-
-
-def _by_rank(order: npt.NDArray[np.int64], sizes: Ints) -> Owners:
-    owners = np.empty(len(order), dtype=np.int64)
-    owners[order] = np.repeat(np.arange(len(sizes)), sizes)
-    return owners
-
-
-def _by_class(labels: Ints, amounts: Ints, draw: np.random.Generator) -> Owners:
-    """Owners where client k gets amounts[label, k] random samples of each label."""
-    mixed = draw.permutation(len(labels))
-    ordered = mixed[np.argsort(labels[mixed], kind="stable")]
-    owners = np.empty(len(labels), dtype=np.int64)
-    owners[ordered] = np.repeat(np.tile(np.arange(amounts.shape[1]), amounts.shape[0]), amounts.ravel())
-    return owners
-
-
-def _into_parts(
-    index: npt.NDArray[np.intp], parts: tuple[float, ...], draw: np.random.Generator, labels: Ints
-) -> ClientIndices:
-    """Stratified parts of one client's samples, which come sorted by label.
-
-    Systematic sampling: along the samples in label order (shuffled within a label), a part of fraction f takes one
-    every 1/f, so that each label is represented to within one and the totals are exact; no part is left empty.
-    """
-    n = len(index)
-    mixed = index[draw.permutation(n)]
-    ordered = mixed[np.argsort(labels[mixed], kind="stable")]
-    test = max(1, round(parts[2] * n))
-    validation = max(1, round(parts[1] * n))
+    test = np.maximum(1, np.rint(partition.parts[2] * sizes)).astype(np.int64)
+    validation = np.maximum(1, np.rint(partition.parts[1] * sizes)).astype(np.int64)
     # A small train fraction of a small client can round to nothing: the larger held-out part gives a sample back.
-    while test + validation >= n:
-        test, validation = (test - 1, validation) if test > validation else (test, validation - 1)
-    in_test = _every(test, n, int(draw.integers(n)))
-    rest = ordered[~in_test]
-    in_validation = _every(validation, len(rest), int(draw.integers(len(rest))))
-    return ClientIndices(
-        *(np.sort(part).astype(np.int64) for part in (rest[~in_validation], rest[in_validation], ordered[in_test]))
-    )
+    while (over := test + validation >= sizes).any():
+        of_test = test > validation
+        test -= over & of_test
+        validation -= over & ~of_test
+    draw = numpy_generator(seed, "parts")
+    in_test = _every(test, sizes, draw.integers(sizes))
+    return _with_validation(in_test, validation, sizes - test, draw)
 
 
-def _every(take: int, n: int, start: int) -> npt.NDArray[np.bool_]:
-    """Mark exactly `take` of n positions, evenly spaced, from a start in 0..n-1; in whole numbers, so it is exact."""
-    steps: Ints = (np.arange(n + 1, dtype=np.int64) * take + start) // n
-    return np.diff(steps) > 0
+def _fold(sizes: Ints, partition: Partition, seed: int, folds: int, fold: int) -> Ints:
+    """As `_parts`, with the `fold`-th of `folds` as the test part: every `folds`-th sample along a client's in label
+    order, so that the folds are disjoint and cover it, and their sizes and counts of each label agree to within one."""
+    least = folds if folds > 2 else 4  # so that two samples are left for training and validation
+    if sizes.min() < least:
+        raise UserError(
+            f"evaluate.folds = {folds}: the smallest client has {sizes.min()} samples, and so many folds need {least}; "
+            f"write partition.min_size = {least} or more, or fewer folds"
+        )
+    draw = numpy_generator(seed, "folds")
+    first = draw.integers(folds, size=len(sizes))
+    in_test = (_rank(sizes) + np.repeat(first, sizes)) % folds == fold - 1
+    left = sizes - np.add.reduceat(in_test, np.cumsum(sizes) - sizes, dtype=np.int64)
+    share = partition.parts[1] / (partition.parts[0] + partition.parts[1])
+    validation = np.clip(np.rint(share * left).astype(np.int64), 1, left - 1)
+    return _with_validation(in_test, validation, left, draw)
+
+
+def _with_validation(in_test: npt.NDArray[np.bool_], validation: Ints, left: Ints, draw: np.random.Generator) -> Ints:
+    parts = np.where(in_test, 2, 0)
+    parts[~in_test] = _every(validation, left, draw.integers(left))
+    return parts
+
+
+def _every(take: Ints, sizes: Ints, start: Ints) -> npt.NDArray[np.bool_]:
+    """Mark exactly take[k] of each group's sizes[k] positions, evenly spaced, from a start[k] in 0..sizes[k]-1.
+
+    Position i is marked if a multiple of n lies in (i take + start, (i + 1) take + start]; in whole numbers, so it is
+    exact.
+    """
+    place = _rank(sizes)
+    place *= np.repeat(take, sizes)
+    place += np.repeat(start, sizes)
+    place %= np.repeat(sizes, sizes)
+    return np.asarray(place >= np.repeat(sizes - take, sizes))
+
+
+def _rank(sizes: Ints) -> Ints:
+    """0..sizes[0]-1, 0..sizes[1]-1, ..."""
+    return np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def _grouped(group: Ints, values: Ints) -> tuple[Ints, Ints]:
+    """Whole numbers by their group 0, 1, ... (none of them empty), sorted within each, and the groups' bounds."""
+    most = int(values.max()) + 1
+    keys = group * most + values
+    keys.sort()  # sorting numbers is many times faster than sorting by numbers
+    keys %= most
+    return keys, np.concatenate([[0], np.cumsum(np.bincount(group))])
+
+
+def _sha256(order: Ints, bounds: Ints) -> str:
+    digest = hashlib.sha256()
+    data = order.astype("<i8", copy=False)
+    for client, (a, b) in enumerate(itertools.pairwise(bounds[::_PARTS])):
+        digest.update(str(client).encode())
+        digest.update(data[a:b].data)
+    return digest.hexdigest()

@@ -7,7 +7,8 @@
 
 `class` alone takes the distinct values of the column as the classes, in order (numbers by size, text by code point);
 `class 5` says that the column holds 0..4; `class no yes` names them in order; `class above 0` is two classes of a number.
-`labels` reads rows of 0 and 1, or a text column with names separated by "|". An empty cell is a missing label.
+`labels` reads rows of 0 and 1, or a text column with names separated by "|". An empty cell and NaN are a missing label,
+and so is -1 in an array of whole numbers, unless it is one of the classes.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
-from tasks.data import MISSING, Data, Raw, Target
+from tasks.data import MISSING, Data, Part, Raw, Target
 
 KINDS: tuple[str, ...] = get_args(Target.__dataclass_fields__["kind"].type)
 _WORDS = ("above", "weights", "balanced", "scale", "offset")
@@ -113,7 +114,7 @@ def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[
         both = [np.asarray(part.columns[name]) for part in (raw.train, raw.test)]
         target = _target(name, text, both)
         targets.append(target)
-        train[name], test[name] = (_numbers(target, text, column) for column in both)
+        train[name], test[name] = (_numbers(target, text, part) for part in (raw.train, raw.test))
     return tuple(targets), Data(raw.train.x, train), Data(raw.test.x, test)
 
 
@@ -164,38 +165,45 @@ def _target(name: str, text: str, columns: list[Column]) -> Target:
     )
 
 
-def _numbers(target: Target, text: str, column: Column) -> Tensor:
+def _numbers(target: Target, text: str, part: Part) -> Tensor:
+    column = np.asarray(part.columns[target.name])
     gone = missing(column)
     if target.kind in ("value", "quantiles"):
-        return torch.from_numpy(_floats(target.name, text, column, gone).astype(np.float32))
+        return torch.from_numpy(_floats(target.name, text, part, gone).astype(np.float32))
     if target.kind == "labels":
-        return torch.from_numpy(_rows(target, text, column))
+        return torch.from_numpy(_rows(target, text, part))
     kind = read_kind(target.name, text)
     if kind.above is not None:
-        values = _floats(target.name, text, column, gone)
+        values = _floats(target.name, text, part, gone)
         return torch.from_numpy(np.where(gone, MISSING, (values > kind.above).astype(np.int64)))
     index = {name: i for i, name in enumerate(target.names)}
-    distinct, inverse = np.unique(_text(column), return_inverse=True)
-    codes = np.array([index.get(str(value), MISSING) for value in distinct], dtype=np.int64)
-    unknown = [str(v) for v, code in zip(distinct, codes, strict=True) if code == MISSING and str(v) != ""]
-    if unknown:
-        raise _wrong(target.name, text, f'the column has "{unknown[0]}", which is none of {list(target.names)[:20]}')
-    return torch.from_numpy(codes[inverse].reshape(column.shape))
+    words, inverse = _words(column)
+    if column.dtype.kind == "i":
+        index.setdefault(str(MISSING), MISSING)  # how whole numbers say that there is none, unless -1 is a class
+    for number, word in enumerate(words):
+        if word and word not in index:
+            row = int(np.argwhere(inverse == number)[0][0])
+            why = f'{part.where(row)}, has "{word}", which is none of {list(target.names)[:20]}'
+            raise _wrong(target.name, text, why)
+    return torch.from_numpy(np.array([index.get(word, MISSING) for word in words], dtype=np.int64)[inverse])
 
 
-def _text(column: Column) -> npt.NDArray[np.str_]:
-    """Values as text, whole numbers without a decimal point, "" where missing."""
+def _words(column: Column) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """The distinct values as text, and for each entry the index of its own: whole numbers have no decimal point, a
+    missing value is ""."""
+    values = column if column.dtype.kind in "fiub" else column.astype(str)
+    distinct, inverse = np.unique(values, return_inverse=True)
     if column.dtype.kind == "f":
-        distinct, inverse = np.unique(column, return_inverse=True)
         words = ["" if np.isnan(v) else str(int(v)) if v == int(v) else repr(float(v)) for v in distinct]
-        return np.array(words, dtype=str)[inverse].reshape(column.shape)
-    if column.dtype.kind in "iub":
-        return column.astype(np.int64).astype(str)
-    return column.astype(str)
+    elif column.dtype.kind in "iub":
+        words = [str(int(v)) for v in distinct]
+    else:
+        words = [str(v) for v in distinct]
+    return words, inverse.reshape(column.shape)
 
 
 def _distinct(columns: list[Column]) -> tuple[str, ...]:
-    seen = {str(v) for column in columns for v in np.unique(_text(column)) if str(v) != ""}
+    seen = {word for column in columns for word in _words(column)[0]} - {""}
     if all(_is_number(v) for v in seen):
         return tuple(sorted(seen, key=float))
     return tuple(sorted(seen))
@@ -204,14 +212,15 @@ def _distinct(columns: list[Column]) -> tuple[str, ...]:
 def _label_names(columns: list[Column]) -> tuple[str, ...]:
     if columns[0].ndim == 2:
         return tuple(str(i) for i in range(columns[0].shape[1]))
-    return tuple(sorted({name for column in columns for cell in np.unique(_text(column)) for name in _cell(cell)}))
+    return tuple(sorted({name for column in columns for cell in _words(column)[0] for name in _cell(cell)}))
 
 
 def _cell(cell: str) -> list[str]:
     return [name.strip() for name in str(cell).split("|") if name.strip()]
 
 
-def _rows(target: Target, text: str, column: Column) -> npt.NDArray[np.float32]:
+def _rows(target: Target, text: str, part: Part) -> npt.NDArray[np.float32]:
+    column = np.asarray(part.columns[target.name])
     if column.ndim == 2:
         if column.shape[1] != target.size:
             raise _wrong(target.name, text, f"rows have {column.shape[1]} entries, not {target.size}")
@@ -221,25 +230,26 @@ def _rows(target: Target, text: str, column: Column) -> npt.NDArray[np.float32]:
         return rows
     index = {name: i for i, name in enumerate(target.names)}
     rows = np.zeros((len(column), target.size), dtype=np.float32)
-    for row, cell in enumerate(_text(column)):
+    words, inverse = _words(column)
+    for row, word in enumerate(inverse):
+        cell = words[word]
         if cell == "":
             rows[row] = np.nan
         for name in _cell(cell):
             if name not in index:
-                raise _wrong(
-                    target.name, text, f'row {row + 1} has "{name}", which is none of {list(target.names)[:20]}'
-                )
+                raise _wrong(target.name, text, f'{part.where(row)}, has "{name}", none of {list(target.names)[:20]}')
             rows[row, index[name]] = 1
     return rows
 
 
-def _floats(target: str, text: str, column: Column, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+def _floats(target: str, text: str, part: Part, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    column = np.asarray(part.columns[target])
     if column.dtype.kind in "fiub":
         return column.astype(np.float64)
     values = np.full(column.shape, np.nan)
     for row in np.flatnonzero(~gone):
         if not _is_number(str(column[row])):
-            raise _wrong(target, text, f'row {row + 1} has "{column[row]}", which is not a number')
+            raise _wrong(target, text, f'{part.where(int(row))}, has "{column[row]}", which is not a number')
         values[row] = float(column[row])
     return values
 

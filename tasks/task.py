@@ -4,14 +4,12 @@ Everything here is a function of the experiment alone, so every process of a run
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from config import schema
@@ -19,15 +17,17 @@ from config.durable import Arrays
 from config.errors import UserError
 from config.load import apply, resolve, to_tree
 from config.schema import Experiment
-from config.seeds import derive, one_thread, torch_generator
-from tasks.data import Data, Dataset, Target, concatenate
+from config.seeds import derive, numpy_generator, one_thread, torch_generator
+from tasks.data import MISSING, Data, Dataset, Inputs, Target, concatenate
 from tasks.datasets import open_dataset
 from tasks.digits import printed_digits
+from tasks.holds import held
+from tasks.laws import Ints
 from tasks.metrics import loss
-from tasks.models import Inputs, build, inputs
-from tasks.partition import Split, deal, strata
-
-TRUNK = "trunk."
+from tasks.models import build, inputs
+from tasks.partition import Split, deal, label_counts, strata
+from tasks.pipeline import Pipeline, image_pipeline
+from tasks.weights import TRUNK, pretrained_trunk
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class ClientData:
 class Task:
     """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses.
 
-    `ready`: samples are given to the model as they are (`tasks.features`).
+    held: whether each client has the labels of each of `task.targets` (`partition.holds`), bool (clients, targets).
+    noise: variance of the last client's noise under law = feature-shift, else 0. pipeline: what `prepare` does to
+    images; None for samples that a model takes as they are. counts: `label_counts`, where the pool is not in this process
+    (`tasks.shares`).
     """
 
     dataset: Dataset
@@ -52,18 +55,42 @@ class Task:
     weights: tuple[float, ...]
     settings: schema.Task
     seed: int
-    ready: bool = False
+    held: npt.NDArray[np.bool_]
+    noise: float = 0.0
+    pipeline: Pipeline | None = None
+    counts: Ints | None = None
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
-        """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond."""
+        """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond.
+
+        The labels of targets that it does not hold are missing, and under law = feature-shift its inputs are noisy.
+        """
         if not 0 <= pid < len(self.split.clients):
             raise IndexError(f"client {pid}: there are clients 0 to {len(self.split.clients) - 1}")
         if pid not in self._clients:
-            own, pool = self.split.clients[pid], self.dataset.train
-            parts = (pool.take(torch.from_numpy(index)) for index in (own.train, own.validation, own.test))
+            own = self.split.clients[pid]
+            indices = (own.train, own.validation, own.test)
+            parts = [self._masked(pid, self.dataset.train.take(torch.from_numpy(index))) for index in indices]
+            if self.noise:
+                variance = self.noise * (pid + 1) / len(self.split.clients)
+                parts = _with_noise(parts, indices, variance, numpy_generator(self.seed, "feature-shift", pid))
             self._clients[pid] = ClientData(*parts)
         return self._clients[pid]
+
+    def _masked(self, pid: int, data: Data) -> Data:
+        gone = {name for name, has in zip(self.settings.targets, self.held[pid], strict=True) if not has}
+        if not gone:
+            return data
+        return Data(data.x, {name: _missing(y) if name in gone else y for name, y in data.y.items()})
+
+    def label_counts(self) -> Ints:
+        """Samples (all three parts) of each client by label or decile of the first of `task.targets`, int64 (clients,
+        labels)."""
+        if self.counts is not None:
+            return self.counts
+        first = next(t for t in self.dataset.targets if t.name == self.settings.targets[0])
+        return label_counts(self.split, strata(self.dataset.train.y[first.name], first))
 
     def pool(self) -> Data:
         """All clients' train parts in client order: what placement = "pooled" trains on."""
@@ -74,8 +101,12 @@ class Task:
         return build(self.settings, self.targets, inputs(self.dataset), self.seed)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
-        """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`)."""
-        return x
+        """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`), of the same shape.
+
+        Images become float32, normalised, and with `training` augmented by draws from torch's global generator: seed it
+        (`config.seeds.torch_seeded`). Other samples pass through.
+        """
+        return x if self.pipeline is None else self.pipeline(x, training)
 
 
 def open_task(experiment: Experiment) -> Task:
@@ -83,8 +114,12 @@ def open_task(experiment: Experiment) -> Task:
 
     The split follows the first of `task.targets` (its labels, or for a value target its deciles), not the first
     learned one, so that methods that learn different targets are compared on one split. Raises UserError for an
-    unknown target and an impossible split.
+    unknown target and an impossible split. A process that has a share (`tasks.shares`) opens its task from there.
     """
+    from tasks.shares import read_share, share_folder  # shares are made of tasks
+
+    if place := share_folder():
+        return read_share(place, experiment)
     evaluate = experiment.evaluate
     return _open_task(
         experiment.run.seed, experiment.task, experiment.partition, experiment.learned, evaluate.folds, evaluate.fold
@@ -109,27 +144,65 @@ def _open_task(
     dataset = open_dataset(task)
     targets = {target.name: target for target in dataset.targets}
     first = targets[task.targets[0]]
-    split = deal(partition, strata(dataset.train.y[first.name], first), seed)
+    shifted = partition.law == "feature-shift"
+    if shifted and dataset.tokens:
+        raise UserError(
+            f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which no '
+            "noise can be added; choose another law"
+        )
+    split = deal(partition, strata(dataset.train.y[first.name], first), seed, dataset.owner, folds, fold)
+    holders = held(partition.holds, task.targets, len(split.clients), seed)
     weights = task.target_weights or (1.0,) * len(learned)
-    return Task(dataset, split, tuple(targets[name] for name in learned), weights, task, seed)
+    learned_targets, noise = tuple(targets[name] for name in learned), partition.noise if shifted else 0.0
+    pipeline = image_pipeline(dataset, task)
+    return Task(dataset, split, learned_targets, weights, task, seed, holders, noise, pipeline)
+
+
+def _missing(y: Tensor) -> Tensor:
+    """Labels of this shape and dtype that are all missing."""
+    return torch.full_like(y, torch.nan if y.is_floating_point() else MISSING)
+
+
+def _with_noise(
+    parts: Sequence[Data], indices: Sequence[Ints], variance: float, draw: np.random.Generator
+) -> list[Data]:
+    """NIID-Bench's noise-based feature imbalance (Li et al. 2022, arXiv:2102.02079, section 4.2): Gaussian noise of
+    mean 0 and this variance on the inputs, for images stored as uint8 in units of 255, rounded and clipped.
+
+    A client's samples draw in the order of their indices, so that a sample's noise does not depend on the part or fold
+    that it is in.
+    """
+    own = np.concatenate(indices)
+    noise = draw.standard_normal((len(own), *parts[0].x.shape[1:]), dtype=np.float32)
+    noise *= np.float32(np.sqrt(variance))
+    rank = np.empty(len(own), dtype=np.int64)
+    rank[np.argsort(own)] = np.arange(len(own))
+    pieces = torch.split(torch.from_numpy(rank), [len(part) for part in parts])
+    noises = (torch.from_numpy(noise).index_select(0, piece) for piece in pieces)
+    return [Data(_added(data.x, noise), data.y) for data, noise in zip(parts, noises, strict=True)]
+
+
+def _added(x: Tensor, noise: Tensor) -> Tensor:
+    """x + noise, of x's dtype; `noise` is used up."""
+    if x.dtype == torch.uint8:
+        return noise.mul_(255).add_(x).round_().clamp_(0, 255).to(torch.uint8)
+    return noise.add_(x)
 
 
 def initial_state(experiment: Experiment) -> Arrays:
     """The model's complete state before the first round, float32, in state_dict order; fresh arrays at each call.
 
     task.pretrained = "": the random start of run.seed (`tasks.models.build`). "source": its trunk is that of
-    `source_state`, the heads keep their random start. A path to a .safetensors file: its arrays whose names start with
-    "trunk." must be exactly the trunk's, by name and shape; other arrays in the file are passed over. Raises UserError
-    for a file that is missing, unreadable or does not fit.
+    `source_state`, the heads keep their random start. Else its trunk is that of `tasks.weights.pretrained_trunk`. Raises
+    UserError for weights that are missing, unreadable or do not fit.
     """
-    task, seed = experiment.task, experiment.run.seed
-    dataset = open_dataset(task)
-    state = dict(build(task, _learned(dataset, experiment), inputs(dataset), seed).state_dict())
+    task = experiment.task
+    state = dict(open_task(experiment).new_model().state_dict())
     if task.pretrained == "source":
         source = source_state(experiment)
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
     elif task.pretrained:
-        state.update(_trunk_from_file(task.pretrained, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
+        state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
     return {name: tensor.numpy(force=True).astype(np.float32) for name, tensor in state.items()}
 
 
@@ -154,7 +227,7 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         source_epochs=task.source_epochs,
         target_weights=weights,
     )
-    targets = _learned(open_dataset(task), experiment)
+    targets = open_task(experiment).targets
     with one_thread():  # it is trained wherever it is asked for first, before or after an engine sets its threads
         return _source_state(derive(experiment.run.seed, "source"), key, targets)
 
@@ -183,37 +256,3 @@ def _source_state(seed: int, task: schema.Task, targets: tuple[Target, ...]) -> 
             optimizer.step()
             schedule.step()
     return {name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()}
-
-
-def _trunk_from_file(place: str, trunk: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not Path(place).is_file():
-        raise UserError(
-            f'task.pretrained = "{place}": there is no such file; write "source", the path of a .safetensors file, '
-            "or an empty string for a random start"
-        )
-    try:
-        arrays = {n: t for n, t in load_file(place).items() if n.startswith(TRUNK)}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f'task.pretrained = "{place}" cannot be read as a .safetensors file: {error}') from None
-    for name in sorted(trunk.keys() | arrays.keys()):
-        way_out = "set task.model and task.hidden as they were when the file was made"
-        if name not in arrays:
-            raise UserError(f'task.pretrained = "{place}" has no array "{name}", which the trunk needs: {way_out}')
-        if name not in trunk:
-            raise UserError(f'task.pretrained = "{place}" has an array "{name}", which the trunk has not: {way_out}')
-        if arrays[name].shape != trunk[name].shape:
-            raise UserError(
-                f'task.pretrained = "{place}": array "{name}" has shape {tuple(arrays[name].shape)}, '
-                f"the trunk's has {tuple(trunk[name].shape)}: {way_out}"
-            )
-        if not arrays[name].is_floating_point() or not arrays[name].isfinite().all():
-            raise UserError(
-                f'task.pretrained = "{place}": array "{name}" is not of finite floating-point numbers: '
-                "use a file that holds a trained model"
-            )
-    return {name: arrays[name].to(torch.float32) for name in trunk}
-
-
-def _learned(dataset: Dataset, experiment: Experiment) -> tuple[Target, ...]:
-    targets = {target.name: target for target in dataset.targets}
-    return tuple(targets[name] for name in experiment.learned)

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import run_inline, small
 
 from config.identity import ROOT
+from config.load import load
 from experiments.plan import plan
+from tasks.task import open_task
 
 QUICK = ["run.rounds=2", "partition.clients=4", "task.source_samples=200", "task.source_epochs=1", "--engine", "inline"]
 
@@ -85,6 +88,11 @@ def test_a_plan_is_what_the_run_then_costs(preset: str, override: str, tmp_path:
         (["sweep", "fedavg", "local.lr=0.1"], ["several values"]),
         (["report", "nothing"], ["nothing"]),
         (["show", "fedavg", "local.lr=x"], ["local.lr = 'x'"]),
+        (["show", "fedavg", "--out", "x.png"], ["--out x.png", "--split"]),
+        (["show", "fedavg", "--split", "--out", "x.gif"], ["--out x.gif", ".png"]),
+        (["show", "fedavg", "--split", "--out", "no/x.png"], ["--out no/x.png", "no folder no"]),
+        (["show", "fedavg", "--split", "partition.law=natural"], ["natural", "task.client"]),
+        (["show", "fedavg", "--split", "partition.holds=3"], ["partition.holds = ['3']", "from 1 to 2"]),
         (["frobnicate"], ["frobnicate"]),
     ],
 )
@@ -106,6 +114,38 @@ def test_presets_show_and_doctor(tmp_path: Path) -> None:
         assert re.search(rf"^{name} +\S", listed, re.MULTILINE)
     assert 'name = "fedper"' in meadow("show", "fedper", cwd=tmp_path).stdout
     assert "flwr           1.41.0" in meadow("doctor", cwd=tmp_path).stdout
+
+
+def test_show_split_prints_who_has_what_and_draws_it(tmp_path: Path) -> None:
+    """20 clients with 1,527 samples, a row each; their label counts add up to the samples, as the table says itself."""
+    done = meadow("show", "fedavg", "partition.holds=slant 3-7", "--split", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    head, hash_, names, *rows = done.stdout.splitlines()
+    experiment = load("fedavg", ["partition.holds=slant 3-7"])
+    split = open_task(experiment).split
+    assert "law dirichlet, 1 try: 20 clients with 1,527 samples" in head and split.sha256 in hash_
+    assert names.split() == ["client", "samples", "train", "validation", "test", *map(str, range(10)), "holds"]
+    for client, row in enumerate(rows[:20]):
+        number, *cells = row.replace(",", "").split()
+        counts = [int(cell) for cell in cells if cell.isdecimal()]
+        assert int(number) == client and counts[1:4] == split.sizes[client].tolist()
+        assert counts[0] == sum(counts[1:4]) == sum(counts[4:14])
+        assert cells[14:] == (["digit", "slant"] if 3 <= client <= 7 else ["digit"])
+    assert (tmp_path / "split.png").read_bytes().startswith(b"\x89PNG")
+    assert "picture: split.png. The area of a bubble" in done.stdout
+
+
+def test_show_split_of_many_clients_gives_tenths_by_size(tmp_path: Path) -> None:
+    given = ["partition.clients=100", "partition.law=quantity", "partition.min_size=3", "task.targets=slant"]
+    done = meadow("show", "fedavg", *given, "--split", "--out", "s.svg", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sizes = np.sort(open_task(load("fedavg", given)).split.sizes.sum(axis=1))
+    rows = [re.split(r"  +", row.strip()) for row in done.stdout.splitlines()[3:15]]
+    said = [float(row[1].replace(",", "")) for row in rows]
+    assert [row[0].split()[0] for row in rows] == ["smallest:", *["tenth"] * 10, "largest:"]
+    assert said == [sizes[0], *(round(tenth.mean(), 1) for tenth in np.array_split(sizes, 10)), sizes[-1]]
+    assert "tenth 10" in done.stdout.splitlines()[2] and "bubble" not in done.stdout
+    assert (tmp_path / "s.svg").read_text().startswith("<?xml")
 
 
 @pytest.mark.slow

@@ -17,11 +17,11 @@ from scipy import stats
 
 from config.errors import UserError
 from config.load import load, to_toml
-from experiments.plots import bytes_text, seconds_text, spread_apart
+from experiments.plots import bytes_text, confusion_matrices, mean_roc, metric_label, seconds_text, spread_apart
 from experiments.progress import Tail, follow, line, time_left
-from experiments.ranking import ranking, ranking_table
+from experiments.ranking import number, ranking, ranking_table, worded
 from experiments.report import write_report
-from experiments.results import by_method, compare_paired, find_runs, read_rounds, read_run, t_interval
+from experiments.results import by_method, compare_paired, find_runs, metrics_of, read_rounds, read_run, t_interval
 
 
 def over_clients(values: Sequence[float]) -> dict[str, float]:
@@ -109,11 +109,11 @@ def test_ranking_by_hand(compared: Path) -> None:
     json.dumps([first, second], allow_nan=False)
 
 
-def test_the_losers_are_named_by_seed(compared: Path) -> None:
+def test_the_losers_are_named_by_seed_and_fold(compared: Path) -> None:
     methods = by_method(find_runs([compared]))
     paired = compare_paired(methods["fedavg"], methods["local"], "digit", "accuracy")
     assert paired is not None
-    assert paired.losers == {0: frozenset({1}), 1: frozenset({2}), 2: frozenset({2})}
+    assert paired.losers == {(0, 0): frozenset({1}), (1, 0): frozenset({2}), (2, 0): frozenset({2})}
     assert paired.gains == pytest.approx(GAINS)
 
 
@@ -185,6 +185,15 @@ def test_a_run_that_has_only_begun(tmp_path: Path, missing: str) -> None:
     folder = make_run(tmp_path / "run", "fedavg", 0, [0.5, 0.7], ended=False)
     (folder / missing).unlink()
     assert write_report([folder], tmp_path / "r.html").is_file()
+
+
+@pytest.mark.parametrize(("clients", "bubbles"), [(80, True), (81, False)])
+def test_the_splits_caption_tells_bubbles_from_shades(tmp_path: Path, clients: int, bubbles: bool) -> None:
+    """A picture of more than 80 clients has shades, an image, where fewer have a bubble each."""
+    page = write_report([make_run(tmp_path / "run", "fedavg", 0, [0.5] * clients)], tmp_path / "r.html").read_text()
+    section = page[page.index("Who holds what") :]
+    assert ("The area of a bubble is" in section) == bubbles == ("<image" not in section)
+    assert ("The darker the blue" in section) != bubbles
 
 
 def test_a_stopped_run_says_why_and_failures_are_told(tmp_path: Path) -> None:
@@ -319,3 +328,125 @@ def test_untrained_clients_are_said_before_the_figures(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", "fedper", 3, [0.5, 0.7], clients=clients)
     head, _, _ = text_of(write_report([folder], tmp_path / "r.html")).partition('class="answer"')
     assert "own untrained part: 1 of 2 (fedper, seed 3)" in head
+
+
+def with_evaluation(folder: Path, matrix: Sequence[Sequence[int]], roc: Mapping[str, Any] | None = None) -> Path:
+    about = {"classes": [f"<{i}>" for i in range(len(matrix))], "confusion": matrix}
+    shared = {"digit": about | {"roc": roc}} if roc is not None else {}
+    (folder / "evaluation.json").write_text(json.dumps({"global": shared, "clients": {"digit": about}}))
+    return folder
+
+
+LINE = {"false_positive": [0.0, 0.0, 0.5, 1.0], "true_positive": [0.0, 0.6, 1.0, 1.0], "auroc": 0.9}
+
+
+def test_confusion_and_roc_are_shown_once_a_method(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        with_evaluation(
+            make_run(tmp_path / f"a{seed}", "fedavg", seed, [0.5, 0.7]), [[71, 2], [3, 400 + seed]], {"x": LINE}
+        )
+        with_evaluation(make_run(tmp_path / f"b{seed}", "fedper", seed, [0.5, 0.7]), [[55, 2], [3, 500 + seed]])
+    text = text_of(write_report([tmp_path], tmp_path / "r.html"))
+    assert text.count("<svg") == 6 and 'aria-label="Confusion matrices of digit"' in text
+    # A matrix for each method, of the first seed; class names as text, never as markup.
+    assert [f">{n}<" in text for n in ("400", "500", "401", "501")] == [True, True, False, False]
+    assert "&lt;0&gt;" in text and "<0>" not in text
+    assert "on the clients' own test samples, of the model that each would use".replace("'", "&#x27;") in text
+    assert "ROC of x on the global test set. Methods without a single shared model have none" in text
+    assert ">90.0  fedavg<" in text and len(text) < 400_000
+
+
+def test_a_single_run_shows_the_global_matrix_and_a_curve_for_each_class(tmp_path: Path) -> None:
+    roc = {"a": LINE, "b": {**LINE, "auroc": 0.4}, "c": {**LINE, "auroc": 0.8}}
+    folder = with_evaluation(make_run(tmp_path / "a", "fedavg", 0, [0.5, 0.7]), np.eye(3, dtype=int).tolist(), roc)
+    text = text_of(write_report([folder], tmp_path / "r.html"))
+    assert ">Global test set<" in text and ">Clients' test samples<" in text
+    assert all(f">{area}  {name}<" in text for name, area in (("a", "90.0"), ("b", "40.0"), ("c", "80.0")))
+    assert "of each class against all others" in text
+
+
+def test_the_folds_matrices_are_added_up(tmp_path: Path) -> None:
+    for fold in (1, 2):
+        folder = make_run(tmp_path / f"fold-{fold}", "fedavg", 0, [0.5, 0.7])
+        settings = ["run.rounds=2", "partition.clients=2", "evaluate.folds=2", f"evaluate.fold={fold}"]
+        (folder / "experiment.toml").write_text(to_toml(load("fedavg", settings)))
+        with_evaluation(folder, [[100 * fold, 0], [0, 1]], {})
+    text = text_of(write_report([tmp_path], tmp_path / "r.html"))
+    # The clients' are 100 + 200; the global test set is the same in each fold, so it is shown of the first.
+    assert ">300<" in text and ">100<" in text and ">200<" not in text
+    assert "Global test set, fold 1" in text and "Seed 0, the folds added up" in text
+
+
+@pytest.mark.parametrize("classes", [2, 12, 13, 50])
+@pytest.mark.parametrize("count", [1, 2, 5, 11])
+def test_matrices_of_any_size_fit_their_picture(classes: int, count: int) -> None:
+    counts = np.arange(classes**2).reshape(classes, classes)
+    panel = {"classes": [f"a long name {i}" for i in range(classes)], "confusion": counts}
+    figure = confusion_matrices({f"method {i}": panel for i in range(count)})
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert len(boxes) == count
+    wide, tall = figure.get_size_inches()
+    for i, box in enumerate(boxes):
+        assert box.x0 > 0 and box.y0 > 0 and box.x1 < 1 and box.y1 < 1
+        assert box.width * wide == pytest.approx(box.height * tall)  # square
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_a_mean_roc_curve_by_hand() -> None:
+    step = (np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0, 1.0]), 1.0)
+    chance = (np.array([0.0, 0.5, 1.0]), np.array([0.0, 0.5, 1.0]), 0.5)
+    false, true, area = mean_roc([step, chance])
+    assert false.tolist() == [0, 0, 0.5, 1] and true.tolist() == [0, 0.5, 0.75, 1] and area == 0.75
+
+
+def test_numbers_have_their_kind_s_unit() -> None:
+    assert [number(0.1234, m) for m in ("accuracy", "f1", "coverage_0.1", "exact_match")] == ["12.3"] * 4
+    assert [number(v, "pinball") for v in (0.12345, 9.8765, 12.346, 123.46, 12345.6)] == [
+        "0.123", "9.877", "12.35", "123.5", "12,346",
+    ]  # fmt: skip
+    assert number(-1234.5, "rmse", signed=True) == "\N{MINUS SIGN}1,234"
+    assert (worded(0.5, "auroc", "slant"), worded(0.5, "rmse", "slant"), worded(0.5, "pinball", "stay")) == (
+        "50.0%", "0.500 rad", "0.500",
+    )  # fmt: skip
+    assert [metric_label("slant", m) for m in ("mae", "r2", "coverage_0.9", "f1")] == [
+        "MAE (rad)", "R\N{SUPERSCRIPT TWO}", "coverage at 0.9 (%)", "F1 (%)",
+    ]  # fmt: skip
+
+
+KINDS = {
+    "class": (["loss", "accuracy", "f1"], "accuracy"),
+    "labels": (["accuracy", "loss", "f1", "exact_match"], "f1"),
+    "value": (["loss", "r2", "mae", "rmse"], "rmse"),
+    "quantiles": (["coverage_0.1", "pinball", "coverage_0.9", "loss"], "pinball"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_ranked_by_its_primary_metric(kind: str, tmp_path: Path) -> None:
+    names, primary = KINDS[kind]
+    for method, value in (("local", 0.2), ("fedavg", 0.3)):
+        folder = make_run(tmp_path / method, method, 0, [value, value])
+        every = {name: over_clients([value, value]) for name in names}
+        for file in ("summary.json", "rounds.jsonl"):
+            found = [json.loads(text) for text in (folder / file).read_text().splitlines()]
+            for tree in (one.get("metrics", one) for one in found):
+                tree["clients"] = {"digit": every}
+                tree["global"] = {"digit": dict.fromkeys(names, value)}
+            (folder / file).write_text("\n".join(map(json.dumps, found)) + "\n")
+        with (folder / "clients.csv").open("w", newline="") as file_:
+            writer = csv.writer(file_)
+            writer.writerow(["client", "test_samples", *(f"used.digit.{name}" for name in names)])
+            writer.writerows([c, 1, *(value for _ in names)] for c in (0, 1))
+    runs = find_runs([tmp_path])
+    rows = {row["method"]: row for row in ranking(runs)}
+    assert rows["local"]["metric"] == primary
+    better = "local" if primary in ("rmse", "pinball") else "fedavg"
+    assert rows[better]["rank"] == 1
+    # 0.3 against 0.2: a gain of 0.1 where higher is better, a loss of 0.1 for both clients where it is worse.
+    gain = -0.1 if better == "local" else 0.1
+    assert (rows["fedavg"]["gain"], rows["fedavg"]["lost"]) == (pytest.approx(gain), 0 if gain > 0 else 2)
+    assert set(metrics_of(runs, "digit")) == set(names) and metrics_of(runs, "digit")[-1] == "loss"
+    text = text_of(write_report([tmp_path], tmp_path / "r.html"))
+    assert "All metrics of digit" in text and f"{'lower' if better == 'local' else 'higher'} is better" in text
+    shown = line(dict(enumerate(runs[0].rounds, 1)), 2, "x")
+    assert f"global {worded(0.3, primary, 'digit')}" in shown

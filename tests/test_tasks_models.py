@@ -1,11 +1,10 @@
-"""Models, losses, scores, and the state that training starts from."""
+"""Models, and the state that training starts from."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import sklearn.metrics as reference
 import torch
 from safetensors.numpy import save_file
 from torch import nn
@@ -14,9 +13,8 @@ from config.errors import UserError
 from config.load import load
 from config.schema import Experiment
 from config.schema import Task as Settings
-from tasks.data import Target
-from tasks.metrics import loss, losses, score
-from tasks.models import Inputs, build
+from tasks.data import Inputs, Target
+from tasks.models import build
 from tasks.task import initial_state, open_task, source_state
 
 DIGIT, SLANT = Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25)
@@ -67,51 +65,6 @@ def test_another_target_changes_neither_the_trunk_s_start_nor_torch_s_generator(
 def test_a_cnn_refuses_what_is_no_image() -> None:
     with pytest.raises(UserError, match=r'task.model = "cnn"'):
         build(Settings(model="cnn"), BOTH, Inputs((64,)))
-
-
-def test_losses_by_hand() -> None:
-    outputs = {"digit": torch.zeros(2, 10), "slant": torch.tensor([1.0, -1.0])}
-    y = {"digit": torch.tensor([3, 7]), "slant": torch.tensor([0.5, 0.25])}
-    each = losses(outputs, y, BOTH)
-    assert each["digit"].item() == pytest.approx(np.log(10))
-    assert each["slant"].item() == pytest.approx((1 + 4) / 2)  # against 2 and 1, after division by the scale
-    assert loss(outputs, y, BOTH, (2.0, 0.5)).item() == pytest.approx(2 * np.log(10) + 1.25)
-
-
-@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-@pytest.mark.parametrize("n", [1, 2, 15, 400])
-def test_scores_are_scikit_learn_s(n: int) -> None:
-    draw = torch.Generator().manual_seed(n)
-    outputs = {"digit": torch.randn(n, 10, generator=draw), "slant": torch.randn(n, generator=draw)}
-    y = {"digit": torch.randint(0, 10, (n,), generator=draw), "slant": torch.randn(n, generator=draw)}
-    scores = score(outputs, y, BOTH)
-    truth, predicted = y["digit"].numpy(), outputs["digit"].argmax(1).numpy()
-    probabilities = outputs["digit"].double().softmax(1).numpy()
-    assert scores["digit"] == pytest.approx(
-        {
-            "accuracy": reference.accuracy_score(truth, predicted),
-            "balanced_accuracy": reference.balanced_accuracy_score(truth, predicted),
-            "f1": reference.f1_score(truth, predicted, average="macro", zero_division=0),
-            "loss": reference.log_loss(truth, probabilities, labels=range(10)),
-        },
-        rel=1e-5,
-    )
-    value, estimate = y["slant"].double().numpy(), outputs["slant"].double().numpy() * 0.25
-    expected = {
-        "mae": reference.mean_absolute_error(value, estimate),
-        "rmse": reference.root_mean_squared_error(value, estimate),
-        "loss": reference.mean_squared_error(value, estimate) / 0.25**2,
-    }
-    if n > 1:
-        expected["r2"] = reference.r2_score(value, estimate)
-    assert scores["slant"] == pytest.approx(expected)
-
-
-def test_r2_is_left_out_where_it_is_not_defined() -> None:
-    scores = score({"slant": torch.tensor([0.0, 1.0])}, {"slant": torch.tensor([0.1, 0.1])}, (SLANT,))
-    assert set(scores["slant"]) == {"mae", "rmse", "loss"}
-    with pytest.raises(ValueError, match="no samples"):
-        score({"slant": torch.empty(0)}, {"slant": torch.empty(0)}, (SLANT,))
 
 
 def test_the_start_is_a_function_of_the_seed() -> None:

@@ -1,0 +1,107 @@
+"""The entry of a container: `python -m deploy.service superlink|serverapp|proxy|node`.
+
+It starts Flower's own program (or nginx) for that service with the settings of the environment, and ends it with status 0
+as soon as the run has ended, which `deploy/submit.py` says by writing the file that MEADOW_ENDED names (empty: never, as
+on a node that serves many runs). Any other end of the program is a failure, and the container is started again.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+KEYS, SHARE, STATE = Path("/own/keys"), Path("/own/share"), Path("/state")
+
+
+def superlink() -> list[str]:
+    """Flower's SuperLink with TLS, node authentication, its database on a volume, the ServerApp in another container."""
+    return [
+        *("flower-superlink", "--host", "0.0.0.0", "--port", "9091", "--isolation", "process"),
+        *("--ssl-ca-certfile", str(KEYS / "ca.crt"), "--ssl-certfile", str(KEYS / "server.crt")),
+        *("--ssl-keyfile", str(KEYS / "server.key"), "--enable-supernode-auth"),
+        *("--superexec-auth-secret-file", str(KEYS / "superexec.secret"), "--database", str(STATE / "superlink.db")),
+        "--disable-runtime-dependency-installation",
+    ]
+
+
+def serverapp() -> list[str]:
+    """Flower's SuperExec, which starts the ServerApp of a run in this container."""
+    return [
+        *("flower-superexec", "--runtime-api-address", "superlink:9091", "--root-certificates", str(KEYS / "ca.crt")),
+        *("--superexec-auth-secret-file", str(KEYS / "superexec.secret")),
+    ]
+
+
+def proxy() -> list[str]:
+    """nginx before the SuperLink."""
+    return ["/usr/sbin/nginx", "-c", "/app/deploy/nginx.conf"]
+
+
+def node() -> list[str]:
+    """Flower's SuperNode, which starts the ClientApp in this container; the runtime API is on loopback."""
+    index, count = int(os.environ["MEADOW_NODE"]), int(os.environ["MEADOW_NODES"])
+    return [
+        *("flower-supernode", "--superlink", os.environ.get("MEADOW_SUPERLINK", "proxy:9092")),
+        *("--root-certificates", str(KEYS / "ca.crt"), "--auth-supernode-private-key", str(KEYS / "node.key")),
+        *("--node-config", f'partition-id={index} num-partitions={count} state="{STATE / "clients"}"'),
+    ]
+
+
+SERVICES = {"superlink": superlink, "serverapp": serverapp, "proxy": proxy, "node": node}
+
+
+def main(name: str) -> int:
+    """Run the service until it ends by itself or the run has ended; the exit status of the container."""
+    os.environ["FLWR_HOME"] = str(STATE / "flwr")
+    ended = os.environ.get("MEADOW_ENDED", "")
+    print(f"level=INFO service={name} event=start", flush=True)
+    child = subprocess.Popen(
+        SERVICES[name](), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    threading.Thread(target=_tell, args=(name, child.stdout), daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: child.terminate())
+    while child.poll() is None:
+        if ended and Path(ended).exists():
+            child.terminate()
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+            print(f"level=INFO service={name} event=end reason=the-run-has-ended", flush=True)
+            return 0
+        time.sleep(0.5)
+    print(f"level=WARNING service={name} event=end status={child.returncode}", flush=True)
+    return 1 if child.returncode >= 0 else 128 - child.returncode
+
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :]*")
+
+
+def _tell(name: str, lines: Iterable[str]) -> None:
+    """Print what the program says as one line an event: level, service, text. Calls that went well are left out: each node
+    asks every few seconds whether there is something to do."""
+    for line in lines:
+        text = _COLOUR.sub("", line).strip()
+        if not text or text.startswith("level="):
+            if text:
+                print(text, flush=True)
+            continue
+        if " 200" in text and "HTTP/1" in text:
+            continue
+        found = _LEVEL.search(text[:60])
+        level = found.group(1) if found else "INFO"
+        rest = (text[found.end() :] if found else text).strip()
+        if rest:
+            print(f"level={level} service={name} text={json.dumps(rest, ensure_ascii=False)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

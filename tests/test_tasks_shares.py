@@ -1,0 +1,97 @@
+"""Shares: each machine gets its own clients' samples and no others, and opens the same task from them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config.errors import UserError
+from config.load import load
+from config.schema import Experiment
+from tasks.data import Data
+from tasks.shares import deal_out, hosted, read_share
+from tasks.task import initial_state, open_task
+
+EXPERIMENT = load({"partition": {"clients": 7, "holds": "1"}, "task": {"source_samples": 200, "source_epochs": 1}})
+
+
+def same(one: Data, two: Data) -> bool:
+    pairs = [(one.x, two.x), *((one.y[n], two.y[n]) for n in one.y)]
+    return one.y.keys() == two.y.keys() and all(
+        np.array_equal(a.numpy(), b.numpy(), equal_nan=a.is_floating_point()) for a, b in pairs
+    )
+
+
+@pytest.fixture(scope="module")
+def shares(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return deal_out(EXPERIMENT, 3, tmp_path_factory.mktemp("shares"), "share")
+
+
+def test_every_client_is_on_one_node_and_its_samples_are_those_of_the_whole(shares: list[Path]) -> None:
+    whole, seen = open_task(EXPERIMENT), []
+    for index, folder in enumerate(shares[1:]):
+        task = read_share(folder, EXPERIMENT)
+        own = hosted(index, 3, 7)
+        seen += own
+        for client in own:
+            for part in ("train", "validation", "test"):
+                assert same(getattr(task.client(client), part), getattr(whole.client(client), part))
+        assert (task.dataset.sha256, task.split.sha256) == (whole.dataset.sha256, whole.split.sha256)
+        others = [c for c in range(7) if c not in own]
+        assert task.split.sizes[others].sum() == 0 and len(task.dataset.test) == 0 == len(task.dataset.train)
+        assert {p.name for p in folder.glob("*.safetensors")} == {f"client-{c}.safetensors" for c in own}
+        for name, tensor in whole.new_model().state_dict().items():
+            assert torch.equal(task.new_model().state_dict()[name], tensor)
+    assert seen == list(range(7))
+
+
+def test_the_coordinator_has_the_test_set_and_the_sizes_and_no_client(shares: list[Path]) -> None:
+    whole, task = open_task(EXPERIMENT), read_share(shares[0], EXPERIMENT)
+    assert same(task.dataset.test, whole.dataset.test)
+    assert np.array_equal(task.split.sizes, whole.split.sizes)
+    assert np.array_equal(task.label_counts(), whole.label_counts())
+    assert [p.name for p in shares[0].glob("*.safetensors")] == ["test.safetensors"]
+
+
+def test_a_process_with_a_share_opens_its_task_from_there(shares: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = initial_state(EXPERIMENT)
+    monkeypatch.setenv("MEADOW_SHARE", str(shares[2]))
+    assert open_task(EXPERIMENT).dataset.train.x.shape == (0, 1, 8, 8)
+    assert all(np.array_equal(before[n], a) for n, a in initial_state(EXPERIMENT).items())
+
+
+def other(change: str) -> Experiment:
+    return load(EXPERIMENT.model_dump(mode="json"), [change])
+
+
+@pytest.mark.parametrize("change", ["run.seed=3", "partition.alpha=1.0", "task.targets=digit", "evaluate.folds=3"])
+def test_a_share_of_another_experiment_is_refused(shares: list[Path], change: str) -> None:
+    with pytest.raises(UserError, match=f"{change.partition('=')[0]}.*deal again"):
+        read_share(shares[1], other(change))
+
+
+def test_a_setting_that_decides_no_data_may_differ(shares: list[Path]) -> None:
+    assert len(read_share(shares[1], other("local.lr=0.5")).client(0).train) > 0
+
+
+def test_a_missing_and_a_damaged_share_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="meadow deal"):
+        read_share(tmp_path / "none", EXPERIMENT)
+    folder = deal_out(EXPERIMENT, 1, tmp_path)[1]
+    file = folder / "client-3.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(UserError, match="client-3"):
+        read_share(folder, EXPERIMENT)
+
+
+def test_pooled_data_is_on_the_first_node(tmp_path: Path) -> None:
+    folders = deal_out(other("run.placement=pooled"), 2, tmp_path)
+    assert json.loads((folders[1] / "share.json").read_text())["clients"] == list(range(7))
+
+
+@pytest.mark.parametrize("nodes", [0, 8])
+def test_more_nodes_than_clients_are_refused(tmp_path: Path, nodes: int) -> None:
+    with pytest.raises(UserError, match="--nodes"):
+        deal_out(EXPERIMENT, nodes, tmp_path)
