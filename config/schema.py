@@ -158,7 +158,9 @@ class Cohort(Section):
 
     fraction: float = Field(1.0, gt=0, le=1)
     size: int = Field(0, ge=0, description="Clients a round; 0: use the fraction.")
-    sampling: Literal["fixed"] = "fixed"
+    sampling: Literal["fixed", "poisson"] = Field(
+        "fixed", description="fixed: so many, without replacement; poisson: each with probability size / clients."
+    )
     quorum: int = Field(1, ge=1, description="Fewer good replies than this end the run with status 3.")
     timeout: float = Field(600.0, gt=0, description="Seconds after which a missing reply counts as failed.")
 
@@ -353,8 +355,6 @@ class Experiment(Section):
             )
         if faults := privacy_faults(self):
             raise ValueError("; ".join(faults))
-        if self.privacy.unit != "none":
-            raise ValueError(f'privacy.unit = "{self.privacy.unit}": not built into training yet; write unit = "none"')
         return self
 
     @property

@@ -336,6 +336,34 @@ class Privatiser:
                     delattr(parameter, name)
 
 
+@dataclass
+class Permit:
+    """The right to so many private steps as were charged for one release. `on` gives what makes the gradients of a model.
+
+    Several models, or several stretches of training, may share a permit; together they get no more than its steps.
+    """
+
+    mechanism: Mechanism
+    sampling: torch.Generator
+    noise: torch.Generator
+    grad_sample: GradSample = "auto"
+    _taken: int = 0
+
+    def on(self, model: nn.Module) -> Privatiser:
+        """What makes private gradients of this model."""
+        return Privatiser(model, self.mechanism, self.sampling, self.noise, self.grad_sample)
+
+    def sample(self, n: int) -> Tensor:
+        """The next step's Poisson sample of n samples. Raises UserError if all steps that were charged are taken."""
+        if self._taken >= self.mechanism.steps:
+            raise UserError(
+                f'privacy.unit = "example": training wants more than the {self.mechanism.steps} steps a round that are '
+                "charged for; use a strategy that trains body and head together, once a round"
+            )
+        self._taken += 1
+        return poisson(n, self.mechanism.sample_rate, self.sampling)
+
+
 def _ghosts(model: nn.Module) -> int:
     """How many learning numbers are in layers whose per-sample norms cost no per-sample gradients."""
     layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Embedding)]

@@ -111,9 +111,14 @@ class Ledger:
         self._head = {"client": partition, "data": data_sha256, "format": 1}
         self._disk = disk or Disk()
 
-    def history(self, unit: str, mark: Mark | None = None) -> tuple[tuple[float, float, int], ...]:
-        """All parts that were charged under a unit, in order. Raises LedgerFault as `charge`."""
-        return _history(self._read(mark)[0], unit)
+    def history(self, unit: str, mark: Mark | None = None, before: str = "") -> tuple[tuple[float, float, int], ...]:
+        """All parts that were charged under a unit, in order. Raises LedgerFault as `charge`.
+
+        `before`: only those from before the first entry of that run, which is what its noise is calibrated with.
+        """
+        entries = self._read(mark)[0]
+        first = next((i for i, entry in enumerate(entries) if before and entry.get("run") == before), len(entries))
+        return _history(entries[:first], unit)
 
     def mark(self) -> Mark:
         """The mark of the ledger as it is on disk. Raises LedgerFault as `charge`."""

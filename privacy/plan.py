@@ -7,6 +7,7 @@ cohorts are a function of the seed. What a client has spent in earlier runs coun
 import csv
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from config.errors import UserError
@@ -40,9 +41,10 @@ def budgets(experiment: Experiment, clients: int) -> list[float]:
     drawn = []
     for client in range(clients):
         generator = numpy_generator(experiment.run.seed, "budget", client)
-        drawn.append(
-            float(generator.uniform(*numbers)) if kind == "uniform" else numbers[int(generator.integers(len(numbers)))]
-        )
+        if kind == "uniform":
+            drawn.append(float(generator.uniform(numbers[0], numbers[1])))
+        else:
+            drawn.append(numbers[int(generator.integers(len(numbers)))])
     return drawn
 
 
@@ -99,11 +101,10 @@ def local_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
     return local_guarantee([(z, rounds)], experiment.privacy.delta, experiment.privacy.accountant)
 
 
-def client_noise(experiment: Experiment, poisson: bool) -> float:
+def client_noise(experiment: Experiment) -> float:
     """The noise multiplier z of a run with client-level DP: set, or calibrated to privacy.epsilon over all rounds.
 
-    `poisson`: whether each client takes part with probability cohort.fraction on its own; else cohorts have a fixed
-    size, which costs more (`privacy.accounting.fixed_cohort_guarantee`). Raises UserError if there is neither.
+    Raises UserError if there is neither.
     """
     privacy, rounds = experiment.privacy, experiment.run.rounds
     if privacy.noise_multiplier:
@@ -114,10 +115,10 @@ def client_noise(experiment: Experiment, poisson: bool) -> float:
             "privacy.epsilon or privacy.noise_multiplier"
         )
     rate = _rate(experiment)
-    if poisson or rate == 1:
+    if _poisson(experiment):
         return noise_multiplier(privacy.epsilon, privacy.delta, rate, rounds, privacy.accountant)
     low, high = 0.0, 1.0
-    while client_cost(experiment, high, rounds, poisson).epsilon > privacy.epsilon:
+    while client_cost(experiment, high, rounds).epsilon > privacy.epsilon:
         low, high = high, high * 2
         if high > 1e6:
             raise UserError(
@@ -126,19 +127,21 @@ def client_noise(experiment: Experiment, poisson: bool) -> float:
             )
     while high - low > 1e-4 * high:
         middle = (low + high) / 2
-        enough = client_cost(experiment, middle, rounds, poisson).epsilon <= privacy.epsilon
+        enough = client_cost(experiment, middle, rounds).epsilon <= privacy.epsilon
         low, high = (low, middle) if enough else (middle, high)
     return high
 
 
-def client_cost(experiment: Experiment, z: float, rounds: int, poisson: bool) -> Guarantee:
+def client_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
     """What so many rounds guarantee to each client, against whoever sees the models but not the server.
 
+    Cohorts of a fixed size are accounted as what they are, which costs more than Poisson sampling
+    (`privacy.accounting.fixed_cohort_guarantee`).
     A fixed cohort of everyone is a Poisson cohort with rate 1: with a constant denominator, a client that is not there
     is one whose update is zero.
     """
     privacy, rate = experiment.privacy, _rate(experiment)
-    if poisson or rate == 1:
+    if _poisson(experiment):
         return client_guarantee([(rate, z, rounds)], privacy.delta, privacy.accountant)
     population = experiment.partition.clients
     return fixed_cohort_guarantee([(population, experiment.cohort_size, z, rounds)], privacy.delta)
@@ -147,6 +150,22 @@ def client_cost(experiment: Experiment, z: float, rounds: int, poisson: bool) ->
 def client_denominator(experiment: Experiment) -> float:
     """What the noisy sum of updates is divided by: `privacy.denominator`, or the expected cohort."""
     return experiment.privacy.denominator or _rate(experiment) * experiment.partition.clients
+
+
+def claim(experiment: Experiment, spent: float) -> Guarantee:
+    """An epsilon of this run with all that it means nothing without."""
+    privacy = experiment.privacy
+    if privacy.unit == "example":
+        empty = example_guarantee((), privacy.delta, privacy.accountant)
+    elif privacy.unit == "local":
+        empty = local_guarantee((), privacy.delta, privacy.accountant)
+    else:
+        empty = client_cost(experiment, 1.0, 0)
+    return replace(empty, epsilon=spent)
+
+
+def _poisson(experiment: Experiment) -> bool:
+    return experiment.cohort.sampling == "poisson" or _rate(experiment) == 1
 
 
 def _rate(experiment: Experiment) -> float:

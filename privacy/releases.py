@@ -1,16 +1,16 @@
 """What leaves a client in a run, declared: each quantity with its mechanism, or "not protected".
 
-The rule: under DP nothing leaves unprotected unless `privacy.release` names it, or nothing can hide it (that a client took
-part, and when its reply came). Whoever is about to let something leave asks `allowed`; a report shows `releases`, what
-is not protected in red.
+The rule: under DP nothing leaves unprotected unless `privacy.release` names it. A few things no mechanism covers, such as
+when a reply comes: they are declared as "outside the guarantee", with the reason. Whoever is about to let something leave
+asks `allowed`; a report shows `releases`, what is not protected in red.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from config.schema import Experiment
 
 NOT_PROTECTED = "not protected"
+OUTSIDE = "outside the guarantee"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Quantity:
 
     @property
     def protected(self) -> bool:
-        """Whether a mechanism protects it."""
+        """Whether it is no breach: a mechanism covers it, or it is declared as outside the guarantee, with the reason."""
         return self.mechanism != NOT_PROTECTED
 
     def as_json(self) -> dict[str, str]:
@@ -31,27 +31,15 @@ class Quantity:
         return {"what": self.what, "mechanism": self.mechanism}
 
 
-def _always(experiment: Experiment) -> bool:
-    return True
-
-
-def _scored_by_clients(experiment: Experiment) -> bool:
-    return "clients" in experiment.evaluate.on
-
-
-def _has_personal(experiment: Experiment) -> bool:
-    return experiment.share not in ("all", "trainable")
-
-
-SWITCHES: dict[str, tuple[str, Callable[[Experiment], bool]]] = {
-    "samples": ("number of training samples, in all and of each target (and so weights by them)", _always),
-    "loss": ("training loss", _always),
-    "metrics": ("metrics on the client's own test part", _scored_by_clients),
-    "labels": ("label counts and sizes of the parts (in the split manifest)", _always),
-    "hashes": ("SHA-256 of the personal arrays", _has_personal),
-    "errors": ("text of errors", _always),
+SWITCHES: dict[str, tuple[str, ...]] = {
+    "samples": ("number of training samples, in all and of each target (and so weights by them), and steps",),
+    "loss": ("training loss",),
+    "metrics": ("metrics on the test part", "confusion counts of the test part"),
+    "labels": ("label counts and sizes of the parts (in the split manifest)",),
+    "hashes": ("SHA-256 of the personal arrays",),
+    "errors": ("text of errors",),
 }
-"""Of each word of `privacy.release`: what it lets leave, and in which runs there is such a thing."""
+"""Of each word of `privacy.release`: what it lets leave."""
 
 
 def allowed(experiment: Experiment, switch: str) -> bool:
@@ -65,14 +53,29 @@ def releases(experiment: Experiment) -> tuple[Quantity, ...]:
     """Everything that leaves a client in this run, the arrays first."""
     private = experiment.privacy.unit != "none"
     left = list(_arrays(experiment))
-    if experiment.run.placement == "pooled":
+    if experiment.run.placement == "pooled" and not private:
         return tuple(left)  # the data itself has moved: whatever is computed from it is with the same party
     left += [
         Quantity(what, NOT_PROTECTED, switch if private else "")
-        for switch, (what, exists) in SWITCHES.items()
-        if exists(experiment) and allowed(experiment, switch)
+        for switch, whats in SWITCHES.items()
+        for what in whats
+        if allowed(experiment, switch)
     ]
-    left.append(Quantity("that a client takes part, has failed, or has left, and when its reply comes", NOT_PROTECTED))
+    hashes, part, channel = (
+        "SHA-256 of the data and of the split",
+        "that a client takes part, or has left",
+        "that a client has failed, and when its reply comes",
+    )
+    if not private:
+        return (*left, *(Quantity(what, NOT_PROTECTED) for what in (hashes, part, channel)))
+    drawn = "drawn from the seed, no function of any example"
+    if experiment.privacy.unit == "client":
+        drawn = "it stays with the server, and so must the run folder"
+    left += [
+        Quantity(hashes, f"{OUTSIDE}: it tells only who can guess all of the data"),
+        Quantity(part, f"{OUTSIDE}: {drawn}"),
+        Quantity(channel, f"{OUTSIDE}: a side channel"),
+    ]
     return tuple(left)
 
 

@@ -43,8 +43,6 @@ CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=1")
         ((*CLIENT, "strategy.share=none"), ["nothing shared", "no update leaves"]),
         ((*CLIENT, "run.placement=pooled"), ['placement = "pooled"', 'privacy.unit = "example"']),
         (("privacy.unit=local", "privacy.epsilon=8", "strategy.share=none"), ["nothing shared"]),
-        (EXAMPLE, ["privacy.unit", "not built into training yet"]),
-        (CLIENT, ["privacy.unit", "not built into training yet"]),
     ],
 )
 def test_what_would_not_hold_is_refused_with_a_way_out(overrides: tuple[str, ...], words: list[str]) -> None:
