@@ -16,7 +16,7 @@ from torch import nn
 
 from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import Store
-from client.training import train
+from client.training import Beside, train
 from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
@@ -25,7 +25,7 @@ from privacy.releases import allowed
 from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.packing import Answer, NodeReply, Request
 from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
-from tasks.data import Data
+from tasks.data import Data, concatenate
 from tasks.evaluation import evaluate, examine, load_into, state_of
 from tasks.features import View, view
 from tasks.shares import hosted
@@ -112,12 +112,12 @@ def train_client(node: Node, request: Request) -> RecordDict:
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
-    _load(node, store, request, round_)
+    _, memory = _load(node, store, request, round_)
     client, seen, experiment = request.client, node.view, node.experiment
     reply, release = RecordDict(), None
     if experiment.privacy.unit in ("example", "local"):
         try:
-            release = charge(node.keeper, request.content, round_, client, state_of(node.model))
+            release = charge(node.keeper, request.content, round_, client, state_of(node.model) | _remembered(memory))
         except Exhausted as reason:
             return RecordDict({"ledger": ConfigRecord({**reason.state, "exhausted": str(reason)})})
         reply["ledger"] = release.state
@@ -128,16 +128,16 @@ def train_client(node: Node, request: Request) -> RecordDict:
         data = seen.data("pool", node.task.pool())
     else:
         data = seen.data(f"{client}/train", node.task.client(client).train)
-    trained = train(seen.model, data, seen.task, experiment, round_, client, permit=release.permit if release else None)
+    beside, permit = _beside(node, client, memory), release.permit if release else None
+    trained = train(seen.model, data, seen.task, experiment, round_, client, beside=beside, permit=permit)
     state = state_of(node.model)
     if release and experiment.privacy.unit == "local":
         received = from_record(request.content.array_records["arrays"])
         own = [name for name in received if name in node.roles.trained]
         state |= noised_update(experiment, release, {n: received[n] for n in own}, {n: state[n] for n in own})
-    if node.roles.personal:
-        personal = {name: state[name] for name in node.roles.personal}
-        store.save(client, round_, personal, keep_from=int(cast(int, config["keep-from"])))
-    known = bool(release and release.permit) or experiment.local.steps > 0 or allowed(experiment, "samples")
+    if kept := {name: state[name] for name in node.roles.personal} | _remembered(trained.memory):
+        store.save(client, round_, kept, keep_from=int(cast(int, config["keep-from"])))
+    known = permit is not None or experiment.local.steps > 0 or allowed(experiment, "samples")
     metrics: dict[str, Any] = {**_samples(node, client, data), "steps": trained.steps if known else 0}
     weights = name_weights(metrics, node.roles.shared)
     reply["arrays"] = to_record({name: state[name] for name in node.roles.shared if weights[name] > 0})
@@ -167,7 +167,7 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
-    personal = _load(node, store, request, round_ + 1)
+    personal, memory = _load(node, store, request, round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
     sha256 = arrays_sha256(personal) if allowed(node.experiment, "hashes") else ""
     identity = ConfigRecord({"personal": sha256, "trained": bool(personal)})
@@ -184,7 +184,8 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs)
+        beside = _beside(node, client, memory)
+        train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
     reply["evaluation"] = MetricRecord(dict(scores))
@@ -217,12 +218,38 @@ def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequ
     return NodeReply(answers, sums)
 
 
-def _load(node: Node, store: Store, request: Request, before: int) -> Arrays:
-    """Load base, personal and shared arrays into the model, the later over the earlier; return the personal ones."""
-    personal = store.load(request.client, before) if node.roles.personal else {}
+_MEMORY = "memory/"
+"""In the store, the names of what local training must remember (`Beside.memory`) start with this."""
+
+
+def _beside(node: Node, client: int, memory: Arrays) -> Beside:
+    """What training gets beside the training samples, as far as the settings ask for it."""
+    plan, task = node.experiment.local, node.task
+    if not (plan.patience or plan.schedule == "plateau"):
+        return Beside(None, memory)
+    if node.experiment.run.placement == "pooled":
+        everyone = [task.client(c).validation for c in range(node.experiment.partition.clients)]
+        validation, key = concatenate(everyone), "pool/validation"
+    else:
+        validation, key = task.client(client).validation, f"{client}/validation"
+    return Beside(node.view.data(key, validation) if len(validation) else None, memory)
+
+
+def _remembered(memory: Arrays) -> Arrays:
+    return {f"{_MEMORY}{name}": value for name, value in memory.items()}
+
+
+def _load(node: Node, store: Store, request: Request, before: int) -> tuple[Arrays, Arrays]:
+    """Load base, personal and shared arrays into the model, the later over the earlier.
+
+    Returns the client's personal arrays, and what its local training remembers.
+    """
+    kept = store.load(request.client, before)
+    memory = {n.removeprefix(_MEMORY): value for n, value in kept.items() if n.startswith(_MEMORY)}
+    personal = {n: value for n, value in kept.items() if not n.startswith(_MEMORY)}
     shared = from_record(request.content.array_records["arrays"])
     load_into(node.model, _base(node, store) | personal | shared)
-    return personal
+    return personal, memory
 
 
 def _base(node: Node, store: Store) -> Arrays:

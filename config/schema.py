@@ -5,6 +5,7 @@ them (`config/presets/`), not a class. Zero or an empty string means "not set" w
 TOML and Flower's run configuration have no null.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -166,17 +167,76 @@ class Cohort(Section):
 
 
 class Local(Section):
-    """`[local]`: how a client trains within one round."""
+    """`[local]`: how a client trains within one round. `docs/training.md` gives each setting's formula and source."""
 
     epochs: int = Field(3, ge=1)
     steps: int = Field(0, ge=0, description="Optimiser steps a round; 0: use the epochs.")
     batch_size: int = Field(16, ge=0, description="0: the full batch.")
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adagrad", "rmsprop", "adam", "adamw"] = "sgd"
     lr: float = Field(0.05, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd and rmsprop.")
+    nesterov: bool = Field(False, description="Nesterov's momentum, for sgd.")
     weight_decay: float = Field(0.0, ge=0)
-    trainable: Literal["all", "head"] = "all"
     trunk_lr_factor: float = Field(1.0, gt=0, description="The trunk's learning rate is lr times this.")
+    depth_lr_factor: float = Field(1.0, gt=0, description="And times this once for each layer below the heads.")
+    lr_factors: Names = Field((), description='And times these for named parts: "trunk.linear1 0.1", ...')
+    schedule: Literal["constant", "step", "cosine", "plateau"] = Field(
+        "constant", description="How the rate changes from round to round."
+    )
+    schedule_every: int = Field(10, ge=1, description="Rounds between the drops of schedule = step.")
+    schedule_factor: float = Field(
+        0.1, gt=0, lt=1, description="What a drop of step or plateau multiplies the rate by."
+    )
+    schedule_patience: int = Field(
+        3, ge=0, description="Rounds without a better validation loss that schedule = plateau waits for."
+    )
+    warmup: int = Field(0, ge=0, description="Rounds in which the rate rises to its value, under any schedule.")
+    clip_norm: float = Field(0.0, ge=0, description="A batch's gradient is scaled down to this length; 0: as it is.")
+    patience: int = Field(
+        0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: never."
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of a class label spread over all classes.")
+    trainable: str = Field(
+        "all", description="all, head, last:N, gradual, lora, adapters or fisher: what training changes."
+    )
+    gradual_every: int = Field(1, ge=1, description="Rounds or epochs that a stage of trainable = gradual lasts.")
+    gradual_unit: Literal["rounds", "epochs"] = "rounds"
+    gradual_modules: int = Field(1, ge=1, description="Modules of the trunk that each stage adds, from the top.")
+    gradual_divide: float = Field(1.0, ge=1, description="Each stage divides the rate by this.")
+    lora_rank: int = Field(4, ge=1)
+    lora_alpha: float = Field(4.0, gt=0, description="The low-rank term is multiplied by lora_alpha / lora_rank.")
+    lora_share: Literal["both", "b", "a"] = Field(
+        "both", description='"b": A is frozen (FFA-LoRA); "a": A is shared and B personal (FedSA-LoRA).'
+    )
+    adapter_size: int = Field(8, ge=1, description="Units of the bottleneck.")
+    adapter_place: Literal["series", "parallel"] = "series"
+    fisher_fraction: float = Field(0.1, gt=0, le=1, description="Share of the trunk's entries that learn.")
+    fisher_on: Literal["source", "local"] = Field("source", description="The data that the entries are chosen on.")
+    fisher_samples: int = Field(256, ge=1, description="Samples at most that a Fisher information is computed on.")
+
+    @field_validator("trainable")
+    @classmethod
+    def _known_trainable(cls, value: str) -> str:
+        if not re.fullmatch(r"all|head|last:\d+|gradual|lora|adapters|fisher", value):
+            raise ValueError("write all, head, last:N (for example last:2), gradual, lora, adapters or fisher")
+        return value
+
+    @field_validator("lr_factors")
+    @classmethod
+    def _known_factors(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not re.fullmatch(r"\S+ +[0-9.eE+-]+", entry) or not float(entry.split()[1]) > 0:
+                raise ValueError(f'"{entry}": write the beginning of a name and a positive factor: "trunk.linear1 0.1"')
+        return value
+
+    @model_validator(mode="after")
+    def _optimizer_parts_agree(self) -> Self:
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError(
+                f'nesterov = true with optimizer = "{self.optimizer}" and momentum = {self.momentum}: Nesterov\'s '
+                'momentum is one of sgd; write optimizer = "sgd" and momentum = 0.9'
+            )
+        return self
 
 
 class Strategy(Section):
@@ -348,14 +408,34 @@ class Experiment(Section):
                 f"task.target_weights has {len(self.task.target_weights)} values for {len(self.learned)} learned targets "
                 f"{list(self.learned)}: give one each, or none"
             )
-        if self.share == "body" and self.local.trainable == "head":
-            raise ValueError(
-                'strategy.share = "body" with local.trainable = "head" shares only what never changes: write '
-                'strategy.share = "head" or "none", or local.trainable = "all"'
-            )
+        self._check_trainable()
         if faults := privacy_faults(self):
             raise ValueError("; ".join(faults))
         return self
+
+    def _check_trainable(self) -> None:
+        local, share = self.local, self.share
+        if share == "body" and local.trainable in ("head", "last:0"):
+            raise ValueError(
+                f'strategy.share = "body" with local.trainable = "{local.trainable}" shares only what never changes: write '
+                'strategy.share = "head" or "none", or local.trainable = "all"'
+            )
+        federated_lora = local.trainable == "lora" and self.run.placement == "federated"
+        if federated_lora and local.lora_share == "a" and share not in ("trainable", "none"):
+            raise ValueError(
+                f'local.lora_share = "a" with strategy.share = "{share}": B would travel too; write '
+                'strategy.share = "trainable"'
+            )
+        if local.trainable == "fisher" and local.fisher_on == "source" and self.task.pretrained != "source":
+            raise ValueError(
+                f'local.fisher_on = "source" with task.pretrained = "{self.task.pretrained}": there is no source task; '
+                'write task.pretrained = "source" or local.fisher_on = "local"'
+            )
+        if local.trainable == "gradual" and local.gradual_unit == "epochs" and local.steps:
+            raise ValueError(
+                f'local.gradual_unit = "epochs" with local.steps = {local.steps}: rounds then have no number of epochs; '
+                'write local.steps = 0 or local.gradual_unit = "rounds"'
+            )
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -397,6 +477,23 @@ def privacy_faults(experiment: Experiment) -> list[str]:
             faults.append(
                 f"{setting} with local.batch_size = 0: the noisy sum would be divided by each client's private size; "
                 "write privacy.denominator, the expected batch"
+            )
+        local = experiment.local
+        private = {
+            "patience": local.patience > 0,
+            "schedule": local.schedule == "plateau",
+            "fisher_on": local.trainable == "fisher" and local.fisher_on == "local",
+        }
+        faults += [
+            f"{setting} with local.{name} = {getattr(local, name)}: it is decided by private samples without any noise; "
+            f'leave it out or write privacy.unit = "client"'
+            for name, is_on in private.items()
+            if is_on
+        ]
+        if local.trainable == "gradual" and local.gradual_unit == "epochs":
+            faults.append(
+                f'{setting} with local.gradual_unit = "epochs": a round of DP-SGD has steps and no epochs; write '
+                'local.gradual_unit = "rounds"'
             )
     elif experiment.share == "none":
         faults.append(

@@ -207,8 +207,9 @@ def _refuse(experiment: Experiment, task: Task, roles: Roles) -> None:
     if experiment.privacy.unit == "example":
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in roles.trained)
-        for child in model.children():
-            child.train(any(p.requires_grad for p in child.parameters()))
+        for place, module in model.named_modules():  # as `client.trainable.freeze` does
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            module.training = any((f"{place}.{name}" if place else name) in roles.trained for name, _ in own)
         refuse_what_mixes_samples(model)
         chosen_mode(model, experiment.privacy.grad_sample)
         return

@@ -1,6 +1,7 @@
 """What a run says of itself at its end: `summary.json` and `clients.csv`, out of the round records and the last scores."""
 
 import hashlib
+import math
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from server.evaluation import Scores, mean_tree, over_clients
 from server.folder import RunFolder
 from server.protection import Protection
 from strategies.sharing import arrays_sha256
+from strategies.trainable import HEADS, is_added, trained
 from tasks.metrics import THOROUGH, Ints
 from tasks.task import Task
 
@@ -87,6 +89,7 @@ def summarise(
             "bytes_up": sum(r["bytes_up"] for r in records),
             "bytes_down": sum(r["bytes_down"] for r in records),
             "steps": sum(r["steps"] for r in records),
+            **_of_the_whole(experiment, task, records),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
         "privacy": protection.summary(),
@@ -118,6 +121,24 @@ def client_rows(
             row |= {key.replace("/", "."): value for key, value in scores[client].scores.items()}
         rows.append(row)
     return rows
+
+
+def _of_the_whole(experiment: Experiment, task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Parameters that local training changes; bytes that did not travel, against sharing the whole model (without what
+    `tasks/peft.py` adds) with the same clients in the same rounds; 0 without federation."""
+    model = task.new_model()
+    learning = trained(experiment, model.state_dict())
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name in learning}
+    if experiment.local.trainable == "fisher":
+        heads = sum(size for name, size in sizes.items() if name.startswith(HEADS))
+        count = heads + math.ceil(experiment.local.fisher_fraction * (sum(sizes.values()) - heads))
+    else:
+        count = sum(sizes.values())
+    whole = sum(t.numel() * t.element_size() for name, t in model.state_dict().items() if not is_added(name))
+    trips = sum(2 * len(r["cohort"]) - len(r["failed"]) for r in records)
+    travelled = sum(r["bytes_up"] + r["bytes_down"] for r in records)
+    federated = experiment.run.placement == "federated"
+    return {"trained_parameters": count, "bytes_saved": whole * trips - travelled if federated else 0}
 
 
 def _personal_heads(experiment: Experiment) -> bool:

@@ -11,9 +11,8 @@ from flwr.app import Array, ArrayRecord
 
 from config.durable import Arrays
 from config.schema import Experiment
-
-HEADS = "heads."
-"""State names of the heads start with this, all others belong to the trunk ("body")."""
+from strategies.trainable import HEADS as HEADS
+from strategies.trainable import is_added, trained
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,20 @@ def roles(experiment: Experiment, names: Iterable[str]) -> Roles:
     """Divide the state names of a model by `local.trainable` and `strategy.share`; the order of names is kept."""
     order = tuple(names)
     heads = tuple(n for n in order if n.startswith(HEADS))
-    trained = order if experiment.local.trainable == "all" else heads
+    learning = trained(experiment, order)
+    changed = tuple(n for n in order if n in learning)
+    # FedSA-LoRA: each client keeps its B (the experiment file allows this with share = "trainable" only).
+    federated = experiment.run.placement == "federated"
+    own_b = federated and experiment.local.trainable == "lora" and experiment.local.lora_share == "a"
     shared = {
         "all": order,
         "none": (),
         "body": tuple(n for n in order if n not in heads),
         "head": heads,
-        "trainable": trained,
+        "trainable": tuple(n for n in changed if not (own_b and is_added(n, "lora_b"))),
     }[experiment.share]
-    personal = tuple(n for n in trained if n not in shared)
-    return Roles(trained, shared, personal, tuple(n for n in order if n not in shared and n not in personal))
+    personal = tuple(n for n in changed if n not in shared)
+    return Roles(changed, shared, personal, tuple(n for n in order if n not in shared and n not in personal))
 
 
 def name_weights(metrics: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:

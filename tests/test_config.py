@@ -38,7 +38,8 @@ def test_flower_declares_every_key_with_its_default() -> None:
 
 
 def test_presets_differ_in_axis_values_only() -> None:
-    axes = {"run.name", "run.placement", "task.learn", "task.pretrained", "local.trainable", "local.trunk_lr_factor"}
+    axes = {"run.name", "run.placement", "task.learn", "task.pretrained", "local.trunk_lr_factor"}
+    axes |= {"local.trainable", "local.lora_share", "local.gradual_every"}
     for name in preset_names():
         keys = {key for key, _ in flatten(read_tree(name))}
         assert keys <= axes | {"strategy.name", "strategy.share"}, name
