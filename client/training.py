@@ -5,6 +5,7 @@ What the settings of `[local]` mean beyond a plain step stands in modules of its
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -14,18 +15,20 @@ from client.optimisers import make_optimizer, plateau, scheduled
 from client.trainable import freeze, mask
 from client.validation import Watch, validation_loss
 from config.durable import Arrays
+from config.errors import UserError
 from config.schema import Experiment
 from config.seeds import torch_generator, torch_seeded
+from privacy.dpsgd import Permit, Privatiser
 from strategies.trainable import rate_factors, stage, trained
 from tasks.data import Data
-from tasks.metrics import class_weights, losses
+from tasks.metrics import class_weights, losses, sample_losses
 from tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training reports: optimiser steps, for each target its mean loss over the samples seen, and the arrays that
-    the client must give back in its next round (`Beside.memory`)."""
+    """What training reports: optimiser steps, for each target its mean loss over the samples seen, if any, and the arrays
+    that the client must give back in its next round (`Beside.memory`)."""
 
     steps: int
     losses: dict[str, float]
@@ -60,6 +63,7 @@ def train(
     correct: Correction | None = None,
     term: Term | None = None,
     beside: Beside | None = None,
+    permit: Permit | None = None,
 ) -> Trained:
     """Train the model in place on a client's data for one round.
 
@@ -69,12 +73,22 @@ def train(
     parameter name. A penalty that does not depend on the data (proximal terms, control variates) belongs in `correct`:
     under DP-SGD what is added to the loss is clipped, and what is added to the gradients before the noise is lost. The
     model's `requires_grad` flags and modes are set here.
+
+    With a `permit` its steps of DP-SGD take the place of all that: each one's batch is a Poisson sample, and a sample's
+    loss is the weighted sum of its targets' (`sample_losses`). Raises UserError for a `term`, which sees a whole batch.
     """
+    if permit is not None and term is not None:
+        raise UserError(
+            f'strategy.name = "{experiment.strategy.name}" with privacy.unit = "example": its local rule adds to the loss '
+            "of a whole batch, so no sample's share of it can be clipped; use another strategy"
+        )
     plan, seed, beside = experiment.local, experiment.run.seed, beside or Beside()
     memory = dict(beside.memory)
     size = len(data) if plan.batch_size == 0 else min(plan.batch_size, len(data))
     steps_an_epoch = -(-len(data) // size)
     total = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
+    if permit is not None:
+        total = permit.mechanism.steps
     weights = class_weights(task.targets, data.y)
     rate = scheduled(plan, round_, experiment.run.rounds)
     watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
@@ -86,10 +100,22 @@ def train(
     factors = rate_factors(plan, names)
     sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
     seen, steps, at = 0, 0, -1
-    with torch_seeded(seed, "train", round_, client):
+    private: Privatiser | None = None
+
+    def each(index: Tensor) -> Tensor:
+        nonlocal seen
+        batch = data.take(index)
+        outputs = model(task.prepare(batch.x, training=True))
+        parts = sample_losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
+        seen += len(index)
+        for name, values in parts.items():
+            sums[name] += values.detach().sum()
+        return torch.stack([w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)]).sum(0)
+
+    with torch_seeded(seed, "train", round_, client), ExitStack() as opened:
         while steps < total:
             epoch, position = divmod(steps, steps_an_epoch)
-            if position == 0:
+            if position == 0 and private is None:
                 order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", round_, client, epoch))
                 stage_before, at = at, stage(experiment, round_, epoch)
                 now = {n for n in trained(experiment, names, at) if learns is None or learns(n)}
@@ -97,16 +123,23 @@ def train(
                 if at != stage_before:
                     slower = rate / plan.gradual_divide**at
                     optimizer = make_optimizer(learning, plan, {n: f * slower for n, f in factors.items()})
-            batch = data.take(order[position * size : (position + 1) * size])
-            batch = Data(task.prepare(batch.x, training=True), batch.y)
-            outputs = model(batch.x)
-            parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
-            loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
-            assert isinstance(loss, Tensor)
-            if term is not None:
-                loss = loss + term(model, batch, outputs)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if permit is not None:
+                private = private or opened.enter_context(permit.on(model))
+                private.gradients(permit.sample(len(data)), each)
+            else:
+                batch = data.take(order[position * size : (position + 1) * size])
+                batch = Data(task.prepare(batch.x, training=True), batch.y)
+                outputs = model(batch.x)
+                parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
+                loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
+                assert isinstance(loss, Tensor)
+                if term is not None:
+                    loss = loss + term(model, batch, outputs)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                seen += len(batch)
+                for name, value in parts.items():
+                    sums[name] += value.detach() * len(batch)
             if plan.clip_norm:
                 nn.utils.clip_grad_norm_(learning.values(), plan.clip_norm)
             for change in corrections:
@@ -114,11 +147,9 @@ def train(
             optimizer.step()
             if held is not None:
                 held.restore(learning)
-            steps, seen = steps + 1, seen + len(batch)
-            for name, value in parts.items():
-                sums[name] += value.detach() * len(batch)
+            steps += 1
             if watch is not None and position == steps_an_epoch - 1 and watch.ends(model):
                 break
     if watch is not None:
         watch.restore(model)
-    return Trained(steps, {name: float(value) / seen for name, value in sums.items()}, memory)
+    return Trained(steps, {name: float(value) / seen for name, value in sums.items()} if seen else {}, memory)
