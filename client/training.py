@@ -1,7 +1,8 @@
 """The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
 
 What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
-(`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`).
+(`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`), what holds the model near
+another one (`anchors.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from client import anchors
 from client.optimisers import make_optimizer, plateau, scheduled
 from client.trainable import freeze, mask
 from client.validation import Watch, validation_loss
@@ -81,7 +83,8 @@ def train(
     if plan.schedule == "plateau" and beside.validation:
         rate *= plateau(plan, memory, validation_loss(model, beside.validation, task))
     held = mask(model, experiment, client)
-    corrections = [c for c in (correct, held.correct if held else None) if c is not None]
+    pull, teacher = anchors.pull(model, experiment), anchors.teacher(model, task, experiment)
+    corrections = [correct, pull.correct if pull else None, held.correct if held else None]
     names = list(model.state_dict())
     factors = rate_factors(plan, names)
     sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
@@ -103,6 +106,8 @@ def train(
             parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
             loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
             assert isinstance(loss, Tensor)
+            if teacher is not None:
+                loss = (1 - teacher.distill) * loss + teacher.each(batch, outputs).mean()
             if term is not None:
                 loss = loss + term(model, batch, outputs)
             optimizer.zero_grad(set_to_none=True)
@@ -110,7 +115,8 @@ def train(
             if plan.clip_norm:
                 nn.utils.clip_grad_norm_(learning.values(), plan.clip_norm)
             for change in corrections:
-                change(learning)
+                if change is not None:
+                    change(learning)
             optimizer.step()
             if held is not None:
                 held.restore(learning)
