@@ -64,7 +64,8 @@ def write_folds(folder: Path, experiment: Experiment, found: Sequence[Mapping[st
         "metrics": mean_tree(counted),
         "metrics_std": reduce_trees(counted, _deviation),
         "clients": reduce_trees([one["clients"] for one in found], max),
-        "cost": reduce_trees(costs, sum) | {key: max(cost[key] for cost in costs) for key in _NOT_ADDED},
+        "cost": reduce_trees(costs, sum)
+        | {key: max(cost[key] for cost in costs) for key in _NOT_ADDED if key in costs[0]},
         "privacy": _composed([one["privacy"] for one in found]),
     }
     write_json(folder / "summary.json", summary)
