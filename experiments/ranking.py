@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from experiments import plots
+from experiments import words
 from experiments.results import (
     ALONE,
     RunResult,
@@ -58,7 +58,7 @@ def ranking_table(runs: Sequence[RunResult]) -> Table:
         table.add_column(head, justify="right")
     for target in dict.fromkeys(row["target"] for row in rows):
         part = [row for row in rows if row["target"] == target]
-        table.add_row(f"[bold]{plots.metric_label(target, part[0]['metric'])} of {target}[/bold]")
+        table.add_row(f"[bold]{words.metric_label(target, part[0]['metric'])} of {target}[/bold]")
         for row in part:
             text = [
                 number(row["client_mean"], row["metric"]) + plus_minus(row["client_mean_seed_std"], row["metric"]),
@@ -68,8 +68,8 @@ def ranking_table(runs: Sequence[RunResult]) -> Table:
             for at, key in enumerate(("client_mean", "client_worst_decile", "global")):
                 text[at] = f"[bold]{text[at]}[/bold]" if is_best(row, part, key) else text[at]
             lost = "" if row["lost"] is None else f"{row['lost']} of {row['lost_of']}"
-            sent = plots.bytes_text(row["bytes_up"] + row["bytes_down"])
-            table.add_row(flag(row).strip(), *text, lost, sent, plots.seconds_text(row["seconds"]))
+            sent = words.bytes_text(row["bytes_up"] + row["bytes_down"])
+            table.add_row(flag(row).strip(), *text, lost, sent, words.seconds_text(row["seconds"]))
         table.add_section()
     return table
 
@@ -147,7 +147,7 @@ def number(value: float | None, metric: str, signed: bool = False) -> str:
 
 def unit(metric: str, target: str) -> str:
     """The unit of a difference between two values of the metric."""
-    return " percentage points" if is_share(metric) else f" {plots.unit_of(target, metric)}".rstrip()
+    return " percentage points" if is_share(metric) else f" {words.unit_of(target, metric)}".rstrip()
 
 
 def worded(value: float | None, metric: str, target: str) -> str:
