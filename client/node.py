@@ -14,6 +14,7 @@ import torch
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from torch import nn
 
+from client.anchors import teaches
 from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import Store
 from client.training import Beside, train
@@ -29,7 +30,7 @@ from tasks.data import Data, concatenate
 from tasks.evaluation import evaluate, examine, load_into, state_of
 from tasks.features import View, view
 from tasks.shares import hosted
-from tasks.task import Task, initial_state, open_task, settle
+from tasks.task import Task, initial_state, open_task, settle, source_data
 
 log = logging.getLogger("meadow.client")
 
@@ -61,8 +62,9 @@ def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     task = open_task(experiment)
     model = task.new_model()
     parts = roles(experiment, model.state_dict())
+    seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
-    return Node(experiment, task, model, parts, view(task, model, frozen=parts.trunk_is_frozen), state_root, keeper)
+    return Node(experiment, task, model, parts, seen, state_root, keeper)
 
 
 def _state_root(context: Context) -> Path:
@@ -162,7 +164,8 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
 
     The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of the
     client's personal arrays, and whether it has any of its own) and, if the message asks for a thorough evaluation,
-    "confusion" (of the used model, by class target: its confusion counts, row after row). Under DP, only what
+    "confusion" (of the used model, by class target: its confusion counts, row after row) and, if evaluate.on names it,
+    the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
     `privacy.releases.allowed` lets out.
     """
     config = request.content.config_records["config"]
@@ -181,6 +184,9 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     else:
         found = evaluate(seen.model, test, seen.task)
     scores = {f"used/{key}": value for key, value in found.items()}
+    if config["thorough"] and "source" in node.experiment.evaluate.on:
+        again = seen.data("source/test", source_data(node.experiment).test)
+        scores |= {f"source/{key}": value for key, value in evaluate(seen.model, again, seen.task).items()}
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)

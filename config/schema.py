@@ -239,6 +239,22 @@ class Local(Section):
         return self
 
 
+class Anchor(Section):
+    """`[anchor]`: what holds local training near a model that was there before. docs/training.md has the formulas."""
+
+    to: Literal["start", "received"] = Field(
+        "start", description="Before the first round; or as the client has it at the beginning of the round."
+    )
+    l2: float = Field(0.0, ge=0, description="Weight of half the squared distance of the weights.")
+    ewc: float = Field(0.0, ge=0, description="The same, each weight times the source task's Fisher information.")
+    kl: float = Field(0.0, ge=0, description="Weight of the cross-entropy to that model's outputs.")
+    distill: float = Field(0.0, ge=0, le=1, description="Distillation's share of the loss.")
+    temperature: float = Field(2.0, gt=0, description="Distillation's temperature.")
+    teacher: str = Field("", description="A .safetensors file with another model to learn outputs from (kl, distill).")
+    teacher_model: str = Field("", description="That model's task.model; empty: the same.")
+    teacher_hidden: int = Field(0, ge=0, description="That model's task.hidden; 0: the same.")
+
+
 class Strategy(Section):
     """`[strategy]`: how updates are shared and combined."""
 
@@ -347,7 +363,10 @@ class Evaluate(Section):
     """`[evaluate]`: what is measured, and how often."""
 
     every: int = Field(1, ge=1, description="Evaluate in every n-th round, and always after the last.")
-    on: Names = Field(("global", "clients"), description="Any of global and clients.")
+    on: Names = Field(
+        ("global", "clients"),
+        description="Any of global, clients, and source: the source task, before and after the run, to see forgetting.",
+    )
     fine_tune_epochs: int = Field(0, ge=0, description="Score each client's model after this many local epochs too.")
     folds: int = Field(0, ge=0, description="Cross-validation: so many runs, each with another part of every client.")
     fold: int = Field(
@@ -356,8 +375,8 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _known_places(self) -> Self:
-        if wrong := set(self.on) - {"global", "clients"}:
-            raise ValueError(f'on = {sorted(wrong)}: give "global", "clients" or both')
+        if wrong := set(self.on) - {"global", "clients", "source"}:
+            raise ValueError(f'on = {sorted(wrong)}: give "global", "clients", "source" or several of them')
         if self.folds == 1 or self.fold > self.folds:
             raise ValueError(
                 f"folds = {self.folds} with fold = {self.fold}: give 2 folds or more (0 for none), and a fold among them"
@@ -381,6 +400,7 @@ class Experiment(Section):
     partition: Partition = Field(default_factory=Partition)
     cohort: Cohort = Field(default_factory=Cohort)
     local: Local = Field(default_factory=Local)
+    anchor: Anchor = Field(default_factory=Anchor)
     strategy: Strategy = Field(default_factory=Strategy)
     privacy: Privacy = Field(default_factory=Privacy)
     evaluate: Evaluate = Field(default_factory=Evaluate)
@@ -409,6 +429,7 @@ class Experiment(Section):
                 f"{list(self.learned)}: give one each, or none"
             )
         self._check_trainable()
+        self._check_source()
         if faults := privacy_faults(self):
             raise ValueError("; ".join(faults))
         return self
@@ -435,6 +456,39 @@ class Experiment(Section):
             raise ValueError(
                 f'local.gradual_unit = "epochs" with local.steps = {local.steps}: rounds then have no number of epochs; '
                 'write local.steps = 0 or local.gradual_unit = "rounds"'
+            )
+
+    def _check_source(self) -> None:
+        anchor, pretrained = self.anchor, self.task.pretrained
+        asked = {"anchor.ewc": anchor.ewc, "anchor.kl": anchor.kl, "anchor.distill": anchor.distill}
+        if anchor.to == "received" or anchor.teacher:
+            asked = {"anchor.ewc": anchor.ewc}
+        for name, value in asked.items():
+            if value and pretrained != "source":
+                raise ValueError(
+                    f'{name} = {value} with task.pretrained = "{pretrained}": there is no source task to hold on to; write '
+                    'task.pretrained = "source"'
+                    + ("" if name == "anchor.ewc" else ', anchor.to = "received" or anchor.teacher')
+                )
+        if anchor.ewc and anchor.to == "received":
+            raise ValueError(
+                f'anchor.ewc = {anchor.ewc} with anchor.to = "received": the Fisher information is the source model\'s; '
+                'write anchor.to = "start", or anchor.l2'
+            )
+        if anchor.ewc and self.local.trainable in ("lora", "adapters"):
+            raise ValueError(
+                f'anchor.ewc = {anchor.ewc} with local.trainable = "{self.local.trainable}": the weights that the Fisher '
+                "information is of never change; write anchor.l2 or anchor.kl"
+            )
+        if (anchor.l2 or anchor.ewc) and anchor.to == "start" and self.local.trainable in ("head", "last:0"):
+            raise ValueError(
+                f"anchor.l2 = {anchor.l2} and anchor.ewc = {anchor.ewc} hold the trunk, which local.trainable = "
+                f'"{self.local.trainable}" never changes: write 0, anchor.to = "received", or another local.trainable'
+            )
+        if "source" in self.evaluate.on and pretrained != "source":
+            raise ValueError(
+                f'evaluate.on names "source" with task.pretrained = "{pretrained}": there is no source task; write '
+                'task.pretrained = "source"'
             )
 
     @property

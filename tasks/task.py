@@ -230,6 +230,8 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         targets=experiment.learned,
         model=task.model,
         hidden=task.hidden,
+        norm=task.norm,
+        gated=task.gated,
         source=task.source,
         source_samples=task.source_samples,
         source_epochs=task.source_epochs,
