@@ -45,6 +45,9 @@ class Beside:
     memory: Arrays = field(default_factory=dict)
 
 
+LOOP = "loop"
+"""Kind of what the loop itself leaves in a client's memory, for names such as "loop@plateau"."""
+
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
 """Changes the gradients of the parameters that learn, by name, after they are final (clipped and noised, if private)."""
 
