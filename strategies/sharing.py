@@ -89,7 +89,24 @@ def roles(
     shared = sets[share] if share in SHARES else _matching(share, order)
     personal = tuple(n for n in changed if n not in shared)
     fixed = tuple(n for n in order if n not in shared and n not in personal)
-    return Roles(changed, shared, personal, fixed, buffers)
+    found = Roles(changed, shared, personal, fixed, buffers)
+    _something_learns(found, experiment)
+    return found
+
+
+def _something_learns(found: Roles, experiment: Experiment) -> None:
+    """Raise UserError if no shared parameter is trained, or no personal one by an algorithm that trains these in turn."""
+    name, share, shared = experiment.strategy.name, experiment.share, experiment.strategy.share
+    if share != "none" and not found.learned_together:
+        raise UserError(
+            f'strategy.share = "{shared}" with local.trainable = "{experiment.local.trainable}" and strategy.name = '
+            f'"{name}" shares only what never changes: write strategy.share = "trainable", or local.trainable = "all"'
+        )
+    if name in ("fedrep", "fedalt") and not set(found.personal) - set(found.buffers):
+        raise UserError(
+            f'strategy.share = "{shared}" with strategy.name = "{name}": nothing is personal that learns, so there are no '
+            'two parts to train in turns; write strategy.share = "body" and local.trainable = "all"'
+        )
 
 
 def _matching(patterns: str, names: tuple[str, ...]) -> tuple[str, ...]:
