@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -13,23 +14,39 @@ import torch
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from torch import nn
 
+from client.anchors import teaches
+from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import Store
-from client.training import train
+from client.training import LOOP, Beside, train
 from client.turn import ClientTurn, with_wrong_labels
 from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
+from privacy.ledger import LedgerFault
+from privacy.releases import allowed
 from strategies import algorithm
 from strategies.attacks import ON_LABELS, attackers
 from strategies.blocks import WeightedSum, weighted_sum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
 from strategies.replies import arrays_fault, weight_fault
-from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles_of, split_beside, to_record
+from strategies.sharing import (
+    Roles,
+    arrays_sha256,
+    from_record,
+    name_weights,
+    of_kind,
+    roles_of,
+    split_beside,
+    to_record,
+)
+from tasks.data import Data, concatenate
 from tasks.evaluation import evaluate, examine
 from tasks.features import View, view
 from tasks.shares import hosted
-from tasks.task import Task, initial_state, open_task, settle
+from tasks.task import Task, initial_state, open_task, settle, source_data
+
+log = logging.getLogger("meadow.client")
 
 
 @dataclass(frozen=True)
@@ -43,22 +60,26 @@ class Node:
     view: View
     half: Half
     state_root: Path
+    keeper: Keeper
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
 
 def open_node(context: Context) -> Node:
     """The node of this process for the experiment in the run configuration; made once a process."""
-    return _open_node(json.dumps(to_flat(from_flat(context.run_config))), _state_root(context))
+    simulated = bool(context.node_config.get("simulated", False))
+    return _open_node(json.dumps(to_flat(from_flat(context.run_config))), _state_root(context), simulated)
 
 
 @functools.lru_cache(maxsize=8)
-def _open_node(flat: str, state_root: Path) -> Node:
+def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = task.new_model()
     parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
-    return Node(experiment, task, model, parts, view(task, model, frozen=parts.trunk_is_frozen), half, state_root)
+    seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
+    keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper)
 
 
 def _state_root(context: Context) -> Path:
@@ -75,12 +96,22 @@ def hosted_here(context: Context, clients: int) -> range:
 
 
 def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], RecordDict]) -> list[Answer]:
-    """Let each client answer in turn. One that raises costs itself only: its answer is its id and its traceback."""
+    """Let each client answer in turn. One that raises costs itself only: its answer is its id and its traceback.
+
+    Under DP the kind of the error alone leaves, but for what the ledger says; the rest goes to the node's log.
+    """
     answers = []
     for request in requests:
         try:
             answers.append(Answer(request.client, handler(node, request)))
-        except Exception:  # whatever a client's data or model does, the others go on
+        except LedgerFault as fault:
+            answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
+        except Exception as error:  # whatever a client's data or model does, the others go on
+            if not allowed(node.experiment, "errors"):
+                log.exception("client %d failed", request.client)
+                told = f"{type(error).__name__}; the rest is in the node's log, or write privacy.release = errors"
+                answers.append(Answer(request.client, error=f"client {request.client}: {told}"))
+                continue
             answers.append(Answer(request.client, error=f"client {request.client}: {traceback.format_exc()}"))
     return answers
 
@@ -92,30 +123,59 @@ def train_client(node: Node, request: Request) -> RecordDict:
     of heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
     target, and what the algorithm adds) and, if the message asks for it, "evaluation" (target/metric of the model that
     the client would use, on its test part).
+
+    Under example-level and local DP the release is charged before anything else happens, and "ledger" says what the
+    client's ledger then holds; if the budget does not allow the release, that is all, with "exhausted", the reason. What
+    else is in a reply under DP is what `privacy.releases.allowed` lets out; each client weighs 1.
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), _store(node, request)
-    client, seen = request.client, node.view
-    turn = open_turn(node, request, before=round_, pooled=node.experiment.run.placement == "pooled")
-    reply = RecordDict()
-    if config["evaluate"]:
+    client, seen, experiment = request.client, node.view, node.experiment
+    turn = open_turn(node, request, before=round_, pooled=experiment.run.placement == "pooled")
+    reply, release = RecordDict(), None
+    if experiment.privacy.unit in ("example", "local"):
+        begins = turn.start() | turn.memory | turn.extra
+        try:
+            release = charge(node.keeper, request.content, round_, client, begins)
+        except Exhausted as reason:
+            return RecordDict({"ledger": ConfigRecord({**reason.state, "exhausted": str(reason)})})
+        reply["ledger"] = release.state
+        turn = replace(turn, permit=release.permit)
+    if config["evaluate"] and allowed(experiment, "metrics"):
         turn.load(node.half.used(turn))
         data = seen.data(f"{client}/test", node.task.client(client).test)
         reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
         turn.load(turn.start())
     outcome = node.half.train(turn)
-    if lasting := {name: outcome.model[name] for name in node.roles.personal} | outcome.memory:
+    sent = {name: outcome.model[name] for name in node.roles.shared}
+    if release and experiment.privacy.unit == "local":
+        own = [name for name in sent if name in node.roles.trained]
+        received, found = {n: turn.received[n] for n in own}, {n: sent[n] for n in own}
+        sent |= noised_update(experiment, release, received, found)
+    lasting = {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered
+    if lasting:
         attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
         store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
-    data = turn.data
-    metrics: dict[str, Any] = {"num-examples": len(data), "steps": outcome.fitted.steps, **outcome.metrics}
-    metrics |= {f"num-examples/{t.name}": t.labelled(data.y[t.name]) for t in node.task.targets}
-    sent = {name: outcome.model[name] for name in node.roles.shared} | outcome.extra
-    weights = name_weights(metrics, sent)
-    reply["arrays"] = to_record({name: value for name, value in sent.items() if weights[name] > 0})
-    losses = {f"loss/{target}": value for target, value in outcome.fitted.losses.items()}
+    known = turn.permit is not None or experiment.local.steps > 0 or allowed(experiment, "samples")
+    metrics: dict[str, Any] = {**_samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
+    metrics |= outcome.metrics
+    weights = name_weights(metrics, sent | outcome.extra)
+    everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
+    reply["arrays"] = to_record(everything)
+    losses = {f"loss/{t}": value for t, value in outcome.fitted.losses.items() if allowed(experiment, "loss")}
     reply["metrics"] = MetricRecord(metrics | losses)
     return reply
+
+
+def _samples(node: Node, client: int, data: Data) -> dict[str, int]:
+    """The training samples, in all and of each target; where they are nobody's business, 1 and which targets are held."""
+    if allowed(node.experiment, "samples"):
+        return {"num-examples": len(data)} | {
+            f"num-examples/{t.name}": t.labelled(data.y[t.name]) for t in node.task.targets
+        }
+    held = dict(zip(node.experiment.task.targets, node.task.held[client], strict=True))
+    pooled = node.experiment.run.placement == "pooled"
+    return {"num-examples": 1} | {f"num-examples/{t.name}": int(pooled or held[t.name]) for t in node.task.targets}
 
 
 def evaluate_client(node: Node, request: Request) -> RecordDict:
@@ -123,12 +183,19 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
 
     The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of what
     the client has of its own, and whether it has anything) and, if the message asks for a thorough evaluation,
-    "confusion" (of the used model, by class target: its confusion counts, row after row).
+    "confusion" (of the used model, by class target: its confusion counts, row after row) and, if evaluate.on names it,
+    the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
+    `privacy.releases.allowed` lets out.
     """
     config = request.content.config_records["config"]
     round_ = int(cast(int, config["round"]))
     turn = open_turn(node, request, before=round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
+    lasting = turn.personal | turn.memory
+    sha256 = arrays_sha256(lasting) if allowed(node.experiment, "hashes") else ""
+    identity = ConfigRecord({"personal": sha256, "trained": bool(lasting)})
+    if not allowed(node.experiment, "metrics"):
+        return RecordDict({"evaluation": MetricRecord(), "identity": identity})
     turn.load(node.half.used(turn))
     test = seen.data(f"{client}/test", own.test)
     reply = RecordDict()
@@ -138,15 +205,18 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     else:
         found = evaluate(seen.model, test, seen.task)
     scores = {f"used/{key}": value for key, value in found.items()}
+    if config["thorough"] and "source" in node.experiment.evaluate.on:
+        again = seen.data("source/test", source_data(node.experiment).test)
+        scores |= {f"source/{key}": value for key, value in evaluate(seen.model, again, seen.task).items()}
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs)
+        beside = Beside(turn.validation, of_kind(LOOP, turn.memory))
+        train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
     reply["evaluation"] = MetricRecord(dict(scores))
-    lasting = turn.personal | turn.memory
-    reply["identity"] = ConfigRecord({"personal": arrays_sha256(lasting), "trained": bool(lasting)})
+    reply["identity"] = identity
     return reply
 
 
@@ -175,6 +245,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         base=lambda: _base(node, store),
         personal=personal,
         work=float(cast(float, config.get("work", 1.0))),
+        validation=_validation(node, client),
     )
     turn.load(turn.start())
     data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)
@@ -206,6 +277,19 @@ def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tup
                 contents[client].summed = True
                 cast(RecordDict, contents[client].content).pop("arrays")
     return NodeReply(answers, sums)
+
+
+def _validation(node: Node, client: int) -> Data | None:
+    """The client's validation part, as far as the settings ask for it."""
+    plan, task = node.experiment.local, node.task
+    if not (plan.patience or plan.schedule == "plateau"):
+        return None
+    if node.experiment.run.placement == "pooled":
+        everyone = [task.client(c).validation for c in range(node.experiment.partition.clients)]
+        validation, key = concatenate(everyone), "pool/validation"
+    else:
+        validation, key = task.client(client).validation, f"{client}/validation"
+    return node.view.data(key, validation) if len(validation) else None
 
 
 def _size(node: Node, client: int) -> int:

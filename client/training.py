@@ -1,26 +1,52 @@
-"""The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`."""
+"""The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
+
+What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
+(`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`), what holds the model near
+another one (`anchors.py`).
+"""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from config.schema import Experiment, Local
+from client import anchors
+from client.optimisers import make_optimizer, plateau, scheduled
+from client.trainable import freeze, mask
+from client.validation import Watch, validation_loss
+from config.durable import Arrays
+from config.errors import UserError
+from config.schema import Experiment
 from config.seeds import torch_generator, torch_seeded
-from strategies.sharing import HEADS
+from privacy.dpsgd import Permit, Privatiser
+from strategies.trainable import rate_factors, stage, trained
 from tasks.data import Data
-from tasks.metrics import class_weights, losses
+from tasks.metrics import class_weights, losses, sample_losses
 from tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training reports: optimiser steps, and for each target its mean loss over the samples seen."""
+    """What training reports: optimiser steps, for each target its mean loss over the samples seen, if any, and the arrays
+    that the client must give back in its next round (`Beside.memory`)."""
 
     steps: int
     losses: dict[str, float]
+    memory: Arrays = field(default_factory=dict)
 
+
+@dataclass(frozen=True)
+class Beside:
+    """What a client has beside its training samples: its validation part, and what its last round left in memory."""
+
+    validation: Data | None = None
+    memory: Arrays = field(default_factory=dict)
+
+
+LOOP = "loop"
+"""Kind of what the loop itself leaves in a client's memory, for names such as "loop@plateau"."""
 
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
 """Changes the gradients of the parameters that learn, by name, after they are final (clipped and noised, if private)."""
@@ -41,6 +67,8 @@ def train(
     learns: Callable[[str], bool] | None = None,
     correct: Correction | None = None,
     term: Term | None = None,
+    beside: Beside | None = None,
+    permit: Permit | None = None,
 ) -> Trained:
     """Train the model in place on a client's data for one round.
 
@@ -50,63 +78,89 @@ def train(
     parameter name. A penalty that does not depend on the data (proximal terms, control variates) belongs in `correct`:
     under DP-SGD what is added to the loss is clipped, and what is added to the gradients before the noise is lost. The
     model's `requires_grad` flags and modes are set here.
+
+    With a `permit` its steps of DP-SGD take the place of all that: each one's batch is a Poisson sample, and a sample's
+    loss is the weighted sum of its targets' (`sample_losses`). Raises UserError for a `term`, which sees a whole batch.
     """
-    plan, seed = experiment.local, experiment.run.seed
-    freeze(model, plan, learns)
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(model, plan)
+    if permit is not None and term is not None:
+        raise UserError(
+            f'strategy.name = "{experiment.strategy.name}" with privacy.unit = "example": its local rule adds to the loss '
+            "of a whole batch, so no sample's share of it can be clipped; use another strategy"
+        )
+    plan, seed, beside = experiment.local, experiment.run.seed, beside or Beside()
+    memory = dict(beside.memory)
     size = len(data) if plan.batch_size == 0 else min(plan.batch_size, len(data))
     steps_an_epoch = -(-len(data) // size)
     total = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
+    if permit is not None:
+        total = permit.mechanism.steps
     weights = class_weights(task.targets, data.y)
+    rate = scheduled(plan, round_, experiment.run.rounds)
+    watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
+    if plan.schedule == "plateau" and beside.validation:
+        rate *= plateau(plan, memory, validation_loss(model, beside.validation, task))
+    held = mask(model, experiment, client)
+    pull, teacher = anchors.pull(model, experiment), anchors.teacher(model, task, experiment)
+    corrections = [correct, pull.correct if pull else None, held.correct if held else None]
+    names = list(model.state_dict())
+    factors = rate_factors(plan, names)
     sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
-    seen = 0
-    with torch_seeded(seed, "train", round_, client):
-        for step in range(total):
-            epoch, position = divmod(step, steps_an_epoch)
-            if position == 0:
+    seen, steps, at = 0, 0, -1
+    private: Privatiser | None = None
+
+    def each(index: Tensor) -> Tensor:
+        nonlocal seen
+        batch = data.take(index)
+        batch = Data(task.prepare(batch.x, training=True), batch.y)
+        outputs = model(batch.x)
+        parts = sample_losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
+        seen += len(index)
+        for name, values in parts.items():
+            sums[name] += values.detach().sum()
+        each = torch.stack([w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)]).sum(0)
+        return each if teacher is None else (1 - teacher.distill) * each + teacher.each(batch, outputs)
+
+    with torch_seeded(seed, "train", round_, client), ExitStack() as opened:
+        while steps < total:
+            epoch, position = divmod(steps, steps_an_epoch)
+            if position == 0 and private is None:
                 order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", round_, client, epoch))
-            batch = data.take(order[position * size : (position + 1) * size])
-            batch = Data(task.prepare(batch.x, training=True), batch.y)
-            outputs = model(batch.x)
-            parts = losses(outputs, batch.y, task.targets, weights)
-            loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
-            assert isinstance(loss, Tensor)
-            if term is not None:
-                loss = loss + term(model, batch, outputs)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            if correct is not None:
-                correct(learning)
+                stage_before, at = at, stage(experiment, round_, epoch)
+                now = {n for n in trained(experiment, names, at) if learns is None or learns(n)}
+                learning = freeze(model, now)
+                if at != stage_before:
+                    slower = rate / plan.gradual_divide**at
+                    optimizer = make_optimizer(learning, plan, {n: f * slower for n, f in factors.items()})
+            if permit is not None:
+                private = private or opened.enter_context(permit.on(model))
+                private.gradients(permit.sample(len(data)), each)
+            else:
+                batch = data.take(order[position * size : (position + 1) * size])
+                batch = Data(task.prepare(batch.x, training=True), batch.y)
+                outputs = model(batch.x)
+                parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
+                loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
+                assert isinstance(loss, Tensor)
+                if teacher is not None:
+                    loss = (1 - teacher.distill) * loss + teacher.each(batch, outputs).mean()
+                if term is not None:
+                    loss = loss + term(model, batch, outputs)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                seen += len(batch)
+                for name, value in parts.items():
+                    sums[name] += value.detach() * len(batch)
+            if plan.clip_norm:
+                nn.utils.clip_grad_norm_(learning.values(), plan.clip_norm)
+            for change in corrections:
+                if change is not None:
+                    change(learning)
             optimizer.step()
-            seen += len(batch)
-            for name, value in parts.items():
-                sums[name] += value.detach() * len(batch)
-    return Trained(total, {name: float(value) / seen for name, value in sums.items()})
-
-
-def freeze(model: nn.Module, plan: Local, learns: Callable[[str], bool] | None = None) -> None:
-    """Let only what `local.trainable` and `learns` name learn; a frozen module is in `eval()`: no statistic moves."""
-    model.train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(
-            (plan.trainable == "all" or name.startswith(HEADS)) and (learns is None or learns(name))
-        )
-    for child in model.children():
-        if not any(p.requires_grad for p in child.parameters()):
-            child.eval()
-
-
-def make_optimizer(model: nn.Module, plan: Local) -> torch.optim.Optimizer:
-    """The optimiser of `[local]` over the parameters that learn, the trunk at `trunk_lr_factor` times the rate."""
-    groups = [
-        {"params": [p for n, p in model.named_parameters() if p.requires_grad and n.startswith(HEADS)], "lr": plan.lr},
-        {
-            "params": [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith(HEADS)],
-            "lr": plan.lr * plan.trunk_lr_factor,
-        },
-    ]
-    groups = [group for group in groups if group["params"]]
-    if plan.optimizer == "adam":
-        return torch.optim.Adam(groups, weight_decay=plan.weight_decay)
-    return torch.optim.SGD(groups, momentum=plan.momentum, weight_decay=plan.weight_decay)
+            if held is not None:
+                held.restore(learning)
+            steps += 1
+            if watch is not None and position == steps_an_epoch - 1 and watch.ends(model):
+                break
+    if watch is not None:
+        watch.restore(model)
+    return Trained(steps, {name: float(value) / seen for name, value in sums.items()} if seen else {}, memory)

@@ -53,6 +53,43 @@ ROBUST = (
 """Aggregators that judge each client's update beside the others'."""
 
 
+PRIVATE = (
+    "fedavg",
+    "fedsim",
+    "fedprox",
+    "scaffold",
+    "feddyn",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+    "fedbabu",
+    "ditto",
+    *ROBUST,
+)
+"""Algorithms whose clients train what they send once a round, by the data's loss alone: so DP-SGD can take its place."""
+
+AVERAGES = (
+    "fedavg",
+    "fedsim",
+    "fedprox",
+    "moon",
+    "fedalt",
+    "fedrep",
+    "fedbabu",
+    "ditto",
+    "apfl",
+    "pfedme",
+    "perfedavg",
+    "perfedavg-hf",
+    "fedrod",
+)
+"""Algorithms whose server's half is a mean of what clients send, and nothing beside it."""
+
+WATCHING = ("apfl", "pfedme", "perfedavg", "perfedavg-hf", "fedrod")
+"""Algorithms whose clients compute a batch's loss once more by themselves: what `[anchor]` adds to it is not in there."""
+
+
 def least_updates(name: str, byzantine: int) -> int:
     """How many updates an aggregator needs to withstand so many attackers: Blanchard et al. 2017 for Krum, El Mhamdi et
     al. 2018 for Bulyan; the others combine whatever there is."""

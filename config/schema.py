@@ -5,13 +5,23 @@ them (`config/presets/`), not a class. Zero or an empty string means "not set" w
 TOML and Flower's run configuration have no null.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from config.algorithms import ALGORITHMS, NORMALISED, ROBUST, SUMMED_EQUALLY, least_updates
+from config.algorithms import (
+    ALGORITHMS,
+    AVERAGES,
+    NORMALISED,
+    PRIVATE,
+    ROBUST,
+    SUMMED_EQUALLY,
+    WATCHING,
+    least_updates,
+)
 
 
 def _listed(value: Any) -> Any:
@@ -193,17 +203,92 @@ class Cohort(Section):
 
 
 class Local(Section):
-    """`[local]`: how a client trains within one round."""
+    """`[local]`: how a client trains within one round. `docs/training.md` gives each setting's formula and source."""
 
     epochs: int = Field(3, ge=1)
     steps: int = Field(0, ge=0, description="Optimiser steps a round; 0: use the epochs.")
     batch_size: int = Field(16, ge=0, description="0: the full batch.")
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adagrad", "rmsprop", "adam", "adamw"] = "sgd"
     lr: float = Field(0.05, gt=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd and rmsprop.")
+    nesterov: bool = Field(False, description="Nesterov's momentum, for sgd.")
     weight_decay: float = Field(0.0, ge=0)
-    trainable: Literal["all", "head"] = "all"
     trunk_lr_factor: float = Field(1.0, gt=0, description="The trunk's learning rate is lr times this.")
+    depth_lr_factor: float = Field(1.0, gt=0, description="And times this once for each layer below the heads.")
+    lr_factors: Names = Field((), description='And times these for named parts: "trunk.linear1 0.1", ...')
+    schedule: Literal["constant", "step", "cosine", "plateau"] = Field(
+        "constant", description="How the rate changes from round to round."
+    )
+    schedule_every: int = Field(10, ge=1, description="Rounds between the drops of schedule = step.")
+    schedule_factor: float = Field(
+        0.1, gt=0, lt=1, description="What a drop of step or plateau multiplies the rate by."
+    )
+    schedule_patience: int = Field(
+        3, ge=0, description="Rounds without a better validation loss that schedule = plateau waits for."
+    )
+    warmup: int = Field(0, ge=0, description="Rounds in which the rate rises to its value, under any schedule.")
+    clip_norm: float = Field(0.0, ge=0, description="A batch's gradient is scaled down to this length; 0: as it is.")
+    patience: int = Field(
+        0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: never."
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of a class label spread over all classes.")
+    trainable: str = Field(
+        "all", description="all, head, last:N, gradual, lora, adapters or fisher: what training changes."
+    )
+    gradual_every: int = Field(1, ge=1, description="Rounds or epochs that a stage of trainable = gradual lasts.")
+    gradual_unit: Literal["rounds", "epochs"] = "rounds"
+    gradual_modules: int = Field(1, ge=1, description="Modules of the trunk that each stage adds, from the top.")
+    gradual_divide: float = Field(1.0, ge=1, description="Each stage divides the rate by this.")
+    lora_rank: int = Field(4, ge=1)
+    lora_alpha: float = Field(4.0, gt=0, description="The low-rank term is multiplied by lora_alpha / lora_rank.")
+    lora_share: Literal["both", "b", "a"] = Field(
+        "both", description='"b": A is frozen (FFA-LoRA); "a": A is shared and B personal (FedSA-LoRA).'
+    )
+    adapter_size: int = Field(8, ge=1, description="Units of the bottleneck.")
+    adapter_place: Literal["series", "parallel"] = "series"
+    fisher_fraction: float = Field(0.1, gt=0, le=1, description="Share of the trunk's entries that learn.")
+    fisher_on: Literal["source", "local"] = Field("source", description="The data that the entries are chosen on.")
+    fisher_samples: int = Field(256, ge=1, description="Samples at most that a Fisher information is computed on.")
+
+    @field_validator("trainable")
+    @classmethod
+    def _known_trainable(cls, value: str) -> str:
+        if not re.fullmatch(r"all|head|last:\d+|gradual|lora|adapters|fisher", value):
+            raise ValueError("write all, head, last:N (for example last:2), gradual, lora, adapters or fisher")
+        return value
+
+    @field_validator("lr_factors")
+    @classmethod
+    def _known_factors(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if not re.fullmatch(r"\S+ +[0-9.eE+-]+", entry) or not float(entry.split()[1]) > 0:
+                raise ValueError(f'"{entry}": write the beginning of a name and a positive factor: "trunk.linear1 0.1"')
+        return value
+
+    @model_validator(mode="after")
+    def _optimizer_parts_agree(self) -> Self:
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError(
+                f'nesterov = true with optimizer = "{self.optimizer}" and momentum = {self.momentum}: Nesterov\'s '
+                'momentum is one of sgd; write optimizer = "sgd" and momentum = 0.9'
+            )
+        return self
+
+
+class Anchor(Section):
+    """`[anchor]`: what holds local training near a model that was there before. docs/training.md has the formulas."""
+
+    to: Literal["start", "received"] = Field(
+        "start", description="Before the first round; or as the client has it at the beginning of the round."
+    )
+    l2: float = Field(0.0, ge=0, description="Weight of half the squared distance of the weights.")
+    ewc: float = Field(0.0, ge=0, description="The same, each weight times the source task's Fisher information.")
+    kl: float = Field(0.0, ge=0, description="Weight of the cross-entropy to that model's outputs.")
+    distill: float = Field(0.0, ge=0, le=1, description="Distillation's share of the loss.")
+    temperature: float = Field(2.0, gt=0, description="Distillation's temperature.")
+    teacher: str = Field("", description="A .safetensors file with another model to learn outputs from (kl, distill).")
+    teacher_model: str = Field("", description="That model's task.model; empty: the same.")
+    teacher_hidden: int = Field(0, ge=0, description="That model's task.hidden; 0: the same.")
 
 
 SHARES = ("all", "none", "body", "head", "all-but-norms", "trainable")
@@ -272,17 +357,109 @@ class Attack(Section):
     )
 
 
-class Privacy(Section):
-    """`[privacy]`: what is protected. Only "none" is built so far."""
+RELEASES = ("samples", "loss", "metrics", "labels", "hashes", "errors")
 
-    unit: Literal["none"] = "none"
+
+class Privacy(Section):
+    """`[privacy]`: what is protected, how well, and what may leave all the same. `docs/privacy.md` says what it means."""
+
+    unit: Literal["none", "example", "client", "local"] = Field(
+        "none",
+        description="none; example: DP-SGD at each client; client: clipped updates, noise at the server; local: noise at "
+        "each client.",
+    )
+    epsilon: float = Field(0.0, ge=0, description="Budget of each unit for the whole run; 0: none is set.")
+    noise_multiplier: float = Field(
+        0.0, ge=0, description="Deviation of the noise, in units of the clip; 0: calibrated from epsilon."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="Largest norm of an example's gradient, or of a client's update.")
+    accountant: Literal["pld", "rdp", "prv"] = "pld"
+    sample_rate: float = Field(
+        0.0, ge=0, le=1, description="unit = example: chance of each example in each step, a public constant."
+    )
+    denominator: float = Field(
+        0.0, ge=0, description="What the noisy sum is divided by; 0: local.batch_size, or the expected cohort."
+    )
+    grad_sample: Literal["auto", "hooks", "ghost"] = Field(
+        "auto", description="unit = example: how per-sample gradients are had; auto: by the model."
+    )
+    adaptive_clip: bool = Field(False, description="unit = client: the clip follows a quantile of the updates' norms.")
+    clip_quantile: float = Field(0.5, ge=0, le=1, description="Share of updates that the adaptive clip lets through.")
+    clip_rate: float = Field(0.2, gt=0, description="How fast the adaptive clip moves.")
+    clip_count_noise: float = Field(
+        0.0, ge=0, description="Deviation of the noise on the adaptive clip's count; 0: a twentieth of the denominator."
+    )
+    budgets: str = Field(
+        "",
+        description="Each client's own epsilon: empty: privacy.epsilon; uniform A B; choice A B ...; file PATH, a CSV "
+        "with the columns client and epsilon.",
+    )
+    on_exhausted: Literal["leave", "stop"] = Field(
+        "leave", description="A client whose next release would pass its budget: it leaves, or the run stops."
+    )
+    release: Names = Field(
+        (), description="What may leave unprotected under DP: any of samples, loss, metrics, labels, hashes, errors."
+    )
+
+    @field_validator("accountant", mode="before")
+    @classmethod
+    def _no_gdp(cls, value: Any) -> Any:
+        if value == "gdp":
+            raise ValueError(
+                "the GDP approximation underestimates epsilon (1.62 where 2.85 is true); write pld, rdp or prv"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if wrong := [name for name in self.release if name not in RELEASES]:
+            raise ValueError(f"release = {wrong}: give any of {', '.join(RELEASES)}")
+        if self.unit == "none":
+            for name in ("epsilon", "noise_multiplier", "budgets"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f'{name} = {value} with unit = "none" protects nothing: write unit = "example", "client" or '
+                        '"local", or leave it out'
+                    )
+        elif not (self.epsilon or self.noise_multiplier or self.budgets):
+            raise ValueError(
+                f'unit = "{self.unit}" with neither epsilon nor noise_multiplier: write epsilon = 3.0 for a budget that the '
+                "noise is calibrated to, or the noise itself"
+            )
+        if self.adaptive_clip and self.unit != "client":
+            raise ValueError(
+                f'adaptive_clip = true with unit = "{self.unit}": only updates of whole clients have an adaptive clip; '
+                'write unit = "client", or a fixed clip'
+            )
+        kind, *words = self.budgets.split() or [""]
+        numbers = [float(word) for word in words if _is_positive(word)]
+        law = len(numbers) == len(words) > 0 and (
+            kind == "choice" or (kind == "uniform" and len(numbers) == 2 and numbers[0] <= numbers[1])
+        )
+        if self.budgets and not law and not (kind == "file" and len(words) == 1):
+            raise ValueError(
+                f'budgets = "{self.budgets}": write "uniform 1 8", "choice 1 2 4", with positive numbers, or "file '
+                'budgets.csv"'
+            )
+        return self
+
+
+def _is_positive(word: str) -> bool:
+    try:
+        return 0 < float(word) < float("inf")
+    except ValueError:
+        return False
 
 
 class Evaluate(Section):
     """`[evaluate]`: what is measured, and how often."""
 
     every: int = Field(1, ge=1, description="Evaluate in every n-th round, and always after the last.")
-    on: Names = Field(("global", "clients"), description="Any of global and clients.")
+    on: Names = Field(
+        ("global", "clients"),
+        description="Any of global, clients, and source: the source task, before and after the run, to see forgetting.",
+    )
     fine_tune_epochs: int = Field(0, ge=0, description="Score each client's model after this many local epochs too.")
     folds: int = Field(0, ge=0, description="Cross-validation: so many runs, each with another part of every client.")
     fold: int = Field(
@@ -294,8 +471,8 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _known_places(self) -> Self:
-        if wrong := set(self.on) - {"global", "clients"}:
-            raise ValueError(f'on = {sorted(wrong)}: give "global", "clients" or both')
+        if wrong := set(self.on) - {"global", "clients", "source"}:
+            raise ValueError(f'on = {sorted(wrong)}: give "global", "clients", "source" or several of them')
         if self.folds == 1 or self.fold > self.folds:
             raise ValueError(
                 f"folds = {self.folds} with fold = {self.fold}: give 2 folds or more (0 for none), and a fold among them"
@@ -319,6 +496,7 @@ class Experiment(Section):
     partition: Partition = Field(default_factory=Partition)
     cohort: Cohort = Field(default_factory=Cohort)
     local: Local = Field(default_factory=Local)
+    anchor: Anchor = Field(default_factory=Anchor)
     strategy: Strategy = Field(default_factory=Strategy)
     attack: Attack = Field(default_factory=Attack)
     privacy: Privacy = Field(default_factory=Privacy)
@@ -339,15 +517,71 @@ class Experiment(Section):
                 f"task.target_weights has {len(self.task.target_weights)} values for {len(self.learned)} learned targets "
                 f"{list(self.learned)}: give one each, or none"
             )
-        if self.share == "body" and self.local.trainable == "head":
-            raise ValueError(
-                'strategy.share = "body" with local.trainable = "head" shares only what never changes: write '
-                'strategy.share = "head" or "none", or local.trainable = "all"'
-            )
+        self._check_trainable()
+        self._check_source()
         self._strategy_fits()
         if not unknown:
             self._defence_fits()
+        if faults := privacy_faults(self):
+            raise ValueError("; ".join(faults))
         return self
+
+    def _check_trainable(self) -> None:
+        local, share = self.local, self.share
+        if share == "body" and local.trainable in ("head", "last:0"):
+            raise ValueError(
+                f'strategy.share = "body" with local.trainable = "{local.trainable}" shares only what never changes: write '
+                'strategy.share = "head" or "none", or local.trainable = "all"'
+            )
+        federated_lora = local.trainable == "lora" and self.run.placement == "federated"
+        if federated_lora and local.lora_share == "a" and share not in ("trainable", "none"):
+            raise ValueError(
+                f'local.lora_share = "a" with strategy.share = "{share}": B would travel too; write '
+                'strategy.share = "trainable"'
+            )
+        if local.trainable == "fisher" and local.fisher_on == "source" and self.task.pretrained != "source":
+            raise ValueError(
+                f'local.fisher_on = "source" with task.pretrained = "{self.task.pretrained}": there is no source task; '
+                'write task.pretrained = "source" or local.fisher_on = "local"'
+            )
+        if local.trainable == "gradual" and local.gradual_unit == "epochs" and local.steps:
+            raise ValueError(
+                f'local.gradual_unit = "epochs" with local.steps = {local.steps}: rounds then have no number of epochs; '
+                'write local.steps = 0 or local.gradual_unit = "rounds"'
+            )
+
+    def _check_source(self) -> None:
+        anchor, pretrained = self.anchor, self.task.pretrained
+        asked = {"anchor.ewc": anchor.ewc, "anchor.kl": anchor.kl, "anchor.distill": anchor.distill}
+        if anchor.to == "received" or anchor.teacher:
+            asked = {"anchor.ewc": anchor.ewc}
+        for name, value in asked.items():
+            if value and pretrained != "source":
+                raise ValueError(
+                    f'{name} = {value} with task.pretrained = "{pretrained}": there is no source task to hold on to; write '
+                    'task.pretrained = "source"'
+                    + ("" if name == "anchor.ewc" else ', anchor.to = "received" or anchor.teacher')
+                )
+        if anchor.ewc and anchor.to == "received":
+            raise ValueError(
+                f'anchor.ewc = {anchor.ewc} with anchor.to = "received": the Fisher information is the source model\'s; '
+                'write anchor.to = "start", or anchor.l2'
+            )
+        if anchor.ewc and self.local.trainable in ("lora", "adapters"):
+            raise ValueError(
+                f'anchor.ewc = {anchor.ewc} with local.trainable = "{self.local.trainable}": the weights that the Fisher '
+                "information is of never change; write anchor.l2 or anchor.kl"
+            )
+        if (anchor.l2 or anchor.ewc) and anchor.to == "start" and self.local.trainable in ("head", "last:0"):
+            raise ValueError(
+                f"anchor.l2 = {anchor.l2} and anchor.ewc = {anchor.ewc} hold the trunk, which local.trainable = "
+                f'"{self.local.trainable}" never changes: write 0, anchor.to = "received", or another local.trainable'
+            )
+        if "source" in self.evaluate.on and pretrained != "source":
+            raise ValueError(
+                f'evaluate.on names "source" with task.pretrained = "{pretrained}": there is no source task; write '
+                'task.pretrained = "source"'
+            )
 
     def _cohort_fits(self) -> None:
         cohort, participants = self.cohort, self.participants
@@ -408,6 +642,19 @@ class Experiment(Section):
             raise ValueError(
                 f'strategy.weights = "samples" with strategy.name = "{name}": its server adds up what clients keep, each '
                 'once, and models weighted otherwise would not fit; write strategy.weights = "equal"'
+            )
+        looked_at = {"schedule": "plateau" if local.schedule == "plateau" else "", "patience": local.patience,
+                     "nesterov": local.nesterov}  # fmt: skip
+        for setting, value in looked_at.items():
+            if name in NORMALISED and value:
+                raise ValueError(
+                    f'local.{setting} = {value} with strategy.name = "{name}": it turns a client\'s move back into a mean '
+                    "gradient, for which each client's steps must be plain and of the same known rate; leave it out"
+                )
+        if name in WATCHING and (self.anchor.kl or self.anchor.distill):
+            raise ValueError(
+                f'anchor.kl = {self.anchor.kl} and anchor.distill = {self.anchor.distill} with strategy.name = "{name}": '
+                "it computes losses by itself, in which a teacher has no part; write 0, or another strategy"
             )
         if name in NORMALISED and local.optimizer != "sgd":
             raise ValueError(
@@ -488,3 +735,97 @@ class Experiment(Section):
         if self.run.placement == "local":
             return self.partition.clients
         return self.cohort.size or max(1, round(self.cohort.fraction * self.participants))
+
+
+def privacy_faults(experiment: Experiment) -> list[str]:
+    """Why the experiment's privacy would not hold, or cannot be had: each with the setting, the reason and the way out.
+
+    What only the model can tell (batch normalisation, shared parameters) is refused by `privacy.dpsgd` when it is opened.
+    """
+    privacy, faults = experiment.privacy, []
+    if privacy.unit == "none":
+        return []
+    setting = f'privacy.unit = "{privacy.unit}"'
+    name, cohort = experiment.strategy.name, experiment.cohort
+    fits = {
+        "example": (PRIVATE, "its clients train more than once a round, or by more than each sample's own loss"),
+        "local": (
+            tuple(n for n in (*AVERAGES, *PRIVATE) if n != "scaffold"),
+            "what its clients send beside the model would leave without noise",
+        ),
+        "client": (AVERAGES, "clip and noise take the place of its server's half"),
+    }
+    names, why = fits[privacy.unit]
+    if name not in names and ":" not in name:
+        faults.append(f'{setting} with strategy.name = "{name}": {why}; write one of {", ".join(dict.fromkeys(names))}')
+    if cohort.sampling in ("size", "schedule"):
+        faults.append(
+            f'{setting} with cohort.sampling = "{cohort.sampling}": who takes part must be a function of the seed alone, '
+            'which the account knows beforehand; write "poisson" or "fixed"'
+        )
+    if cohort.stragglers and privacy.unit == "example":
+        faults.append(
+            f"{setting} with cohort.stragglers = {cohort.stragglers:g}: the steps of a round are a public constant; write 0"
+        )
+    if privacy.unit == "client":
+        changed = {
+            "strategy.server_lr": experiment.strategy.server_lr != 1,
+            "cohort.attempts": cohort.attempts > 1,
+            "cohort.over_selection": cohort.over_selection > 0,
+            "attack.kind": experiment.attack.kind not in ("none", "label-flip"),
+        }
+        faults += [
+            f"{setting} with {key}: the account is of one cohort a round, clipped, noised and added as it is; leave it out"
+            for key, is_on in changed.items()
+            if is_on
+        ]
+    if privacy.unit == "example":
+        if privacy.sample_rate == 0:
+            faults.append(
+                f"{setting} without privacy.sample_rate: it must be a public constant, not a function of each client's "
+                "size; write the batch over a size that all may know, for example privacy.sample_rate = 0.05"
+            )
+        if privacy.denominator == 0 and experiment.local.batch_size == 0:
+            faults.append(
+                f"{setting} with local.batch_size = 0: the noisy sum would be divided by each client's private size; "
+                "write privacy.denominator, the expected batch"
+            )
+        local = experiment.local
+        private = {
+            "patience": local.patience > 0,
+            "schedule": local.schedule == "plateau",
+            "fisher_on": local.trainable == "fisher" and local.fisher_on == "local",
+        }
+        faults += [
+            f"{setting} with local.{name} = {getattr(local, name)}: it is decided by private samples without any noise; "
+            f'leave it out or write privacy.unit = "client"'
+            for name, is_on in private.items()
+            if is_on
+        ]
+        if local.trainable == "gradual" and local.gradual_unit == "epochs":
+            faults.append(
+                f'{setting} with local.gradual_unit = "epochs": a round of DP-SGD has steps and no epochs; write '
+                'local.gradual_unit = "rounds"'
+            )
+    elif experiment.share == "none":
+        faults.append(
+            f'{setting} with nothing shared (run.placement = "{experiment.run.placement}", strategy.share = '
+            f'"{experiment.strategy.share}"): no update leaves, so there is nothing to protect; write privacy.unit = '
+            '"none", or "example" if the models themselves are given away'
+        )
+    elif experiment.run.placement == "pooled":
+        faults.append(
+            f'{setting} with run.placement = "pooled": there are no updates of clients; write privacy.unit = "example"'
+        )
+    for target, kind in zip(experiment.task.targets, experiment.task.kinds, strict=False):
+        if "balanced" in kind.split():
+            faults.append(
+                f'{setting} with task.kinds = "{kind}" for the target "{target}": class weights from private labels are '
+                "neither clipped nor noised; write public ones, weights W1 W2 ..."
+            )
+    if experiment.task.public == "train":
+        faults.append(
+            f'{setting} with task.public = "train": vocabulary and scaling would be learned from private data; name a '
+            "public file, or constants"
+        )
+    return faults

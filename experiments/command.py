@@ -216,18 +216,18 @@ def main() -> None:
 
 
 def _show_split(experiment: Experiment, picture: Path) -> None:
-    from experiments import plots, splits
+    from experiments import splits, style
     from tasks.task import open_task
 
     task = open_task(experiment)
     split = splits.facts(experiment, task)
-    plots.to_file(plots.label_split(split), picture)
+    style.to_file(splits.picture(split), picture)
     first = next(target for target in task.dataset.targets if target.name == split["target"])
     console, table = _console(False), splits.table(split, splits.label_names(first))
     # Into a file or a narrow window the table goes as wide as it is: a line too long is better read than a cut cell.
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
     console.print(table)
-    console.print(f"picture: {picture}. {plots.split_caption(split)}", soft_wrap=True, markup=False)
+    console.print(f"picture: {picture}. {splits.picture_caption(split)}", soft_wrap=True, markup=False)
 
 
 def _run_group(jobs: Sequence[Any], folder: Path, resume: bool, quiet: bool, as_json: bool) -> None:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from config.cohort import draw_cohort
 from config.schema import Experiment
 from experiments.folds import fold_runs
-from server.cohorts import draw_cohort, read_schedule
+from server.cohorts import read_schedule
 from server.rounds import setup
 from strategies import algorithm, make_strategy
 from strategies.fedavg import FedAvg

@@ -1,13 +1,6 @@
-"""The report's pictures, drawn by matplotlib without its global state, and their way into a page as inline SVG.
+"""The pictures that compare methods and show what a model confuses, drawn by matplotlib without its global state."""
 
-Every colour is one of COLOURS. A Figure holds the light value; `to_svg` writes a CSS variable in its place, so that the
-same picture follows a page's light or dark look.
-"""
-
-import io
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
@@ -18,99 +11,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from config.errors import UserError
 from experiments.results import ALONE, Curve, Floats, Paired, RunResult, counted, higher_is_better, is_share
+from experiments.style import COLOURS, STYLE, WIDTH
+from experiments.words import bytes_text, metric_label, seconds_text
 
 Methods = Mapping[str, Sequence[RunResult]]
 
-COLOURS: dict[str, tuple[str, str]] = {
-    "ink": ("#1c2128", "#e4e7eb"),
-    "muted": ("#5f6772", "#a0a8b3"),
-    "rule": ("#dfe3e8", "#363c45"),
-    "paper": ("#fffffe", "#15181d"),
-    "dot": ("#7d93ab", "#7f97b2"),
-    "loser": ("#d1500a", "#ff9350"),
-    # Methods, after Okabe and Ito: darkened on white and lightened on black until a label in that colour is legible.
-    "m0": ("#0069aa", "#5cb0ef"),
-    "m1": ("#c44e00", "#ff9a55"),
-    "m2": ("#007a58", "#43cfa3"),
-    "m3": ("#a8437f", "#ea95c8"),
-    "m4": ("#94700a", "#e3bd55"),
-    "m5": ("#3b8fc4", "#a5dcff"),
-    "m6": ("#6a2c8a", "#c69ae6"),
-    "m7": ("#6d7300", "#c6cc52"),
-}
-"""Name -> (on a light page, on a dark page)."""
-
-UNITS = {"slant": "rad"}
-"""Unit of a value target; a target that is not here is shown without one."""
-
-NAMES = {
-    "balanced_accuracy": "balanced accuracy", "f1": "F1", "auroc": "AUROC", "exact_match": "exact match",
-    "mae": "MAE", "rmse": "RMSE", "r2": "R\N{SUPERSCRIPT TWO}", "pinball": "pinball loss",
-}  # fmt: skip
-"""How a metric is written; one that is not here as it is called, coverage as "coverage at 0.1"."""
-
-WIDTH = 10.4
-"""Inches; every picture is as wide as the page's column."""
-
 MOST_POINTS = 300
 """Points of one curve; longer runs are thinned so that the page stays small."""
-
-MOST_BUBBLES = 80
-"""Clients of a split whose labels are drawn as bubbles; more are drawn as shades."""
-
-MOST_CLIENTS = 1000
-"""Clients that the picture of a split shows; a pixel or so each."""
-
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 9.5,
-    "text.color": COLOURS["ink"][0],
-    "axes.labelcolor": COLOURS["muted"][0],
-    "axes.edgecolor": COLOURS["rule"][0],
-    "axes.titlecolor": COLOURS["ink"][0],
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["rule"][0],
-    "grid.linewidth": 0.7,
-    "xtick.color": COLOURS["rule"][0],
-    "ytick.color": COLOURS["rule"][0],
-    "xtick.labelcolor": COLOURS["muted"][0],
-    "ytick.labelcolor": COLOURS["muted"][0],
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "lines.solid_capstyle": "round",
-}
-
 
 Dash = Literal["-", "--", "-.", ":"] | tuple[float, Sequence[float]]
 _DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":")
 
 _LONGEST = 23
 """Characters of a method's name that a picture shows."""
-
-
-def metric_name(metric: str) -> str:
-    return NAMES.get(metric, metric.replace("coverage_", "coverage at "))
-
-
-def unit_of(target: str, metric: str) -> str:
-    """ "%", the unit of a value where the metric has it and it is known, else ""."""
-    return "%" if is_share(metric) else UNITS.get(target, "") if metric in ("mae", "rmse", "pinball") else ""
-
-
-def metric_label(target: str, metric: str) -> str:
-    """A metric's name with its unit, for an axis or a table's head."""
-    unit = unit_of(target, metric)
-    return f"{metric_name(metric)} ({unit})" if unit else metric_name(metric)
 
 
 def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
@@ -346,136 +260,6 @@ def roc_curves(curves: Mapping[str, Roc], methods: Methods) -> Figure:
             text = f"{100 * curves[name][2]:.1f}  {shown}"
             figure.text((right + 0.36) / WIDTH, y, text, va="center", fontsize=min(9.0, 60 * step))
         return figure
-
-
-def label_split(split: Mapping[str, object]) -> Figure:
-    """The split of one seed: samples of each client by part, and below them by label, as `split_caption` says.
-
-    `split` is a run's split.json: `labels` [clients x classes] may be missing, `sizes` is [clients x 3]. Of more than
-    MOST_CLIENTS clients, so many are shown, evenly spaced.
-    """
-    sizes = np.array(split["sizes"], dtype=np.float64)
-    labels = np.array(split.get("labels") or np.zeros((len(sizes), 0)), dtype=np.float64)
-    number = np.arange(len(sizes))
-    if len(sizes) > MOST_CLIENTS:
-        number = np.arange(MOST_CLIENTS) * len(sizes) // MOST_CLIENTS
-        sizes, labels = sizes[number], labels[number]
-    clients, classes = labels.shape
-    few = clients <= MOST_BUBBLES
-    with matplotlib.rc_context(STYLE):
-        tall = min(6.0, 0.27 * max(classes, 1)) if classes else 0.0
-        height = 2.25 + tall
-        figure = Figure(figsize=(WIDTH, height))
-        left, wide = 0.75 / WIDTH, 1 - 2.2 / WIDTH
-        bars = figure.add_axes((left, (0.6 + tall) / height, wide, 1.25 / height))
-        blue, at, below = COLOURS["m0"][0], np.arange(clients), np.zeros(clients)
-        edges = np.arange(clients + 1) - 0.5
-
-        def draw(top: Floats, colour: str, alpha: float) -> None:
-            if few:
-                bars.bar(at, top - below, 0.66, bottom=below, color=colour, alpha=alpha, linewidth=0)
-            else:  # one shape for all: thousands of bars would make a heavy page
-                bars.stairs(top, edges, baseline=below, fill=True, color=colour, alpha=alpha, linewidth=0)
-
-        draw(sizes.sum(axis=1), COLOURS["paper"][0], 1.0)  # hides the grid behind the tints
-        key: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
-        for i, (name, alpha) in enumerate((("training", 1.0), ("validation", 0.5), ("test", 0.25))):
-            draw(below + sizes[:, i], blue, alpha)
-            below = below + sizes[:, i]
-            place = (1.015, 0.2 + 0.22 * i)
-            bars.plot(*place, "s", transform=bars.transAxes, color=blue, alpha=alpha, ms=7, clip_on=False, mew=0)
-            bars.annotate(name, place, (9, 0), "axes fraction", **key)
-        total = len(split["sizes"])  # type: ignore[arg-type]
-        shown = "" if clients == total else f": {clients:,} of {total:,}, evenly spaced"
-        bars.set(title=f"Samples of each client{shown}", xlim=(-0.7, clients - 0.3), ylim=(0, None))
-        bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        bars.grid(visible=False, axis="x")
-        bars.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-        bars.xaxis.set_major_formatter(
-            FuncFormatter(lambda x, _: f"{number[int(x)]}" if 0 <= x < clients and x == int(x) else "")
-        )
-        if not classes:
-            bars.set_xlabel("client")
-            return figure
-        bars.tick_params(axis="x", length=0, labelbottom=False)
-        grid = figure.add_axes((left, 0.5 / height, wide, tall / height))
-        if few:
-            client, label = np.nonzero(labels)
-            room = min(17.3, 72 * wide * WIDTH / clients * 0.95)  # points: the largest bubble just fits its cell
-            area = labels[client, label] / labels.max() * room**2
-            grid.scatter(client, label, s=area, color=blue, alpha=0.8, linewidths=0)
-        else:
-            ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
-            grid.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest", vmin=0)
-        grid.set(xlabel="client", ylabel=str(split.get("target") or "label"), xlim=(-0.7, clients - 0.3))
-        grid.set_ylim(classes - 0.4, -0.6)
-        grid.set_yticks(range(classes) if classes <= 20 else range(0, classes, 10))
-        grid.xaxis.set_major_locator(MaxNLocator(20, integer=True))
-        grid.xaxis.set_major_formatter(bars.xaxis.get_major_formatter())
-        grid.tick_params(length=0)
-        grid.grid(visible=False, axis="x" if few else "both")
-        return figure
-
-
-def split_caption(split: Mapping[str, Any]) -> str:
-    """What stands for the number of samples with a label in the picture of `label_split`; "" if it has no labels."""
-    if not split.get("labels"):
-        return ""
-    if len(split["sizes"]) <= MOST_BUBBLES:
-        return "The area of a bubble is the number of samples with that label."
-    return "The darker the blue, the more samples with that label the client has."
-
-
-def to_file(figure: Figure, path: Path) -> None:
-    """Write a figure on white, in the format that the file's name ends with. Raises UserError if that cannot be."""
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out {path}: give a name that ends with .png, .svg or .pdf")
-    if not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}; make it first, or name another")
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(path, dpi=150, facecolor="white")
-
-
-def to_svg(figure: Figure, name: str, about: str) -> str:
-    """A figure as one inline `<svg>` element without any address, coloured by the variables of `css_variables`.
-
-    `name` keeps the ids of one picture apart from those of the others; `about` says in words what it shows.
-    """
-    file = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", metadata={"Date": None}, dpi=150)
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", text)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows both name spaces
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
-    for colour, (light, _) in COLOURS.items():
-        text = re.sub(light, f"var(--{colour})", text, flags=re.IGNORECASE)
-    return text.replace("<svg", f'<svg role="img" aria-label="{about}"', 1)
-
-
-def css_variables(dark: bool) -> str:
-    """The declarations of every colour, for a `:root` rule."""
-    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
-
-
-def bytes_text(count: float) -> str:
-    """A size in words, in powers of 1000: "0 B", "320 kB", "4.2 MB"."""
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:.0f} {unit}"
-    return f"{count:.0f} B"
-
-
-def seconds_text(seconds: float) -> str:
-    """A time in words: "0.3 s", "42 s", "3 min 05 s", "2 h 10 min"."""
-    if seconds < 90:
-        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
 
 
 def _mean_curve(

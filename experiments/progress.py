@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from experiments.plots import bytes_text, metric_name, seconds_text
 from experiments.ranking import worded
+from experiments.words import bytes_text, metric_name, seconds_text
 from tasks.metrics import PRIMARY, kind_of
 
 SHOWN = 8

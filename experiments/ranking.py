@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from experiments import plots
+from experiments import words
 from experiments.results import (
     ALONE,
     RunResult,
@@ -27,10 +27,11 @@ def ranking(runs: Sequence[RunResult]) -> list[Row]:
     """One row a target and method, the best for the clients first; plain numbers, None where not measured.
 
     client_mean, client_weighted, client_worst_decile, client_std (over the clients), global, last10_clients,
-    last10_global and finetuned are means over the runs, one for each of `seeds` seeds, or for each of its `folds`;
+    last10_global, finetuned, source_before and source_after (what is forgotten of the source task) are means over the
+    runs, one for each of `seeds` seeds, or for each of its `folds`;
     *_seed_std are standard deviations over these runs (n - 1; None for one run). gain and its interval are against
     `local`, oriented so that positive is better; `lost` of `lost_of` pairs of client and run do worse than alone.
-    bytes_up, bytes_down and seconds are of one run, the mean over them.
+    bytes_up, bytes_down, bytes_saved (None: none), trained_parameters and seconds are of one run, the mean over them.
     """
     methods = by_method(runs)
     rows: list[Row] = []
@@ -57,7 +58,7 @@ def ranking_table(runs: Sequence[RunResult]) -> Table:
         table.add_column(head, justify="right")
     for target in dict.fromkeys(row["target"] for row in rows):
         part = [row for row in rows if row["target"] == target]
-        table.add_row(f"[bold]{plots.metric_label(target, part[0]['metric'])} of {target}[/bold]")
+        table.add_row(f"[bold]{words.metric_label(target, part[0]['metric'])} of {target}[/bold]")
         for row in part:
             text = [
                 number(row["client_mean"], row["metric"]) + plus_minus(row["client_mean_seed_std"], row["metric"]),
@@ -67,8 +68,8 @@ def ranking_table(runs: Sequence[RunResult]) -> Table:
             for at, key in enumerate(("client_mean", "client_worst_decile", "global")):
                 text[at] = f"[bold]{text[at]}[/bold]" if is_best(row, part, key) else text[at]
             lost = "" if row["lost"] is None else f"{row['lost']} of {row['lost_of']}"
-            sent = plots.bytes_text(row["bytes_up"] + row["bytes_down"])
-            table.add_row(flag(row).strip(), *text, lost, sent, plots.seconds_text(row["seconds"]))
+            sent = words.bytes_text(row["bytes_up"] + row["bytes_down"])
+            table.add_row(flag(row).strip(), *text, lost, sent, words.seconds_text(row["seconds"]))
         table.add_section()
     return table
 
@@ -99,11 +100,15 @@ def _row(name: str, group: Sequence[RunResult], target: str, metric: str, alone:
         "last10_clients": mean_of([run.last10("clients", target, metric) for run in runs]),
         "last10_global": mean_of([run.last10("global", target, metric) for run in runs]),
         "finetuned": mean_of(tuned),
+        "source_before": mean_of([run.forgetting(target, metric).get("before") for run in runs]),
+        "source_after": mean_of([run.forgetting(target, metric).get("after") for run in runs]),
         "gain": versus.mean if versus else None,
         "gain_low": versus.interval[0] if versus and versus.interval else None,
         "gain_high": versus.interval[1] if versus and versus.interval else None,
         "lost": versus.lost if versus else None, "lost_of": versus.clients if versus else None,
         **{key: mean_of([run.cost[key] for run in runs]) for key in ("bytes_up", "bytes_down", "seconds")},
+        "bytes_saved": mean_of([run.cost.get("bytes_saved") or None for run in runs]),
+        "trained_parameters": mean_of([run.cost.get("trained_parameters") for run in runs]),
     }  # fmt: skip
 
 
@@ -142,7 +147,7 @@ def number(value: float | None, metric: str, signed: bool = False) -> str:
 
 def unit(metric: str, target: str) -> str:
     """The unit of a difference between two values of the metric."""
-    return " percentage points" if is_share(metric) else f" {plots.unit_of(target, metric)}".rstrip()
+    return " percentage points" if is_share(metric) else f" {words.unit_of(target, metric)}".rstrip()
 
 
 def worded(value: float | None, metric: str, target: str) -> str:

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from config import load
-from experiments import plots
-from experiments.plots import metric_name
+from experiments import plots, splits, style, words
 from experiments.ranking import (
     Methods,
     Row,
@@ -40,10 +39,11 @@ from experiments.results import (
     metrics_of,
     targets_of,
 )
+from experiments.words import metric_name
 
 CSS = (
-    f":root {{ color-scheme: light dark; {plots.css_variables(dark=False)} }}\n"
-    f"@media (prefers-color-scheme: dark) {{ :root {{ {plots.css_variables(dark=True)} }} }}\n"
+    f":root {{ color-scheme: light dark; {style.css_variables(dark=False)} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {style.css_variables(dark=True)} }} }}\n"
     """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 3rem 1.5rem 5rem; max-width: 73rem; background: var(--paper); color: var(--ink);
@@ -166,8 +166,8 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
     if pooled and pooled is not best:
         said.append(f"All the data in one place would give {worded(pooled['client_mean'], metric, target)}.")
     sent = best["bytes_up"] + best["bytes_down"]
-    cost = f"sends {plots.bytes_text(sent)}" if sent else "sends nothing"
-    said.append(f"A run of {best['method']} {cost} and takes {plots.seconds_text(best['seconds'])}.")
+    cost = f"sends {words.bytes_text(sent)}" if sent else "sends nothing"
+    said.append(f"A run of {best['method']} {cost} and takes {words.seconds_text(best['seconds'])}.")
     return said
 
 
@@ -244,12 +244,12 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
     direction = "higher" if higher_is_better(metric) else "lower"
     text = [
         f"<h2>{escape(target)}</h2>",
-        f'<p class="note">{escape(plots.metric_label(target, metric))} at the end of training; {direction} is better. '
+        f'<p class="note">{escape(words.metric_label(target, metric))} at the end of training; {direction} is better. '
         f"{_legend(part)}</p>",
         _ranking_html(part),
         _metrics_html(learners, target, part),
         *(
-            f"<figure>{plots.to_svg(figure, f'{target}-{name}', escape(about))}"
+            f"<figure>{style.to_svg(figure, f'{target}-{name}', escape(about))}"
             f"<figcaption>{escape(caption)}</figcaption></figure>"
             for figure, name, about, caption in pictures
         ),
@@ -348,11 +348,11 @@ def _metrics_html(learners: Methods, target: str, part: Sequence[Row]) -> str:
         for method in runs
     )
     table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-    unit = plots.unit_of(target, "rmse")
+    unit = words.unit_of(target, "rmse")
     units = [
         "Fractions are in percent" if any(is_share(name) for name in names) else "",
         f"{', '.join(metric_name(n) for n in named)} in {unit}"
-        if unit and (named := [n for n in names if plots.unit_of(target, n) == unit])
+        if unit and (named := [n for n in names if words.unit_of(target, n) == unit])
         else "",
     ]
     note = f'<p class="note">{escape(". ".join(filter(None, units)))}.</p>' if any(units) else ""
@@ -370,10 +370,14 @@ def _ranking_html(part: Sequence[Row]) -> str:
         ("clients' own test samples", "fine-tuned", "finetuned"),
         ("shared model", "global test", "global"),
         ("shared model", "last 10", "last10_global"),
+        ("source task", "before", "source_before"),
+        ("source task", "after", "source_after"),
         ("against alone", "gain", "gain"),
         ("against alone", "lost", "lost"),
         ("one run", "up", "bytes_up"),
         ("one run", "down", "bytes_down"),
+        ("one run", "saved", "bytes_saved"),
+        ("one run", "trained", "trained_parameters"),
         ("one run", "time", "seconds"),
     ]
     columns = [column for column in columns if any(row[column[2]] is not None for row in part)]
@@ -391,6 +395,10 @@ def _ranking_html(part: Sequence[Row]) -> str:
     if any(row["gain"] is not None for row in part):
         notes.append("gain: mean difference to local on the same clients, positive is better.")
         notes.append("lost: clients, counted once a run, that do worse than under local.")
+    if any(row["bytes_saved"] is not None for row in part):
+        notes.append("saved: bytes that did not travel, against sharing the whole model with the same clients.")
+    if any(row["trained_parameters"] is not None for row in part):
+        notes.append("trained: parameters that local training changes.")
     if any(row["gain_low"] is not None for row in part):
         notes.append("In brackets: the 95% paired t-interval over the seeds.")
     note = f'<p class="note">{escape(" ".join(notes))}</p>'
@@ -403,10 +411,12 @@ def _cell(row: Row, part: Sequence[Row], key: str, metric: str) -> str:
         return ""
     if key == "lost":
         return f"{value} <small>of {row['lost_of']}</small>"
-    if key in ("bytes_up", "bytes_down"):
-        return plots.bytes_text(value) if value else "0"
+    if key == "trained_parameters":
+        return f"{value:,.0f}"
+    if key in ("bytes_up", "bytes_down", "bytes_saved"):
+        return words.bytes_text(value) if value else "0"
     if key == "seconds":
-        return plots.seconds_text(value)
+        return words.seconds_text(value)
     text = number(value, metric, signed=key == "gain")
     text = f"<b>{text}</b>" if is_best(row, part, key) else text
     if key == "gain" and row["gain_low"] is not None:
@@ -416,22 +426,22 @@ def _cell(row: Row, part: Sequence[Row], key: str, metric: str) -> str:
 
 
 def _split_section(runs: Sequence[RunResult]) -> str:
-    splits = {(run.seed, run.fold): run for run in runs if run.split.get("sizes")}
-    if not splits:
+    seeds = {(run.seed, run.fold): run for run in runs if run.split.get("sizes")}
+    if not seeds:
         return ""
-    first = splits[min(splits)]
-    svg = plots.to_svg(plots.label_split(first.split), "split", "Samples of each client by part and by label")
+    first = seeds[min(seeds)]
+    svg = style.to_svg(splits.picture(first.split), "split", "Samples of each client by part and by label")
     rows = "".join(
         f'<tr><td class="left">{seed}{f", fold {fold}" if fold else ""}</td>'
         f'<td class="left">{escape(str(run.split.get("law", "")))}</td>'
         f"<td>{run.split.get('tries', '')}</td><td>{min(totals)} to {max(totals)}</td>"
         f'<td class="left"><code>{escape(run.split_sha256)}</code></td></tr>'
-        for (seed, fold), run in sorted(splits.items())
+        for (seed, fold), run in sorted(seeds.items())
         for totals in [[sum(sizes) for sizes in run.split["sizes"]]]
     )
     return (
         f'<h2>Who holds what</h2><p class="note">The split of {_seed_of(first)}. '
-        f"{plots.split_caption(first.split)}</p><figure>{svg}</figure>"
+        f"{splits.picture_caption(first.split)}</p><figure>{svg}</figure>"
         '<div class="scroll"><table><thead><tr><th>seed</th><th class="left">law</th><th>tries</th>'
         '<th>samples a client</th><th class="left">SHA-256 of the split</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
@@ -473,7 +483,7 @@ def _run_html(name: str, run: RunResult) -> str:
         for fault in record.get("failed") or []:
             failed.setdefault((int(fault["client"]), str(fault["reason"])), []).append(int(record["round"]))
     rounds = f"{run.rounds_done} of {run.experiment.run.rounds} rounds"
-    line = f"{run.status}, {rounds}, {plots.seconds_text(run.cost['seconds'])}"
+    line = f"{run.status}, {rounds}, {words.seconds_text(run.cost['seconds'])}"
     if failed:
         line += f", {_count(len({client for client, _ in failed}), 'client')} failed at times"
     facts: list[tuple[str, str]] = [("status", escape(f"{run.status} {summary.get('reason') or ''}".strip()))]

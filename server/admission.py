@@ -78,6 +78,9 @@ def _reason(reply: Message, sent: Arrays, size: int, inside: bool, max_norm: flo
     if reply.has_error():
         return str(reply.error.reason)
     content = reply.content
+    ledger = content.config_records.get("ledger")
+    if ledger is not None and "exhausted" in ledger:
+        return str(ledger["exhausted"])
     if reason := weight_fault(content.metric_records.get("metrics"), size):
         return reason
     return "" if inside else arrays_fault(content, sent, max_norm)

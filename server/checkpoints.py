@@ -19,11 +19,13 @@ _STRATEGY = "strategy"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `round`: the shared arrays, and what the strategy keeps (`state`)."""
+    """The state after `round`: the shared arrays; what the strategy keeps; under DP, what the next round's protection needs
+    (JSON)."""
 
     round: int
     arrays: Arrays
     strategy: Arrays = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -31,7 +33,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     stem = folder / f"round-{checkpoint.round:08d}"
     everything = checkpoint.arrays | beside(_STRATEGY, checkpoint.strategy)
     write_arrays(stem.with_suffix(".safetensors"), everything)
-    write_json(stem.with_suffix(".json"), {"round": checkpoint.round, "sha256": arrays_sha256(everything)})
+    about = {"round": checkpoint.round, "sha256": arrays_sha256(everything), "privacy": checkpoint.privacy}
+    write_json(stem.with_suffix(".json"), about)
     for old in _rounds(folder)[:-KEEP]:
         (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
         (folder / f"round-{old:08d}.safetensors").unlink(missing_ok=True)
@@ -47,7 +50,8 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             arrays = read_arrays(stem.with_suffix(".safetensors"))
             if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
                 raise DamagedFile(f"{stem}.safetensors: not the arrays that {stem.name}.json names")
-            return Checkpoint(round_, split_beside(arrays)[0], of_kind(_STRATEGY, arrays)), damaged
+            kept = of_kind(_STRATEGY, arrays)
+            return Checkpoint(round_, split_beside(arrays)[0], kept, about.get("privacy", {})), damaged
         except DamagedFile as error:
             damaged.append(str(error))
     return None, damaged

@@ -1,10 +1,10 @@
 """Who takes part in a round: a function of (run.seed, round, attempt), and of the clients' sizes or a schedule's file."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from config.cohort import draw_cohort, unseen
 from config.errors import UserError
 from config.schema import Experiment
 from config.seeds import numpy_generator
@@ -26,22 +26,22 @@ class Call:
         return [client for client in self.asked if client not in self.absent]
 
 
-def unseen(experiment: Experiment) -> frozenset[int]:
-    """The clients that no cohort ever has: `evaluate.unseen` of all, rounded, drawn from the seed."""
-    clients = experiment.partition.clients
-    order = numpy_generator(experiment.run.seed, "unseen").permutation(clients)
-    return frozenset(int(c) for c in order[: clients - experiment.participants])
-
-
 def call(
-    experiment: Experiment, round_: int, sizes: Sequence[int], schedule: Sequence[Sequence[int]] = (), attempt: int = 1
+    experiment: Experiment,
+    round_: int,
+    sizes: Sequence[int],
+    schedule: Sequence[Sequence[int]] = (),
+    attempt: int = 1,
+    secret: int | None = None,
+    without: Collection[int] = (),
 ) -> Call:
     """Draw a round's cohort, then what `[cohort]` simulates: dropout, stragglers, and who of too many comes too late.
 
-    `sizes`: each client's training samples. Latencies are a client's place in a random order, stragglers behind the rest.
+    `sizes`: each client's training samples. `secret`: as `config.cohort.draw_cohort`. `without`: clients that have left.
+    Latencies are a client's place in a random order, stragglers behind the rest.
     """
     cohort, seed = experiment.cohort, experiment.run.seed
-    asked = draw_cohort(experiment, round_, sizes, schedule, attempt)
+    asked = [c for c in draw_cohort(experiment, round_, sizes, schedule, attempt, secret) if c not in without]
     if experiment.run.placement == "pooled":
         return Call(asked)
     draw = numpy_generator(seed, "conduct", round_, attempt)
@@ -61,31 +61,6 @@ def call(
             absent[client] = f"simulated: came too late (cohort.over_selection = {cohort.over_selection:g})"
             work.pop(client, None)
     return Call(asked, absent, work)
-
-
-def draw_cohort(
-    experiment: Experiment, round_: int, sizes: Sequence[int], schedule: Sequence[Sequence[int]] = (), attempt: int = 1
-) -> list[int]:
-    """The clients asked in a round, ascending, unseen ones never. Without federation, whoever trains at all.
-
-    The first attempt at a round draws from (seed, "cohort", round), the next ones from (seed, "cohort", round, attempt).
-    """
-    if experiment.run.placement == "pooled":
-        return [0]
-    cohort, hidden = experiment.cohort, unseen(experiment)
-    everyone = [c for c in range(experiment.partition.clients) if c not in hidden]
-    if cohort.sampling == "schedule":
-        return sorted(schedule[round_ - 1])
-    path = (round_,) if attempt == 1 else (round_, attempt)
-    draw = numpy_generator(experiment.run.seed, "cohort", *path)
-    if cohort.sampling == "poisson":
-        chance = experiment.cohort_size / len(everyone)
-        return [c for c, u in zip(everyone, draw.random(len(everyone)).tolist(), strict=True) if u < chance]
-    wanted = min(len(everyone), math.ceil(experiment.cohort_size * (1 + cohort.over_selection)))
-    if wanted == len(everyone):
-        return everyone
-    shares = [sizes[c] / sum(sizes[c] for c in everyone) for c in everyone] if cohort.sampling == "size" else None
-    return sorted(int(c) for c in draw.choice(everyone, wanted, replace=False, p=shares))
 
 
 def read_schedule(experiment: Experiment) -> list[list[int]]:

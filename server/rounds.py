@@ -15,15 +15,18 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
+from config.cohort import unseen
 from config.durable import Arrays
 from config.errors import RunStopped, UserError
 from config.schema import Experiment
+from privacy.releases import allowed
 from server import checkpoints
 from server.admission import Verdict, admit
-from server.cohorts import call, read_schedule, unseen
+from server.cohorts import call, read_schedule
 from server.evaluation import Scores, add_confusion, describe, over_clients, read_confusion
 from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
+from server.protection import Protection, protection
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from strategies import algorithm, make_strategy
 from strategies.attacks import attack, attackers
@@ -43,7 +46,7 @@ log = logging.getLogger("meadow.server")
 
 @dataclass
 class Session:
-    """What the rounds of one run have in hand. `arrays` are the shared ones, and the only thing here that changes."""
+    """What the rounds of one run have in hand. `arrays` (the shared ones) and `protection` are what changes here."""
 
     experiment: Experiment
     task: Task
@@ -56,6 +59,7 @@ class Session:
     run_id: str
     model: nn.Module
     view: View
+    protection: Protection
     sizes: list[int]
     schedule: list[list[int]]
     void: list[str] = field(default_factory=list)
@@ -75,7 +79,9 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         )
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    start = initial_state(experiment)
+    start, model = initial_state(experiment), task.new_model()
+    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
+    guard = protection(experiment, task, parts)
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     split = {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
     folder = open_folder(out, experiment, resume, {"data_sha256": task.dataset.sha256, "split": split})
@@ -84,8 +90,6 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     folder.forget_summary()
     folder.write_split(split | split_table(experiment, task))
     run_id = folder.manifest()["run_id"]
-    model = task.new_model()
-    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
     own = tuple(start) if half.own_start else parts.personal + parts.fixed
     base = {n: start[n] for n in own} if experiment.task.pretrained else {}
     exchange = Exchange(grid, run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
@@ -94,12 +98,13 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     strategy = make_strategy(setup(experiment, task, parts))
     sizes, schedule = [len(c.train) for c in task.split.clients], read_schedule(experiment)
     session = Session(
-        experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, sizes, schedule
+        experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard, sizes, schedule
     )
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}
     try:
         exchange.gather()
+        guard.begin(exchange.simulated, out)
         for round_ in range(_recover(session) + 1, experiment.run.rounds + 1):
             play_round(session, round_)
         scores = score_clients(session, experiment.run.rounds, last=True)
@@ -108,15 +113,16 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     except KeyboardInterrupt:
         status, reason = "stopped", "stopped by the user"
     except BaseException as fault:
-        folder.write_summary(summarise(session.folder, experiment, task, session.arrays, {}, "failed", repr(fault)))
+        told = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
+        folder.write_summary(summarise(session.folder, experiment, task, session.arrays, {}, "failed", told, guard))
         raise
     if scores:
-        folder.write_clients(client_rows(folder, task, scores))
+        folder.write_clients(client_rows(folder, experiment, task, scores, guard.epsilons()))
         outputs = predict_globally(session)
         shared = describe(outputs, task.dataset.test.y, task.targets) if outputs else {}
         counts = add_confusion([s.confusion for s in scores.values()], task.targets)
         folder.write_evaluation({"global": shared, "clients": counts})
-    summary = summarise(folder, experiment, task, session.arrays, scores, status, reason)
+    summary = summarise(folder, experiment, task, session.arrays, scores, status, reason, guard)
     folder.write_summary(summary)
     return summary
 
@@ -141,10 +147,11 @@ def play_round(session: Session, round_: int) -> None:
     experiment, began = session.experiment, time.perf_counter()
     pooled = experiment.run.placement == "pooled"
     on_clients = "clients" in experiment.evaluate.on
+    guard = session.protection
     void: list[dict[str, Any]] = []
     for attempt in range(1, experiment.cohort.attempts + 1):
         tried = try_round(session, round_, attempt)
-        if len(tried.verdict.admitted) >= experiment.cohort.quorum:
+        if len(tried.verdict.admitted) >= experiment.cohort.quorum or tried.excused:
             break
         log.warning("round %d, attempt %d: void, %d good replies", round_, attempt, len(tried.verdict.admitted))
         void.append({"cohort": tried.cohort, "failed": _failed(tried.verdict), **_traffic(session, round_, tried)})
@@ -159,15 +166,18 @@ def play_round(session: Session, round_: int) -> None:
         )
     verdict = tried.verdict
     traffic = _traffic(session, round_, tried)
-    blocks = combine_order(tried.cohort, verdict, experiment.equal_weights) if tried.sums_only else verdict.admitted
-    combined, _ = session.strategy.aggregate_train(round_, blocks) if blocks else (None, None)
-    if combined is not None:
-        session.arrays = from_record(combined)
+    if experiment.privacy.unit == "client":
+        session.arrays = guard.combine(session.arrays, verdict.admitted, round_)
+    elif blocks := (
+        combine_order(tried.cohort, verdict, experiment.equal_weights) if tried.sums_only else verdict.admitted
+    ):
+        combined, _ = session.strategy.aggregate_train(round_, blocks)
+        session.arrays = from_record(combined) if combined is not None else session.arrays
     received: dict[int, Scores] = {
         m.metadata.src_node_id: _scores(m) for m in verdict.admitted if "evaluation" in m.content
     }
     clients_round = round_ - 1
-    if pooled and on_clients and round_ % experiment.evaluate.every == 0:
+    if pooled and on_clients and allowed(experiment, "metrics") and round_ % experiment.evaluate.every == 0:
         received, clients_round = used(score_clients(session, round_, last=False)), round_
     record = {
         "round": round_,
@@ -180,14 +190,15 @@ def play_round(session: Session, round_: int) -> None:
         "global": score_globally(session)
         if round_ % experiment.evaluate.every == 0 or round_ == experiment.run.rounds
         else {},
-        "clients": over_clients(received, test_sizes(session.task)),
+        "clients": over_clients(received, test_sizes(experiment, session.task)),
         "clients_round": clients_round,
-        "epsilon": None,
+        "epsilon": guard.epsilon() if experiment.privacy.unit != "none" else None,
     }
     record["seconds"] = time.perf_counter() - began
     session.folder.append(record)
     kept = session.strategy.state() if isinstance(session.strategy, FedAvg) else {}
-    checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays, kept))
+    checkpoint = checkpoints.Checkpoint(round_, session.arrays, kept, guard.state())
+    checkpoints.save(session.folder.checkpoints, checkpoint)
 
 
 @dataclass(frozen=True)
@@ -198,13 +209,17 @@ class Tried:
     verdict: Verdict
     sent: Arrays
     sums_only: bool
+    excused: bool
+    """Whether privacy left nobody in the cohort who could have replied: trying again would not help."""
 
 
 def try_round(session: Session, round_: int, attempt: int) -> Tried:
     """Draw a cohort, send it the model, and judge the replies."""
     experiment, strategy = session.experiment, session.strategy
     pooled = experiment.run.placement == "pooled"
-    called = call(experiment, round_, session.sizes, session.schedule, attempt)
+    guard, private = session.protection, experiment.privacy.unit != "none"
+    guard.require(round_)
+    called = call(experiment, round_, session.sizes, session.schedule, attempt, guard.cohort_secret, without=guard.left)
     config = ConfigRecord(
         {
             "round": round_,
@@ -214,6 +229,7 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
             "void": session.void,
             "evaluate": "clients" in experiment.evaluate.on
             and not pooled
+            and allowed(experiment, "metrics")
             and (round_ - 1) % experiment.evaluate.every == 0,
         }
     )
@@ -225,10 +241,15 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
     for message in messages:
         if (share := called.work.get(message.metadata.dst_node_id)) is not None:
             message.content = RecordDict({**message.content, "config": ConfigRecord({**config, "work": share})})
+    guard.remind(messages)
     sent = from_record(messages[0].content.array_records["arrays"]) if messages else session.arrays
     sums_only, attacked = bool(getattr(strategy, "needs_sums_only", False)), attackers(experiment)
-    replies, sums = session.exchange.send(messages, whole_blocks=sums_only and not attacked)
-    sizes = {0: len(session.task.pool())} if pooled else session.exchange.sizes
+    whole = sums_only and not attacked and experiment.privacy.unit != "client"
+    replies, sums = session.exchange.send(messages, whole_blocks=whole)
+    left = guard.read(replies, round_)
+    sizes = session.exchange.sizes
+    if pooled:
+        sizes = {0: len(session.task.pool()) if allowed(experiment, "samples") else 1}
     if attacked and experiment.attack.kind != "label-flip":
         _attack(replies, attacked, sent, sizes, experiment, round_)
     verdict = admit(
@@ -243,7 +264,8 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
     for client, reason in verdict.refused.items():
         log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
     refused = dict(sorted({**verdict.refused, **called.absent}.items()))
-    return Tried(called.asked, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only)
+    excused = private and len(left) == len(called.trained)
+    return Tried(called.asked, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only, excused)
 
 
 def _attack(
@@ -356,21 +378,20 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
 
 
 def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
-    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles.
+    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles;
+    under DP neither, unless privacy.release lets them out.
 
     "holds", where clients hold part of the targets: the clients that hold each. For law = natural "left_out", how many
     of the data's own clients are too small and how many samples they have, and "names", each client's name in the data.
     """
-    table: dict[str, Any] = {
-        "sizes": task.split.sizes.tolist(),
-        "target": experiment.task.targets[0],
-        "labels": task.label_counts().tolist(),
-    }
+    table: dict[str, Any] = {"target": experiment.task.targets[0]}
+    if counted := allowed(experiment, "labels"):
+        table |= {"sizes": task.split.sizes.tolist(), "labels": task.label_counts().tolist()}
     if experiment.partition.holds:
         columns = zip(experiment.task.targets, task.held.T, strict=True)
         table["holds"] = {name: np.flatnonzero(has).tolist() for name, has in columns}
     if task.split.natural is not None:
-        table["left_out"] = asdict(task.split.left_out)
+        table |= {"left_out": asdict(task.split.left_out)} if counted else {}
         table["names"] = [task.dataset.clients[number] for number in task.split.natural]
     return table
 
@@ -382,6 +403,7 @@ def _recover(session: Session) -> int:
         log.warning("damaged checkpoint, the one before it is used: %s", line)
     if checkpoint is not None:
         session.arrays = checkpoint.arrays
+        session.protection.restore(checkpoint.privacy)
         if isinstance(session.strategy, FedAvg):
             session.strategy.load_state(checkpoint.strategy)
     session.folder.cut_back(checkpoint.round if checkpoint else 0)

@@ -21,7 +21,7 @@ class Client(Half):
         fitted = turn.fit()
         model = turn.arrays()
         turn.load(turn.initial() | of_kind(KIND, turn.memory))
-        turn.fit(correct=pull(turn, turn.received, turn.settings.pull))
+        turn.fit(correct=pull(turn, turn.received, turn.settings.pull), leaves=False)
         return Outcome(model, fitted, memory=beside(KIND, turn.arrays()))
 
     def used(self, turn: Turn) -> Arrays:

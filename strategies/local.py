@@ -101,10 +101,12 @@ class Turn(Protocol):
         learns: Callable[[str], bool] | None = None,
         correct: Correction | None = None,
         term: Term | None = None,
+        leaves: bool = True,
     ) -> Fitted:
         """Train the model in place by the one training loop: for `epochs`, else as long as `[local]` says, times `repeat`.
 
-        `learns` narrows the parameters that learn. Two calls in one turn see the same batches in the same order.
+        `learns` narrows the parameters that learn. Two calls in one turn see the same batches in the same order. `leaves`:
+        whether anything that comes of it may leave the client; what does not is trained without noise under DP.
         """
         ...
 

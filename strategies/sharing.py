@@ -14,9 +14,8 @@ from torch import nn
 from config.durable import Arrays
 from config.errors import UserError
 from config.schema import SHARES, Experiment
-
-HEADS = "heads."
-"""State names of the heads start with this, all others belong to the trunk ("body")."""
+from strategies.trainable import HEADS as HEADS
+from strategies.trainable import is_added, trained
 
 BESIDE = "@"
 """In a name, between what an algorithm keeps or sends beside a model and the state name that it is of: "c@trunk.w"."""
@@ -66,16 +65,20 @@ def roles(
     order = tuple(names)
     heads = tuple(n for n in order if n.startswith(HEADS))
     body = tuple(n for n in order if not n.startswith(HEADS))
-    trained = order if experiment.local.trainable == "all" else heads
+    learning = trained(experiment, order)
+    changed = tuple(n for n in order if n in learning)
     if experiment.strategy.name == "fedbabu":
-        trained = tuple(n for n in trained if n in body)
+        changed = tuple(n for n in changed if n in body)
+    # FedSA-LoRA: each client keeps its B (the experiment file allows this with share = "trainable" only).
+    federated = experiment.run.placement == "federated"
+    own_b = federated and experiment.local.trainable == "lora" and experiment.local.lora_share == "a"
     sets = {
         "all": order,
         "none": (),
         "body": body,
         "head": heads,
         "all-but-norms": tuple(n for n in order if n not in set(norms)),
-        "trainable": trained,
+        "trainable": tuple(n for n in changed if not (own_b and is_added(n, "lora_b"))),
     }
     share = experiment.share
     if share == "all-but-norms" and len(sets[share]) == len(order):
@@ -84,9 +87,9 @@ def roles(
             'would be FedAvg: write strategy.share = "all", or take a model that has some (task.model = "cnn")'
         )
     shared = sets[share] if share in SHARES else _matching(share, order)
-    personal = tuple(n for n in trained if n not in shared)
+    personal = tuple(n for n in changed if n not in shared)
     fixed = tuple(n for n in order if n not in shared and n not in personal)
-    found = Roles(trained, shared, personal, fixed, buffers)
+    found = Roles(changed, shared, personal, fixed, buffers)
     _something_learns(found, experiment)
     return found
 

@@ -1,6 +1,7 @@
 """Arrays in an .npz file: x, one or more targets, optionally whose each sample is. Never pickled."""
 
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
+from config.load import nearest
 from config.schema import Task
 from tasks.data import Part, Raw
 from tasks.decoding import resize_arrays
+from tasks.targets import missing
 
 _TRAIN, _TEST = "_train", "_test"
 
@@ -21,17 +24,18 @@ def arrays(task: Task, folder: Path) -> Raw:
     """The arrays of `task.train` (default: the only .npz file of the folder).
 
     `x_train`, `y_train`, ... and `x_test`, `y_test`, ...; or `x`, `y`, ... without a test set. x: (n, *shape) of numbers,
-    read as float32; bytes (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w) are images, made `task.image_size` pixels large
-    and of `task.channels` if these are set. Every other array with n rows may be a target; `task.client` names the one
-    that says whose each sample is. Raises UserError for what does not fit.
+    read as float32; bytes (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w) are images, of `task.image_size` and
+    `task.channels`. Every other array with n rows may be a target; `task.client` names the one that says whose each
+    sample is. Raises UserError for what does not fit.
     """
     path = _file(task, folder)
     found = _load(path)
     split = f"x{_TRAIN}" in found
     train = _part(task, path, found, _TRAIN if split else "")
     test = _part(task, path, found, _TEST) if f"x{_TEST}" in found else None
-    if test is not None and test.x.shape[1:] != train.x.shape[1:]:
-        raise UserError(f"{path}: x{_TRAIN} has samples of {train.x.shape[1:]}, x{_TEST} of {test.x.shape[1:]}")
+    if test is not None and (test.x.shape[1:], test.x.dtype) != (train.x.shape[1:], train.x.dtype):
+        name = f"x{_TRAIN}" if split else "x"
+        raise UserError(f"{path}: {name} has samples of {_form(train.x)}, x{_TEST} of {_form(test.x)}")
     return Raw(path.stem, train, test, images=train.x.dtype == torch.uint8)
 
 
@@ -39,7 +43,8 @@ def _file(task: Task, folder: Path) -> Path:
     names = [task.train] if task.train else sorted(p.name for p in folder.glob("*.npz"))
     if len(names) != 1:
         raise UserError(
-            f'task.train = "{task.train}": {folder} has {len(names)} .npz files; name one: {", ".join(names)}'
+            f'task.train = "{task.train}": {folder} has {len(names)} .npz files; name the one to read'
+            f"{': ' if names else ''}{', '.join(names)}"
         )
     if not (folder / names[0]).is_file():
         raise UserError(f'task.train = "{task.train}": there is no file {folder / names[0]}')
@@ -48,7 +53,9 @@ def _file(task: Task, folder: Path) -> Path:
 
 def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path}: this is not an .npz file; numpy.savez makes one")
+        raise UserError(
+            f"{path}: this is not an .npz file, or it is cut short; write one by numpy.savez(path, x=..., y=...)"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
@@ -58,28 +65,41 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
                 f"{path}: an array holds Python objects, which are never unpickled; save it as numbers or text "
                 '(array.astype("U"))'
             ) from None
-        raise UserError(f"{path}: this is not an .npz file ({error})") from None
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UserError(f"{path}: this is not an .npz file ({error})") from None
+        raise UserError(f"{path}: the .npz file is damaged ({error})") from None
+    except (OSError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
+        raise UserError(f"{path}: the .npz file is damaged ({error})") from None
 
 
 def _part(task: Task, path: Path, found: dict[str, npt.NDArray[Any]], suffix: str) -> Part:
-    if f"x{suffix}" not in found:
-        raise UserError(f'{path}: there is no array "x{suffix}"; it has {", ".join(found) or "nothing"}')
-    x = _samples(task, path, f"x{suffix}", found[f"x{suffix}"])
-    others = {n: a for n, a in found.items() if n != f"x{suffix}" and n.endswith(suffix)}
+    name = f"x{suffix}"
+    if name not in found:
+        raise UserError(f'{path}: there is no array "{name}"; it has {", ".join(found) or "nothing"}')
+    others = {n: a for n, a in found.items() if n != name and n.endswith(suffix)}
     if not suffix:
         others = {n: a for n, a in others.items() if not n.endswith((_TRAIN, _TEST))}
+    rows = found[name].shape[0] if found[name].ndim else 0
     columns = {n.removesuffix(suffix): _column(a) for n, a in others.items()}
+    wanted = (*task.targets, task.client)
+    for other, column in columns.items():
+        if other in wanted and column.shape[:1] != (rows,):
+            raise UserError(f'{path}: "{other}{suffix}" has shape {column.shape}, but "{name}" has {rows} rows')
+    columns = {n: column for n, column in columns.items() if column.shape[:1] == (rows,)}
     client = None
     if task.client and suffix != _TEST:
         if task.client not in columns:
-            raise UserError(f'task.client = "{task.client}": {path} has no such array; it has {", ".join(columns)}')
+            raise UserError(
+                f'task.client = "{task.client}": {path} has no array "{task.client}{suffix}"'
+                f"{nearest(task.client, columns)}; it has {', '.join(columns)}"
+            )
         client = columns[task.client]
-    for name, column in columns.items():
-        if name in (*task.targets, task.client) and len(column) != len(x):
-            raise UserError(f'{path}: "{name}{suffix}" has {len(column)} rows, "x{suffix}" {len(x)}')
-    return Part(x, columns, client, source=f"{path}, arrays *{suffix}")
+        if client.ndim != 1 or missing(client).any():
+            raise UserError(f'task.client = "{task.client}": {path}: each sample has one client, and none is missing')
+    return Part(
+        _samples(task, path, name, found[name]),
+        columns,
+        client,
+        source=f"{path}, arrays *{suffix}" if suffix else str(path),
+    )
 
 
 def _column(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -87,20 +107,32 @@ def _column(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _samples(task: Task, path: Path, name: str, array: npt.NDArray[Any]) -> Tensor:
-    if array.ndim < 2 or not len(array):
+    if array.ndim < 2 or not array.size:
         raise UserError(f'{path}: "{name}" has shape {array.shape}; expected samples in rows, (n, ...)')
+    shape = array.shape
     if array.dtype == np.uint8 and array.ndim in (3, 4):
         if array.ndim == 3:
             array = array[:, None]
         elif array.shape[1] not in (1, 3):
             array = array.transpose(0, 3, 1, 2)
         if array.shape[1] not in (1, 3):
-            raise UserError(f'{path}: "{name}": bytes are images of 1 or 3 channels, not of shape {array.shape}')
+            raise UserError(f'{path}: "{name}": bytes are images of 1 or 3 channels, not of shape {shape}')
         return resize_arrays(array, task.image_size, task.channels)
     if array.dtype.kind not in "fiub":
         raise UserError(f'{path}: "{name}" is of {array.dtype}; expected numbers')
-    samples = array.astype(np.float32)
+    for setting in ("image_size", "channels"):
+        if value := getattr(task, setting):
+            raise UserError(
+                f'task.{setting} = {value!r}: "{name}" of {path} is {array.dtype} of shape {array.shape}, where images are '
+                "uint8 of shape (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w)"
+            )
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told below
+        samples = array.astype(np.float32)
     if not np.isfinite(samples).all():
-        row = int(np.flatnonzero(~np.isfinite(samples.reshape(len(samples), -1)).all(1))[0])
+        row = int(np.flatnonzero(~np.isfinite(samples.reshape(len(samples), -1)).all(1))[0]) + 1
         raise UserError(f'{path}: "{name}", row {row}, has a number that is not finite; fill or leave out such samples')
     return torch.from_numpy(samples)
+
+
+def _form(x: Tensor) -> str:
+    return f"{'bytes' if x.dtype == torch.uint8 else 'numbers'} {tuple(x.shape[1:])}"

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -56,12 +56,22 @@ def decode_files(paths: Sequence[Path], where: Callable[[int], str], size: int, 
             raise UserError(f"{where(i)}: {paths[i]} cannot be taken as an image: {error}") from None
 
     def differs(i: int, found: tuple[int, ...], first: tuple[int, ...]) -> UserError:
-        return UserError(
-            f"{where(i)}: {paths[i]} is {_form(found)}, but {paths[0]} is {_form(first)}: write the size that all are to "
-            'have (for example task.image_size = 224), and task.channels = "rgb" or "grey"'
-        )
+        return _differs(f"{where(i)}: {paths[i]}", found, str(paths[0]), first)
 
     return _kept(digest.hexdigest(), len(paths), decode, differs)
+
+
+def convert_images(images: Iterable[Image.Image], where: Callable[[int], str], size: int, channels: str) -> Tensor:
+    """Images that are decoded already, as `decode_files` would give them, kept in memory. Raises UserError likewise."""
+    made: list[Pixels] = []
+    for i, image in enumerate(images):
+        try:
+            made.append(pixels(image, size, channels))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{where(i)}: it cannot be taken as an image: {error}") from None
+        if made[-1].shape != made[0].shape:
+            raise _differs(where(i), made[-1].shape, "the first", made[0].shape)
+    return torch.from_numpy(np.stack(made))
 
 
 def resize_arrays(images: Pixels, size: int, channels: str) -> Tensor:
@@ -104,6 +114,13 @@ def pixels(image: Image.Image, size: int, channels: str) -> Pixels:
     array = np.asarray(image)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
     return np.ascontiguousarray(array[::-1] if channels == "bgr" else array)
+
+
+def _differs(what: str, shape: tuple[int, ...], other: str, first: tuple[int, ...]) -> UserError:
+    return UserError(
+        f"{what} is {_form(shape)}, but {other} is {_form(first)}: write the size that all are to have (for example "
+        'task.image_size = 224), and task.channels = "rgb" or "grey"'
+    )
 
 
 def _form(shape: tuple[int, ...]) -> str:

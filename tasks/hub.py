@@ -1,78 +1,107 @@
 """Data of the Hugging Face hub, or in its form in a local folder, through flwr-datasets (the optional extra `hub`)."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from config.errors import UserError
+from config.load import nearest
 from config.schema import Task
 from tasks.data import Part, Raw
-from tasks.decoding import pixels
+from tasks.decoding import convert_images
 from tasks.tables import Table
 from tasks.tabular import labelled, tabular_raw
 from tasks.text import text_raw
 
-HUB = "hub"
-
 
 def hub(task: Task) -> Raw:
-    """The data set `hub:NAME`; NAME may be a local folder. `task.train` and `task.test` name its splits (default: train, and
-    test if there is one).
+    """The data set `hub:NAME` or `hub:NAME:SUBSET`; NAME may be a local folder. `task.train` and `task.test` name its splits
+    (default: train, and test if there is one), `task.public` a split that is public.
 
-    What `task.inputs` names decides what it is: one column of images gives bytes (n, channels, height, width), which must
-    be of one size unless `task.image_size` is set; one column of texts tokens (`tasks.text`); other columns inputs as in a
-    table (`tasks.tabular`). Raises UserError for a package, a data set, a split or a column that is not there.
+    What `task.inputs` names decides what it is: one column of images gives bytes (n, channels, height, width), of
+    `task.image_size` and `task.channels`; one column of texts tokens (`tasks.text`); other columns inputs as in a table
+    (`tasks.tabular`). A column of class labels has as many classes as the data set says, and -1 is missing.
+    Raises UserError for a package, a data set, a split or a column that is not there.
     """
     name = task.dataset.partition(":")[2]
-    data = _load(name)
+    splits = _load(name)
     train_name = task.train or "train"
-    test_name = task.test or ("test" if "test" in data else "")
-    for setting, split in (("train", train_name), ("test", test_name)):
-        if split and split not in data:
-            raise UserError(f'task.{setting} = "{split}": the data set {name} has the splits {", ".join(data)}')
-    train, test = data[train_name], data[test_name] if test_name else None
-    only = task.inputs[0] if len(task.inputs) == 1 else ""
-    if only and only not in train.column_names:
-        only = ""
-    kind = type(train.features[only]).__name__ if only else ""
-    tables = _table(name, train), None if test is None else _table(name, test)
-    if kind == "Image":
-        held = None if tables[1] is None else _images(task, name, test, tables[1], clients=False)
-        return Raw(name, _images(task, name, train, tables[0], clients=True), held, _class_kinds(train), images=True)
-    text = kind == "Value" and train.features[only].dtype in ("string", "large_string")
-    raw = (text_raw if text else tabular_raw)(task, None, *tables)
-    return Raw(name, raw.train, raw.test, _class_kinds(train), raw.tokens)
+    test_name = task.test or ("test" if "test" in splits else "")
+    train = _split(name, splits, "task.train", train_name)
+    test = _split(name, splits, "task.test", test_name) if test_name else None
+    tables = _table(name, train_name, train), None if test is None else _table(name, test_name, test)
+    kinds = _class_kinds(train)
+    if _feature(train, task.inputs) == "Image":
+        held_out = None if test is None or tables[1] is None else _images(task, test, tables[1], clients=False)
+        return Raw(name, _images(task, train, tables[0], clients=True), held_out, kinds, images=True)
+    public = None
+    if task.public:
+        public = _table(name, task.public, _split(name, splits, "task.public", task.public))
+    if _feature(train, task.inputs) == "string":
+        raw = text_raw(task, None, *tables, public)
+    else:
+        raw = tabular_raw(task, *tables, public)
+    return Raw(name, raw.train, raw.test, kinds, raw.tokens)
 
 
-def _load(name: str) -> Any:
+def _load(name: str) -> dict[str, Any]:
+    """The splits of the data set, in its own order."""
     try:
         import datasets
         from flwr_datasets import FederatedDataset
     except ImportError:
         raise UserError(f"task.dataset = \"hub:{name}\" needs flwr-datasets: pip install -e '.[hub]'") from None
-    if name.startswith((".", "/", "~")):
-        place = Path(name).expanduser()
-        if not place.is_dir():
+    place, _, subset = name.partition(":")
+    if place.startswith((".", "/", "~")):
+        folder = Path(place).expanduser()
+        if not folder.is_dir():
             raise UserError(f'task.dataset = "hub:{name}": there is no such folder')
-        name = str(place.resolve())
+        place = str(folder.resolve())
     try:
-        federated = FederatedDataset(dataset=name, partitioners={}, shuffle=False)
-        splits = datasets.get_dataset_split_names(name)
+        splits = datasets.get_dataset_split_names(place, subset or None)
+        federated = FederatedDataset(dataset=place, subset=subset or None, shuffle=False, partitioners={})
         return {split: federated.load_split(split) for split in splits}
     except Exception as error:
         # What the hub's library raises is not documented; whatever it is, the data set could not be opened.
-        raise UserError(f'task.dataset = "hub:{name}" could not be opened: {str(error).splitlines()[0]}') from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f'task.dataset = "hub:{name}" could not be opened: {why}') from None
 
 
-def _table(name: str, split: Any) -> Table:
-    """The split's columns of texts and numbers as text."""
-    plain = [c for c in split.column_names if type(split.features[c]).__name__ in ("Value", "ClassLabel")]
+def _split(name: str, splits: dict[str, Any], setting: str, split: str) -> Any:
+    if split not in splits:
+        raise UserError(
+            f'{setting} = "{split}": the data set {name} has no such split{nearest(split, splits)}; it has '
+            f"{', '.join(splits)}"
+        )
+    if len(splits[split]) == 0:
+        raise UserError(f'{setting} = "{split}": this split of {name} is empty')
+    return splits[split]
+
+
+def _feature(split: Any, inputs: tuple[str, ...]) -> str:
+    """What the one input column is: "Image", "string", or something else."""
+    feature: Any = split.features.get(inputs[0]) if len(inputs) == 1 else None
+    if type(feature).__name__ == "Value":
+        return "string" if feature.dtype in ("string", "large_string") else str(feature.dtype)
+    return type(feature).__name__
+
+
+def _table(name: str, split_name: str, split: Any) -> Table:
+    """The split's columns of texts and numbers as text, "" where there is none."""
+    kinds = {column: type(feature).__name__ for column, feature in split.features.items()}
     columns = {
-        c: np.array(["" if v is None else str(v) for v in split.with_format(None)[c]], dtype=object) for c in plain
+        column: np.array([_cell(value, kind) for value in split.with_format(None)[column]], dtype=object)
+        for column, kind in kinds.items()
+        if kind in ("Value", "ClassLabel")
     }
-    return Table(name, columns, np.arange(1, len(split) + 1, dtype=np.int64))
+    return Table(f"hub:{name}, split {split_name}", columns, np.arange(1, len(split) + 1, dtype=np.int64))
+
+
+def _cell(value: Any, kind: str) -> str:
+    gone = value is None or value != value or (kind == "ClassLabel" and value == -1)  # null, NaN, the hub's "no label"
+    return "" if gone else str(value)
 
 
 def _class_kinds(split: Any) -> dict[str, str]:
@@ -80,17 +109,14 @@ def _class_kinds(split: Any) -> dict[str, str]:
     return {column: f"class {feature.num_classes}" for column, feature in labels.items()}
 
 
-def _images(task: Task, name: str, split: Any, table: Table, clients: bool) -> Part:
-    column = task.inputs[0]
-    found = []
-    for row, image in enumerate(split[column]):
-        try:
-            found.append(pixels(image, task.image_size, task.channels))
-        except ValueError as error:
-            raise UserError(f'task.dataset = "hub:{name}", row {row + 1}, column "{column}": {error}') from None
-        if found[row].shape != found[0].shape:
-            raise UserError(
-                f'task.dataset = "hub:{name}", row {row + 1}: the image is of another size than the first: write the size '
-                "that all are to have (for example task.image_size = 224)"
-            )
-    return labelled(task, table, torch.from_numpy(np.stack(found)), clients)
+def _images(task: Task, split: Any, table: Table, clients: bool) -> Part:
+    (column,) = task.inputs
+
+    def images() -> Iterator[Any]:
+        for i, image in enumerate(split[column]):
+            if image is None:
+                raise UserError(f"{table.cell(i, column)}: it is empty, where an image was expected")
+            yield image
+
+    x = convert_images(images(), lambda i: table.cell(i, column), task.image_size, task.channels)
+    return labelled(task, table, x, clients)

@@ -1,16 +1,14 @@
 """Readers of images: torchvision's data sets by name, folders with a sub-folder a class, and a table beside images.
 
 A reader takes the settings of `[task]` and the folder that `task.root` names, and gives a `tasks.data.Raw` with uint8
-images (n, channels, height, width). docs/data-images.md shows the lines of an experiment file for each.
+images (n, channels, height, width). docs/data.md shows the lines of an experiment file for each.
 """
 
 import contextlib
-import csv
 import fcntl
-import lzma
 import pickle
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ from config.errors import UserError
 from config.load import nearest
 from tasks.data import Part, Raw
 from tasks.decoding import decode_files, resize_arrays
+from tasks.tables import Table, read_table
+from tasks.tabular import labelled, read_train_and_test
 from tasks.vision import torchvision
 
 TORCHVISION = ("MNIST", "FashionMNIST", "EMNIST", "CIFAR10", "CIFAR100", "SVHN")
@@ -83,90 +83,29 @@ def image_folder(task: schema.Task, root: Path) -> Raw:
 
 
 def image_table(task: schema.Task, root: Path) -> Raw:
-    """A CSV file (also .csv.xz) with the path of an image, relative to `root`, and any number of labels in each row.
+    """A table (`tasks.tables`) with the path of an image, relative to `root`, and any number of labels in each row.
 
-    `task.train` and `task.test` are the files under `root`; empty: train.csv and, if there is one, test.csv (or with
-    .xz). `task.inputs` names the column of the paths; empty: the first. `task.client` names the column of the clients.
-    All other columns may be targets: numbers if every cell is a number or empty, else text. Raises UserError that names
-    file, row (as a text editor counts) and column for whatever is missing or malformed.
+    `task.train` and `task.test` are the files under `root`; empty: train.csv and, if there is one, test.csv (or the
+    other forms of a table). `task.inputs` names the column of the paths; empty: the first. `task.client` names the column
+    of the clients. All other columns may be targets: numbers if every cell is a number or empty, else text. Raises
+    UserError that names file, line (as a text editor counts) and column for whatever is missing or malformed.
     """
     if len(task.inputs) > 1:
         raise UserError(f"task.inputs = {list(task.inputs)}: give the one column that holds the images' paths")
-    train = read_table(_table_file(task, root, "train"))
+    train, test = read_train_and_test(task, root)
     pool = _table_part(task, root, train, client=True)
-    if not task.test and not _defaults(root, "test"):
+    if test is None:
         return Raw("image-table", pool, None, images=True)
-    test = read_table(_table_file(task, root, "test"))
     held_out = _table_part(task, root, test, client=False)
     for name, column in pool.columns.items():
         other = held_out.columns.get(name)
         if column.dtype.kind == "f" and other is not None and other.dtype.kind != "f":
             row = next(i for i, cell in enumerate(other) if not _is_number(cell))
             raise UserError(
-                f'{test.cell(row, name)}: "{other[row]}" is no number, but the column "{name}" of {train.path} has '
+                f'{test.cell(row, name)}: "{other[row]}" is no number, but the column "{name}" of {train.source} has '
                 "numbers alone"
             )
     return Raw("image-table", pool, held_out, images=True)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A CSV file: its header, its rows, and the line of the file on which each row begins, counted from 1."""
-
-    path: Path
-    header: tuple[str, ...]
-    rows: list[list[str]]
-    lines: list[int]
-
-    def column(self, setting: str, name: str) -> list[str]:
-        """The cells of a column. Raises UserError if there is no such column; `setting` says who asks for it."""
-        if name not in self.header:
-            raise UserError(
-                f'{setting}: {self.path} has no column "{name}"{nearest(name, self.header)}; '
-                f"it has {', '.join(self.header)}"
-            )
-        place = self.header.index(name)
-        return [row[place] for row in self.rows]
-
-    def cell(self, row: int, name: str) -> str:
-        """Where a cell is, for errors: file, row as a text editor counts, and column."""
-        return f'{self.path}: row {self.lines[row]}, column "{name}"'
-
-
-def read_table(path: Path) -> Table:
-    """Read a CSV file with a header, UTF-8, also .xz; empty lines are passed over.
-
-    Raises UserError for a file that cannot be read, a header with an empty or double name, and a row that is not as
-    long as the header.
-    """
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    reader = None
-    try:
-        opener = lzma.open if path.suffix == ".xz" else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            begin = 1
-            for row in reader:
-                if row:
-                    rows.append(row)
-                    lines.append(begin)
-                begin = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}: row {reader.line_num if reader else 1}: {error}") from None
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: it cannot be read as a table in UTF-8: {error}") from None
-    if not rows:
-        raise UserError(f"{path}: it is empty; a header and at least one row were expected")
-    header = tuple(name.strip() for name in rows[0])
-    if "" in header or len(set(header)) < len(header):
-        raise UserError(f"{path}: row {lines[0]}: the header {list(header)} has an empty or a double name")
-    for row, line in zip(rows[1:], lines[1:], strict=True):
-        if len(row) != len(header):
-            raise UserError(
-                f"{path}: row {line} has {len(row)} fields, where the header has {len(header)}: {', '.join(header)}"
-            )
-    return Table(path, header, rows[1:], lines[1:])
 
 
 def _open_torchvision(task: schema.Task, root: Path, name: str, split: str, training: bool) -> Any:
@@ -227,11 +166,13 @@ def _owners(task: schema.Task, root: Path, n: int) -> npt.NDArray[np.str_]:
             'the columns "index" (of the training sample, from 0) and COLUMN (its client)'
         )
     table = read_table(root / file)
-    clients, index = table.column(setting, name), table.column(setting, "index")
+    clients, index = table.column(name, setting), table.column("index", setting)
     place = {text: row for row, text in enumerate(index)}
     missing = [i for i in range(n) if str(i) not in place]
     if missing:
-        raise UserError(f"{setting}: no row of {table.path} has the index {missing[0]}; there are {n} training samples")
+        raise UserError(
+            f"{setting}: no row of {table.source} has the index {missing[0]}; there are {n} training samples"
+        )
     return np.array([clients[place[str(i)]] for i in range(n)])
 
 
@@ -250,36 +191,20 @@ def _folder_part(task: schema.Task, key: str, folder: Path) -> tuple[Part, list[
     return Part(x, {LABEL: np.array([classes[label] for _, label in found])}), classes
 
 
-def _defaults(root: Path, key: str) -> list[Path]:
-    return [path for path in (root / f"{key}.csv", root / f"{key}.csv.xz") if path.is_file()]
-
-
-def _table_file(task: schema.Task, root: Path, key: str) -> Path:
-    name = getattr(task, key)
-    found = [root / name] if name else _defaults(root, key)
-    if not found or not found[0].is_file():
-        raise UserError(
-            f'task.{key} = "{name}": there is no file {root / (name or f"{key}.csv")}: write the name of a CSV file under '
-            "task.root that has the images' paths and their labels"
-        )
-    return found[0]
-
-
 def _table_part(task: schema.Task, root: Path, table: Table, client: bool) -> Part:
-    name = task.inputs[0] if task.inputs else table.header[0]
-    cells = table.column(f"task.inputs = {list(task.inputs)}", name)
+    name = task.inputs[0] if task.inputs else next(iter(table.columns))
+    cells = table.column(name, f"task.inputs = {list(task.inputs)}")
     empty = [row for row, cell in enumerate(cells) if not cell.strip()]
     if empty:
         raise UserError(f"{table.cell(empty[0], name)}: it is empty, where the path of an image was expected")
     x = decode_files([root / cell for cell in cells], lambda i: table.cell(i, name), task.image_size, task.channels)
-    owner = np.array(table.column(f'task.client = "{task.client}"', task.client)) if client and task.client else None
-    columns = {other: _column(table.column("", other)) for other in table.header if other != name}
-    return Part(x, columns, owner)
+    columns = {other: _column(values) for other, values in table.columns.items() if other != name}
+    return replace(labelled(task, table, x, client), columns=columns)
 
 
-def _column(cells: Sequence[str]) -> npt.NDArray[Any]:
+def _column(values: Iterable[str]) -> npt.NDArray[Any]:
     """Cells as float64, NaN where empty, if all others are numbers; else as text."""
-    cells = [cell.strip() for cell in cells]
+    cells = [cell.strip() for cell in values]
     if any(cells) and all(_is_number(cell) for cell in cells):
         return np.array([float(cell or "nan") for cell in cells])
     return np.array(cells)

@@ -48,6 +48,7 @@ def losses(
     y: Mapping[str, Tensor],
     targets: Sequence[Target],
     weights: Mapping[str, Tensor] | None = None,
+    smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
     """Each target's loss, a mean over the samples that have it, as a scalar tensor; 0 if none has.
 
@@ -56,14 +57,15 @@ def losses(
     output (n,) against (value - offset) / scale, so it has no unit. Quantiles: the pinball loss of outputs
     (n, quantiles) in the same unit, max(q e, (q - 1) e) with e = truth - output, summed over the quantiles (Koenker and
     Bassett 1978). A sample with several entries (labels, a class at each token) has the mean over those that are known.
-    `weights`: `class_weights` of the targets. The mean is over the count of samples, not over their weights or entries,
-    so that a sample's loss does not depend on the others in its batch.
+    `weights`: `class_weights` of the targets. `smoothing`: this share of a class label is spread evenly over all classes
+    (Szegedy et al. 2016, section 7); other kinds of target keep their loss. The mean is over the count of samples, not
+    over their weights or entries, so that a sample's loss does not depend on the others in its batch.
     """
     result = {}
     for target in targets:
         output, truth = outputs[target.name], y[target.name]
         known = target.known(truth)
-        each = _each(target, output, truth, known, (weights or {}).get(target.name))
+        each = _each(target, output, truth, known, (weights or {}).get(target.name), smoothing)
         if each.ndim > 1:
             entries = known.flatten(1).sum(1)
             each, known = each.flatten(1).sum(1) / entries.clamp(min=1), entries > 0
@@ -71,10 +73,33 @@ def losses(
     return result
 
 
-def _each(target: Target, output: Tensor, truth: Tensor, known: Tensor, weight: Tensor | None) -> Tensor:
+def sample_losses(
+    outputs: Mapping[str, Tensor],
+    y: Mapping[str, Tensor],
+    targets: Sequence[Target],
+    weights: Mapping[str, Tensor] | None = None,
+    smoothing: float = 0.0,
+) -> dict[str, Tensor]:
+    """Each target's loss of each sample, (n,): its mean over the entries (tokens, labels) that the sample has, 0 if none.
+
+    A sample's loss depends on that sample alone, as DP-SGD needs it. Where samples have one entry each, and all of them
+    have it, the mean over the samples is `losses`.
+    """
+    result = {}
+    for target in targets:
+        output, truth = outputs[target.name], y[target.name]
+        known = target.known(truth)
+        each = _each(target, output, truth, known, (weights or {}).get(target.name), smoothing)
+        result[target.name] = each.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1) if each.ndim > 1 else each
+    return result
+
+
+def _each(
+    target: Target, output: Tensor, truth: Tensor, known: Tensor, weight: Tensor | None, smoothing: float = 0.0
+) -> Tensor:
     """The loss of each entry of `truth`, 0 where it is missing."""
     if target.kind == "class":
-        return F.cross_entropy(output, truth, weight, ignore_index=MISSING, reduction="none")
+        return F.cross_entropy(output, truth, weight, ignore_index=MISSING, reduction="none", label_smoothing=smoothing)
     truth = torch.where(known, truth, 0.0)
     if target.kind == "labels":
         each = F.binary_cross_entropy_with_logits(output, truth, pos_weight=weight, reduction="none")

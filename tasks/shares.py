@@ -23,6 +23,7 @@ from config.load import to_toml, to_tree
 from config.schema import Experiment
 from tasks.data import Data, Dataset, Target
 from tasks.partition import LeftOut, Split
+from tasks.peft import added
 from tasks.pipeline import image_pipeline
 from tasks.task import ClientData, Task, open_task, settle
 
@@ -139,6 +140,7 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
         np.array(share["held"], dtype=bool),
         pipeline=image_pipeline(dataset, experiment.task),
         counts=np.array(share["labels"], dtype=np.int64) if share["labels"] else None,
+        added=added(experiment.local),
         _clients=clients,
     )
 

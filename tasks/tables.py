@@ -10,6 +10,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ from config.errors import UserError
 from config.load import nearest
 
 Text = npt.NDArray[np.object_]
-FORMATS = (".csv", ".tsv", ".jsonl", ".json")
+FORMATS = (".csv", ".tsv", ".jsonl")
+PACKED = (".xz", ".gz")
+GAPS = ("", "?", "NA", "nan", "NaN")
+"""The cells of a column of numbers or categories that say that there is none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,42 +49,51 @@ class Table:
         return self.columns[name]
 
     def joined(self, names: str, setting: str) -> Text:
-        """The column of that name; of several, "play+role", their values joined by "+"."""
-        parts = [self.column(name, setting) for name in names.split("+")]
-        if len(parts) == 1:
-            return parts[0]
+        """The column of that name; of several, "play+role", their values joined by "+". Raises UserError for a gap."""
+        several = names.split("+") if names not in self.columns else [names]
+        parts = [self.column(name, setting) for name in several]
+        for name, part in zip(several, parts, strict=True):
+            if (gaps := np.flatnonzero(part == "")).size:
+                raise UserError(f"{setting}: {self.cell(int(gaps[0]), name)}: it is empty")
         return np.array(["+".join(values) for values in zip(*parts, strict=True)], dtype=object)
 
+    def cell(self, row: int, name: str) -> str:
+        """Where a cell is, for errors: file, line as a text editor counts, and column."""
+        return f'{self.source}, line {self.lines[row]}, column "{name}"'
+
     def numbers(self, name: str, setting: str) -> npt.NDArray[np.float64]:
-        """The column as numbers, NaN where it is empty. Raises UserError for the first value that is none."""
+        """The column as numbers, NaN where it is a gap (`GAPS`). Raises UserError for the first value that is none."""
         values = self.column(name, setting)
         result = np.full(len(values), np.nan)
         for i, value in enumerate(values):
-            if value.strip() in ("", "?", "NA", "nan", "NaN"):
+            if value.strip() in GAPS:
                 continue
-            try:
+            with suppress(ValueError):
                 result[i] = float(value)
-            except ValueError:
+            if not np.isfinite(result[i]):
                 raise UserError(
-                    f'{self.source}, line {self.lines[i]}, column "{name}": "{value}" is not a number (a gap is an empty '
-                    'cell); a column of names is written "NAME category" or "NAME among ..." in task.inputs'
-                ) from None
+                    f'{self.cell(i, name)}: "{value}" is not a finite number (a gap is an empty cell); a column of names '
+                    'is written "NAME category" or "NAME among ..." in task.inputs'
+                )
         return result
 
 
 def read_table(path: Path) -> Table:
     """The table in a file, by its name: .csv, .tsv, .jsonl, each also with .xz or .gz behind.
 
-    CSV and TSV have a header. JSON lines have an object a line; all have the keys of the first one, whose values are
-    texts, numbers, booleans, null, or lists of them (joined by "|"). Raises UserError for what is missing or malformed.
+    CSV and TSV have a header; empty lines are passed over. JSON lines have an object a line; all have the keys of the first
+    one, whose values are texts, numbers, booleans, null, or lists of them (joined by "|"). Raises UserError for what is
+    missing or malformed.
     """
-    kind = next((s for s in reversed(path.suffixes) if s in FORMATS), "")
-    if not kind:
+    kind = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    if kind not in FORMATS:
         raise UserError(f"{path}: a table is a file named *.csv, *.tsv or *.jsonl, also with .xz or .gz behind")
     text = _text(path)
-    rows = list(_json_rows(path, text) if kind in (".jsonl", ".json") else _rows(path, text, kind))
+    rows = list(_json_rows(path, text) if kind == ".jsonl" else _rows(path, text, kind))
     if not rows:
-        raise UserError(f"{path}: the file has no rows")
+        raise UserError(
+            f"{path}: it has no rows; {'' if kind == '.jsonl' else 'a header and '}at least one was expected"
+        )
     names = list(rows[0][1])
     columns = {name: np.array([row[name] for _, row in rows], dtype=object) for name in names}
     return Table(str(path), columns, np.array([line for line, _ in rows], dtype=np.int64))
@@ -94,14 +107,14 @@ def find_file(folder: Path, name: str, setting: str, candidates: Sequence[str]) 
     files = sorted(p.name for p in folder.iterdir() if p.is_file())
     wanted = f'"{name}"' if name else "none of " + ", ".join(candidates)
     raise UserError(
-        f'{setting} = "{name}": {folder} has {"no file " if name else ""}{wanted}; '
+        f'{setting} = "{name}": {folder} has {"no file " if name else ""}{wanted}{nearest(name, files)}; '
         f"it has {', '.join(files[:20]) or 'nothing'}"
     )
 
 
 def candidates(stem: str) -> list[str]:
     """The names that a table called `stem` may have."""
-    return [f"{stem}{kind}{packed}" for kind in FORMATS[:3] for packed in ("", ".xz", ".gz")]
+    return [f"{stem}{kind}{packed}" for kind in FORMATS for packed in ("", *PACKED)]
 
 
 def _text(path: Path) -> str:
@@ -123,22 +136,27 @@ def _text(path: Path) -> str:
 
 
 def _rows(path: Path, text: str, kind: str) -> Iterator[tuple[int, dict[str, str]]]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # by itself it refuses texts above 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if kind == ".csv" else "\t", strict=True)
+    header: list[str] = []
+    begin = 1
     try:
-        header = next(reader, [])
-        if any(not name.strip() for name in header):
-            raise UserError(f"{path}, line 1: a column has no name: {header}")
-        if len(set(header)) != len(header):
-            raise UserError(f"{path}, line 1: two columns have the same name: {', '.join(header)}")
-        before = reader.line_num
         for row in reader:
-            line, before = before + 1, reader.line_num
-            if row and len(row) != len(header):
-                raise UserError(f"{path}, line {line}: {len(row)} cells, but the header has {len(header)}")
-            if row:
+            line, begin = begin, reader.line_num + 1
+            if not row:
+                continue
+            if not header:
+                header = [name.strip() for name in row]
+                if "" in header or len(set(header)) < len(header):
+                    raise UserError(f"{path}, line {line}: the header {header} has an empty or a double name")
+            elif len(row) != len(header):
+                raise UserError(
+                    f"{path}, line {line}: it has {len(row)} cells, where the header has {len(header)}: {', '.join(header)}"
+                )
+            else:
                 yield line, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+        raise UserError(f"{path}, line {begin}: {error}, in the row that begins here") from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -149,7 +167,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: this is not JSON ({error})") from None
+            raise UserError(f"{path}, line {number}: this is not JSON, an object a line ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         names = names or list(row)
@@ -163,7 +181,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 def _cell(path: Path, line: int, name: str, value: Any) -> str:
     if isinstance(value, list):
         return "|".join(_cell(path, line, name, v) for v in value)
-    if value is None:
+    if value is None or value != value:  # null, NaN
         return ""
     if isinstance(value, str | int | float):
         return str(value)

@@ -21,7 +21,7 @@ import torch
 from config.errors import UserError
 from config.schema import Task
 from tasks.data import Part, Raw
-from tasks.tables import Table, candidates, find_file, read_table
+from tasks.tables import GAPS, Table, candidates, find_file, read_table
 
 Floats = npt.NDArray[np.float32]
 
@@ -29,14 +29,12 @@ Floats = npt.NDArray[np.float32]
 def tabular(task: Task, folder: Path) -> Raw:
     """The rows of `task.train` (default train.csv) and, if given or there, `task.test` (test.csv) as float32 (n, inputs)."""
     train, test = read_train_and_test(task, folder)
-    return tabular_raw(task, folder, train, test)
+    return tabular_raw(task, train, test, read_public(task, folder, train))
 
 
-def tabular_raw(task: Task, folder: Path | None, train: Table, test: Table | None) -> Raw:
-    """The same of tables that are read already; `folder`: where `task.public` is."""
-    columns = read_inputs(task, train)
-    public = read_public(task, folder, train)
-    readers = [_constants(column, public) for column in columns]
+def tabular_raw(task: Task, train: Table, test: Table | None, public: Table | None) -> Raw:
+    """The same of tables that are read already."""
+    readers = [_constants(column, public) for column in read_inputs(task, train)]
 
     def part(table: Table, clients: bool) -> Part:
         x = np.concatenate([reader.read(table) for reader in readers], axis=1)
@@ -54,11 +52,11 @@ def read_train_and_test(task: Task, folder: Path) -> tuple[Table, Table | None]:
     return train, read_table(folder / there[0]) if there and not task.train else None
 
 
-def read_public(task: Task, folder: Path | None, train: Table) -> Table | None:
+def read_public(task: Task, folder: Path, train: Table) -> Table | None:
     """The table that `task.public` names: public rows, or the training pool if that is declared public."""
     if task.public == "train":
         return train
-    if not task.public or folder is None:
+    if not task.public:
         return None
     return read_table(find_file(folder, task.public, "task.public", []))
 
@@ -66,9 +64,6 @@ def read_public(task: Task, folder: Path | None, train: Table) -> Table | None:
 def labelled(task: Task, table: Table, x: torch.Tensor, clients: bool) -> Part:
     """Samples with the table's columns as possible targets and, if asked for, its client column."""
     client = table.joined(task.client, f'task.client = "{task.client}"') if clients and task.client else None
-    if client is not None and (client == "").any():
-        row = int(np.flatnonzero(client == "")[0])
-        raise UserError(f'{table.source}, line {table.lines[row]}: the client column "{task.client}" is empty')
     return Part(x, table.columns, client, table.source, table.lines)
 
 
@@ -106,6 +101,10 @@ def read_inputs(task: Task, train: Table) -> list[_Column]:
     """The entries of `task.inputs`; if it is empty, every column that is no target and no client, a number as it is."""
     used = {*task.targets, *task.client.split("+")}
     entries = task.inputs or tuple(shlex.quote(name) for name in train.columns if name not in used)
+    if not entries:
+        raise UserError(
+            f"task.inputs is empty, and {train.source} has no column that is neither a target nor the client"
+        )
     columns = [_entry(text) for text in entries]
     for column in columns:
         train.column(column.name, f'task.inputs = "{column.text}"')
@@ -116,7 +115,7 @@ def read_inputs(task: Task, train: Table) -> list[_Column]:
 
 def _entry(text: str) -> _Column:
     try:
-        name, *words = shlex.split(text)
+        name, *words = shlex.split(text) or [""]
     except ValueError as error:
         raise _wrong(text, str(error)) from None
     gaps = bool(words) and words[-1] == "gaps"
@@ -167,7 +166,7 @@ def _constants(column: _Column, public: Table | None) -> _Column:
 def _plain(value: str) -> str:
     """A category as it is compared: 3.0 and 3 are the same; "?" and "NA" are gaps."""
     value = value.strip()
-    if value in ("?", "NA", "nan", "NaN"):
+    if value in GAPS:
         return ""
     try:
         number = float(value)

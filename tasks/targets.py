@@ -6,9 +6,9 @@
     quantiles Q ... [scale S] [offset O]
 
 `class` alone takes the distinct values of the column as the classes, in order (numbers by size, text by code point);
-`class 5` says that the column holds 0..4; `class no yes` names them in order; `class above 0` is two classes of a number.
-`labels` reads rows of 0 and 1, or a text column with names separated by "|". An empty cell and NaN are a missing label,
-and so is -1 in an array of whole numbers, unless it is one of the classes.
+`class 5` says that the column holds 0..4; `class no yes` names them in order; `class above 0` is two classes of a number,
+and `class no yes above 0` names the two. `labels` reads rows of 0 and 1, or a text column with names separated by "|". An
+empty cell and NaN are a missing label, and so is -1 in an array of whole numbers, unless it is one of the classes.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
+from config.load import nearest
 from tasks.data import MISSING, Data, Part, Raw, Target
 
 KINDS: tuple[str, ...] = get_args(Target.__dataclass_fields__["kind"].type)
@@ -66,6 +67,10 @@ def read_kind(target: str, text: str) -> Kind:
             raise _wrong(target, text, f'"{word}" does not go with {first}; {", ".join(allowed)} do')
         if word in ("above", "scale", "offset") and len(values) != 1:
             raise _wrong(target, text, f'"{word}" takes one number')
+        if word == "weights" and not values:
+            raise _wrong(target, text, '"weights" takes a number for each class')
+        if word == "balanced" and values:
+            raise _wrong(target, text, f'"balanced" stands alone, without "{values[0]}"')
     numbers = {
         w: tuple(_number(target, text, v) for v in parts.get(w, ())) for w in ("above", "weights", "scale", "offset")
     }
@@ -86,6 +91,10 @@ def read_kind(target: str, text: str) -> Kind:
         levels = [_number(target, text, w) for w in kind.words]
         if not levels or sorted(set(levels)) != levels or min(levels) <= 0 or max(levels) >= 1:
             raise _wrong(target, text, "write the levels in rising order, each between 0 and 1: quantiles 0.1 0.5 0.9")
+    if first in ("class", "labels") and len(set(kind.words)) != len(kind.words):
+        raise _wrong(target, text, "two classes have the same name")
+    if kind.above is not None and len(kind.words) not in (0, 2):
+        raise _wrong(target, text, '"above" makes two classes: give two names, or none')
     if first == "value" and kind.words:
         raise _wrong(target, text, f'"{kind.words[0]}" is not understood: value [scale S] [offset O]')
     return kind
@@ -94,15 +103,17 @@ def read_kind(target: str, text: str) -> Kind:
 def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[tuple[Target, ...], Data, Data]:
     """The targets of these names with their numbers: (targets, training pool, test set).
 
-    A target's kind is that of `kinds`, else of the reader, else "class" for text and whole numbers and "value" for
-    others. Raises UserError for an unknown column, a class that the kind does not know, a value that is no number.
+    A target's kind is that of `kinds`, else of the reader, else told by its values: "class" for text, for an array of
+    whole numbers, and where all are whole numbers of which at most 100 differ; "value" for other numbers. Raises
+    UserError for an unknown column, a class that the kind does not know, a value that is no number, and a column of
+    another shape than the kind's.
     """
     assert raw.test is not None
     for name in names:
         if name not in raw.train.columns:
             raise UserError(
-                f'task.targets = {list(names)}: the data set "{raw.name}" has no target "{name}"; '
-                f"it has {', '.join(raw.train.columns)}"
+                f'task.targets = {list(names)}: the data set "{raw.name}" has no target '
+                f'"{name}"{nearest(name, raw.train.columns)}; it has {", ".join(raw.train.columns)}'
             )
         if name not in raw.test.columns:
             raise UserError(
@@ -112,6 +123,7 @@ def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[
     for name in names:
         text = kinds.get(name) or raw.kinds.get(name) or _guess(raw.train.columns[name])
         both = [np.asarray(part.columns[name]) for part in (raw.train, raw.test)]
+        _check_shapes(raw, name, text, both)
         target = _target(name, text, both)
         targets.append(target)
         train[name], test[name] = (_numbers(target, text, part) for part in (raw.train, raw.test))
@@ -128,10 +140,28 @@ def missing(column: Column) -> npt.NDArray[np.bool_]:
 
 
 def _guess(column: Column) -> str:
-    if column.dtype.kind == "f":
-        known = column[~np.isnan(column)]
-        return "class" if len(known) and (known == np.round(known)).all() and len(np.unique(known)) <= 100 else "value"
-    return "class"
+    words = _words(column)[0]
+    known = [word for word in words if word]
+    if not all(_is_number(word) for word in known):
+        return "class"
+    if column.dtype.kind in "iub":
+        return "class"
+    return "class" if known and len(known) <= 100 and all(float(w).is_integer() for w in known) else "value"
+
+
+def _check_shapes(raw: Raw, name: str, text: str, columns: list[Column]) -> None:
+    """Raise UserError for a column that is no entry a sample: rows are for labels, and one a token for classes of texts."""
+    kind = read_kind(name, text).kind
+    for column in columns:
+        rows = kind == "labels" and column.ndim == 2
+        tokens = kind == "class" and raw.tokens and column.ndim == 2 and column.shape[1:] == raw.train.x.shape[1:]
+        if column.ndim != 1 and not rows and not tokens:
+            raise _wrong(
+                name,
+                text,
+                f"the column has shape {column.shape}, where {kind} takes one entry a sample; "
+                'rows of 0 and 1 are "labels", and other arrays are to be split, one a target',
+            )
 
 
 def _target(name: str, text: str, columns: list[Column]) -> Target:
@@ -142,7 +172,7 @@ def _target(name: str, text: str, columns: list[Column]) -> Target:
         levels = tuple(float(w) for w in kind.words)
         return Target(name, "quantiles", len(levels), kind.scale, kind.offset, levels)
     if kind.above is not None:
-        names: tuple[str, ...] = (f"at most {kind.above:g}", f"above {kind.above:g}")
+        names: tuple[str, ...] = kind.words or (f"at most {kind.above:g}", f"above {kind.above:g}")
     elif len(kind.words) == 1 and kind.words[0].isdecimal():
         names = tuple(str(i) for i in range(int(kind.words[0])))
     elif kind.words:
@@ -178,6 +208,7 @@ def _numbers(target: Target, text: str, part: Part) -> Tensor:
         return torch.from_numpy(np.where(gone, MISSING, (values > kind.above).astype(np.int64)))
     index = {name: i for i, name in enumerate(target.names)}
     words, inverse = _words(column)
+    words = [word if word in index else _whole(word) for word in words]
     if column.dtype.kind == "i":
         index.setdefault(str(MISSING), MISSING)  # how whole numbers say that there is none, unless -1 is a class
     for number, word in enumerate(words):
@@ -194,7 +225,7 @@ def _words(column: Column) -> tuple[list[str], npt.NDArray[np.int64]]:
     values = column if column.dtype.kind in "fiub" else column.astype(str)
     distinct, inverse = np.unique(values, return_inverse=True)
     if column.dtype.kind == "f":
-        words = ["" if np.isnan(v) else str(int(v)) if v == int(v) else repr(float(v)) for v in distinct]
+        words = ["" if np.isnan(v) else _whole(repr(float(v))) for v in distinct]
     elif column.dtype.kind in "iub":
         words = [str(int(v)) for v in distinct]
     else:
@@ -202,10 +233,15 @@ def _words(column: Column) -> tuple[list[str], npt.NDArray[np.int64]]:
     return words, inverse.reshape(column.shape)
 
 
+def _whole(word: str) -> str:
+    """A whole number without its decimal point, "3.0" as "3": so are whole numbers with gaps often saved."""
+    return str(int(float(word))) if _is_number(word) and float(word).is_integer() else word
+
+
 def _distinct(columns: list[Column]) -> tuple[str, ...]:
     seen = {word for column in columns for word in _words(column)[0]} - {""}
     if all(_is_number(v) for v in seen):
-        return tuple(sorted(seen, key=float))
+        return tuple(sorted(seen, key=lambda word: (float(word), word)))
     return tuple(sorted(seen))
 
 
@@ -245,6 +281,8 @@ def _rows(target: Target, text: str, part: Part) -> npt.NDArray[np.float32]:
 def _floats(target: str, text: str, part: Part, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     column = np.asarray(part.columns[target])
     if column.dtype.kind in "fiub":
+        if (endless := np.flatnonzero(np.isinf(column))).size:
+            raise _wrong(target, text, f"{part.where(int(endless[0]))}, is not a finite number")
         return column.astype(np.float64)
     values = np.full(column.shape, np.nan)
     for row in np.flatnonzero(~gone):

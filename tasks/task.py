@@ -5,7 +5,7 @@ Everything here is a function of the experiment alone, so every process of a run
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from tasks.laws import Ints
 from tasks.metrics import loss
 from tasks.models import build, inputs
 from tasks.partition import Split, deal, label_counts, strata
+from tasks.peft import Added, added, extend
 from tasks.pipeline import Pipeline, image_pipeline
 from tasks.weights import TRUNK, pretrained_trunk
 
@@ -59,6 +60,7 @@ class Task:
     noise: float = 0.0
     pipeline: Pipeline | None = None
     counts: Ints | None = None
+    added: Added = field(default_factory=Added)
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
@@ -98,7 +100,7 @@ class Task:
 
     def new_model(self) -> nn.Module:
         """A new model with the random start of the run's seed; `initial_state` is where training starts."""
-        return build(self.settings, self.targets, inputs(self.dataset), self.seed)
+        return extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
         """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`), of the same shape.
@@ -120,10 +122,8 @@ def open_task(experiment: Experiment) -> Task:
 
     if place := share_folder():
         return read_share(place, experiment)
-    evaluate = experiment.evaluate
-    return _open_task(
-        experiment.run.seed, experiment.task, experiment.partition, experiment.learned, evaluate.folds, evaluate.fold
-    )
+    seed, folds = experiment.run.seed, (experiment.evaluate.folds, experiment.evaluate.fold)
+    return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, added(experiment.local))
 
 
 def settle(experiment: Experiment) -> Experiment:
@@ -139,7 +139,13 @@ def settle(experiment: Experiment) -> Experiment:
 
 @functools.lru_cache(maxsize=4)
 def _open_task(
-    seed: int, task: schema.Task, partition: schema.Partition, learned: tuple[str, ...], folds: int, fold: int
+    seed: int,
+    task: schema.Task,
+    partition: schema.Partition,
+    learned: tuple[str, ...],
+    folds: int,
+    fold: int,
+    added: Added,
 ) -> Task:
     dataset = open_dataset(task)
     targets = {target.name: target for target in dataset.targets}
@@ -155,7 +161,7 @@ def _open_task(
     weights = task.target_weights or (1.0,) * len(learned)
     learned_targets, noise = tuple(targets[name] for name in learned), partition.noise if shifted else 0.0
     pipeline = image_pipeline(dataset, task)
-    return Task(dataset, split, learned_targets, weights, task, seed, holders, noise, pipeline)
+    return Task(dataset, split, learned_targets, weights, task, seed, holders, noise, pipeline, added=added)
 
 
 def _missing(y: Tensor) -> Tensor:
@@ -197,13 +203,15 @@ def initial_state(experiment: Experiment) -> Arrays:
     `source_state`, the heads keep their random start. Else its trunk is that of `tasks.weights.pretrained_trunk`. Raises
     UserError for weights that are missing, unreadable or do not fit.
     """
-    task = experiment.task
-    state = dict(open_task(experiment).new_model().state_dict())
+    task, opened = experiment.task, open_task(experiment)
+    state = dict(replace(opened, added=Added()).new_model().state_dict())
     if task.pretrained == "source":
         source = source_state(experiment)
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
     elif task.pretrained:
         state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
+    if opened.added.kind:
+        state = dict(opened.new_model().state_dict()) | state
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     return {name: tensor.numpy(force=True).copy() for name, tensor in floats.items()}
 
@@ -224,6 +232,8 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         targets=experiment.learned,
         model=task.model,
         hidden=task.hidden,
+        norm=task.norm,
+        gated=task.gated,
         source=task.source,
         source_samples=task.source_samples,
         source_epochs=task.source_epochs,
@@ -234,6 +244,27 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         return _source_state(derive(experiment.run.seed, "source"), key, targets)
 
 
+@dataclass(frozen=True)
+class SourceData:
+    """The source task's own samples: those that the source model learned from, and others made the same way."""
+
+    train: Data
+    test: Data
+
+
+def source_data(experiment: Experiment) -> SourceData:
+    """The source task's data of an experiment: what `source_state` is trained on, and a test set of 1,000 samples."""
+    return _source_data(derive(experiment.run.seed, "source"), experiment.task.source_samples)
+
+
+@functools.lru_cache(maxsize=2)
+def _source_data(seed: int, samples: int) -> SourceData:
+    return SourceData(
+        printed_digits(samples, derive(seed, "data")), printed_digits(SOURCE_TEST, derive(seed, "data", "test"))
+    )
+
+
+SOURCE_TEST = 1000
 SOURCE_BATCH = 64
 SOURCE_LR = 2e-3
 SOURCE_WEIGHT_DECAY = 1e-2

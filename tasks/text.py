@@ -36,13 +36,13 @@ def text(task: Task, folder: Path) -> Raw:
 
     x int64 (n, task.length): the first tokens of each text, 0 behind its end. Every other column may be a target.
     """
-    return text_raw(task, folder, *read_train_and_test(task, folder))
+    train, test = read_train_and_test(task, folder)
+    return text_raw(task, folder, train, test, read_public(task, folder, train))
 
 
-def text_raw(task: Task, folder: Path | None, train: Table, test: Table | None) -> Raw:
-    """The same of tables that are read already; `folder`: where `task.public` and `task.vocabulary` are."""
+def text_raw(task: Task, folder: Path | None, train: Table, test: Table | None, public: Table | None) -> Raw:
+    """The same of tables that are read already; `folder`: where `task.vocabulary` is (None: the current one)."""
     column = _one(task)
-    public = read_public(task, folder, train)
     tokenise, tokens = tokeniser(task, folder, None if public is None else public.column(column, "task.public"))
 
     def part(table: Table, clients: bool) -> Part:
@@ -63,6 +63,10 @@ def characters(task: Task, folder: Path) -> Raw:
     shorter. The windows of one text follow each other and have one owner, by `task.client`; a global test set that is
     held out takes windows, so that one text may be on both sides: give a test file where that matters.
     """
+    if task.tokens not in ("hash", "chars"):  # hash is what stands there by itself
+        raise UserError(
+            f'task.tokens = "{task.tokens}": task.dataset = "characters" reads chars; write that, or dataset text'
+        )
     task = task.model_copy(update={"tokens": "chars"})
     column = _one(task)
     train, test = read_train_and_test(task, folder)
@@ -97,10 +101,20 @@ def tokeniser(task: Task, folder: Path | None, public: Iterable[str] | None) -> 
         raise UserError(f'task.tokens = "{kind}": write hash, words, chars or transformers:NAME')
     given = _vocabulary(task, folder)
     if kind == "hash":
+        if given is not None:
+            raise UserError(
+                f'task.vocabulary = "{task.vocabulary}": task.tokens = "hash" uses none; write tokens = "words", or leave '
+                "the vocabulary out"
+            )
         buckets = task.vocabulary_size - 2
-        bucket = functools.cache(lambda word: 2 + zlib.crc32(word.encode()) % buckets)
+        bucket = functools.cache(lambda word: 2 + zlib.crc32(word.encode(errors="surrogatepass")) % buckets)
         return lambda text: [bucket(word) for word in _WORD.findall(text.lower())], task.vocabulary_size
     if kind == "chars":
+        if longer := [word for word in given or () if len(word) > 1]:
+            raise UserError(
+                f'task.vocabulary = "{task.vocabulary}": "{longer[0]}" is more than one character; for tokens = "chars" '
+                "each line is one"
+            )
         return _lookup(list, given or list(CHARACTERS))
     if given is None:
         if public is None:
@@ -125,11 +139,13 @@ def _vocabulary(task: Task, folder: Path | None) -> list[str] | None:
         return None
     path = (folder or Path()) / task.vocabulary
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'task.vocabulary = "{task.vocabulary}": {path} cannot be read: {error}') from None
     words = [r"\n" if line == "" else line for line in (lines[:-1] if lines[-1] == "" else lines)]
     words = ["\n" if word == r"\n" else word for word in words]
+    if not words:
+        raise UserError(f'task.vocabulary = "{task.vocabulary}": {path} is empty; a token a line was expected')
     if len(set(words)) != len(words):
         twice = next(word for word, count in Counter(words).items() if count > 1)
         raise UserError(f'task.vocabulary = "{task.vocabulary}": "{twice}" stands twice in {path}')

@@ -17,11 +17,12 @@ from scipy import stats
 
 from config.errors import UserError
 from config.load import load, to_toml
-from experiments.plots import bytes_text, confusion_matrices, mean_roc, metric_label, seconds_text, spread_apart
+from experiments.plots import confusion_matrices, mean_roc, spread_apart
 from experiments.progress import Tail, follow, line, time_left
 from experiments.ranking import number, ranking, ranking_table, worded
 from experiments.report import write_report
 from experiments.results import by_method, compare_paired, find_runs, metrics_of, read_rounds, read_run, t_interval
+from experiments.words import bytes_text, metric_label, seconds_text
 
 
 def over_clients(values: Sequence[float]) -> dict[str, float]:

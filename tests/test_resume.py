@@ -50,11 +50,14 @@ def writes_of(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch
     return count[0], summary
 
 
-@pytest.mark.parametrize("preset", ["fedper", "local"])
+PLATEAU = ("local.schedule=plateau", "local.schedule_patience=0", "local.lr=0.3")
+
+
+@pytest.mark.parametrize("method", [("fedper",), ("local",), ("fedavg", *PLATEAU)], ids=str)
 def test_killed_at_any_write_and_resumed_gives_the_same_bits(
-    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    experiment = small(preset, "cohort.size=3", "partition.clients=4")
+    experiment = small(method[0], *method[1:], "cohort.size=3", "partition.clients=4")
     total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
     assert total > 3 * 4
     for number in range(1, total + 1):

@@ -7,127 +7,220 @@ import pytest
 import torch
 
 from config.errors import UserError
-from tasks.data import MISSING, Part, Raw, Target
+from tasks.data import MISSING, Data, Part, Raw, Target
 from tasks.targets import encode, read_kind
 
-
-def column(values: list[Any], kind: str = "", test: list[Any] | None = None) -> tuple[Target, list[Any]]:
-    """A target of these raw values, and its numbers, of a data set whose test set has the same values."""
-    array = np.array(values) if isinstance(values[0], list | int | float) else np.array(values, dtype=object)
-    others = array if test is None else np.array(test, dtype=object)
-    raw = Raw(
-        "name",
-        Part(torch.zeros(len(values), 1), {"y": array}, source="a.csv", lines=np.arange(2, len(values) + 2)),
-        Part(torch.zeros(len(others), 1), {"y": others}, source="b.csv"),
-    )
-    (target,), train, _ = encode(raw, ("y",), {"y": kind} if kind else {})
-    return target, train.y["y"].tolist()
+NAN = float("nan")
 
 
-@pytest.mark.parametrize(
-    ("values", "kind", "names", "numbers"),
-    [
-        (["b", "a", "", "b"], "", ("a", "b"), [1, 0, MISSING, 1]),
-        (["10", "9", "9.5"], "class", ("9", "9.5", "10"), [2, 0, 1]),
-        ([3, 1, 3], "", ("1", "3"), [1, 0, 1]),
-        ([2.0, float("nan"), 0.0], "", ("0", "2"), [1, MISSING, 0]),
-        ([1, -1, 2], "class 3", ("0", "1", "2"), [1, MISSING, 2]),
-        ([1, -1, 1], "class", ("-1", "1"), [1, 0, 1]),
-        (["yes", "no", "no"], "class no yes", ("no", "yes"), [1, 0, 0]),
-        (["3", "0", "", "1"], "class above 0", ("at most 0", "above 0"), [1, 0, MISSING, 1]),
-        ([0.2, 0.9], "class above 0.5", ("at most 0.5", "above 0.5"), [0, 1]),
-    ],
-)
-def test_classes_are_numbered_in_order(
-    values: list[Any], kind: str, names: tuple[str, ...], numbers: list[int]
-) -> None:
-    target, found = column(values, kind)
-    assert (target.kind, target.size, target.names, found) == ("class", len(names), names, numbers)
+def of(column: Any, kind: str = "", test: Any = None, tokens: int = 0, reader: str = "") -> tuple[Target, Data]:
+    """The target "t" of this column (a list of texts becomes one of objects, as a table gives it) and its pool."""
+
+    def part(values: Any) -> Part:
+        values = np.array(values, dtype=object) if isinstance(values, list) and isinstance(values[0], str) else values
+        array = np.asarray(values)
+        x = torch.zeros(array.shape if tokens else (len(array), 2))
+        return Part(x, {"t": array}, source="file.csv", lines=np.arange(len(array)) * 10 + 20)
+
+    raw = Raw("raw", part(column), part(column if test is None else test), {"t": reader} if reader else {}, tokens)
+    (target,), train, _ = encode(raw, ("t",), {"t": kind} if kind else {})
+    return target, train
 
 
-def test_a_class_that_only_the_test_set_has_is_a_class() -> None:
-    target, _ = column(["a", "b"], test=["c"])
-    assert target.names == ("a", "b", "c")
+def numbers(column: Any, kind: str = "", **more: Any) -> list[Any]:
+    return of(column, kind, **more)[1].y["t"].tolist()
 
 
-def test_classes_at_each_token_keep_their_shape() -> None:
-    target, found = column([[0, 1, -1], [2, 2, 0]], "class 3")
-    assert target.size == 3 and found == [[0, 1, MISSING], [2, 2, 0]]
+def test_every_word_of_the_grammar_is_read() -> None:
+    kind = read_kind("t", "class no yes above 0.5 weights 1 2.5")
+    assert (kind.kind, kind.words, kind.above, kind.weights, kind.balanced) == (
+        "class", ("no", "yes"), 0.5, (1.0, 2.5), False,
+    )  # fmt: skip
+    assert read_kind("t", "labels balanced").balanced and not read_kind("t", "labels").balanced
+    value = read_kind("t", "value offset -4 scale 1e2")
+    assert (value.scale, value.offset, value.words) == (100.0, -4.0, ())
+    assert (read_kind("t", "value").scale, read_kind("t", "value").offset) == (1.0, 0.0)
+    levels = read_kind("t", "quantiles 0.1 0.5 0.9 scale 2")
+    assert (levels.words, levels.scale) == (("0.1", "0.5", "0.9"), 2.0)
 
 
-def test_labels_from_cells_and_from_rows() -> None:
-    target, found = column(["a|b", "b", "", "c | a"], "labels")
-    assert target.kind == "labels" and target.names == ("a", "b", "c")
-    assert found[0] == [1, 1, 0] and found[1] == [0, 1, 0] and found[3] == [1, 0, 1]
-    assert all(np.isnan(found[2]))
-    target, found = column([[0, 1], [1, 1]], "labels rain snow")
-    assert target.names == ("rain", "snow") and found == [[0, 1], [1, 1]]
+WRONG = {
+    "": "a kind begins with one of class, labels, value, quantiles",
+    "klass 5": "a kind begins with one of",
+    "class above": '"above" takes one number',
+    "class above 1 2": '"above" takes one number',
+    "class above high": '"high" is not a number',
+    "class above nan": '"nan" is not a number',
+    "class 3 above 0": '"above" makes two classes: give two names, or none',
+    "class a a": "two classes have the same name",
+    "class 2 weights": '"weights" takes a number for each class',
+    "class 2 weights 1 two": '"two" is not a number',
+    "class 2 weights 1 0": "scale and weights are positive numbers",
+    "class 2 weights 1 2 weights 1 2": '"weights" stands twice',
+    "class 2 weights 1 2 balanced": "give weights or balanced, not both",
+    "class balanced 3": '"balanced" stands alone, without "3"',
+    "class scale 2": '"scale" does not go with class; above, weights, balanced do',
+    "labels above 0": '"above" does not go with labels; weights, balanced do',
+    "value weights 1": '"weights" does not go with value; scale, offset do',
+    "quantiles 0.5 balanced": '"balanced" does not go with quantiles; scale, offset do',
+    "value scale": '"scale" takes one number',
+    "value scale 0": "scale and weights are positive numbers",
+    "value scale -1": "scale and weights are positive numbers",
+    "value offset 1 2": '"offset" takes one number',
+    "value 5": r'"5" is not understood: value \[scale S\] \[offset O\]',
+    "quantiles": "write the levels in rising order",
+    "quantiles 0.5 0.1": "write the levels in rising order",
+    "quantiles 0.5 0.5": "write the levels in rising order",
+    "quantiles 0 0.5": "write the levels in rising order",
+    "quantiles 0.5 1": "write the levels in rising order",
+    "quantiles half": '"half" is not a number',
+}
 
 
-def test_values_and_quantiles_keep_their_unit() -> None:
-    target, found = column(["1.5", "", "-2"], "value scale 4 offset 10")
-    assert (target.kind, target.size, target.scale, target.offset) == ("value", 1, 4.0, 10.0)
-    assert found[0] == 1.5 and np.isnan(found[1]) and found[2] == -2
-    target, found = column([0.25, 1.0], "quantiles 0.1 0.5 0.9 scale 2")
-    assert (target.kind, target.size, target.quantiles, target.scale) == ("quantiles", 3, (0.1, 0.5, 0.9), 2.0)
-    assert found == [0.25, 1.0]
-    assert column([0.25, 1.75])[0].kind == "value"  # numbers that are not whole are values by themselves
+@pytest.mark.parametrize("text", WRONG)
+def test_a_kind_that_is_wrong_is_told_with_its_target(text: str) -> None:
+    with pytest.raises(UserError, match=f'^task.kinds = "{text}" for the target "age": .*{WRONG[text]}'):
+        read_kind("age", text)
+
+
+# classes
+
+
+def test_classes_are_the_distinct_values_in_order() -> None:
+    target, data = of(["b", "", "a", "B"], "class", test=["a", "c"])
+    assert target.names == ("B", "a", "b", "c") and target.size == 4 and target.kind == "class"
+    assert data.y["t"].tolist() == [2, MISSING, 1, 0] and data.y["t"].dtype == torch.int64
+
+
+def test_numbers_are_ordered_by_size_and_text_by_code_point() -> None:
+    assert of(["10", "9", "-1"], "class")[0].names == ("-1", "9", "10")
+    assert of(["10", "9", "x"], "class")[0].names == ("10", "9", "x")
+    assert of(np.array([10.0, NAN, 2.5, 9.0]), "class")[0].names == ("2.5", "9", "10")
+    assert numbers(np.array([10.0, NAN, 2.5, 9.0]), "class") == [2, MISSING, 0, 1]
+    assert of(np.array([True, False]), "class")[0].names == ("0", "1")
+    assert of(["1.0", "1", "2"], "class")[0].names == ("1", "1.0", "2")  # a tie in size: by code point
+
+
+def test_a_count_of_classes_needs_not_all_of_them_to_occur() -> None:
+    target, data = of(["3", "", "0"], "class 5")
+    assert target.names == ("0", "1", "2", "3", "4") and data.y["t"].tolist() == [3, MISSING, 0]
+    assert numbers(["3.0", "", "0.0"], "class 5") == [3, MISSING, 0]  # whole numbers with gaps, as often saved
+    assert numbers(np.array([2, 1], dtype=np.uint8), "class 5") == [2, 1]
+
+
+def test_names_give_the_classes_their_order() -> None:
+    target, data = of(["no", "yes", "", "no"], "class yes no weights 1 3")
+    assert (target.names, target.weights, target.balanced) == (("yes", "no"), (1.0, 3.0), False)
+    assert data.y["t"].tolist() == [1, 0, MISSING, 1]
+    assert of(["no", "yes"], "class no yes balanced")[0].balanced
+
+
+def test_a_number_above_a_bound_is_the_second_of_two_classes() -> None:
+    target, data = of(["0", "0.5", "", "3", "-2"], "class above 0")
+    assert target.names == ("at most 0", "above 0")
+    assert data.y["t"].tolist() == [0, 1, MISSING, 1, 0] and data.y["t"].dtype == torch.int64
+    assert of(["0", "1"], "class well ill above 0")[0].names == ("well", "ill")
+    assert numbers(np.array([NAN, 2.0, 1.0]), "class above 1") == [MISSING, 1, 0]
+
+
+def test_minus_one_among_whole_numbers_is_missing_unless_it_is_a_class() -> None:
+    assert numbers(np.array([-1, 1, 0]), "class 2") == [MISSING, 1, 0]
+    assert numbers(np.array([-1, 1, 1]), "class -1 1") == [0, 1, 1]
+    assert numbers(np.array([-1, 1, 1]), "class") == [0, 1, 1]
+    with pytest.raises(UserError, match='has "-1", which is none of'):
+        numbers(["-1", "1", "0"], "class 2")
+
+
+def test_classes_of_tokens_have_one_entry_at_each() -> None:
+    column = np.array([[2, 3], [4, -1]])
+    assert numbers(column, "class 5", tokens=5) == [[2, 3], [4, MISSING]]
+
+
+# labels
+
+
+def test_labels_are_names_between_bars_or_rows_of_zero_and_one() -> None:
+    target, data = of(["red|dry", "", "dry", " red | red "], "labels")
+    assert (target.kind, target.names, target.size) == ("labels", ("dry", "red"), 2)
+    np.testing.assert_array_equal(data.y["t"], [[1, 1], [NAN, NAN], [1, 0], [0, 1]])
+    assert data.y["t"].dtype == torch.float32
+    np.testing.assert_array_equal(numbers(["b", "a|b"], "labels b c a"), [[1, 0, 0], [1, 0, 1]])
+    assert of(["b", "a|b"], "labels b c a weights 1 2 3")[0].weights == (1.0, 2.0, 3.0)
+
+
+def test_rows_of_labels_keep_their_gaps() -> None:
+    rows = np.array([[0, 1, NAN], [1, 0, 0]])
+    target, data = of(rows, "labels")
+    assert target.names == ("0", "1", "2")
+    np.testing.assert_array_equal(data.y["t"], rows.astype(np.float32))
+    assert of(np.eye(2, dtype=np.int64), "labels dry red")[0].names == ("dry", "red")
+
+
+# numbers
+
+
+@pytest.mark.parametrize(("kind", "size", "levels"), [("value", 1, ()), ("quantiles 0.1 0.9", 2, (0.1, 0.9))])
+def test_values_stay_in_their_own_unit(kind: str, size: int, levels: tuple[float, ...]) -> None:
+    target, data = of(["61.5", "", "-7"], f"{kind} scale 50 offset 20")
+    assert (target.kind, target.size, target.quantiles) == (kind.split()[0], size, levels)
+    assert (target.scale, target.offset) == (50.0, 20.0)
+    assert data.y["t"].dtype == torch.float32
+    np.testing.assert_array_equal(data.y["t"], np.array([61.5, NAN, -7], dtype=np.float32))
+    np.testing.assert_array_equal(numbers(np.array([2, 3]), kind), [2.0, 3.0])
+
+
+def test_what_a_column_is_without_a_kind() -> None:
+    assert of(["a", "1"])[0].kind == "class"
+    assert of(["2", "", "1"])[0].kind == "class"
+    assert of(["2", "", "1.5"])[0].kind == "value"
+    assert of(np.array([1.0, NAN, 2.0]))[0].kind == "class"
+    assert of(np.arange(101.0))[0].kind == "value" and of(np.arange(100.0))[0].kind == "class"
+    assert of(np.arange(101))[0].kind == "class"  # an array of whole numbers
+    assert of(np.array([NAN, NAN]))[0].kind == "value"
+    assert of(["2", "1"], reader="class 7")[0].size == 7  # as the reader knows
+    assert of(["2", "1"], "value", reader="class 7")[0].kind == "value"  # the user knows better
+
+
+FAULTS = {
+    "no number": (["1", "", "tall"], "value", 'file.csv, line 40, has "tall", which is not a number'),
+    "no number to compare": (["1", "x"], "class above 0", 'file.csv, line 30, has "x", which is not a number'),
+    "endless": (np.array([1.0, np.inf]), "value", "file.csv, line 30, is not a finite number"),
+    "unknown class": (["no", "maybe"], "class no yes", r"file.csv, line 30, has \"maybe\", which is none of \['no'"),
+    "class beyond": (np.array([0, 5]), "class 5", 'file.csv, line 30, has "5", which is none of'),
+    "endless class": (np.array([0.0, np.inf]), "class 5", 'file.csv, line 30, has "inf", which is none of'),
+    "unknown label": (["a", "a|c"], "labels a b", r"file.csv, line 30, has \"c\", none of \['a', 'b'\]"),
+    "one class": (["a", "a"], "class", "the column has 1 distinct values; a class target needs two or more"),
+    "no class": (["0", "0"], "class 0", "the column has 0 distinct values"),
+    "weights": (["a", "b"], "class weights 1 2 3", r"3 weights for 2 classes \['a', 'b'\]"),
+    "label rows": (np.eye(3), "labels a b", "rows have 3 entries, not 2"),
+    "label numbers": (np.eye(2) * 2, "labels", "rows of labels hold 0 and 1"),
+    "rows of a class": (np.eye(3), "class", r'has shape \(3, 3\), where class takes one entry a sample; rows of .*labels'),
+    "rows of a value": (np.eye(3), "value", r"has shape \(3, 3\), where value takes one entry a sample"),
+    "cubes": (np.zeros((3, 2, 2)), "labels", r"has shape \(3, 2, 2\), where labels takes one entry a sample"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_value_that_does_not_fit_is_told_with_file_and_line(case: str) -> None:
+    column, kind, message = FAULTS[case]
+    with pytest.raises(UserError, match=f'^task.kinds = "{kind}" for the target "t": .*{message}'):
+        of(column, kind)
+
+
+def test_a_column_that_is_not_there_is_told_with_the_nearest() -> None:
+    part = Part(torch.zeros(2, 1), {"grade": np.array([0, 1]), "age": np.array([1.0, 2.5])})
+    with pytest.raises(UserError, match=r'has no target "grad"; did you mean grade\?; it has grade, age'):
+        encode(Raw("clinic", part, part), ("grad",), {})
+    bare = Part(torch.zeros(2, 1), {"age": np.array([1.0, 2.5])})
+    with pytest.raises(UserError, match='the test set of "clinic" has no column "grade", which the training pool has'):
+        encode(Raw("clinic", part, bare), ("grade",), {})
 
 
 def test_weights_are_read() -> None:
     assert read_kind("y", "class 3 weights 1 2 5").weights == (1.0, 2.0, 5.0)
     assert read_kind("y", "labels a b balanced").balanced
-    assert column([0, 1, 2], "class 3 weights 1 2 5")[0].weights == (1.0, 2.0, 5.0)
+    assert of([0, 1, 2], "class 3 weights 1 2 5")[0].weights == (1.0, 2.0, 5.0)
 
 
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        ("number", "begins with one of class, labels, value, quantiles"),
-        ("", "begins with one of"),
-        ("class scale 2", '"scale" does not go with class'),
-        ("value above 2", '"above" does not go with value'),
-        ("value 3", '"3" is not understood'),
-        ("value scale", '"scale" takes one number'),
-        ("value scale 1 2", '"scale" takes one number'),
-        ("value scale 0", "positive"),
-        ("value scale x", '"x" is not a number'),
-        ("value scale 1 scale 2", "stands twice"),
-        ("class weights 1 -2", "positive"),
-        ("class weights 1 2 balanced", "not both"),
-        ("quantiles", "rising order"),
-        ("quantiles 0.5 0.1", "rising order"),
-        ("quantiles 0 0.5", "rising order"),
-        ("quantiles 0.5 0.5", "rising order"),
-    ],
-)
-def test_a_kind_that_is_not_understood_is_told(kind: str, why: str) -> None:
-    with pytest.raises(UserError, match=f'task.kinds = "{kind}" for the target "y".*{why}'):
-        read_kind("y", kind)
-
-
-@pytest.mark.parametrize(
-    ("values", "kind", "why"),
-    [
-        (["a", "b", "x"], "class a b", 'a.csv, line 4, has "x"'),
-        ([0, 1, 7], "class 3", 'a.csv, line 4, has "7"'),
-        (["a", "a"], "class", "1 distinct values"),
-        (["1", "two"], "value", 'a.csv, line 3, has "two", which is not a number'),
-        (["1", "two"], "class above 1", 'a.csv, line 3, has "two"'),
-        (["a", "a|z"], "labels a b", 'a.csv, line 3, has "z"'),
-        ([[0, 2], [1, 1]], "labels", "0 and 1"),
-        ([[0, 1], [1, 1]], "labels a b c", "rows have 2 entries, not 3"),
-        ([0, 1], "class 2 weights 1 2 3", "3 weights for 2 classes"),
-    ],
-)
-def test_a_value_that_does_not_fit_is_told_with_its_place(values: list[Any], kind: str, why: str) -> None:
-    with pytest.raises(UserError, match=why):
-        column(values, kind)
-
-
-def test_a_target_that_the_data_has_not_is_told() -> None:
-    part = Part(torch.zeros(1, 1), {"a": np.array([0]), "b": np.array([1])})
-    with pytest.raises(UserError, match='no target "y"; it has a, b'):
-        encode(Raw("name", part, part), ("y",), {})
-    with pytest.raises(UserError, match=r'task\.test: the test set of "name" has no column "a"'):
-        encode(Raw("name", part, Part(part.x, {"b": part.columns["b"]})), ("a",), {})
+def test_a_class_that_only_the_test_set_has_is_a_class() -> None:
+    assert of(["a", "b"], test=["c"])[0].names == ("a", "b", "c")

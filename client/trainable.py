@@ -1,0 +1,94 @@
+"""What of a model learns in a step: which parameters have gradients, which modes its modules are in, which entries move."""
+
+import functools
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from client.fisher import empirical_fisher
+from config.schema import Experiment
+from config.seeds import one_thread
+from strategies.trainable import HEADS
+from tasks.evaluation import load_into
+from tasks.task import initial_state, open_task, source_data, source_state
+
+
+def freeze(model: nn.Module, learns: Collection[str]) -> dict[str, nn.Parameter]:
+    """Let only the arrays of these names learn, and return those parameters by name.
+
+    A module whose parameters are all frozen is in `eval()` with everything in it, and a module with frozen state of its
+    own alone: a frozen normalisation's statistics do not move, a frozen trunk drops nothing out.
+    """
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learns)
+    for place, module in model.named_modules():
+        parameters = list(module.parameters())
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if parameters and not any(p.requires_grad for p in parameters):
+            module.eval()
+        elif own and not any((f"{place}.{name}" if place else name) in learns for name, _ in own):
+            module.training = False
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The entries that may change, True, by parameter name; parameters that it does not name change as they like."""
+
+    entries: Mapping[str, Tensor]
+    start: Mapping[str, Tensor]
+
+    def correct(self, learning: Mapping[str, nn.Parameter]) -> None:
+        """Set the gradients of all other entries to 0."""
+        for name, parameter in learning.items():
+            if name in self.entries and parameter.grad is not None:
+                parameter.grad.masked_fill_(~self.entries[name], 0.0)
+
+    def restore(self, learning: Mapping[str, nn.Parameter]) -> None:
+        """Put the other entries back to the bits they had: weight decay may have moved them."""
+        with torch.no_grad():
+            for name, parameter in learning.items():
+                if name in self.entries:
+                    parameter.copy_(torch.where(self.entries[name], parameter, self.start[name]))
+
+
+def mask(model: nn.Module, experiment: Experiment, client: int) -> Mask | None:
+    """The mask of trainable = "fisher" over the model as it stands now; None under every other setting.
+
+    FISH mask (Sung et al. 2021, equation 4): the `fisher_fraction` of the trunk's entries, as one list, with the
+    largest empirical Fisher information; equal ones by their order. The heads, which are new, learn as a whole.
+    """
+    if experiment.local.trainable != "fisher":
+        return None
+    whose = client if experiment.local.fisher_on == "local" else None
+    entries = _entries(experiment, whose)
+    return Mask(entries, {n: p.detach().clone() for n, p in model.named_parameters() if n in entries})
+
+
+def top(fisher: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
+    """Where the ceil(fraction times all) largest entries are, True; of equal ones the earlier."""
+    flat = torch.cat([value.flatten() for value in fisher.values()])
+    chosen = torch.zeros(flat.shape, dtype=torch.bool)
+    chosen[torch.sort(flat, descending=True, stable=True).indices[: math.ceil(fraction * len(flat))]] = True
+    parts = torch.split(chosen, [value.numel() for value in fisher.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(fisher.items(), parts, strict=True)}
+
+
+@functools.lru_cache(maxsize=128)
+def _entries(experiment: Experiment, client: int | None) -> Mapping[str, Tensor]:
+    """The mask's entries: a function of the experiment and, chosen on local data, of the client. Never of the round."""
+    task, samples = open_task(experiment), experiment.local.fisher_samples
+    model = task.new_model()
+    with one_thread():
+        if client is None:
+            load_into(model, source_state(experiment))
+            data = source_data(experiment).train
+        else:
+            load_into(model, initial_state(experiment))
+            data = task.pool() if experiment.run.placement == "pooled" else task.client(client).train
+        fisher = empirical_fisher(model, data, task, samples)
+    return top({n: v for n, v in fisher.items() if not n.startswith(HEADS)}, experiment.local.fisher_fraction)
