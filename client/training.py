@@ -2,7 +2,7 @@
 
 What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
 (`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`), what holds the model near
-another one (`anchors.py`).
+another one (`anchors.py`), what each of several targets counts (`balance.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from client import anchors
+from client.balance import make_balance
 from client.optimisers import make_optimizer, plateau, scheduled
 from client.trainable import freeze, mask
 from client.validation import Watch, validation_loss
@@ -82,6 +83,7 @@ def train(
     watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
     if plan.schedule == "plateau" and beside.validation:
         rate *= plateau(plan, memory, validation_loss(model, beside.validation, task))
+    balance = make_balance(plan, task.targets, memory)
     held = mask(model, experiment, client)
     pull, teacher = anchors.pull(model, experiment), anchors.teacher(model, task, experiment)
     corrections = [correct, pull.correct if pull else None, held.correct if held else None]
@@ -99,19 +101,22 @@ def train(
                 learning = freeze(model, now)
                 if at != stage_before:
                     slower = rate / plan.gradual_divide**at
-                    optimizer = make_optimizer(learning, plan, {n: f * slower for n, f in factors.items()})
+                    rates = {n: f * slower for n, f in factors.items()}
+                    optimizer = make_optimizer(learning, plan, rates, balance.parameters)
             batch = data.take(order[position * size : (position + 1) * size])
             batch = Data(task.prepare(batch.x, training=True), batch.y)
             outputs = model(batch.x)
             parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
-            loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
-            assert isinstance(loss, Tensor)
+            share, rest = 1.0, None
             if teacher is not None:
-                loss = (1 - teacher.distill) * loss + teacher.each(batch, outputs).mean()
+                share, rest = 1 - teacher.distill, teacher.each(batch, outputs).mean()
             if term is not None:
-                loss = loss + term(model, batch, outputs)
+                more = term(model, batch, outputs)
+                rest = more if rest is None else rest + more
+            each = {t.name: share * w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)}
+            present = {t.name for t in task.targets if t.labelled(batch.y[t.name])}
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            balance.backward(each, present, rest, learning)
             if plan.clip_norm:
                 nn.utils.clip_grad_norm_(learning.values(), plan.clip_norm)
             for change in corrections:
@@ -123,8 +128,10 @@ def train(
             steps, seen = steps + 1, seen + len(batch)
             for name, value in parts.items():
                 sums[name] += value.detach() * len(batch)
+            if position == steps_an_epoch - 1 or steps == total:
+                balance.epoch_ends()
             if watch is not None and position == steps_an_epoch - 1 and watch.ends(model):
                 break
     if watch is not None:
         watch.restore(model)
-    return Trained(steps, {name: float(value) / seen for name, value in sums.items()}, memory)
+    return Trained(steps, {name: float(value) / seen for name, value in sums.items()}, memory | balance.remember())

@@ -77,6 +77,9 @@ class Task(Section):
     model: str = Field("mlp", min_length=1, description="A model of docs/models.md, or a user's module:object.")
     hidden: int = Field(64, ge=2, description="Units of the hidden layers of the MLP; channels of the CNN's trunk.")
     norm: Literal["", "group"] = Field("", description='"group": every batch normalisation is made a GroupNorm.')
+    trunks: Literal["shared", "cross-stitch"] = Field(
+        "shared", description='"cross-stitch": a trunk for each learned target, coupled after each layer.'
+    )
     gated: bool = Field(False, description="A sigmoid gate over the trunk's features in front of each head.")
     pretrained: str = Field(
         "",
@@ -194,6 +197,12 @@ class Local(Section):
         0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: never."
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of a class label spread over all classes.")
+    balance: Literal["fixed", "uncertainty", "dwa", "gradnorm", "pcgrad"] = Field(
+        "fixed", description="How several targets' losses are weighed, beside task.target_weights."
+    )
+    dwa_temperature: float = Field(2.0, gt=0, description="Of balance = dwa: high is even.")
+    gradnorm_alpha: float = Field(1.5, ge=0, description="Of balance = gradnorm: how hard slow targets are pushed.")
+    gradnorm_lr: float = Field(0.025, gt=0, description="The rate at which gradnorm's weights move.")
     trainable: str = Field(
         "all", description="all, head, last:N, gradual, lora, adapters or fisher: what training changes."
     )
@@ -359,6 +368,18 @@ class Experiment(Section):
                 f'local.fisher_on = "source" with task.pretrained = "{self.task.pretrained}": there is no source task; '
                 'write task.pretrained = "source" or local.fisher_on = "local"'
             )
+        by_depth = local.trainable.startswith("last:") or local.trainable == "gradual" or local.depth_lr_factor != 1
+        if self.task.trunks == "cross-stitch" and by_depth:
+            raise ValueError(
+                f'task.trunks = "cross-stitch" with local.trainable = "{local.trainable}" and local.depth_lr_factor = '
+                f'{local.depth_lr_factor}: coupled trunks have no one order of layers; write trainable = "all" or '
+                '"head", and lr_factors'
+            )
+        if local.trainable in ("head", "last:0", "gradual") and local.balance in ("gradnorm", "pcgrad"):
+            raise ValueError(
+                f'local.balance = "{local.balance}" with local.trainable = "{local.trainable}": it weighs gradients of the '
+                'trunk, which does not learn (or not at first); write local.balance = "dwa" or another local.trainable'
+            )
         if local.trainable == "gradual" and local.gradual_unit == "epochs" and local.steps:
             raise ValueError(
                 f'local.gradual_unit = "epochs" with local.steps = {local.steps}: rounds then have no number of epochs; '
@@ -381,6 +402,12 @@ class Experiment(Section):
             raise ValueError(
                 f'anchor.ewc = {anchor.ewc} with anchor.to = "received": the Fisher information is the source model\'s; '
                 'write anchor.to = "start", or anchor.l2'
+            )
+        whole = anchor.ewc or (self.local.trainable == "fisher" and self.local.fisher_on == "source")
+        if whole and self.task.trunks == "cross-stitch":
+            raise ValueError(
+                f'task.trunks = "cross-stitch" with anchor.ewc = {anchor.ewc} and local.fisher_on = '
+                f'"{self.local.fisher_on}": the source model has one trunk; write anchor.l2, or fisher_on = "local"'
             )
         if anchor.ewc and self.local.trainable in ("lora", "adapters"):
             raise ValueError(

@@ -4,7 +4,7 @@ import hashlib
 import math
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from config.durable import Arrays
@@ -13,10 +13,9 @@ from server.evaluation import Scores, mean_tree, over_clients
 from server.folder import RunFolder
 from strategies.sharing import arrays_sha256
 from strategies.trainable import HEADS, is_added, trained
-from tasks.evaluation import evaluate, load_into
+from tasks.evaluation import evaluate
 from tasks.metrics import THOROUGH, Ints
-from tasks.peft import Added
-from tasks.task import Task, source_data, source_state
+from tasks.task import Task, source_data, source_model
 
 LAST = 10
 
@@ -109,9 +108,7 @@ def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientSc
     """
     if "source" not in experiment.evaluate.on or not scores:
         return {}
-    model = replace(task, added=Added()).new_model()
-    load_into(model, source_state(experiment))
-    before = evaluate(model, source_data(experiment).test, task)
+    before = evaluate(source_model(experiment), source_data(experiment).test, task)
     after = mean_tree([{k: v for k, v in s.scores.items() if k.startswith("source/")} for s in scores.values()])
     found: dict[str, Any] = {}
     for key, value in before.items():

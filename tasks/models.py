@@ -18,6 +18,7 @@ from tasks import networks
 from tasks.backbones import TRANSFORMERS, torchvision_names, torchvision_trunk, transformers_trunk
 from tasks.data import Dataset, Inputs, Target
 from tasks.datasets import user_object
+from tasks.stitch import couple
 
 
 def inputs(dataset: Dataset) -> Inputs:
@@ -30,7 +31,8 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
 
     Initial weights (torch's defaults: He et al. 2015, uniform with bound 1/sqrt(fan-in)) are a function of `seed`: the
     trunk's of (seed, "init", "trunk"), a head's of (seed, "init", "heads", name), so that methods with more or fewer
-    heads start from the same trunk. Raises UserError if the model cannot take samples of this shape.
+    heads start from the same trunk; coupled trunks' of (seed, "init", "trunk", name). Raises UserError if the model
+    cannot take samples of this shape.
     """
     with torch_seeded(seed, "init", "trunk"):
         trunk, features = _trunk(task)(task, inputs)
@@ -39,6 +41,13 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
         with torch_seeded(seed, "init", "heads", target.name):
             head = nn.Linear(features, target.size)
             heads[target.name] = Gated(features, head) if task.gated else head
+    if task.trunks == "cross-stitch":
+
+        def column(name: str) -> nn.Module:
+            with torch_seeded(seed, "init", "trunk", name):
+                return _trunk(task)(task, inputs)[0]
+
+        trunk, heads = couple(column, features, heads, targets, task.model)
     return Multihead(trunk, heads, {target.name: target.kind == "value" for target in targets})
 
 

@@ -4,8 +4,8 @@ Everything here is a function of the experiment alone, so every process of a run
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from tasks.models import build, inputs
 from tasks.partition import Split, deal, label_counts, strata
 from tasks.peft import Added, added, extend
 from tasks.pipeline import Pipeline, image_pipeline
+from tasks.stitch import COLUMNS
 from tasks.weights import TRUNK, pretrained_trunk
 
 
@@ -101,6 +102,11 @@ class Task:
     def new_model(self) -> nn.Module:
         """A new model with the random start of the run's seed; `initial_state` is where training starts."""
         return extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
+
+    def plain_model(self) -> nn.Module:
+        """A new model with one trunk and nothing added: what a source model and a file of weights fit."""
+        settings = self.settings.model_copy(update={"trunks": "shared"})
+        return build(settings, self.targets, inputs(self.dataset), self.seed)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
         """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`), of the same shape.
@@ -203,15 +209,34 @@ def initial_state(experiment: Experiment) -> Arrays:
     UserError for weights that are missing, unreadable or do not fit.
     """
     task, opened = experiment.task, open_task(experiment)
-    state = dict(replace(opened, added=Added()).new_model().state_dict())
+    state = dict(opened.plain_model().state_dict())
     if task.pretrained == "source":
         source = source_state(experiment)
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
     elif task.pretrained:
         state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
-    if opened.added.kind:
-        state = dict(opened.new_model().state_dict()) | state
+    if opened.added.kind or task.trunks == "cross-stitch":
+        whole = dict(opened.new_model().state_dict())
+        state = {name: _start(name, state, tensor, bool(task.pretrained)) for name, tensor in whole.items()}
     return {name: tensor.numpy(force=True).astype(np.float32) for name, tensor in state.items()}
+
+
+def _start(name: str, plain: Mapping[str, Tensor], new: Tensor, pretrained: bool) -> Tensor:
+    """Where an array of a model with parts added or trunks coupled starts: as that of the plain model, which all coupled
+    trunks take if it is pretrained; else as it is, new."""
+    if pretrained and name.startswith(COLUMNS):
+        name = TRUNK + name.removeprefix(COLUMNS).partition(".")[2]
+    return plain.get(name, new)
+
+
+def source_model(experiment: Experiment) -> nn.Module:
+    """A new model with `source_state`."""
+    model = open_task(experiment).plain_model()
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in source_state(experiment).items():
+            state[name].copy_(torch.from_numpy(value))
+    return model
 
 
 def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
