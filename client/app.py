@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 from client.node import add_up, answer, evaluate_client, hosted_here, open_node, train_client
 from client.store import Store
 from config.identity import code_sha256, versions
+from privacy.releases import allowed
 from strategies.packing import NodeReply, pack_replies, unpack_requests
 from strategies.sharing import from_record
 
@@ -29,7 +30,8 @@ def join(message: Message, context: Context) -> Message:
     roll = ConfigRecord(
         {
             "clients": clients,
-            "sizes": [len(node.task.client(c).train) for c in clients],
+            "simulated": node.keeper.simulated,
+            "sizes": [len(node.task.client(c).train) if allowed(node.experiment, "samples") else 1 for c in clients],
             "code": code_sha256(),
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -14,19 +15,24 @@ from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from torch import nn
 
 from client.anchors import teaches
+from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import Store
 from client.training import Beside, train
 from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
+from privacy.ledger import LedgerFault
+from privacy.releases import allowed
 from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.packing import Answer, NodeReply, Request
 from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
-from tasks.data import concatenate
+from tasks.data import Data, concatenate
 from tasks.evaluation import evaluate, examine, load_into, state_of
 from tasks.features import View, view
 from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle, source_data
+
+log = logging.getLogger("meadow.client")
 
 
 @dataclass(frozen=True)
@@ -39,23 +45,26 @@ class Node:
     roles: Roles
     view: View
     state_root: Path
+    keeper: Keeper
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
 
 def open_node(context: Context) -> Node:
     """The node of this process for the experiment in the run configuration; made once a process."""
-    return _open_node(json.dumps(to_flat(from_flat(context.run_config))), _state_root(context))
+    simulated = bool(context.node_config.get("simulated", False))
+    return _open_node(json.dumps(to_flat(from_flat(context.run_config))), _state_root(context), simulated)
 
 
 @functools.lru_cache(maxsize=8)
-def _open_node(flat: str, state_root: Path) -> Node:
+def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = task.new_model()
     parts = roles(experiment, model.state_dict())
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
-    return Node(experiment, task, model, parts, seen, state_root)
+    keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
+    return Node(experiment, task, model, parts, seen, state_root, keeper)
 
 
 def _state_root(context: Context) -> Path:
@@ -72,12 +81,22 @@ def hosted_here(context: Context, clients: int) -> range:
 
 
 def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], RecordDict]) -> list[Answer]:
-    """Let each client answer in turn. One that raises costs itself only: its answer is its id and its traceback."""
+    """Let each client answer in turn. One that raises costs itself only: its answer is its id and its traceback.
+
+    Under DP the kind of the error alone leaves, but for what the ledger says; the rest goes to the node's log.
+    """
     answers = []
     for request in requests:
         try:
             answers.append(Answer(request.client, handler(node, request)))
-        except Exception:  # whatever a client's data or model does, the others go on
+        except LedgerFault as fault:
+            answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
+        except Exception as error:  # whatever a client's data or model does, the others go on
+            if not allowed(node.experiment, "errors"):
+                log.exception("client %d failed", request.client)
+                told = f"{type(error).__name__}; the rest is in the node's log, or write privacy.release = errors"
+                answers.append(Answer(request.client, error=f"client {request.client}: {told}"))
+                continue
             answers.append(Answer(request.client, error=f"client {request.client}: {traceback.format_exc()}"))
     return answers
 
@@ -88,33 +107,56 @@ def train_client(node: Node, request: Request) -> RecordDict:
     The reply holds "arrays" (the shared arrays after training, without the heads of targets that no training sample
     has), "metrics" (num-examples in all and for each target, steps, loss of each target) and, if the message asks for
     it, "evaluation" (target/metric of the received model on the client's test part).
+
+    Under example-level and local DP the release is charged before anything else happens, and "ledger" says what the
+    client's ledger then holds; if the budget does not allow the release, that is all, with "exhausted", the reason. What
+    else is in a reply under DP is what `privacy.releases.allowed` lets out; each client weighs 1.
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
     _, memory = _load(node, store, request, round_)
-    client, seen = request.client, node.view
-    reply = RecordDict()
-    if config["evaluate"]:
+    client, seen, experiment = request.client, node.view, node.experiment
+    reply, release = RecordDict(), None
+    if experiment.privacy.unit in ("example", "local"):
+        try:
+            release = charge(node.keeper, request.content, round_, client, state_of(node.model) | _remembered(memory))
+        except Exhausted as reason:
+            return RecordDict({"ledger": ConfigRecord({**reason.state, "exhausted": str(reason)})})
+        reply["ledger"] = release.state
+    if config["evaluate"] and allowed(experiment, "metrics"):
         data = seen.data(f"{client}/test", node.task.client(client).test)
         reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
     if node.experiment.run.placement == "pooled":
         data = seen.data("pool", node.task.pool())
     else:
         data = seen.data(f"{client}/train", node.task.client(client).train)
-    beside = _beside(node, client, memory)
-    trained = train(seen.model, data, seen.task, node.experiment, round_, client, beside=beside)
+    beside, permit = _beside(node, client, memory), release.permit if release else None
+    trained = train(seen.model, data, seen.task, experiment, round_, client, beside=beside, permit=permit)
     state = state_of(node.model)
-    kept = {name: state[name] for name in node.roles.personal}
-    kept |= {f"{_MEMORY}{name}": value for name, value in trained.memory.items()}
-    if kept:
+    if release and experiment.privacy.unit == "local":
+        received = from_record(request.content.array_records["arrays"])
+        own = [name for name in received if name in node.roles.trained]
+        state |= noised_update(experiment, release, {n: received[n] for n in own}, {n: state[n] for n in own})
+    if kept := {name: state[name] for name in node.roles.personal} | _remembered(trained.memory):
         store.save(client, round_, kept, keep_from=int(cast(int, config["keep-from"])))
-    metrics: dict[str, Any] = {"num-examples": len(data), "steps": trained.steps}
-    metrics |= {f"num-examples/{t.name}": t.labelled(data.y[t.name]) for t in node.task.targets}
+    known = permit is not None or experiment.local.steps > 0 or allowed(experiment, "samples")
+    metrics: dict[str, Any] = {**_samples(node, client, data), "steps": trained.steps if known else 0}
     weights = name_weights(metrics, node.roles.shared)
     reply["arrays"] = to_record({name: state[name] for name in node.roles.shared if weights[name] > 0})
-    losses = {f"loss/{target}": value for target, value in trained.losses.items()}
+    losses = {f"loss/{t}": value for t, value in trained.losses.items() if allowed(experiment, "loss")}
     reply["metrics"] = MetricRecord(metrics | losses)
     return reply
+
+
+def _samples(node: Node, client: int, data: Data) -> dict[str, int]:
+    """The training samples, in all and of each target; where they are nobody's business, 1 and which targets are held."""
+    if allowed(node.experiment, "samples"):
+        return {"num-examples": len(data)} | {
+            f"num-examples/{t.name}": t.labelled(data.y[t.name]) for t in node.task.targets
+        }
+    held = dict(zip(node.experiment.task.targets, node.task.held[client], strict=True))
+    pooled = node.experiment.run.placement == "pooled"
+    return {"num-examples": 1} | {f"num-examples/{t.name}": int(pooled or held[t.name]) for t in node.task.targets}
 
 
 def evaluate_client(node: Node, request: Request) -> RecordDict:
@@ -123,12 +165,17 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of the
     client's personal arrays, and whether it has any of its own) and, if the message asks for a thorough evaluation,
     "confusion" (of the used model, by class target: its confusion counts, row after row) and, if evaluate.on names it,
-    the model "source" in "evaluation": the used one on the source task's test set.
+    the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
+    `privacy.releases.allowed` lets out.
     """
     config = request.content.config_records["config"]
     round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
     personal, memory = _load(node, store, request, round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
+    sha256 = arrays_sha256(personal) if allowed(node.experiment, "hashes") else ""
+    identity = ConfigRecord({"personal": sha256, "trained": bool(personal)})
+    if not allowed(node.experiment, "metrics"):
+        return RecordDict({"evaluation": MetricRecord(), "identity": identity})
     test = seen.data(f"{client}/test", own.test)
     reply = RecordDict()
     if config["thorough"]:
@@ -148,7 +195,7 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
     reply["evaluation"] = MetricRecord(dict(scores))
-    reply["identity"] = ConfigRecord({"personal": arrays_sha256(personal), "trained": bool(personal)})
+    reply["identity"] = identity
     return reply
 
 
@@ -162,9 +209,11 @@ def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequ
     for index, clients in blocks:
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
         for content in (contents[c].content for c in clients):
-            arrays = from_record(content.array_records["arrays"]) if content else {}
-            weights = name_weights(content.metric_records["metrics"], sent) if content else {}
-            if content is None or fault(arrays, sent, weights):
+            if content is None or "arrays" not in content.array_records:
+                break
+            arrays = from_record(content.array_records["arrays"])
+            weights = name_weights(content.metric_records["metrics"], sent)
+            if fault(arrays, sent, weights):
                 break
             updates.append((weights, arrays))
         else:
@@ -190,6 +239,10 @@ def _beside(node: Node, client: int, memory: Arrays) -> Beside:
     else:
         validation, key = task.client(client).validation, f"{client}/validation"
     return Beside(node.view.data(key, validation) if len(validation) else None, memory)
+
+
+def _remembered(memory: Arrays) -> Arrays:
+    return {f"{_MEMORY}{name}": value for name, value in memory.items()}
 
 
 def _load(node: Node, store: Store, request: Request, before: int) -> tuple[Arrays, Arrays]:

@@ -6,6 +6,7 @@ another one (`anchors.py`), what each of several targets counts (`balance.py`).
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -17,18 +18,20 @@ from client.optimisers import make_optimizer, plateau, scheduled
 from client.trainable import freeze, mask
 from client.validation import Watch, validation_loss
 from config.durable import Arrays
+from config.errors import UserError
 from config.schema import Experiment
 from config.seeds import torch_generator, torch_seeded
+from privacy.dpsgd import Permit, Privatiser
 from strategies.trainable import rate_factors, stage, trained
 from tasks.data import Data
-from tasks.metrics import class_weights, losses
+from tasks.metrics import class_weights, losses, sample_losses
 from tasks.task import Task
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training reports: optimiser steps, for each target its mean loss over the samples seen, and the arrays that
-    the client must give back in its next round (`Beside.memory`)."""
+    """What training reports: optimiser steps, for each target its mean loss over the samples seen, if any, and the arrays
+    that the client must give back in its next round (`Beside.memory`)."""
 
     steps: int
     losses: dict[str, float]
@@ -63,6 +66,7 @@ def train(
     correct: Correction | None = None,
     term: Term | None = None,
     beside: Beside | None = None,
+    permit: Permit | None = None,
 ) -> Trained:
     """Train the model in place on a client's data for one round.
 
@@ -72,12 +76,22 @@ def train(
     parameter name. A penalty that does not depend on the data (proximal terms, control variates) belongs in `correct`:
     under DP-SGD what is added to the loss is clipped, and what is added to the gradients before the noise is lost. The
     model's `requires_grad` flags and modes are set here.
+
+    With a `permit` its steps of DP-SGD take the place of all that: each one's batch is a Poisson sample, and a sample's
+    loss is the weighted sum of its targets' (`sample_losses`). Raises UserError for a `term`, which sees a whole batch.
     """
+    if permit is not None and term is not None:
+        raise UserError(
+            f'strategy.name = "{experiment.strategy.name}" with privacy.unit = "example": its local rule adds to the loss '
+            "of a whole batch, so no sample's share of it can be clipped; use another strategy"
+        )
     plan, seed, beside = experiment.local, experiment.run.seed, beside or Beside()
     memory = dict(beside.memory)
     size = len(data) if plan.batch_size == 0 else min(plan.batch_size, len(data))
     steps_an_epoch = -(-len(data) // size)
     total = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
+    if permit is not None:
+        total = permit.mechanism.steps
     weights = class_weights(task.targets, data.y)
     rate = scheduled(plan, round_, experiment.run.rounds)
     watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
@@ -86,15 +100,30 @@ def train(
     balance = make_balance(plan, task.targets, memory)
     held = mask(model, experiment, client)
     pull, teacher = anchors.pull(model, experiment), anchors.teacher(model, task, experiment)
+    share = 1 - teacher.distill if teacher else 1.0
     corrections = [correct, pull.correct if pull else None, held.correct if held else None]
     names = list(model.state_dict())
     factors = rate_factors(plan, names)
     sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
     seen, steps, at = 0, 0, -1
-    with torch_seeded(seed, "train", round_, client):
+    private: Privatiser | None = None
+
+    def each(index: Tensor) -> Tensor:
+        nonlocal seen
+        batch = data.take(index)
+        batch = Data(task.prepare(batch.x, training=True), batch.y)
+        outputs = model(batch.x)
+        parts = sample_losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
+        seen += len(index)
+        for name, values in parts.items():
+            sums[name] += values.detach().sum()
+        data_loss = torch.stack([w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)]).sum(0)
+        return data_loss if teacher is None else share * data_loss + teacher.each(batch, outputs)
+
+    with torch_seeded(seed, "train", round_, client), ExitStack() as opened:
         while steps < total:
             epoch, position = divmod(steps, steps_an_epoch)
-            if position == 0:
+            if position == 0 and private is None:
                 order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", round_, client, epoch))
                 stage_before, at = at, stage(experiment, round_, epoch)
                 now = {n for n in trained(experiment, names, at) if learns is None or learns(n)}
@@ -103,20 +132,24 @@ def train(
                     slower = rate / plan.gradual_divide**at
                     rates = {n: f * slower for n, f in factors.items()}
                     optimizer = make_optimizer(learning, plan, rates, balance.parameters)
-            batch = data.take(order[position * size : (position + 1) * size])
-            batch = Data(task.prepare(batch.x, training=True), batch.y)
-            outputs = model(batch.x)
-            parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
-            share, rest = 1.0, None
-            if teacher is not None:
-                share, rest = 1 - teacher.distill, teacher.each(batch, outputs).mean()
-            if term is not None:
-                more = term(model, batch, outputs)
-                rest = more if rest is None else rest + more
-            each = {t.name: share * w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)}
-            present = {t.name for t in task.targets if t.labelled(batch.y[t.name])}
-            optimizer.zero_grad(set_to_none=True)
-            balance.backward(each, present, rest, learning)
+            if permit is not None:
+                private = private or opened.enter_context(permit.on(model))
+                private.gradients(permit.sample(len(data)), each)
+            else:
+                batch = data.take(order[position * size : (position + 1) * size])
+                batch = Data(task.prepare(batch.x, training=True), batch.y)
+                outputs = model(batch.x)
+                parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
+                rest = teacher.each(batch, outputs).mean() if teacher else None
+                if term is not None:
+                    rest = term(model, batch, outputs) + (0 if rest is None else rest)
+                shares = {t.name: share * w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)}
+                present = {t.name for t in task.targets if t.labelled(batch.y[t.name])}
+                optimizer.zero_grad(set_to_none=True)
+                balance.backward(shares, present, rest, learning)
+                seen += len(batch)
+                for name, value in parts.items():
+                    sums[name] += value.detach() * len(batch)
             if plan.clip_norm:
                 nn.utils.clip_grad_norm_(learning.values(), plan.clip_norm)
             for change in corrections:
@@ -125,13 +158,12 @@ def train(
             optimizer.step()
             if held is not None:
                 held.restore(learning)
-            steps, seen = steps + 1, seen + len(batch)
-            for name, value in parts.items():
-                sums[name] += value.detach() * len(batch)
+            steps += 1
             if position == steps_an_epoch - 1 or steps == total:
                 balance.epoch_ends()
             if watch is not None and position == steps_an_epoch - 1 and watch.ends(model):
                 break
     if watch is not None:
         watch.restore(model)
-    return Trained(steps, {name: float(value) / seen for name, value in sums.items()}, memory | balance.remember())
+    memory |= balance.remember()
+    return Trained(steps, {name: float(value) / seen for name, value in sums.items()} if seen else {}, memory)

@@ -162,7 +162,9 @@ class Cohort(Section):
 
     fraction: float = Field(1.0, gt=0, le=1)
     size: int = Field(0, ge=0, description="Clients a round; 0: use the fraction.")
-    sampling: Literal["fixed"] = "fixed"
+    sampling: Literal["fixed", "poisson"] = Field(
+        "fixed", description="fixed: so many, without replacement; poisson: each with probability size / clients."
+    )
     quorum: int = Field(1, ge=1, description="Fewer good replies than this end the run with status 3.")
     timeout: float = Field(600.0, gt=0, description="Seconds after which a missing reply counts as failed.")
 
@@ -271,10 +273,99 @@ class Strategy(Section):
     )
 
 
-class Privacy(Section):
-    """`[privacy]`: what is protected. Only "none" is built so far."""
+RELEASES = ("samples", "loss", "metrics", "labels", "hashes", "errors")
 
-    unit: Literal["none"] = "none"
+
+class Privacy(Section):
+    """`[privacy]`: what is protected, how well, and what may leave all the same. `docs/privacy.md` says what it means."""
+
+    unit: Literal["none", "example", "client", "local"] = Field(
+        "none",
+        description="none; example: DP-SGD at each client; client: clipped updates, noise at the server; local: noise at "
+        "each client.",
+    )
+    epsilon: float = Field(0.0, ge=0, description="Budget of each unit for the whole run; 0: none is set.")
+    noise_multiplier: float = Field(
+        0.0, ge=0, description="Deviation of the noise, in units of the clip; 0: calibrated from epsilon."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1)
+    clip: float = Field(1.0, gt=0, description="Largest norm of an example's gradient, or of a client's update.")
+    accountant: Literal["pld", "rdp", "prv"] = "pld"
+    sample_rate: float = Field(
+        0.0, ge=0, le=1, description="unit = example: chance of each example in each step, a public constant."
+    )
+    denominator: float = Field(
+        0.0, ge=0, description="What the noisy sum is divided by; 0: local.batch_size, or the expected cohort."
+    )
+    grad_sample: Literal["auto", "hooks", "ghost"] = Field(
+        "auto", description="unit = example: how per-sample gradients are had; auto: by the model."
+    )
+    adaptive_clip: bool = Field(False, description="unit = client: the clip follows a quantile of the updates' norms.")
+    clip_quantile: float = Field(0.5, ge=0, le=1, description="Share of updates that the adaptive clip lets through.")
+    clip_rate: float = Field(0.2, gt=0, description="How fast the adaptive clip moves.")
+    clip_count_noise: float = Field(
+        0.0, ge=0, description="Deviation of the noise on the adaptive clip's count; 0: a twentieth of the denominator."
+    )
+    budgets: str = Field(
+        "",
+        description="Each client's own epsilon: empty: privacy.epsilon; uniform A B; choice A B ...; file PATH, a CSV "
+        "with the columns client and epsilon.",
+    )
+    on_exhausted: Literal["leave", "stop"] = Field(
+        "leave", description="A client whose next release would pass its budget: it leaves, or the run stops."
+    )
+    release: Names = Field(
+        (), description="What may leave unprotected under DP: any of samples, loss, metrics, labels, hashes, errors."
+    )
+
+    @field_validator("accountant", mode="before")
+    @classmethod
+    def _no_gdp(cls, value: Any) -> Any:
+        if value == "gdp":
+            raise ValueError(
+                "the GDP approximation underestimates epsilon (1.62 where 2.85 is true); write pld, rdp or prv"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if wrong := [name for name in self.release if name not in RELEASES]:
+            raise ValueError(f"release = {wrong}: give any of {', '.join(RELEASES)}")
+        if self.unit == "none":
+            for name in ("epsilon", "noise_multiplier", "budgets"):
+                if value := getattr(self, name):
+                    raise ValueError(
+                        f'{name} = {value} with unit = "none" protects nothing: write unit = "example", "client" or '
+                        '"local", or leave it out'
+                    )
+        elif not (self.epsilon or self.noise_multiplier or self.budgets):
+            raise ValueError(
+                f'unit = "{self.unit}" with neither epsilon nor noise_multiplier: write epsilon = 3.0 for a budget that the '
+                "noise is calibrated to, or the noise itself"
+            )
+        if self.adaptive_clip and self.unit != "client":
+            raise ValueError(
+                f'adaptive_clip = true with unit = "{self.unit}": only updates of whole clients have an adaptive clip; '
+                'write unit = "client", or a fixed clip'
+            )
+        kind, *words = self.budgets.split() or [""]
+        numbers = [float(word) for word in words if _is_positive(word)]
+        law = len(numbers) == len(words) > 0 and (
+            kind == "choice" or (kind == "uniform" and len(numbers) == 2 and numbers[0] <= numbers[1])
+        )
+        if self.budgets and not law and not (kind == "file" and len(words) == 1):
+            raise ValueError(
+                f'budgets = "{self.budgets}": write "uniform 1 8", "choice 1 2 4", with positive numbers, or "file '
+                'budgets.csv"'
+            )
+        return self
+
+
+def _is_positive(word: str) -> bool:
+    try:
+        return 0 < float(word) < float("inf")
+    except ValueError:
+        return False
 
 
 class Evaluate(Section):
@@ -348,6 +439,8 @@ class Experiment(Section):
             )
         self._check_trainable()
         self._check_source()
+        if faults := privacy_faults(self):
+            raise ValueError("; ".join(faults))
         return self
 
     def _check_trainable(self) -> None:
@@ -444,3 +537,65 @@ class Experiment(Section):
         if self.run.placement == "local":
             return self.partition.clients
         return self.cohort.size or max(1, round(self.cohort.fraction * self.partition.clients))
+
+
+def privacy_faults(experiment: Experiment) -> list[str]:
+    """Why the experiment's privacy would not hold, or cannot be had: each with the setting, the reason and the way out.
+
+    What only the model can tell (batch normalisation, shared parameters) is refused by `privacy.dpsgd` when it is opened.
+    """
+    privacy, faults = experiment.privacy, []
+    if privacy.unit == "none":
+        return []
+    setting = f'privacy.unit = "{privacy.unit}"'
+    if privacy.unit == "example":
+        if privacy.sample_rate == 0:
+            faults.append(
+                f"{setting} without privacy.sample_rate: it must be a public constant, not a function of each client's "
+                "size; write the batch over a size that all may know, for example privacy.sample_rate = 0.05"
+            )
+        if privacy.denominator == 0 and experiment.local.batch_size == 0:
+            faults.append(
+                f"{setting} with local.batch_size = 0: the noisy sum would be divided by each client's private size; "
+                "write privacy.denominator, the expected batch"
+            )
+        local = experiment.local
+        private = {
+            "patience": local.patience > 0,
+            "schedule": local.schedule == "plateau",
+            "balance": local.balance != "fixed",
+            "fisher_on": local.trainable == "fisher" and local.fisher_on == "local",
+        }
+        faults += [
+            f"{setting} with local.{name} = {getattr(local, name)}: it is decided by private samples without any noise; "
+            f'leave it out or write privacy.unit = "client"'
+            for name, is_on in private.items()
+            if is_on
+        ]
+        if local.trainable == "gradual" and local.gradual_unit == "epochs":
+            faults.append(
+                f'{setting} with local.gradual_unit = "epochs": a round of DP-SGD has steps and no epochs; write '
+                'local.gradual_unit = "rounds"'
+            )
+    elif experiment.share == "none":
+        faults.append(
+            f'{setting} with nothing shared (run.placement = "{experiment.run.placement}", strategy.share = '
+            f'"{experiment.strategy.share}"): no update leaves, so there is nothing to protect; write privacy.unit = '
+            '"none", or "example" if the models themselves are given away'
+        )
+    elif experiment.run.placement == "pooled":
+        faults.append(
+            f'{setting} with run.placement = "pooled": there are no updates of clients; write privacy.unit = "example"'
+        )
+    for target, kind in zip(experiment.task.targets, experiment.task.kinds, strict=False):
+        if "balanced" in kind.split():
+            faults.append(
+                f'{setting} with task.kinds = "{kind}" for the target "{target}": class weights from private labels are '
+                "neither clipped nor noised; write public ones, weights W1 W2 ..."
+            )
+    if experiment.task.public == "train":
+        faults.append(
+            f'{setting} with task.public = "train": vocabulary and scaling would be learned from private data; name a '
+            "public file, or constants"
+        )
+    return faults

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from config.cohort import draw_cohort
 from config.schema import Experiment
 from experiments.folds import fold_runs
-from server.rounds import draw_cohort
 from strategies.sharing import nbytes, roles
 from tasks.task import initial_state, open_task, settle
 

@@ -59,6 +59,9 @@ def _reason(reply: Message, sent: Arrays, size: int, inside: bool) -> str:
     if reply.has_error():
         return str(reply.error.reason)
     content = reply.content
+    ledger = content.config_records.get("ledger")
+    if ledger is not None and "exhausted" in ledger:
+        return str(ledger["exhausted"])
     metrics = content.metric_records.get("metrics") or MetricRecord()
     weight = metrics.get("num-examples")
     if not _number(weight) or weight <= 0:

@@ -4,7 +4,7 @@ A checkpoint is `round-N.safetensors` and then `round-N.json`, which names the a
 that matches, the checkpoint does not exist and the one before it counts. The last `KEEP` stay.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ KEEP = 3
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `round`: the shared arrays."""
+    """The state after `round`: the shared arrays; under DP, what the next round's protection needs (JSON)."""
 
     round: int
     arrays: Arrays
+    privacy: dict[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, then delete those older than the last `KEEP`."""
     stem = folder / f"round-{checkpoint.round:08d}"
     write_arrays(stem.with_suffix(".safetensors"), checkpoint.arrays)
-    write_json(stem.with_suffix(".json"), {"round": checkpoint.round, "sha256": arrays_sha256(checkpoint.arrays)})
+    about = {"round": checkpoint.round, "sha256": arrays_sha256(checkpoint.arrays), "privacy": checkpoint.privacy}
+    write_json(stem.with_suffix(".json"), about)
     for old in _rounds(folder)[:-KEEP]:
         (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
         (folder / f"round-{old:08d}.safetensors").unlink(missing_ok=True)
@@ -42,7 +44,7 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             arrays = read_arrays(stem.with_suffix(".safetensors"))
             if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
                 raise DamagedFile(f"{stem}.safetensors: not the arrays that {stem.name}.json names")
-            return Checkpoint(round_, arrays), damaged
+            return Checkpoint(round_, arrays, about.get("privacy", {})), damaged
         except DamagedFile as error:
             damaged.append(str(error))
     return None, damaged

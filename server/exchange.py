@@ -44,6 +44,8 @@ class Exchange:
     hosts: dict[int, int] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     """Training samples that each client declared at roll call: the cap of its weight."""
+    simulated: bool = True
+    """Whether every node so far has said that it is simulated: its secrets are then none."""
     _nodes: set[int] = field(default_factory=set)
 
     def gather(self) -> None:
@@ -120,6 +122,7 @@ class Exchange:
                     f"its versions: {roll.get('versions')!s}): install the same Meadow and the same data on both"
                 )
         self._nodes.add(node)
+        self.simulated &= bool(roll.get("simulated", False))
         for client, size in zip(cast(list[int], roll["clients"]), cast(list[int], roll["sizes"]), strict=True):
             self.hosts[client] = node
             self.sizes[client] = size

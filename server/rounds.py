@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from config.durable import Arrays
 from config.errors import RunStopped, UserError
 from config.schema import Experiment
-from config.seeds import numpy_generator
+from privacy.releases import allowed
 from server import checkpoints
 from server.admission import Verdict, admit
 from server.evaluation import Scores, add_confusion, describe, over_clients, read_confusion
 from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
+from server.protection import Protection, protection
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from strategies import make_strategy
 from strategies.blocks import cut, weighted_sum
@@ -39,7 +40,7 @@ log = logging.getLogger("meadow.server")
 
 @dataclass
 class Session:
-    """What the rounds of one run have in hand. `arrays` are the shared ones, and the only thing here that changes."""
+    """What the rounds of one run have in hand. `arrays` (the shared ones) and `protection` are what changes here."""
 
     experiment: Experiment
     task: Task
@@ -52,6 +53,7 @@ class Session:
     run_id: str
     model: nn.Module
     view: View
+    protection: Protection
 
 
 def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
@@ -68,6 +70,8 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     start = initial_state(experiment)
+    parts = roles(experiment, start)
+    guard = protection(experiment, task, parts)
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     split = {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
     folder = open_folder(out, experiment, resume, {"data_sha256": task.dataset.sha256, "split": split})
@@ -76,18 +80,18 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     folder.forget_summary()
     folder.write_split(split | split_table(experiment, task))
     run_id = folder.manifest()["run_id"]
-    parts = roles(experiment, start)
     base = {n: start[n] for n in parts.personal + parts.fixed} if experiment.task.pretrained else {}
     exchange = Exchange(grid, run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     arrays = {n: start[n] for n in parts.shared}
     model = task.new_model()
     seen = view(task, model, frozen=parts.trunk_is_frozen)
     strategy = make_strategy(experiment)
-    session = Session(experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen)
+    session = Session(experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard)
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}
     try:
         exchange.gather()
+        guard.begin(exchange.simulated, out)
         for round_ in range(_recover(session) + 1, experiment.run.rounds + 1):
             play_round(session, round_)
         scores = score_clients(session, experiment.run.rounds, last=True)
@@ -96,28 +100,18 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     except KeyboardInterrupt:
         status, reason = "stopped", "stopped by the user"
     except BaseException as fault:
-        folder.write_summary(summarise(session.folder, experiment, task, session.arrays, {}, "failed", repr(fault)))
+        told = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
+        folder.write_summary(summarise(session.folder, experiment, task, session.arrays, {}, "failed", told, guard))
         raise
     if scores:
-        folder.write_clients(client_rows(folder, task, scores))
+        folder.write_clients(client_rows(folder, experiment, task, scores, guard.epsilons()))
         outputs = predict_globally(session)
         shared = describe(outputs, task.dataset.test.y, task.targets) if outputs else {}
         counts = add_confusion([s.confusion for s in scores.values()], task.targets)
         folder.write_evaluation({"global": shared, "clients": counts})
-    summary = summarise(folder, experiment, task, session.arrays, scores, status, reason)
+    summary = summarise(folder, experiment, task, session.arrays, scores, status, reason, guard)
     folder.write_summary(summary)
     return summary
-
-
-def draw_cohort(experiment: Experiment, round_: int) -> list[int]:
-    """The clients of a round, ascending: a function of (run.seed, round). Without federation, whoever trains at all."""
-    if experiment.run.placement == "pooled":
-        return [0]
-    everyone = experiment.partition.clients
-    if experiment.cohort_size == everyone:
-        return list(range(everyone))
-    draw = numpy_generator(experiment.run.seed, "cohort", round_)
-    return sorted(int(c) for c in draw.choice(everyone, experiment.cohort_size, replace=False))
 
 
 def play_round(session: Session, round_: int) -> None:
@@ -125,38 +119,47 @@ def play_round(session: Session, round_: int) -> None:
     experiment, began = session.experiment, time.perf_counter()
     pooled = experiment.run.placement == "pooled"
     on_clients = "clients" in experiment.evaluate.on
-    cohort = draw_cohort(experiment, round_)
+    guard, whole_clients = session.protection, experiment.privacy.unit == "client"
+    cohort = guard.cohort(round_)
     config = ConfigRecord(
         {
             "round": round_,
             "run": session.run_id,
             "keep-from": checkpoints.oldest_round(session.folder.checkpoints),
-            "evaluate": on_clients and not pooled and (round_ - 1) % experiment.evaluate.every == 0,
+            "evaluate": on_clients
+            and not pooled
+            and allowed(experiment, "metrics")
+            and (round_ - 1) % experiment.evaluate.every == 0,
         }
     )
     sent = to_record(session.arrays)
     messages = list(session.strategy.configure_train(round_, sent, config, Cohort(cohort)))
+    guard.remind(messages)
     sums_only = getattr(session.strategy, "needs_sums_only", False)
-    replies, sums = session.exchange.send(messages, whole_blocks=sums_only)
-    sizes = {0: len(session.task.pool())} if pooled else session.exchange.sizes
+    replies, sums = session.exchange.send(messages, whole_blocks=sums_only and not whole_clients)
+    left = guard.read(replies, round_)
+    sizes = session.exchange.sizes
+    if pooled:
+        sizes = {0: len(session.task.pool()) if allowed(experiment, "samples") else 1}
     verdict = admit(replies, sums, session.arrays, sizes)
     for client, reason in verdict.refused.items():
         log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
-    if len(verdict.admitted) < experiment.cohort.quorum:
+    if len(verdict.admitted) < experiment.cohort.quorum and len(left) < len(cohort):
         first = next(iter(verdict.refused.values()), "").strip().splitlines()
         raise RunStopped(
             f"round {round_}: {len(verdict.admitted)} of {len(cohort)} clients gave a good reply, "
             f"cohort.quorum = {experiment.cohort.quorum}" + (f"; the first failure: {first[-1]}" if first else "")
         )
     blocks = combine_order(cohort, verdict) if sums_only else verdict.admitted
-    combined, _ = session.strategy.aggregate_train(round_, blocks)
-    if combined is not None:
+    if whole_clients:
+        session.arrays = guard.combine(session.arrays, verdict.admitted, round_)
+    elif (combined := session.strategy.aggregate_train(round_, blocks)[0]) is not None:
         session.arrays = from_record(combined)
     received: dict[int, Scores] = {
         m.metadata.src_node_id: _scores(m) for m in verdict.admitted if "evaluation" in m.content
     }
     clients_round = round_ - 1
-    if pooled and on_clients and round_ % experiment.evaluate.every == 0:
+    if pooled and on_clients and allowed(experiment, "metrics") and round_ % experiment.evaluate.every == 0:
         received, clients_round = used(score_clients(session, round_, last=False)), round_
     record = {
         "round": round_,
@@ -168,13 +171,13 @@ def play_round(session: Session, round_: int) -> None:
         "global": score_globally(session)
         if round_ % experiment.evaluate.every == 0 or round_ == experiment.run.rounds
         else {},
-        "clients": over_clients(received, test_sizes(session.task)),
+        "clients": over_clients(received, test_sizes(experiment, session.task)),
         "clients_round": clients_round,
-        "epsilon": None,
+        "epsilon": guard.epsilon() if experiment.privacy.unit != "none" else None,
     }
     record["seconds"] = time.perf_counter() - began
     session.folder.append(record)
-    checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays))
+    checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays, guard.state()))
 
 
 def _traffic(session: Session, round_: int, asked: int, replied: int) -> dict[str, int]:
@@ -263,21 +266,20 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
 
 
 def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
-    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles.
+    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles;
+    under DP neither, unless privacy.release lets them out.
 
     "holds", where clients hold part of the targets: the clients that hold each. For law = natural "left_out", how many
     of the data's own clients are too small and how many samples they have, and "names", each client's name in the data.
     """
-    table: dict[str, Any] = {
-        "sizes": task.split.sizes.tolist(),
-        "target": experiment.task.targets[0],
-        "labels": task.label_counts().tolist(),
-    }
+    table: dict[str, Any] = {"target": experiment.task.targets[0]}
+    if counted := allowed(experiment, "labels"):
+        table |= {"sizes": task.split.sizes.tolist(), "labels": task.label_counts().tolist()}
     if experiment.partition.holds:
         columns = zip(experiment.task.targets, task.held.T, strict=True)
         table["holds"] = {name: np.flatnonzero(has).tolist() for name, has in columns}
     if task.split.natural is not None:
-        table["left_out"] = asdict(task.split.left_out)
+        table |= {"left_out": asdict(task.split.left_out)} if counted else {}
         table["names"] = [task.dataset.clients[number] for number in task.split.natural]
     return table
 
@@ -289,6 +291,7 @@ def _recover(session: Session) -> int:
         log.warning("damaged checkpoint, the one before it is used: %s", line)
     if checkpoint is not None:
         session.arrays = checkpoint.arrays
+        session.protection.restore(checkpoint.privacy)
     session.folder.cut_back(checkpoint.round if checkpoint else 0)
     return checkpoint.round if checkpoint else 0
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from config.durable import Arrays
 from config.schema import Experiment
+from privacy.releases import allowed
 from server.evaluation import Scores, mean_tree, over_clients
 from server.folder import RunFolder
+from server.protection import Protection
 from strategies.sharing import arrays_sha256
 from strategies.trainable import HEADS, is_added, trained
 from tasks.evaluation import evaluate
@@ -31,9 +33,10 @@ class ClientScores:
     confusion: Mapping[str, Ints]
 
 
-def test_sizes(task: Task) -> dict[int, int]:
-    """Test samples of each client."""
-    return {client: len(parts.test) for client, parts in enumerate(task.split.clients)}
+def test_sizes(experiment: Experiment, task: Task) -> dict[int, int]:
+    """Test samples of each client; 1 where they may not be told."""
+    told = allowed(experiment, "labels")
+    return {client: len(parts.test) if told else 1 for client, parts in enumerate(task.split.clients)}
 
 
 def used(scores: Mapping[int, ClientScores]) -> dict[int, Scores]:
@@ -51,10 +54,11 @@ def summarise(
     scores: Mapping[int, ClientScores],
     status: str,
     reason: str,
+    protection: Protection,
 ) -> dict[str, Any]:
     """The summary of a run that has ended, well or not. `scores` is empty if it never got to the last evaluation."""
     records = folder.rounds()
-    at_end = over_clients(used(scores), test_sizes(task))
+    at_end = over_clients(used(scores), test_sizes(experiment, task))
     # What only the last evaluation measures is no mean over ten rounds.
     as_before = {t: {m: v for m, v in metrics.items() if m not in THOROUGH} for t, metrics in at_end.items()}
     client_curve = [r["clients"] for r in records if r["clients"]] + ([as_before] if at_end else [])
@@ -90,13 +94,7 @@ def summarise(
             **_of_the_whole(experiment, task, records),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
-        "privacy": {
-            "unit": experiment.privacy.unit,
-            "delta": None,
-            "accountant": None,
-            "epsilon": {"max": None, "median": None},
-            "releases": releases(experiment),
-        },
+        "privacy": protection.summary(),
     }
 
 
@@ -106,10 +104,10 @@ def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientSc
     On the source task's test set: before, the source model; after, the models that the clients use at the end, their
     mean over clients.
     """
-    if "source" not in experiment.evaluate.on or not scores:
+    after = mean_tree([{k: v for k, v in s.scores.items() if k.startswith("source/")} for s in scores.values()])
+    if not after:
         return {}
     before = evaluate(source_model(experiment), source_data(experiment).test, task)
-    after = mean_tree([{k: v for k, v in s.scores.items() if k.startswith("source/")} for s in scores.values()])
     found: dict[str, Any] = {}
     for key, value in before.items():
         target, _, metric = key.partition("/")
@@ -117,35 +115,31 @@ def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientSc
     return {"forgetting": found}
 
 
-def client_rows(folder: RunFolder, task: Task, scores: Mapping[int, ClientScores]) -> list[dict[str, Any]]:
-    """The rows of `clients.csv`: client, samples, rounds it took part in, and the metrics of each model of its."""
+def client_rows(
+    folder: RunFolder,
+    experiment: Experiment,
+    task: Task,
+    scores: Mapping[int, ClientScores],
+    epsilons: Mapping[int, float],
+) -> list[dict[str, Any]]:
+    """The rows of `clients.csv`: client, samples, rounds it took part in, its epsilon, and the metrics of each model of
+    its. Samples that may not be told stay empty."""
+    told = allowed(experiment, "labels")
     rounds = [_took_part(r) for r in folder.rounds()]
     rows = []
     for client, parts in enumerate(task.split.clients):
         row: dict[str, Any] = {
             "client": client,
-            "train_samples": len(parts.train),
-            "validation_samples": len(parts.validation),
-            "test_samples": len(parts.test),
+            "train_samples": len(parts.train) if told else "",
+            "validation_samples": len(parts.validation) if told else "",
+            "test_samples": len(parts.test) if told else "",
             "rounds": sum(client in r for r in rounds),
-            "epsilon": "",
+            "epsilon": epsilons.get(client, ""),
         }
         if client in scores:
             row |= {key.replace("/", "."): value for key, value in scores[client].scores.items()}
         rows.append(row)
     return rows
-
-
-def releases(experiment: Experiment) -> list[dict[str, str]]:
-    """What leaves a client in this run, and by which mechanism it is protected."""
-    if experiment.run.placement == "pooled":
-        return [{"what": "all training data, into one place", "mechanism": "not protected"}]
-    left = ["number of training samples", "training loss", "label counts (in the split manifest)"]
-    if experiment.share != "none":
-        left.insert(0, f'model arrays (share = "{experiment.share}")')
-    # Every client is scored at the end, whatever evaluate.on says of the rounds.
-    left += ["metrics on the test part", "confusion counts of the test part"]
-    return [{"what": what, "mechanism": "not protected"} for what in left]
 
 
 def _of_the_whole(experiment: Experiment, task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:

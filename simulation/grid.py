@@ -37,6 +37,7 @@ def node_context(experiment: Experiment, index: int, nodes: int, state: Path) ->
         "partition-id": index,
         "num-partitions": nodes,
         "state": str(state),
+        "simulated": True,
     }
     return Context(RUN_ID, index + SERVER_NODE + 1, settings, RecordDict(), to_flat(experiment))
 

@@ -136,7 +136,12 @@ def supernodes(group: Children, link: SuperLink, nodes: int, work_dir: Path, sta
         for index in range(nodes):
             work = work_dir / f"node-{index}"
             port = ports.enter_context(free_port())
-            node_config: dict[str, Value] = {"partition-id": index, "num-partitions": nodes, "state": str(state)}
+            node_config: dict[str, Value] = {
+                "partition-id": index,
+                "num-partitions": nodes,
+                "state": str(state),
+                "simulated": True,
+            }
             group.start(
                 f"node-{index}",
                 [

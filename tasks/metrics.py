@@ -73,6 +73,27 @@ def losses(
     return result
 
 
+def sample_losses(
+    outputs: Mapping[str, Tensor],
+    y: Mapping[str, Tensor],
+    targets: Sequence[Target],
+    weights: Mapping[str, Tensor] | None = None,
+    smoothing: float = 0.0,
+) -> dict[str, Tensor]:
+    """Each target's loss of each sample, (n,): its mean over the entries (tokens, labels) that the sample has, 0 if none.
+
+    A sample's loss depends on that sample alone, as DP-SGD needs it. Where samples have one entry each, and all of them
+    have it, the mean over the samples is `losses`.
+    """
+    result = {}
+    for target in targets:
+        output, truth = outputs[target.name], y[target.name]
+        known = target.known(truth)
+        each = _each(target, output, truth, known, (weights or {}).get(target.name), smoothing)
+        result[target.name] = each.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1) if each.ndim > 1 else each
+    return result
+
+
 def _each(
     target: Target, output: Tensor, truth: Tensor, known: Tensor, weight: Tensor | None, smoothing: float = 0.0
 ) -> Tensor:

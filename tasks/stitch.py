@@ -27,8 +27,8 @@ class Unit(nn.Module):
         self.alpha = nn.Parameter(alpha)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """maps (K, n, channels, ...) -> the same shape."""
-        return torch.einsum("ijc,jnc...->inc...", self.alpha, maps)
+        """maps (n, K, channels, ...) -> the same shape. Samples come first, as Opacus has it."""
+        return torch.einsum("ijc,njc...->nic...", self.alpha, maps)
 
 
 class Coupled(nn.Module):
@@ -44,9 +44,9 @@ class Coupled(nn.Module):
         maps = [x] * len(self.columns)
         for (first, last), unit in zip(self._bounds, self.units, strict=True):
             stacked = torch.stack(
-                [cast(nn.Sequential, c)[first:last](m) for c, m in zip(self.columns, maps, strict=True)]
+                [cast(nn.Sequential, c)[first:last](m) for c, m in zip(self.columns, maps, strict=True)], 1
             )
-            maps = list(unit(stacked))
+            maps = list(unit(stacked).unbind(1))
         return torch.cat([cast(nn.Sequential, c)[last:](m) for c, m in zip(self.columns, maps, strict=True)], 1)
 
 

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from privacy.accounting import epsilon
+from config.errors import UserError
+from privacy.accounting import (
+    client_guarantee,
+    epsilon,
+    example_guarantee,
+    fixed_cohort_guarantee,
+    local_guarantee,
+    noise_multiplier,
+    steps_within,
+)
 
 MIXED = [(0.1, 1.0, 100), (0.05, 1.5, 200), (0.1, 2.0, 300)]
 REFERENCES = [
@@ -93,3 +102,80 @@ def test_what_cannot_be_accounted_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         epsilon(history, delta, accountant)
+
+
+@pytest.mark.parametrize(
+    ("target", "delta", "rate", "steps", "accountant", "spent"),
+    [
+        (3.0, 1e-5, 2048 / 60000, 1172, "pld", []),
+        (1.0, 1e-5, 0.1, 60, "rdp", []),
+        (2.0, 1e-5, 0.05, 40, "prv", [(0.1, 2.0, 10)]),
+        (0.1, 1e-6, 0.02, 10, "pld", []),  # RDP's orders stop at 63, so it cannot say so little
+        (8.0, 1e-5, 1.0, 20, "pld", [(0.1, 1.0, 10), (0.1, 2.0, 30)]),
+        (15.0, 1e-5, 0.5, 5, "pld", []),
+        (3.0, 1e-5, 0.1, 10, "pld", [(0.1, 1.0, 10)]),  # 2.85 of 3 are spent
+    ],
+)
+def test_calibrated_noise_spends_the_target_and_no_more(
+    target: float, delta: float, rate: float, steps: int, accountant: str, spent: list[tuple[float, float, int]]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sigma = noise_multiplier(target, delta, rate, steps, accountant, spent)
+        total = epsilon([*spent, (rate, sigma, steps)], delta, accountant)
+    assert 0.995 * target <= total <= target
+
+
+def test_what_is_spent_counts_in_calibration() -> None:
+    alone = noise_multiplier(3.0, 1e-5, 0.1, 10)
+    after = noise_multiplier(3.0, 1e-5, 0.1, 10, spent=[(0.1, 1.5, 10)])
+    assert after > alone
+    with pytest.raises(UserError, match=r"privacy.epsilon = 2: 2.85.* is spent already"):
+        noise_multiplier(2.0, 1e-5, 0.1, 10, spent=[(0.1, 1.0, 10)])
+    for wrong in ((0.0, 0.1, 10), (-1.0, 0.1, 10), (1.0, 0.0, 10), (1.0, 0.1, 0)):
+        with pytest.raises(ValueError, match="Expected"):
+            noise_multiplier(wrong[0], 1e-5, *wrong[1:])
+
+
+def test_steps_within_is_the_last_step_that_fits() -> None:
+    past = [(0.1, 2.0, 5)]
+    steps = steps_within(2.0, 1e-5, 0.1, 1.5, spent=past)
+    assert epsilon([*past, (0.1, 1.5, steps)], 1e-5) <= 2.0 < epsilon([*past, (0.1, 1.5, steps + 1)], 1e-5)
+    assert steps_within(0.01, 1e-5, 0.1, 1.0) == 0
+    assert steps_within(2.0, 1e-5, 0.1, 1.0, spent=[(0.1, 1.0, 10)]) == 0
+
+
+def test_client_level_reference_values() -> None:
+    poisson = client_guarantee([(0.1, 1.0, 100)], 1e-5)
+    assert poisson.epsilon == pytest.approx(7.05, abs=0.005)  # FIELD: 1,000 clients, 100 a round, Poisson
+    fixed = fixed_cohort_guarantee([(1000, 100, 1.0, 100)], 1e-5)
+    assert fixed.epsilon == pytest.approx(83.9, abs=0.05)  # the same with a cohort of exactly 100
+    assert "replace one" in fixed.adjacency
+    assert fixed.accountant == "rdp"
+    assert "add or remove" in poisson.adjacency
+
+
+def test_a_fixed_cohort_of_everyone_is_a_gaussian_of_half_the_noise() -> None:
+    found = fixed_cohort_guarantee([(50, 50, 4.0, 9)], 1e-5).epsilon
+    exact = exact_gaussian(2.0, 9, 1e-5)  # replacing one moves the sum by 2 C
+    assert exact <= found <= 1.15 * exact  # RDP's looseness
+    assert fixed_cohort_guarantee([], 1e-5).epsilon == fixed_cohort_guarantee([(9, 0, 1.0, 5)], 1e-5).epsilon == 0
+    assert fixed_cohort_guarantee([(9, 3, 0.0, 5)], 1e-5).epsilon == math.inf
+    with pytest.raises(ValueError, match="cohort=10 <= clients=9"):
+        fixed_cohort_guarantee([(9, 10, 1.0, 5)], 1e-5)
+
+
+def test_local_noise_composes_over_rounds() -> None:
+    # Flower's LocalDpMod takes sigma = S sqrt(2 ln(1.25 / delta)) / epsilon for a sensitivity S = 2 C, and never
+    # composes: its "epsilon 8" is 117 after 50 rounds (FIELD).
+    z = 2 * math.sqrt(2 * math.log(1.25e5)) / 8
+    assert local_guarantee([(z, 50)], 1e-5).epsilon == pytest.approx(117, abs=0.5)
+    assert local_guarantee([(z, 20), (z, 30)], 1e-5) == local_guarantee([(z, 50)], 1e-5)
+    assert local_guarantee([(2.0, 1)], 1e-5).epsilon == pytest.approx(4.377178, rel=1e-3)
+
+
+def test_a_shown_epsilon_says_all_that_it_depends_on() -> None:
+    shown = str(example_guarantee([(0.1, 1.0, 10)], 1e-5))
+    assert shown == (
+        "epsilon = 2.855 at delta = 1e-05 (unit: one example of a client; adjacency: add or remove one; accountant: pld)"
+    )

@@ -15,8 +15,8 @@ from flwr.app import MetricRecord
 import client.node
 from config.load import load
 from config.schema import Task
+from privacy.releases import releases
 from server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
-from server.summary import releases
 from tasks.data import Part, Raw, Target
 from tasks.metrics import PRIMARY, class_weights
 from tasks.task import open_task
@@ -69,7 +69,7 @@ def test_the_last_round_is_evaluated_and_confusion_is_said_to_leave(tmp_path: Pa
     # evaluate.on says what is measured in the rounds; at the end every client is asked, and that is what left.
     assert evaluation["clients"] and summary["metrics"]["clients"]
     left = [release["what"] for release in summary["privacy"]["releases"]]
-    assert left == [r["what"] for r in releases(experiment)]
+    assert left == [quantity.what for quantity in releases(experiment)]
     assert {"metrics on the test part", "confusion counts of the test part"} <= set(left)
 
 

@@ -14,12 +14,12 @@ from flwr.app import MetricRecord
 
 import client.node
 from client.training import train
+from config.cohort import draw_cohort
 from config.durable import Arrays, read_arrays
 from config.errors import UserError
 from config.load import load
 from config.schema import Experiment
 from server.checkpoints import latest
-from server.rounds import draw_cohort
 from strategies.sharing import arrays_sha256, from_record, roles, to_record
 from tasks.evaluation import load_into, state_of
 from tasks.metrics import losses

@@ -1,0 +1,402 @@
+"""Example-level DP-SGD (Abadi et al. 2016, algorithm 1) for one training loop: it asks for indices and for gradients.
+
+    with Privatiser(model, mechanism, sampling, noise) as private:
+        for _ in range(mechanism.steps):
+            index = private.sample(n)
+            private.gradients(index, losses)     # p.grad = (sum of clipped gradients + noise) / denominator
+            ...                                  # proximal terms, control variates: change p.grad here
+            optimizer.step()
+
+Whoever adds or removes one example changes the sum before the noise by at most `clip`, given that an example's loss
+depends on no other example. Opacus computes the per-sample gradients; sampling, clipping, noise and accounting are ours,
+because its engine ties them to a data loader, to one round, and to the private size. Sampling and noise both come from
+generators that must be secret where the privacy is to be real: amplification by sampling holds only against those who do
+not know who was drawn.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
+from opacus.layers import DPGRU, DPLSTM, DPRNN
+from torch import Tensor, nn
+
+from config.errors import UserError
+
+Losses = Callable[[Tensor], Tensor]
+"""The losses, float (k,), of the samples at the indices int64 (k,). Each may depend on its own sample only."""
+
+GradSample = Literal["auto", "hooks", "ghost"]
+
+_VALUES_AT_ONCE = 2**26
+"""Per-sample gradients held at once, in numbers; a larger batch is taken in pieces."""
+_OPACUS_STABILISER = 1e-6
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """The public constants of a client's DP-SGD in one round. None of them may be a function of private data.
+
+    Each example takes part in each of `steps` steps with probability `sample_rate` on its own. Gradients are clipped to
+    norm `clip`; the noise has standard deviation `noise_multiplier * clip`; the noisy sum is divided by `denominator`.
+    Its part of a history (`privacy.accounting`) is (sample_rate, noise_multiplier, steps). Raises ValueError for a value
+    out of range; a noise multiplier of 0 is allowed, and its epsilon is infinity.
+    """
+
+    sample_rate: float
+    noise_multiplier: float
+    clip: float
+    denominator: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sample_rate <= 1:
+            raise ValueError(f"Expected 0 < sample_rate={self.sample_rate} <= 1.")
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"Expected 0 <= noise_multiplier={self.noise_multiplier} < infinity.")
+        for name in ("clip", "denominator"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Expected 0 < {name}={getattr(self, name)} < infinity.")
+        if self.steps < 1:
+            raise ValueError(f"Expected steps={self.steps} >= 1.")
+
+
+def poisson(n: int, rate: float, generator: torch.Generator) -> Tensor:
+    """Indices, int64 and rising, of a Poisson sample: each of 0..n-1 with probability `rate` on its own; may be empty."""
+    return torch.nonzero(torch.rand(n, generator=generator, dtype=torch.float64) < rate).flatten()
+
+
+def gaussian(parameter: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise of a parameter's shape, dtype and device, drawn on the CPU so that it is the same on every device."""
+    return torch.normal(0.0, deviation, tuple(parameter.shape), generator=generator, dtype=parameter.dtype).to(
+        parameter.device
+    )
+
+
+def refuse_what_mixes_samples(model: nn.Module) -> None:
+    """Raise UserError if a module would compute statistics over the batch, or keep such statistics.
+
+    That is every batch normalisation that is not in `eval()` with stored statistics, frozen or not (its output for one
+    sample depends on the others, and its running statistics are released), and instance normalisation that tracks.
+    """
+    for name, module in model.named_modules():
+        tracks = bool(getattr(module, "track_running_stats", True))
+        batch = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not tracks)
+        instance = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and tracks
+        if batch or instance:
+            raise UserError(
+                f'task.model: "{name}" ({type(module).__name__}) mixes the samples of a batch, so that clipping bounds '
+                'nothing and its statistics leave unprotected: write task.norm = "group", or keep it frozen in eval mode'
+            )
+
+
+def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Literal["hooks", "ghost"]:
+    """How per-sample gradients are had: "ghost" computes norms alone and then one weighted gradient, "hooks" all of them.
+
+    "auto": ghost clipping (Li et al. 2022) if most of what learns is in linear layers and embeddings, where norms cost
+    next to nothing; hooks otherwise, and where ghost clipping cannot be (recurrent layers, shared parameters). Raises
+    UserError if ghost clipping is asked for there.
+    """
+    if mode == "hooks":
+        return "hooks"
+    learning = [p for p in model.parameters() if p.requires_grad]
+    named = [id(p) for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    shared = len(named) != len(set(named))
+    if shared or any(True for _ in _recurrent(model)):
+        if mode == "ghost":
+            raise UserError(
+                'privacy.grad_sample = "ghost": the model shares a parameter between layers or has recurrent layers, '
+                'which ghost clipping cannot take: write privacy.grad_sample = "hooks" or "auto"'
+            )
+        return "hooks"
+    if mode == "ghost":
+        return "ghost"
+    return "ghost" if 2 * _ghosts(model) > sum(p.numel() for p in learning) else "hooks"
+
+
+@dataclass
+class Privatiser:
+    """Gives the loop its samples and its private gradients, for one round of one client. A context manager.
+
+    While it is open, Opacus's hooks hang on the model, recurrent layers are replaced by Opacus's (which hold the very
+    same parameters: an `nn.LSTM` shows no gradients of single samples), and no activation works in place; all that is
+    undone at its end. What learns (`requires_grad`) and which modules are in `eval()` must be set before and stay so.
+
+    `sampling` and `noise` are consumed step by step. Raises UserError on entry for a model that mixes samples, and
+    at the end if a buffer has changed, because a buffer that follows the data would leave unprotected.
+    """
+
+    model: nn.Module
+    mechanism: Mechanism
+    sampling: torch.Generator
+    noise: torch.Generator
+    grad_sample: GradSample = "auto"
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    _checked: bool = False
+
+    def __enter__(self) -> Self:
+        refuse_what_mixes_samples(self.model)
+        self._learning = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not self._learning:
+            raise UserError("local.trainable: nothing of the model learns, so there is nothing to make private")
+        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self._mode = chosen_mode(self.model, self.grad_sample)
+        try:
+            self._prepare()
+        except BaseException:
+            self._restore()
+            raise
+        held = sum(p.numel() for p in self._learning.values()) - (_ghosts(self.model) if self._mode == "ghost" else 0)
+        self._piece = max(1, min(4096, _VALUES_AT_ONCE // max(1, held)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if kind is None:
+            for name, buffer in self.model.named_buffers():
+                if not torch.equal(buffer, self._buffers[name]):
+                    raise UserError(
+                        f'task.model: the buffer "{name}" changed in private training, so it holds statistics of private '
+                        'data: write task.norm = "group", or freeze the module that has it'
+                    )
+
+    def sample(self, n: int) -> Tensor:
+        """The indices of the next step's Poisson sample of the client's n samples, int64 and rising; may be empty."""
+        return poisson(n, self.mechanism.sample_rate, self.sampling)
+
+    def gradients(self, index: Tensor, losses: Losses) -> None:
+        """Set every learning parameter's `grad` to (sum of clipped gradients of the samples + noise) / denominator.
+
+        An empty sample gives noise alone; so does a sample whose gradient is not finite. A parameter that had no part in
+        the loss gets noise too. `losses` is called with pieces of the index, each sample once or, where another sample
+        of its piece is not finite, twice. Raises TypeError if it does not give one loss for each sample, and UserError
+        if the hooks miss a part of the gradient, because a parameter is used outside of its own module.
+        """
+        plan = self.mechanism
+        sums = {name: torch.zeros_like(p) for name, p in self._learning.items()}
+        # The first sample goes alone: of one sample, autograd knows the true gradient.
+        first = [] if self._checked or not len(index) else [index[:1]]
+        for piece in [*first, *torch.split(index[len(first) :], self._piece)]:
+            if len(piece):
+                self._add_clipped(piece, losses, sums)
+        for name, parameter in self._learning.items():
+            if plan.noise_multiplier > 0:
+                sums[name] += gaussian(parameter, plan.noise_multiplier * plan.clip, self.noise)
+            parameter.grad = sums[name] / plan.denominator
+
+    def _add_clipped(self, piece: Tensor, losses: Losses, sums: dict[str, Tensor]) -> None:
+        self._forget()
+        values = losses(piece)
+        if values.shape != (len(piece),):
+            raise TypeError(
+                f"losses gave shape {tuple(values.shape)} for {len(piece)} samples: one loss each is needed"
+            )
+        values.sum().backward(retain_graph=self._mode == "ghost")  # type: ignore[no-untyped-call]
+        if self._mode == "hooks":
+            self._add_from_hooks(sums)
+        else:
+            self._add_from_norms(piece, values, losses, sums)
+        self._forget()
+
+    def _add_from_hooks(self, sums: dict[str, Tensor]) -> None:
+        samples = {}
+        for name, parameter in self._taking_part("grad_sample"):
+            samples[name] = parameter.grad_sample
+            if parameter in self._padding:
+                samples[name][:, self._padding[parameter]] = 0  # Opacus gives padding a gradient, autograd none
+        if not samples:
+            return
+        self._hold_against_autograd({name: s[0] for name, s in samples.items()}, len(next(iter(samples.values()))))
+        norms = torch.stack([s.reshape(len(s), -1).norm(2, dim=-1) for s in samples.values()], dim=1).norm(2, dim=1)
+        finite = torch.isfinite(norms)
+        factors = self._factors(norms)
+        for name, sample in samples.items():
+            if not finite.all():
+                sample = sample[finite]
+            sums[name] += torch.einsum("i,i...", factors[finite].to(sample.dtype), sample)
+
+    def _add_from_norms(self, piece: Tensor, values: Tensor, losses: Losses, sums: dict[str, Tensor]) -> None:
+        norms = [p._norm_sample for _, p in self._taking_part("_norm_sample")]
+        if not norms:
+            return
+        norm = torch.stack(norms).norm(2, dim=0)
+        finite = torch.isfinite(norm)
+        if not finite.all():
+            if finite.any():
+                self._add_clipped(piece[finite.to(piece.device)], losses, sums)
+            return
+        if len(piece) == 1 and not self._checked:
+            true = torch.stack([p.grad.norm() for p in self._learning.values() if p.grad is not None]).norm()
+            # Padding of an embedding is counted in the hooks' norm, so that may be larger; never smaller.
+            self._refuse_unless(bool(norm[0] >= 0.999 * true - 1e-6))
+        for parameter in self._learning.values():
+            parameter.grad = None
+        self._hooks.disable_hooks()
+        try:
+            (self._factors(norm).to(values.dtype) * values).sum().backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._hooks.enable_hooks()
+        for name, parameter in self._learning.items():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        """min(1, clip / norm) with Opacus's stabiliser, so that a clipped gradient is never longer than the clip."""
+        return (self.mechanism.clip / (norms + _OPACUS_STABILISER)).clamp(max=1.0)
+
+    def _taking_part(self, attribute: str) -> Iterator[tuple[str, Any]]:
+        """The learning parameters that had a part in the loss, each with what the hooks left on it."""
+        for name, parameter in self._learning.items():
+            if getattr(parameter, attribute, None) is not None:
+                yield name, parameter
+            elif parameter.grad is not None:
+                self._refuse_unless(False, name)
+
+    def _hold_against_autograd(self, first: dict[str, Tensor], n: int) -> None:
+        if self._checked or n != 1:
+            return
+        true = {name: p.grad for name, p in self._learning.items() if p.grad is not None}
+        error = torch.stack([(first[name] - true[name]).norm() for name in true]).norm()
+        size = torch.stack([g.norm() for g in true.values()]).norm()
+        if torch.isfinite(size):
+            self._refuse_unless(bool(error <= 1e-3 * size + 1e-6))
+
+    def _refuse_unless(self, good: bool, name: str = "") -> None:
+        if not good:
+            raise UserError(
+                "task.model: Opacus sees only a part of the gradient of single samples"
+                + (f' (of the parameter "{name}")' if name else "")
+                + ": every parameter must be used by the forward() of its own module and nowhere else"
+            )
+        self._checked = True
+
+    def _prepare(self) -> None:
+        quiet = warnings.catch_warnings()
+        quiet.__enter__()
+        self._undo.append(lambda: quiet.__exit__(None, None, None))
+        # The first layer's input needs no gradient; its parameters' are right all the same, as the tests hold.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        for module in self.model.modules():
+            if getattr(module, "inplace", None) is True:
+                module.inplace = False  # type: ignore[assignment]
+                self._undo.append(functools.partial(setattr, module, "inplace", True))
+        for parent, name, layer in list(_recurrent(self.model)):
+            setattr(parent, name, _opacus_recurrent(layer))
+            self._undo.append(functools.partial(setattr, parent, name, layer))
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.MultiheadAttention) and any(p.requires_grad for p in module.parameters()):
+                raise UserError(
+                    f'task.model: "{name}" is an nn.MultiheadAttention, which shows no gradients of single samples: '
+                    "use a model whose attention is made of nn.Linear, or freeze it"
+                )
+        self._padding = {
+            m.weight: m.padding_idx
+            for m in self.model.modules()
+            if isinstance(m, nn.Embedding) and m.padding_idx is not None
+        }
+        kind = GradSampleHooks if self._mode == "hooks" else GradSampleHooksFastGradientClipping
+        try:
+            self._hooks = kind(self.model, loss_reduction="sum", strict=False)
+        except NotImplementedError as error:
+            for handle in getattr(self.model, "autograd_grad_sample_hooks", []):
+                handle.remove()
+            del self.model.autograd_grad_sample_hooks
+            raise UserError(
+                f'task.model: Opacus cannot take it apart into single samples ({error}): write task.norm = "group", or '
+                "freeze the layer that it names"
+            ) from None
+        self._undo.append(self._hooks.cleanup)
+
+    def _restore(self) -> None:
+        if hasattr(self, "_hooks"):
+            self._forget()
+        while self._undo:
+            self._undo.pop()()
+
+    def _forget(self) -> None:
+        """Take away all that a pass left on modules and parameters, whether it came to its end or not."""
+        for module in self.model.modules():
+            for name in ("activations", "max_batch_len"):
+                if hasattr(module, name):
+                    delattr(module, name)
+        for parameter in self._learning.values():
+            parameter.grad = None
+            parameter.grad_sample = None  # type: ignore[attr-defined]
+            parameter._forward_counter = 0  # type: ignore[attr-defined]
+            for name in ("_current_grad_sample", "_norm_sample"):
+                if hasattr(parameter, name):
+                    delattr(parameter, name)
+
+
+@dataclass
+class Permit:
+    """The right to so many private steps as were charged for one release. `on` gives what makes the gradients of a model.
+
+    Several models, or several stretches of training, may share a permit; together they get no more than its steps.
+    """
+
+    mechanism: Mechanism
+    sampling: torch.Generator
+    noise: torch.Generator
+    grad_sample: GradSample = "auto"
+    _taken: int = 0
+
+    def on(self, model: nn.Module) -> Privatiser:
+        """What makes private gradients of this model."""
+        return Privatiser(model, self.mechanism, self.sampling, self.noise, self.grad_sample)
+
+    def sample(self, n: int) -> Tensor:
+        """The next step's Poisson sample of n samples. Raises UserError if all steps that were charged are taken."""
+        if self._taken >= self.mechanism.steps:
+            raise UserError(
+                f'privacy.unit = "example": training wants more than the {self.mechanism.steps} steps a round that are '
+                "charged for; use a strategy that trains body and head together, once a round"
+            )
+        self._taken += 1
+        return poisson(n, self.mechanism.sample_rate, self.sampling)
+
+
+def _ghosts(model: nn.Module) -> int:
+    """How many learning numbers are in layers whose per-sample norms cost no per-sample gradients."""
+    layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Embedding)]
+    return sum(p.numel() for m in layers for p in m.parameters(recurse=False) if p.requires_grad)
+
+
+def _recurrent(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.RNNBase]]:
+    """Every recurrent layer that learns, with its parent and its name there."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.RNNBase) and any(p.requires_grad for p in child.parameters()):
+                yield parent, name, child
+
+
+def _opacus_recurrent(layer: nn.RNNBase) -> nn.Module:
+    """Opacus's layer of the same kind that holds the same parameters."""
+    if layer.proj_size:
+        raise UserError("task.model: Opacus has no recurrent layer with projections (proj_size): leave them out")
+    kinds = {"LSTM": DPLSTM, "GRU": DPGRU, "RNN_TANH": DPRNN, "RNN_RELU": DPRNN}
+    more = {"nonlinearity": layer.mode[4:].lower()} if layer.mode.startswith("RNN") else {}
+    new: nn.Module = kinds[layer.mode](
+        layer.input_size,
+        layer.hidden_size,
+        num_layers=layer.num_layers,
+        bias=layer.bias,
+        batch_first=layer.batch_first,
+        dropout=layer.dropout,
+        bidirectional=layer.bidirectional,
+        **more,
+    )
+    new.train(layer.training)
+    for name, parameter in layer.named_parameters():
+        what, matrix, cell = name.split("_", 2)  # weight_ih_l0_reverse is the weight of l0_reverse.ih
+        setattr(getattr(getattr(new, cell), matrix), what, parameter)
+        setattr(new, name, parameter)
+    return new

@@ -1,0 +1,221 @@
+"""What the server does for privacy in a run: accounts of the clients' ledgers, and under client-level DP clip and noise.
+
+Example-level and local DP are the clients' own affair; the server keeps what they say of their ledgers. Client-level DP is
+the server's: it alone sees the updates, clips each one, adds the noise once, and counts the rounds.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+
+from config.cohort import draw_cohort
+from config.durable import Arrays
+from config.errors import RunStopped, UserError
+from config.schema import Experiment
+from privacy import plan
+from privacy.client_level import AdaptiveClip, Clipped, clip, combine, next_clip, refuse_small_cohort, update_noise
+from privacy.dpsgd import chosen_mode, refuse_what_mixes_samples
+from privacy.ledger import noise_seed, secret, simulated_secret
+from privacy.releases import releases
+from server.accounts import Account, account_of, over_accounts, remind, require_budget
+from strategies.sharing import Roles, arrays_sha256, from_record
+from tasks.task import Task
+
+_SERVER = -1
+"""In the place of a client's number: the server's own secret."""
+
+
+@dataclass
+class Protection:
+    """The privacy of one run, as the server has it. `accounts`, `bound` and `rounds` change from round to round.
+
+    bound: the clip of the next round. rounds: those whose combined model has client-level DP. noise_multiplier: z of
+    client-level DP, of updates and count together. secret: what client-level noise and cohorts derive from.
+    """
+
+    experiment: Experiment
+    learned: tuple[str, ...]
+    accounts: dict[int, Account] = field(default_factory=dict)
+    bound: float = 0.0
+    rounds: int = 0
+    noise_multiplier: float = 0.0
+    secret: bytes = b""
+    simulated: bool = True
+
+    def begin(self, simulated: bool, folder: Path) -> None:
+        """Before the first round, once it is known whether all nodes are simulated: get what noise derives from."""
+        if self.experiment.privacy.unit == "client":
+            own = simulated_secret(self.experiment.run.seed, _SERVER) if simulated else secret(folder)
+            self.secret, self.simulated = own, simulated
+
+    def cohort(self, round_: int) -> list[int]:
+        """Who is asked in a round: those that are drawn, without those that have left.
+
+        Raises RunStopped if client-level DP has no budget left for the round.
+        """
+        experiment = self.experiment
+        if experiment.privacy.unit == "client":
+            cost = plan.client_cost(experiment, self.noise_multiplier, round_)
+            if cost.epsilon > (experiment.privacy.epsilon or float("inf")):
+                raise RunStopped(
+                    f"round {round_}: the privacy budget of every client is spent: with this round, {cost}, "
+                    f"and privacy.epsilon = {experiment.privacy.epsilon:g}"
+                )
+            hidden = None if self.simulated else noise_seed(self.secret, "cohorts", "cohort")
+            return draw_cohort(experiment, round_, hidden)
+        drawn = draw_cohort(experiment, round_)
+        return [c for c in drawn if not (c in self.accounts and self.accounts[c].exhausted)]
+
+    def remind(self, messages: Iterable[Message]) -> None:
+        """Put into the messages what each client last said of its ledger."""
+        remind(messages, self.accounts)
+
+    def read(self, replies: Iterable[Message], round_: int) -> list[int]:
+        """Take in what the replies say of the ledgers; return who has left with this round, ascending.
+
+        Raises RunStopped if the run is to stop then, or nobody is left.
+        """
+        left = []
+        for reply in replies:
+            client = reply.metadata.src_node_id
+            if (account := account_of(reply, self.accounts.get(client))) is not None:
+                self.accounts[client] = account
+                left += [client] if account.exhausted else []
+        require_budget(self.experiment, self.accounts, round_)
+        return sorted(left)
+
+    def combine(self, sent: Arrays, admitted: Sequence[Message], round_: int) -> Arrays:
+        """Client-level DP: the next model out of the clients' replies, in their order; none at all moves it by noise alone.
+
+        What does not learn stays as it was sent. Moves the clip of the next round, if that is adaptive. The noise is a
+        function of the secret and of all that it is added to: a round that is made again with other replies has other
+        noise.
+        """
+        privacy, experiment = self.experiment.privacy, self.experiment
+        before = {name: sent[name] for name in self.learned}
+        clipped = [self._clipped(before, message) for message in admitted]
+        facts = [str(round_), repr(self.bound), arrays_sha256(before), *(arrays_sha256(c.update) for c in clipped)]
+        inputs = hashlib.sha256(" ".join(facts).encode()).hexdigest()
+        denominator, noise = plan.client_denominator(experiment), self.noise_multiplier
+        if privacy.adaptive_clip:
+            noise = update_noise(noise, adaptive(experiment).count_noise)
+        updates = [c.update for c in clipped]
+        moved = combine(before, updates, self.bound, noise, denominator, self._generator(inputs, "noise"))
+        if privacy.adaptive_clip:
+            bits = [c.within for c in clipped]
+            generator = self._generator(inputs, "count")
+            self.bound = next_clip(self.bound, bits, adaptive(experiment), denominator, generator)
+        self.rounds = round_
+        return {name: moved.get(name, value) for name, value in sent.items()}
+
+    def epsilon(self) -> dict[str, float | None]:
+        """The largest and the median epsilon over the clients; None if nothing was released."""
+        if self.experiment.privacy.unit != "client":
+            return over_accounts(self.accounts)
+        spent = self._client_epsilon() if self.rounds else None
+        return {"max": spent, "median": spent}
+
+    def epsilons(self) -> dict[int, float]:
+        """Each client's epsilon, of those that have released anything."""
+        everyone = range(self.experiment.partition.clients)
+        if self.experiment.privacy.unit == "client":
+            return dict.fromkeys(everyone, self._client_epsilon()) if self.rounds else {}
+        if self.experiment.run.placement == "pooled":
+            return {client: account.epsilon for client in everyone for account in self.accounts.values()}
+        return {client: account.epsilon for client, account in self.accounts.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, for JSON."""
+        accounts = {str(client): asdict(account) for client, account in sorted(self.accounts.items())}
+        return {"accounts": accounts, "bound": self.bound, "rounds": self.rounds}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.accounts = {int(client): Account(**account) for client, account in state["accounts"].items()}
+        self.bound, self.rounds = float(state["bound"]), int(state["rounds"])
+
+    def summary(self) -> dict[str, Any]:
+        """What was protected, how well by which account, and what left: the summary's "privacy"."""
+        privacy, spent = self.experiment.privacy, self.epsilon()
+        left = [quantity.as_json() for quantity in releases(self.experiment)]
+        if privacy.unit == "none":
+            return {"unit": "none", "delta": None, "accountant": None, "epsilon": spent, "releases": left}
+        claim = plan.claim(self.experiment, spent["max"] or 0.0)
+        secret = not self.simulated if privacy.unit == "client" else all(a.secret for a in self.accounts.values())
+        return {
+            "unit": privacy.unit,
+            "delta": claim.delta,
+            "accountant": claim.accountant,
+            "adjacency": claim.adjacency,
+            "epsilon": spent,
+            "statement": str(claim),
+            "budget": privacy.epsilon or None,
+            "exhausted": sum(bool(account.exhausted) for account in self.accounts.values()),
+            "noise": "from secrets that are in no experiment file"
+            if secret and (self.accounts or self.secret)
+            else "from the experiment's seed, so that runs repeat: not secret, no protection from who has the file",
+            "releases": left,
+        }
+
+    def _client_epsilon(self) -> float:
+        return plan.client_cost(self.experiment, self.noise_multiplier, self.rounds).epsilon
+
+    def _clipped(self, before: Arrays, message: Message) -> Clipped:
+        received = from_record(message.content.array_records["arrays"])
+        return clip(before, {name: value for name, value in received.items() if name in before}, self.bound)
+
+    def _generator(self, inputs: str, purpose: str) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(noise_seed(self.secret, inputs, purpose)))
+
+
+def protection(experiment: Experiment, task: Task, roles: Roles) -> Protection:
+    """The protection that `[privacy]` asks for. Raises UserError if this task's model or losses cannot have it."""
+    learned = tuple(name for name in roles.shared if name in roles.trained)
+    privacy = experiment.privacy
+    if privacy.unit != "none":
+        _refuse(experiment, task, roles)
+    if privacy.unit != "client":
+        return Protection(experiment, learned)
+    noise = plan.client_noise(experiment)
+    if privacy.adaptive_clip:
+        refuse_small_cohort(plan.client_denominator(experiment), adaptive(experiment))
+        update_noise(noise, adaptive(experiment).count_noise)
+    return Protection(experiment, learned, bound=privacy.clip, noise_multiplier=noise)
+
+
+def adaptive(experiment: Experiment) -> AdaptiveClip:
+    """The adaptive clip of `[privacy]`; its count's noise is a twentieth of the denominator unless it is set."""
+    privacy = experiment.privacy
+    count_noise = privacy.clip_count_noise or plan.client_denominator(experiment) / 20
+    return AdaptiveClip(privacy.clip, privacy.clip_quantile, privacy.clip_rate, count_noise)
+
+
+def _refuse(experiment: Experiment, task: Task, roles: Roles) -> None:
+    for target in task.targets:
+        if target.balanced:
+            raise UserError(
+                f'privacy.unit = "{experiment.privacy.unit}": the target {target.name} weighs its classes by the private '
+                "labels; write the weights as constants in task.kinds"
+            )
+    model = task.new_model()
+    parameters = dict(model.named_parameters())
+    if experiment.privacy.unit == "example":
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in roles.trained)
+        for place, module in model.named_modules():  # as `client.trainable.freeze` does
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            module.training = any((f"{place}.{name}" if place else name) in roles.trained for name, _ in own)
+        refuse_what_mixes_samples(model)
+        chosen_mode(model, experiment.privacy.grad_sample)
+        return
+    for name in roles.shared:
+        if name in roles.trained and name not in parameters:
+            raise UserError(
+                f'privacy.unit = "{experiment.privacy.unit}": the shared "{name}" is no parameter but a statistic of the '
+                'private data, which noise would make useless: write task.norm = "group", or do not share it'
+            )

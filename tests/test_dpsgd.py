@@ -1,0 +1,493 @@
+"""DP-SGD: per-sample gradients against a loop over samples, the private sum against hand-clipped ones and Opacus."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from config.errors import UserError
+from config.seeds import torch_generator, torch_seeded
+from privacy.dpsgd import Mechanism, Privatiser, chosen_mode, poisson
+
+N = 7
+
+
+class Recurrent(nn.Module):
+    """Embedding with padding, two bidirectional layers, the last state's linear head."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5, padding_idx=0)
+        self.rnn = kind(5, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embedding(x))[0].mean(1))
+
+
+class Bag(nn.Module):
+    """An embedding with padding, and a mean over tokens: what ghost clipping is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5, padding_idx=0)
+        self.norm = nn.LayerNorm(5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.embedding(x).mean(1)))
+
+
+class LowRank(nn.Module):
+    """LoRA: a frozen linear layer and two small factors that are parameters of this module itself."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(2, base.in_features))
+        self.b = nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.a.T @ self.b.T
+
+
+class TwoHeads(nn.Module):
+    """A trunk and two heads; the sum of both losses, one of them missing for some samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True))
+        self.heads = nn.ModuleDict({"class": nn.Linear(5, 3), "value": nn.Linear(5, 1)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = self.trunk(x)
+        return {name: head(h) for name, head in self.heads.items()}
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(inplace=True), nn.Linear(9, 3))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1, stride=2),
+        nn.GroupNorm(2, 4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, groups=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(16, 3),
+    )
+
+
+def conv1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(3, 4, 3, padding="same"),
+        nn.GroupNorm(1, 4),
+        nn.GELU(),
+        nn.Conv1d(4, 4, 3, dilation=2, stride=2),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+
+
+def frozen_trunk() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    model[:2].requires_grad_(False)
+    model[:2].eval()
+    return model
+
+
+def lora() -> nn.Module:
+    return nn.Sequential(LowRank(nn.Linear(6, 8)), nn.Tanh(), LowRank(nn.Linear(8, 3)))
+
+
+class Transposed(nn.Module):
+    """A layer kind that Opacus has no hook for: functorch computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(2, 3, 2)
+        self.scale = nn.Linear(3 * 49, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.up(x).flatten(1))
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "mlp": (mlp, lambda: torch.randn(N, 6)),
+    "cnn": (cnn, lambda: torch.randn(N, 2, 8, 8)),
+    "conv1d": (conv1d, lambda: torch.randn(N, 3, 12)),
+    "lstm": (lambda: Recurrent(nn.LSTM), lambda: torch.randint(0, 11, (N, 6))),
+    "gru": (lambda: Recurrent(nn.GRU), lambda: torch.randint(0, 11, (N, 6))),
+    "rnn": (lambda: Recurrent(nn.RNN), lambda: torch.randint(0, 11, (N, 6))),
+    "bag": (Bag, lambda: torch.randint(0, 11, (N, 6))),
+    "lora": (lora, lambda: torch.randn(N, 6)),
+    "frozen trunk": (frozen_trunk, lambda: torch.randn(N, 2, 6, 6)),
+    "two heads": (TwoHeads, lambda: torch.randn(N, 6)),
+    "transposed": (Transposed, lambda: torch.randn(N, 2, 6, 6)),
+}
+
+
+def case(family: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """A model of the family in train mode, and its losses on N fixed samples, by index."""
+    make, inputs = FAMILIES[family]
+    with torch_seeded(0, "test", family):
+        model, x, y, z = make(), inputs(), torch.randint(0, 3, (N,)), torch.randn(N)
+    if x.is_floating_point():
+        x = 3 * x
+
+    def losses(index: Tensor) -> Tensor:
+        out = model(x[index])
+        if isinstance(out, dict):
+            known = (index % 2 == 0).float()
+            return (
+                F.cross_entropy(out["class"], y[index], reduction="none") + known * (out["value"][:, 0] - z[index]) ** 2
+            )
+        return F.cross_entropy(out, y[index], reduction="none")
+
+    return model, losses
+
+
+def naive(model: nn.Module, losses: Callable[[Tensor], Tensor], index: Tensor) -> list[dict[str, Tensor]]:
+    """Each sample's gradients, by a pass for each."""
+    result = []
+    for i in index:
+        model.zero_grad()
+        losses(i[None]).sum().backward()
+        result.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    model.zero_grad()
+    return result
+
+
+def clipped_sum(samples: list[dict[str, Tensor]], clip: float) -> dict[str, Tensor]:
+    total: dict[str, Tensor] = {}
+    for sample in samples:
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in sample.values()))
+        for name, g in sample.items():
+            total[name] = total.get(name, torch.zeros(())) + g * min(1.0, clip / norm)
+    return total
+
+
+def private(
+    model: nn.Module, losses: Callable[[Tensor], Tensor], index: Tensor, mechanism: Mechanism, mode: str = "auto"
+) -> dict[str, Tensor]:
+    with Privatiser(model, mechanism, torch_generator(0, "sampling"), torch_generator(0, "noise"), mode) as privatiser:
+        privatiser.gradients(index, losses)
+        result = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
+    return result
+
+
+def no_noise(clip: float) -> Mechanism:
+    return Mechanism(0.5, 0.0, clip, 1.0, 1)
+
+
+MODES = [
+    (family, mode)
+    for family in FAMILIES
+    for mode in ("hooks", "ghost")
+    if mode == "hooks" or family not in ("lstm", "gru", "rnn")
+]
+
+
+@pytest.mark.parametrize(("family", "mode"), MODES)
+def test_each_samples_gradient_is_the_loops(family: str, mode: str) -> None:
+    model, losses = case(family)
+    index = torch.arange(N)
+    for i, expected in zip(index, naive(model, losses, index), strict=True):
+        found = private(model, losses, i[None], no_noise(1e6), mode)
+        assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, expected.get(name, torch.zeros_like(gradient)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "mode"), MODES)
+@pytest.mark.parametrize("clip", [0.3, 1.5, 100.0])
+def test_without_noise_it_is_the_hand_clipped_sum(family: str, mode: str, clip: float) -> None:
+    model, losses = case(family)
+    index = torch.tensor([0, 2, 3, 5, 6])
+    expected = clipped_sum(naive(model, losses, index), clip)
+    found = private(model, losses, index, no_noise(clip), mode)
+    bag = family == "bag" and mode == "ghost"  # padding counts in the hooks' norm: it clips a little more, never less
+    for name, gradient in expected.items():
+        if not bag:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+    assert torch.stack([g.norm() for g in found.values()]).norm() <= clip * len(index)
+
+
+@pytest.mark.parametrize("family", ["mlp", "cnn", "conv1d", "two heads"])
+def test_clip_and_noise_are_those_of_opacus(family: str) -> None:
+    """Its optimiser as the oracle, given the same generator: the same noise to the bit, the same sum to rounding."""
+    index, plan = torch.tensor([0, 2, 3, 5, 6]), Mechanism(0.5, 1.3, 0.4, 3.0, 1)
+    model, losses = case(family)
+    found = private(model, losses, index, plan, "hooks")
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        noise_multiplier=1.3,
+        max_grad_norm=0.4,
+        expected_batch_size=3,
+        loss_reduction="mean",
+        generator=torch_generator(0, "noise"),
+    )
+    losses(index).sum().backward()
+    assert optimizer.pre_step()
+    for name, parameter in wrapped._module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "mode"), [("mlp", "hooks"), ("mlp", "ghost"), ("cnn", "hooks"), ("lstm", "hooks")])
+def test_an_empty_sample_is_noise_alone(family: str, mode: str) -> None:
+    model, losses = case(family)
+    found = private(model, losses, torch.arange(0), Mechanism(0.5, 2.0, 0.5, 4.0, 1), mode)
+    noise = torch_generator(0, "noise")
+    for name, parameter in model.named_parameters():
+        expected = torch.normal(0.0, 1.0, tuple(parameter.shape), generator=noise) / 4
+        assert torch.equal(found[name], expected)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_sample_without_a_finite_gradient_adds_nothing(mode: str, bad: float, where: int) -> None:
+    model, losses = case("mlp")
+    index = torch.arange(N)
+    others = index[index != where]
+    expected = clipped_sum(naive(model, losses, others), 0.5)
+
+    def spoiled(at: Tensor) -> Tensor:
+        return losses(at) * torch.where(at == where, bad, 1.0)
+
+    found = private(model, spoiled, index, no_noise(0.5), mode)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_adding_one_sample_moves_the_sum_by_the_clip_at_most(mode: str) -> None:
+    for family in ("mlp", "cnn", "bag", "two heads"):
+        model, losses = case(family)
+        for i in range(N):
+            others = torch.tensor([j for j in range(N) if j != i])
+            with_it, without = (private(model, losses, at, no_noise(0.2), mode) for at in (torch.arange(N), others))
+            moved = torch.stack([(with_it[n] - without[n]).norm() for n in with_it]).norm()
+            assert moved <= 0.2 * (1 + 1e-5)
+
+
+def test_pieces_of_a_large_sample_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, losses = case("cnn")
+    whole = private(model, losses, torch.arange(N), no_noise(0.5), "hooks")
+    monkeypatch.setattr("privacy.dpsgd._VALUES_AT_ONCE", 500)
+    sizes = []
+
+    def watched(index: Tensor) -> Tensor:
+        sizes.append(len(index))
+        return losses(index)
+
+    pieces = private(model, watched, torch.arange(N), no_noise(0.5), "hooks")
+    assert sum(sizes) == N
+    assert max(sizes) < N - 1
+    for name in whole:
+        torch.testing.assert_close(pieces[name], whole[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_correction_after_the_noise_acts_in_full() -> None:
+    """FIELD: Opacus overwrites p.grad, so that a proximal term is lost; here the loop adds it after `gradients`."""
+    model, losses = case("mlp")
+    plan = Mechanism(0.5, 1.0, 0.5, 2.0, 1)
+    plain = private(model, losses, torch.arange(N), plan)
+    with Privatiser(model, plan, torch_generator(0, "sampling"), torch_generator(0, "noise")) as privatiser:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1e6)  # what stood there before is not taken in
+        privatiser.gradients(torch.arange(N), losses)
+        for p in model.parameters():
+            assert p.grad is not None
+            p.grad += 10.0 * p.detach()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], plain[name] + 10.0 * parameter.detach())
+
+
+def test_the_noise_has_the_deviation_that_is_claimed() -> None:
+    """Chi-square of 10^5 draws: 4 standard deviations of its own, a false alarm in 16,000 for another seed."""
+    model = nn.Linear(1000, 100, bias=False)
+    plan = Mechanism(0.5, 1.7, 0.3, 8.0, 1)
+    with Privatiser(model, plan, torch_generator(1, "sampling"), torch_generator(1, "noise")) as privatiser:
+        privatiser.gradients(torch.arange(0), lambda index: index.float())
+        assert model.weight.grad is not None
+        variance = float(model.weight.grad.double().square().mean())
+    assert variance == pytest.approx((1.7 * 0.3 / 8) ** 2, rel=4 * math.sqrt(2 / 1e5))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0.001, 1.0), st.integers(0, 400))
+def test_a_poisson_sample_is_a_rising_subset(rate: float, n: int) -> None:
+    index = poisson(n, rate, torch_generator(0, "p"))
+    assert index.dtype == torch.int64
+    assert torch.equal(index, index.unique())
+    assert not len(index) or 0 <= int(index.min()) <= int(index.max()) < n
+
+
+def test_poisson_sizes_have_the_binomials_mean_and_variance() -> None:
+    """2,000 samples of 300 at rate 0.1: mean 30 and variance 27, each within 4 of its own standard deviations."""
+    generator = torch_generator(0, "p")
+    samples = [poisson(300, 0.1, generator) for _ in range(2000)]
+    sizes = torch.tensor([float(len(s)) for s in samples], dtype=torch.float64)
+    assert float(sizes.mean()) == pytest.approx(30, abs=4 * math.sqrt(27 / 2000))
+    assert float(sizes.var()) == pytest.approx(27, rel=4 * math.sqrt(2 / 2000))
+    taken = torch.bincount(torch.cat(samples), minlength=300).double()  # every sample alike
+    assert float(((taken - 200) ** 2 / 180).sum()) == pytest.approx(300, abs=4 * math.sqrt(2 * 300))
+    assert torch.equal(poisson(9, 1.0, generator), torch.arange(9))
+
+
+def test_nothing_is_left_on_the_model() -> None:
+    for family in ("lstm", "mlp", "two heads"):
+        model, losses = case(family)
+        names, modules = list(model.state_dict()), [(n, type(m)) for n, m in model.named_modules()]
+        inplace = [m.inplace for m in model.modules() if hasattr(m, "inplace")]
+        expected = losses(torch.arange(N)).tolist()
+        private(model, losses, torch.arange(N), no_noise(1.0))
+        assert list(model.state_dict()) == names
+        assert [(n, type(m)) for n, m in model.named_modules()] == modules
+        assert [m.inplace for m in model.modules() if hasattr(m, "inplace")] == inplace
+        assert not any(hasattr(p, "grad_sample") or hasattr(p, "_norm_sample") for p in model.parameters())
+        assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+        assert losses(torch.arange(N)).tolist() == expected
+
+
+def test_an_exception_in_the_loss_leaves_the_next_step_right() -> None:
+    model, losses = case("two heads")
+    expected = private(model, losses, torch.arange(N), no_noise(0.5), "hooks")
+    with Privatiser(
+        model, no_noise(0.5), torch_generator(0, "sampling"), torch_generator(0, "noise"), "hooks"
+    ) as privatiser:
+
+        def fails(index: Tensor) -> Tensor:
+            losses(index)
+            raise KeyError("a bad batch")
+
+        with pytest.raises(KeyError):
+            privatiser.gradients(torch.arange(3), fails)
+        privatiser.gradients(torch.arange(N), losses)
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            torch.testing.assert_close(p.grad, expected[name])
+
+
+class Around(nn.Module):
+    """Uses its layer's weight behind its back: hooks on the layer see only half of the gradient."""
+
+    def __init__(self, half: bool) -> None:
+        super().__init__()
+        self.layer, self.half = nn.Linear(6, 3), half
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.layer.weight) + (self.layer(x) if self.half else 0)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("half", [True, False])
+def test_a_gradient_that_the_hooks_do_not_see_is_refused(mode: str, half: bool) -> None:
+    model, x = Around(half), torch.randn(N, 6)
+    with pytest.raises(UserError, match="only a part of the gradient"):
+        private(model, lambda index: model(x[index]).square().sum(1), torch.arange(N), no_noise(1.0), mode)
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_batch_norm_in_train_mode_is_refused_frozen_or_not(trainable: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    model[1].requires_grad_(trainable)
+    with pytest.raises(UserError, match=r'BatchNorm1d.*task.norm = "group"'):
+        private(model, lambda index: model(torch.randn(N, 6)[index]).sum(1), torch.arange(N), no_noise(1.0))
+    assert not hasattr(model[0].weight, "grad_sample")
+    if trainable:  # in eval() but learning: its statistics are constants, but Opacus has no gradient for it
+        model[1].eval()
+        with pytest.raises(UserError, match="freeze"):
+            private(model, lambda index: model(torch.randn(N, 6)[index]).sum(1), torch.arange(N), no_noise(1.0))
+        assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+class Counts(nn.Module):
+    """Keeps a running mean of what it sees, under a name that no rule knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("seen", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += x.mean(0)
+        return self.layer(x)
+
+
+def test_a_buffer_that_follows_the_data_is_refused() -> None:
+    model, x = Counts(), torch.randn(N, 6)
+    with pytest.raises(UserError, match='buffer "seen" changed'):
+        private(model, lambda index: model(x[index]).sum(1), torch.arange(N), no_noise(1.0))
+
+
+def test_what_cannot_be_done_is_refused_with_a_way_out() -> None:
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    assert chosen_mode(tied) == "hooks"
+    for model in (tied, Recurrent(nn.LSTM)):
+        with pytest.raises(UserError, match=r'write privacy.grad_sample = "hooks"'):
+            chosen_mode(model, "ghost")
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(UserError, match="MultiheadAttention, which shows"):
+        private(attention, lambda i: attention(torch.randn(N, 3, 8)[i]).sum((1, 2)), torch.arange(N), no_noise(1.0))
+    with pytest.raises(UserError, match="nothing of the model learns"):
+        private(mlp().requires_grad_(False), lambda i: i, torch.arange(N), no_noise(1.0))
+    model, losses = case("mlp")
+    for wrong in (lambda i: losses(i).mean(), lambda i: losses(i)[:, None]):
+        with pytest.raises(TypeError, match="one loss each"):
+            private(model, wrong, torch.arange(N), no_noise(1.0))
+
+
+def test_tied_parameters_are_summed_by_the_hooks() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    x = torch.randn(N, 6)
+
+    def losses(index: Tensor) -> Tensor:
+        return model(x[index]).square().sum(1)
+
+    expected = clipped_sum(naive(model, losses, torch.arange(N)), 0.7)
+    found = private(model, losses, torch.arange(N), no_noise(0.7))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mode_is_chosen_by_where_the_parameters_are() -> None:
+    assert chosen_mode(nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 10))) == "ghost"
+    assert chosen_mode(nn.Sequential(nn.Conv2d(3, 64, 5), nn.Linear(64, 10))) == "hooks"
+    assert chosen_mode(Recurrent(nn.LSTM)) == "hooks"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ((0.0, 1.0, 1.0, 1.0, 1), "sample_rate=0.0"),
+        ((1.1, 1.0, 1.0, 1.0, 1), "sample_rate=1.1"),
+        ((0.5, -1.0, 1.0, 1.0, 1), "noise_multiplier=-1.0"),
+        ((0.5, math.nan, 1.0, 1.0, 1), "noise_multiplier=nan"),
+        ((0.5, 1.0, 0.0, 1.0, 1), "clip=0.0"),
+        ((0.5, 1.0, math.inf, 1.0, 1), "clip=inf"),
+        ((0.5, 1.0, 1.0, 0.0, 1), "denominator=0.0"),
+        ((0.5, 1.0, 1.0, 1.0, 0), "steps=0"),
+    ],
+)
+def test_a_mechanism_out_of_range_is_named(values: tuple[float, float, float, float, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Mechanism(*values)

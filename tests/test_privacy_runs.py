@@ -1,0 +1,678 @@
+"""Runs under DP, whole: what is charged is what leaves, budgets hold, a replay is one release, and nothing else leaves."""
+
+import csv
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_inline, small
+from flwr.app import Message
+from test_resume import COMPARED, Killed
+from torch import nn
+
+import client.app
+import client.node
+import client.privately
+import config.durable
+import privacy.ledger
+from client.training import train
+from config.cohort import participations
+from config.durable import Arrays
+from config.errors import UserError
+from config.schema import RELEASES, Experiment
+from privacy.accounting import client_guarantee, epsilon, local_guarantee
+from privacy.dpsgd import Mechanism, Permit, poisson
+from privacy.ledger import noise_seed, simulated_secret
+from server.checkpoints import latest
+from simulation.inline import InlineGrid
+from simulation.launch import Launch, engine
+from strategies.sharing import Roles, arrays_sha256, from_record
+from tasks.data import Target
+from tasks.evaluation import load_into, state_of
+from tasks.metrics import losses, sample_losses
+from tasks.task import initial_state, open_task
+
+EXAMPLE = ("privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.sample_rate=0.1", "local.steps=3")
+LOCAL = ("privacy.unit=local", "privacy.noise_multiplier=4.0")
+CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+
+
+def ledgers(out: Path) -> dict[int, list[dict[str, Any]]]:
+    """Each client's entries, without the head."""
+    found = {}
+    for path in (out / "state" / "ledgers").rglob("client-*.ledger"):
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        found[int(path.name.split("-")[1])] = entries[1:]
+    return found
+
+
+def final(out: Path) -> Arrays:
+    checkpoint, _ = latest(out / "checkpoints")
+    assert checkpoint is not None
+    return checkpoint.arrays
+
+
+def column(out: Path, name: str) -> list[str]:
+    return [row[name] for row in csv.DictReader((out / "clients.csv").open())]
+
+
+# ---- example-level ----
+
+
+def test_one_step_is_the_hand_clipped_noised_sum(tmp_path: Path) -> None:
+    """One client, one round, one plain step: w - lr (sum of clipped gradients + noise) / denominator, with the noise and
+    the sample that the ledger's entry gives under the client's secret."""
+    experiment = small(
+        "federated-multitask", *EXAMPLE, "partition.clients=1", "run.rounds=1", "local.steps=1", "local.momentum=0",
+        "local.lr=0.5", "privacy.clip=0.3", "privacy.denominator=20",
+    )  # fmt: skip
+    run_inline(experiment, tmp_path)
+    (entry,) = ledgers(tmp_path)[0]
+    assert entry["parts"] == [[0.1, 1.0, 1]]
+    secret = simulated_secret(0, 0)
+    sampling, noise = (
+        torch.Generator().manual_seed(noise_seed(secret, entry["release"], purpose))
+        for purpose in ("sampling", "noise")
+    )
+    task = open_task(experiment)
+    model, data = task.new_model(), task.client(0).train
+    load_into(model, initial_state(experiment))
+    index = poisson(len(data), 0.1, sampling)
+    assert 5 < len(index) < len(data)
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for i in index.tolist():
+        one = data.take(torch.tensor([i]))
+        parts = losses(model(one.x), one.y, task.targets)
+        gradient = dict(zip(sums, torch.autograd.grad(sum(parts.values()), list(model.parameters())), strict=True))  # type: ignore[arg-type]
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
+        for name, g in gradient.items():
+            sums[name] += g * min(1.0, 0.3 / norm)
+    result = final(tmp_path)
+    for name, p in model.named_parameters():
+        drawn = torch.normal(0.0, 0.3, tuple(p.shape), generator=noise)
+        expected = p.detach() - 0.5 * (sums[name] + drawn) / 20
+        assert np.abs(result[name] - expected.numpy()).max() <= 1e-5, name
+
+
+def test_calibrated_noise_spends_each_clients_budget_over_its_own_rounds(tmp_path: Path) -> None:
+    experiment = small(
+        "fedavg", *EXAMPLE, "privacy.noise_multiplier=0", "privacy.epsilon=2", "cohort.size=3", "run.rounds=5"
+    )
+    summary = run_inline(experiment, tmp_path)
+    times, found = participations(experiment), ledgers(tmp_path)
+    assert len(set(times)) > 2
+    for client_, rounds in enumerate(times):
+        entries = found.get(client_, [])
+        assert len(entries) == rounds == sum(client_ in record["cohort"] for record in lines(tmp_path))
+        if rounds:
+            spent = epsilon([tuple(part) for entry in entries for part in entry["parts"]], 1e-5)
+            assert 0.995 * 2 <= spent <= 2
+            assert float(column(tmp_path, "epsilon")[client_]) == pytest.approx(spent, rel=1e-9)
+    assert 0.995 * 2 <= summary["privacy"]["epsilon"]["median"] <= summary["privacy"]["epsilon"]["max"] <= 2
+    assert lines(tmp_path)[-1]["epsilon"] == summary["privacy"]["epsilon"]
+
+
+@pytest.fixture(scope="module")
+def ray_launch() -> Iterator[Launch]:
+    with engine("ray", 2) as launch:
+        yield launch
+
+
+@pytest.mark.parametrize("settings", [EXAMPLE, LOCAL, CLIENT], ids=["example", "local", "client"])
+def test_ray_and_a_second_run_give_the_same_bits_and_no_two_seeds_do(
+    settings: tuple[str, ...], tmp_path: Path, ray_launch: Launch
+) -> None:
+    experiment = small("fedper", *settings)
+    first = run_inline(experiment, tmp_path / "a")
+    on_ray = ray_launch(experiment, tmp_path / "b")
+    other = run_inline(small("fedper", *settings, "run.seed=1"), tmp_path / "c")
+    for key in ("model_sha256", "metrics", "privacy"):
+        assert on_ray[key] == first[key]
+    states = [sorted((tmp_path / name / "state").rglob("round-*.safetensors")) for name in ("a", "b")]
+    assert [p.read_bytes() for p in states[0]] == [p.read_bytes() for p in states[1]]
+    assert other["model_sha256"] != first["model_sha256"]
+    assert (
+        first["privacy"]["noise"].startswith("from the experiment's seed") and "not secret" in first["privacy"]["noise"]
+    )
+
+
+@pytest.mark.parametrize("settings", [EXAMPLE, LOCAL], ids=["example", "local"])
+def test_no_training_begins_before_its_entry_is_on_disk(
+    settings: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watched(*args: Any, **more: Any) -> Any:
+        round_, number = args[4], args[5]
+        assert len(ledgers(tmp_path)[number]) == round_
+        seen.append((round_, number))
+        return train(*args, **more)
+
+    monkeypatch.setattr(client.node, "train", watched)
+    run_inline(small("fedavg", *settings), tmp_path)
+    assert seen == [(r, c) for r in (1, 2, 3) for c in range(8)]
+
+
+def test_a_replay_after_lost_checkpoints_is_the_same_release_and_costs_nothing(tmp_path: Path) -> None:
+    experiment = small("fedper", *EXAMPLE)
+    expected = run_inline(experiment, tmp_path)
+    before = ledgers(tmp_path)
+    (tmp_path / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = run_inline(experiment, tmp_path, resume=True)
+    assert [again[k] for k in COMPARED] == [expected[k] for k in COMPARED]
+    assert again["privacy"] == expected["privacy"]
+    assert ledgers(tmp_path) == before
+    assert {len(entries) for entries in before.values()} == {3}
+
+
+def test_other_inputs_are_another_release_with_other_noise(tmp_path: Path) -> None:
+    """The server goes back to round 2 and sends another model for it: that is charged, and its noise is not used again."""
+    experiment = small("fedavg", *EXAMPLE, "partition.clients=2")
+    run_inline(experiment, tmp_path)
+    drawn: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        honest = client.privately.noise_seed
+        patch.setattr(client.privately, "noise_seed", lambda *a: drawn.append(honest(*a)) or drawn[-1])
+        patch.setattr("strategies.fedavg.average", lambda blocks, before: {n: v + 1 for n, v in before.items()})
+        for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*")]:
+            path.unlink()
+        summary = run_inline(experiment, tmp_path, resume=True)
+    assert {client_: len(entries) for client_, entries in ledgers(tmp_path).items()} == {0: 5, 1: 5}
+    assert len(set(drawn)) == len(drawn)
+    assert summary["privacy"]["epsilon"]["max"] == pytest.approx(epsilon([(0.1, 1.0, 5 * 3)], 1e-5))
+
+
+def test_a_client_whose_next_release_would_pass_its_budget_leaves_and_the_others_go_on(tmp_path: Path) -> None:
+    budgets = tmp_path / "budgets.csv"
+    costs = [epsilon([(0.1, 1.0, 3 * rounds)], 1e-5) for rounds in (1, 2, 3, 4)]
+    given = [costs[0] * 0.99, costs[0], costs[1] * 1.01, costs[3] * 1.01]  # 0, 1, 2 and 4 rounds
+    budgets.write_text("client,epsilon\n" + "".join(f"{c},{e!r}\n" for c, e in enumerate(given)))
+    experiment = small("fedavg", *EXAMPLE, f"privacy.budgets=file {budgets}", "partition.clients=4", "run.rounds=4")
+    summary = run_inline(experiment, tmp_path / "run")
+    assert (summary["status"], summary["rounds"]) == ("done", 4)
+    records = lines(tmp_path / "run")
+    assert [record["cohort"] for record in records] == [[0, 1, 2, 3], [1, 2, 3], [2, 3], [3]]
+    assert [[f["client"] for f in record["failed"]] for record in records] == [[0], [1], [2], []]
+    assert "budget" in records[0]["failed"][0]["reason"] and "pld" in records[0]["failed"][0]["reason"]
+    assert {c: len(e) for c, e in ledgers(tmp_path / "run").items()} == {0: 0, 1: 1, 2: 2, 3: 4}
+    assert summary["privacy"]["exhausted"] == 3
+    spent = [float(e) for e in column(tmp_path / "run", "epsilon")]
+    assert all(e <= budget for e, budget in zip(spent, given, strict=True))
+    assert spent == [0.0, *(pytest.approx(costs[i]) for i in (0, 1, 3))]
+
+
+def test_an_exhausted_budget_stops_the_run_where_it_shall(tmp_path: Path) -> None:
+    cost = epsilon([(0.1, 1.0, 6)], 1e-5)
+    for rule, how in (("stop", "of 8 clients"), ("leave", "of every client")):
+        experiment = small("fedavg", *EXAMPLE, f"privacy.epsilon={cost * 1.001}", f"privacy.on_exhausted={rule}")
+        summary = run_inline(experiment, tmp_path / rule)
+        assert (summary["status"], summary["rounds"]) == ("stopped", 2)
+        assert "budget" in summary["reason"] and how in summary["reason"]
+        assert all(len(entries) == 2 for entries in ledgers(tmp_path / rule).values())
+        again = run_inline(experiment, tmp_path / rule, resume=True)  # there is no way round it
+        assert (again["status"], again["rounds"]) == ("stopped", 2)
+        assert again["privacy"]["epsilon"]["max"] <= cost * 1.001
+
+
+def test_what_was_spent_before_counts_in_calibration_and_in_epsilon(tmp_path: Path) -> None:
+    """Two runs over one state: the second one's noise is such that both together cost the budget, not more."""
+    run_inline(small("fedavg", *EXAMPLE, "partition.clients=2"), tmp_path / "a")
+    shutil.copytree(tmp_path / "a" / "state", tmp_path / "b" / ".state")
+    second = small("fedavg", *EXAMPLE, "partition.clients=2", "privacy.noise_multiplier=0", "privacy.epsilon=4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simulation.inline.node_context", _context(tmp_path / "b" / ".state"))
+        both = run_inline(second, tmp_path / "b")
+    assert epsilon([(0.1, 1.0, 9)], 1e-5) < 3
+    assert 0.995 * 4 <= both["privacy"]["epsilon"]["max"] <= 4
+
+
+def _context(state: Path | None = None, simulated: bool = True) -> Any:
+    from simulation.grid import node_context
+
+    def made(experiment: Experiment, index: int, nodes: int, given: Path) -> Any:
+        context = node_context(experiment, index, nodes, state or given)
+        context.node_config["simulated"] = simulated
+        return context
+
+    return made
+
+
+@pytest.mark.parametrize("settings", [EXAMPLE, LOCAL, CLIENT], ids=["example", "local", "client"])
+def test_in_a_deployment_the_noise_is_in_no_file_that_others_have(settings: tuple[str, ...], tmp_path: Path) -> None:
+    experiment = small("fedavg", *settings, "partition.clients=4", "run.rounds=2")
+    simulated = run_inline(experiment, tmp_path / "a")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simulation.inline.node_context", _context(simulated=False))
+        deployed = [run_inline(experiment, tmp_path / name) for name in ("b", "c")]
+    assert len({run["model_sha256"] for run in (simulated, *deployed)}) == 3
+    assert deployed[0]["privacy"]["noise"] == "from secrets that are in no experiment file"
+    assert deployed[0]["privacy"]["epsilon"] == simulated["privacy"]["epsilon"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "edited", "missing", "restored"])
+def test_a_client_whose_ledger_is_damaged_does_not_train_and_the_others_go_on(damage: str, tmp_path: Path) -> None:
+    experiment = small("fedavg", *EXAMPLE, "partition.clients=3")
+    run_inline(experiment, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    for path in (tmp_path / "checkpoints").glob("*3.*"):
+        path.unlink()  # the server goes back to round 2, after which each client had two releases
+    (path,) = (tmp_path / "state" / "ledgers").rglob("client-1-*.ledger")
+    written = path.read_text().splitlines(keepends=True)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "edited":
+        path.write_text("".join(written).replace("[0.1,1.0,3]", "[0.1,9.0,3]", 1))
+    elif damage == "truncated":
+        path.write_text("".join(written)[:-400])
+    path.write_text("".join(written[:2])) if damage == "restored" else None
+    if damage == "truncated":
+        path.write_text("".join(written[:2]) + written[2][:50])
+    summary = run_inline(experiment, tmp_path, resume=True)
+    assert summary["status"] == "done"
+    (failure,) = lines(tmp_path)[-1]["failed"]
+    assert failure["client"] == 1
+    assert "does not train" in failure["reason"] and "Traceback" not in failure["reason"]
+
+
+# ---- what leaves ----
+
+
+@pytest.fixture
+def replies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Message]]:
+    """Every reply of a node, as it leaves."""
+    found: list[Message] = []
+    honest = InlineGrid.collect
+
+    def collect(self: InlineGrid, ids: Any) -> list[Message]:
+        came = honest(self, ids)
+        found.extend(came)
+        return came
+
+    monkeypatch.setattr(InlineGrid, "collect", collect)
+    yield found
+
+
+def records(replies: list[Message]) -> dict[str, dict[str, Any]]:
+    """All metric and config records of clients in the replies, by kind; the values of equal keys in a list."""
+    found: dict[str, dict[str, Any]] = {}
+    for reply in replies:
+        for name, record in [*reply.content.metric_records.items(), *reply.content.config_records.items()]:
+            kind = name.partition(".")[2] or name
+            for key, value in record.items():
+                found.setdefault(kind, {}).setdefault(key, []).append(value)
+    return found
+
+
+@pytest.mark.parametrize("settings", [EXAMPLE, LOCAL, CLIENT], ids=["example", "local", "client"])
+def test_by_default_nothing_leaves_but_arrays_and_public_constants(
+    settings: tuple[str, ...], tmp_path: Path, replies: list[Message]
+) -> None:
+    experiment = small("multitask", "run.placement=federated", *settings, "partition.law=quantity")
+    summary = run_inline(experiment, tmp_path)
+    left = records(replies)
+    assert set(left["roll"]["sizes"][0]) == {1}
+    metrics = {key: set(values) for key, values in left["metrics"].items()}
+    steps = {3} if settings == EXAMPLE else {0}
+    assert metrics == {"num-examples": {1}, "num-examples/digit": {1}, "num-examples/slant": {1}, "steps": steps}
+    assert left["identity"] == {"personal": [""] * 8, "trained": [False] * 8}
+    kinds = set(left) - {"weights"}  # of a block's sum: how many clients are in it
+    ledger = {"ledger"} if settings != CLIENT else set()
+    assert kinds == {"roll", "metrics", "identity", "pack"} | ledger
+    assert set(left.get("ledger", {})) == (
+        set(left["ledger"]) & {"entries", "sha256", "epsilon", "secret"} if ledger else set()
+    )
+    assert summary["metrics"]["clients"] == {}
+    assert all(record["train"] == {} and record["clients"] == {} for record in lines(tmp_path))
+    split = json.loads((tmp_path / "split.json").read_text())
+    assert not {"sizes", "labels", "left_out"} & split.keys()
+    for name in ("train_samples", "validation_samples", "test_samples"):
+        assert set(column(tmp_path, name)) == {""}
+    unprotected = [r["what"] for r in summary["privacy"]["releases"] if r["mechanism"] == "not protected"]
+    assert unprotected == (['model arrays (share = "all"), to the server'] if settings == CLIENT else [])
+
+
+@pytest.mark.parametrize("switch", RELEASES)
+def test_each_switch_lets_out_what_it_says_and_nothing_else(
+    switch: str, tmp_path: Path, replies: list[Message]
+) -> None:
+    experiment = small("fedper", *EXAMPLE, f"privacy.release={switch}", "partition.clients=3", "partition.law=quantity")
+    summary = run_inline(experiment, tmp_path)
+    left, split = records(replies), json.loads((tmp_path / "split.json").read_text())
+    out = {
+        "samples": set(left["roll"]["sizes"][0]) != {1} and set(left["metrics"]["num-examples"]) != {1},
+        "loss": "loss/digit" in left["metrics"],
+        "metrics": "evaluation" in left,
+        "labels": "labels" in split and column(tmp_path, "train_samples")[0] != "",
+        "hashes": set(left["identity"]["personal"]) != {""},
+        "errors": switch == "errors",  # the next test
+    }
+    assert {name for name, is_out in out.items() if is_out} == {switch}
+    red = [r["what"] for r in summary["privacy"]["releases"] if r["mechanism"] == "not protected"]
+    assert red and all(r["mechanism"] != "not protected" or r["what"] in red for r in summary["privacy"]["releases"])
+
+
+def test_an_errors_text_stays_with_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any, **more: Any) -> Any:
+        raise ValueError("the patient in row 7 has no label")
+
+    monkeypatch.setattr(client.node, "train", failing)
+    for release, told in (("", False), ("errors", True)):
+        experiment = small("fedavg", *EXAMPLE, f"privacy.release={release}")
+        reason = run_inline(experiment, tmp_path / (release or "none"))["reason"]
+        assert ("row 7" in reason) == told and "ValueError" in reason
+
+
+def test_a_model_or_a_weight_that_breaks_the_promise_is_refused_before_the_run() -> None:
+    from server.protection import protection
+
+    names = ("trunk.0.weight", "trunk.0.bias", "trunk.1.weight", "trunk.1.bias", "trunk.1.running_mean", "heads.0.bias")
+    everything = Roles(names, names, (), ())
+
+    def made() -> nn.Module:
+        return nn.ModuleDict(
+            {"trunk": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "heads": nn.Sequential(nn.Linear(4, 2))}
+        )
+
+    task = replace(open_task(small("fedavg")), targets=())
+    object.__setattr__(task, "new_model", made)
+    with pytest.raises(UserError, match=r'"trunk.1".*task.norm = "group"'):
+        protection(small("fedavg", *EXAMPLE), task, everything)
+    for settings in (LOCAL, CLIENT):
+        with pytest.raises(UserError, match=r'"trunk.1.running_mean" is no parameter.*task.norm = "group"'):
+            protection(small("fedavg", *settings), task, everything)
+    for settings in (EXAMPLE, LOCAL, CLIENT):  # frozen, it stays in eval() and does not travel
+        protection(small("fedavg", *settings), task, Roles(names[5:], names[5:], (), names[:5]))
+    balanced = replace(task, targets=(Target("kind", "class", 3, balanced=True),))
+    with pytest.raises(UserError, match="private labels"):
+        protection(small("fedavg", *EXAMPLE), balanced, Roles(names[5:], names[5:], (), names[:5]))
+
+
+# ---- the training loop ----
+
+
+def test_a_samples_loss_depends_on_it_alone_and_their_mean_is_the_loss() -> None:
+    task = open_task(small("multitask"))
+    data, model = task.client(0).train, task.new_model()
+    each = sample_losses(model(data.x), data.y, task.targets)
+    whole = losses(model(data.x), data.y, task.targets)
+    for name, values in each.items():
+        assert float((values.mean() - whole[name]).abs()) <= 1e-6
+        alone = [
+            sample_losses(model(data.x[[i]]), data.take(torch.tensor([i])).y, task.targets)[name] for i in range(9)
+        ]
+        assert float((torch.cat(alone) - values[:9]).abs().max()) <= 1e-6
+
+
+def permit(steps: int = 1) -> Permit:
+    generators = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    return Permit(Mechanism(0.2, 1.0, 1.0, 16.0, steps), *generators)
+
+
+def test_a_proximal_term_acts_after_clip_and_noise() -> None:
+    """mu (w - v) with mu = 10 and w - v = 1: the result is exactly the private step minus lr mu."""
+    experiment = small("fedavg", *EXAMPLE, "local.momentum=0", "local.lr=0.01")
+    task = open_task(experiment)
+    model, data = task.new_model(), task.client(0).train
+
+    def away(parameters: Mapping[str, nn.Parameter]) -> None:
+        for parameter in parameters.values():
+            assert parameter.grad is not None
+            parameter.grad += 10.0
+
+    results = []
+    for correct in (None, away):
+        load_into(model, initial_state(experiment))
+        train(model, data, task, experiment, 1, 0, correct=correct, permit=permit())
+        results.append(state_of(model))
+    for name, value in results[0].items():
+        assert np.abs(results[1][name] - (value - 0.1)).max() <= 1e-6, name
+
+
+def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() -> None:
+    experiment = small("fedavg", *EXAMPLE)
+    task = open_task(experiment)
+    model, data = task.new_model(), task.client(0).train
+    with pytest.raises(UserError, match="whole batch"):
+        train(model, data, task, experiment, 1, 0, term=lambda *_: torch.zeros(()), permit=permit())
+    once = permit(2)
+    assert train(model, data, task, experiment, 1, 0, permit=once).steps == 2
+    with pytest.raises(UserError, match="more than the 2 steps"):
+        train(model, data, task, experiment, 1, 0, permit=once)
+
+
+# ---- a crash ----
+
+
+def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault point before, in the middle of and after each write and sync of a ledger, and at each other write of a run."""
+    experiment = small("fedper", *EXAMPLE, "partition.clients=2", "run.rounds=2", "privacy.accountant=rdp")
+    expected = run_inline(experiment, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        points, truth = faults(patch, 0)
+        run_inline(experiment, tmp_path / "count")
+    assert points[0] >= 20 and len(truth) == 2 * 2
+    for number in range(1, points[0] + 1):
+        out = tmp_path / str(number)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            _, released = faults(patch, number)
+            run_inline(experiment, out)
+        recorded = set()
+        for path in out.rglob("client-*.ledger"):
+            whole = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            recorded |= {entry["release"] for entry in whole[1:]}
+        assert released <= recorded, number  # no noise was drawn, so nothing made, that is not written down
+        resumed = run_inline(experiment, out, resume=True)
+        assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED], number
+        assert resumed["privacy"] == expected["privacy"]
+        assert ledgers(out) == ledgers(tmp_path / "whole")  # each charged once
+
+
+def faults(monkeypatch: pytest.MonkeyPatch, number: int) -> tuple[list[int], set[str]]:
+    """Die at the given point (0: never); the points passed, and every release whose noise was drawn."""
+    count, released = [0], set[str]()
+
+    def point() -> None:
+        count[0] += 1
+        if 0 < number <= count[0]:
+            raise Killed
+
+    disk, write_bytes, seed = privacy.ledger.Disk, config.durable.write_bytes, client.privately.noise_seed
+    honest_write, honest_sync = disk.write, disk.sync
+
+    def write(self: Any, descriptor: int, content: bytes) -> None:
+        point()
+        try:
+            point()
+        except Killed:
+            honest_write(self, descriptor, content[: len(content) // 2])
+            raise
+        honest_write(self, descriptor, content)
+        point()
+
+    def sync(self: Any, descriptor: int) -> None:
+        honest_sync(self, descriptor)
+        point()
+
+    def write_whole(path: Path, content: bytes) -> None:
+        point()
+        write_bytes(path, content)
+
+    def noise(secret: bytes, release: str, purpose: str = "noise") -> int:
+        released.add(release)
+        return seed(secret, release, purpose)
+
+    monkeypatch.setattr(disk, "write", write)
+    monkeypatch.setattr(disk, "sync", sync)
+    monkeypatch.setattr(client.privately, "noise_seed", noise)
+    for module in ("config.durable", "server.folder"):
+        monkeypatch.setattr(f"{module}.write_bytes", write_whole)
+    return count, released
+
+
+# ---- whole clients ----
+
+
+def updates_of(replies: list[Message], sent: Arrays) -> list[Arrays]:
+    """What the clients' updates of the first round were, by client."""
+    found = {}
+    for reply in replies:
+        for name, record in reply.content.array_records.items():
+            if name.endswith(".arrays") and name.split(".")[0].isdecimal():
+                found[int(name.split(".")[0])] = {n: v - sent[n] for n, v in from_record(record).items()}
+    return [found[c] for c in sorted(found)]
+
+
+def norm(update: Arrays) -> float:
+    return math.sqrt(sum(float(np.square(v.astype(np.float64)).sum()) for v in update.values()))
+
+
+def test_a_round_is_the_clipped_sum_and_one_noise_over_the_expected_cohort(
+    tmp_path: Path, replies: list[Message]
+) -> None:
+    """Without its noise, drawn here from the same seed, a round moves the model by sum(clip(update)) / (q N)."""
+    experiment = small(
+        "fedavg", *CLIENT, "run.rounds=1", "run.seed=3", "privacy.clip=0.05", "privacy.noise_multiplier=0.5"
+    )
+    drawn: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        from server.protection import Protection
+
+        class Recording:
+            def __init__(self, honest: np.random.Generator) -> None:
+                self.honest = honest
+
+            def normal(self, mean: float, deviation: float, shape: Any) -> Any:
+                drawn.append(deviation)
+                return np.zeros(shape)
+
+        honest = Protection._generator
+        patch.setattr(Protection, "_generator", lambda self, *a: Recording(honest(self, *a)))
+        run_inline(experiment, tmp_path)
+    assert set(drawn) == {0.5 * 0.05} and len(drawn) == len(final(tmp_path))
+    start = {n: v for n, v in initial_state(experiment).items() if n in final(tmp_path)}
+    updates = updates_of(replies, start)
+    assert len(updates) == len(lines(tmp_path)[0]["cohort"]) != 4
+    total = {n: sum(u[n].astype(np.float64) * min(1.0, 0.05 / norm(u)) for u in updates) for n in start}
+    for name, value in final(tmp_path).items():
+        assert np.abs(value - (start[name] + total[name] / 4)).max() <= 1e-6, name
+
+
+def test_client_level_noise_has_its_deviation_and_epsilon_is_that_of_poisson_rounds(tmp_path: Path) -> None:
+    """With a clip so small that updates vanish in it, a round moves every number by N(0, (z C / (q N))^2)."""
+    experiment = small("fedavg", *CLIENT, "run.rounds=2", "privacy.clip=1e-3", "privacy.noise_multiplier=3")
+    summary = run_inline(experiment, tmp_path)
+    checkpoints = sorted((tmp_path / "checkpoints").glob("*.safetensors"))
+    first, second = (config.durable.read_arrays(path) for path in checkpoints)
+    moves = np.concatenate([(second[n] - first[n]).ravel() for n in first]).astype(np.float64) / (3 * 1e-3 / 4)
+    assert len(moves) > 2000
+    # The sum of squares of n normals has mean n and deviation sqrt(2 n); the updates add at most (4 / 3)^2 or so.
+    assert float(np.square(moves).sum()) == pytest.approx(len(moves), abs=5 * math.sqrt(2 * len(moves)) + 10)
+    assert summary["privacy"]["epsilon"]["max"] == client_guarantee([(0.5, 3.0, 2)], 1e-5).epsilon
+    assert summary["privacy"]["statement"] == str(client_guarantee([(0.5, 3.0, 2)], 1e-5))
+    assert set(column(tmp_path, "epsilon")) == {str(summary["privacy"]["epsilon"]["max"])}
+
+
+def test_an_empty_cohort_is_a_round_of_noise_and_costs_as_any_other(tmp_path: Path) -> None:
+    experiment = small("fedavg", *CLIENT, "partition.clients=2", "cohort.fraction=0.5", "run.rounds=6")
+    summary = run_inline(experiment, tmp_path)
+    empty = [record["round"] for record in lines(tmp_path) if not record["cohort"]]
+    assert empty and summary["status"] == "done"
+    assert summary["privacy"]["epsilon"]["max"] == client_guarantee([(0.5, 1.0, 6)], 1e-5).epsilon
+    hashes = {arrays_sha256(config.durable.read_arrays(p)) for p in (tmp_path / "checkpoints").glob("*.safetensors")}
+    assert len(hashes) == 3
+
+
+def test_a_fixed_cohort_is_accounted_as_one(tmp_path: Path) -> None:
+    poisson_, fixed = (
+        run_inline(small("fedavg", *CLIENT, f"cohort.sampling={how}"), tmp_path / how) for how in ("poisson", "fixed")
+    )
+    assert fixed["privacy"]["epsilon"]["max"] > poisson_["privacy"]["epsilon"]["max"]
+    assert "replace one" in fixed["privacy"]["adjacency"] and fixed["privacy"]["accountant"] == "rdp"
+
+
+def test_a_client_level_budget_ends_the_run_before_it_is_passed(tmp_path: Path) -> None:
+    spent = client_guarantee([(0.5, 1.0, 2)], 1e-5).epsilon
+    summary = run_inline(small("fedavg", *CLIENT, f"privacy.epsilon={spent * 1.001}"), tmp_path)
+    assert (summary["status"], summary["rounds"]) == ("stopped", 2)
+    assert "budget of every client is spent" in summary["reason"]
+    assert summary["privacy"]["epsilon"]["max"] == spent
+
+
+ADAPTIVE = ("privacy.adaptive_clip=true", "privacy.clip_count_noise=0.8", "cohort.fraction=0.5", "partition.clients=16")
+
+
+def test_the_adaptive_clip_grows_where_updates_are_longer_and_is_kept_in_checkpoints(tmp_path: Path) -> None:
+    experiment = small("fedavg", *CLIENT, *ADAPTIVE, "privacy.clip=1e-4", "run.rounds=4", "privacy.clip_rate=0.5")
+    whole = run_inline(experiment, tmp_path)
+    state = [json.loads(p.read_text())["privacy"] for p in sorted((tmp_path / "checkpoints").glob("*.json"))]
+    bounds = [s["bound"] for s in state]
+    # None is within: of n replies each counts -1/2, over the expected 8, so that the factor is exp(0.5 n / 16), and the
+    # noise on the count moves its logarithm by 0.5 * 0.8 / 8.
+    for record, (before, after) in zip(lines(tmp_path)[2:], itertools.pairwise(bounds), strict=True):
+        assert math.log(after / before) == pytest.approx(0.5 * len(record["cohort"]) / 16, abs=4 * 0.05)
+    assert whole["privacy"]["epsilon"]["max"] == client_guarantee([(0.5, 1.0, 4)], 1e-5).epsilon
+    for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*4.*")]:
+        path.unlink()
+    resumed = run_inline(experiment, tmp_path, resume=True)
+    assert resumed["model_sha256"] == whole["model_sha256"]
+
+
+def test_a_cohort_too_small_for_the_counts_noise_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too small for clip_count_noise"):
+        run_inline(small("fedavg", *CLIENT, *ADAPTIVE, "partition.clients=6"), tmp_path)
+
+
+# ---- local DP ----
+
+
+def test_a_noised_update_is_what_the_ledgers_entry_gives(
+    tmp_path: Path, replies: list[Message], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """received + clip(update) + z C N(0, 1), with the noise of the entry under the client's secret; the server takes the
+    plain mean."""
+    bare: dict[int, Arrays] = {}
+
+    def watched(*args: Any, **more: Any) -> Any:
+        result = train(*args, **more)
+        bare[args[5]] = state_of(args[0])
+        return result
+
+    monkeypatch.setattr(client.node, "train", watched)
+    experiment = small(
+        "fedavg", *LOCAL, "run.rounds=1", "privacy.clip=0.2", "partition.clients=3", "partition.law=quantity"
+    )
+    summary = run_inline(experiment, tmp_path)
+    start, mean = initial_state(experiment), final(tmp_path)
+    noised = []
+    for number, entries in sorted(ledgers(tmp_path).items()):
+        assert entries[0]["parts"] == [[1.0, 2.0, 1]] and entries[0]["unit"] == "local"
+        update = {n: v.astype(np.float64) - start[n] for n, v in bare[number].items()}
+        scale = min(1.0, 0.2 / norm(update))
+        generator = np.random.Generator(
+            np.random.Philox(noise_seed(simulated_secret(0, number), entries[0]["release"]))
+        )
+        noised.append({n: start[n] + u * scale + generator.normal(0, 0.8, u.shape) for n, u in update.items()})
+    for name, value in mean.items():
+        assert np.abs(value - np.mean([one[name] for one in noised], axis=0)).max() <= 1e-6, name
+    assert summary["privacy"]["statement"] == str(local_guarantee([(4.0, 1)], 1e-5))
+
+
+def test_local_noise_is_calibrated_over_the_rounds_that_a_client_takes_part_in(tmp_path: Path) -> None:
+    experiment = small("fedavg", "privacy.unit=local", "privacy.epsilon=8", "cohort.size=4", "run.rounds=4")
+    summary = run_inline(experiment, tmp_path)
+    assert 0.995 * 8 <= summary["privacy"]["epsilon"]["median"] <= summary["privacy"]["epsilon"]["max"] <= 8
