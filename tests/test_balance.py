@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from client.balance import DynamicAverage, GradNorm, Surgery, Uncertainty, make_balance, surgery
 from client.training import Beside, train
+from config.cohort import draw_cohort
 from config.durable import Arrays, read_arrays
 from config.errors import UserError
 from config.load import load
 from config.schema import Experiment, Local
 from config.schema import Task as Settings
 from server.checkpoints import latest
-from server.rounds import draw_cohort
 from tasks.data import Data, Inputs, Target
 from tasks.evaluation import load_into, state_of
 from tasks.metrics import losses
