@@ -27,6 +27,7 @@ from strategies.blocks import WeightedSum, fault, weighted_sum
 from strategies.packing import Answer, NodeReply, Request
 from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
 from tasks.data import Data, concatenate
+from tasks.domains import source_samples
 from tasks.evaluation import evaluate, examine, load_into, state_of
 from tasks.features import View, view
 from tasks.shares import hosted
@@ -230,15 +231,20 @@ _MEMORY = "memory/"
 
 def _beside(node: Node, client: int, memory: Arrays) -> Beside:
     """What training gets beside the training samples, as far as the settings ask for it."""
-    plan, task = node.experiment.local, node.task
-    if not (plan.patience or plan.schedule == "plateau"):
-        return Beside(None, memory)
-    if node.experiment.run.placement == "pooled":
-        everyone = [task.client(c).validation for c in range(node.experiment.partition.clients)]
-        validation, key = concatenate(everyone), "pool/validation"
-    else:
-        validation, key = task.client(client).validation, f"{client}/validation"
-    return Beside(node.view.data(key, validation) if len(validation) else None, memory)
+    experiment, task, pooled = node.experiment, node.task, node.experiment.run.placement == "pooled"
+    validation = source = None
+    if experiment.local.patience or experiment.local.schedule == "plateau":
+        if pooled:
+            everyone = [task.client(c).validation for c in range(experiment.partition.clients)]
+            part, key = concatenate(everyone), "pool/validation"
+        else:
+            part, key = task.client(client).validation, f"{client}/validation"
+        validation = node.view.data(key, part) if len(part) else None
+    if experiment.adapt.method != "none":
+        own = experiment.adapt.where == "clients" or experiment.adapt.method == "match"
+        key = f"{client}/source" if own and not pooled else "source"
+        source = node.view.data(key, source_samples(experiment, None if pooled else client))
+    return Beside(validation, memory, source)
 
 
 def _remembered(memory: Arrays) -> Arrays:

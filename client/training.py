@@ -2,7 +2,7 @@
 
 What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
 (`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`), what holds the model near
-another one (`anchors.py`), what each of several targets counts (`balance.py`).
+another one (`anchors.py`), what each of several targets counts (`balance.py`), samples of another domain (`adaptation.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from client import anchors
+from client.adaptation import adaptation
 from client.balance import make_balance
 from client.optimisers import make_optimizer, plateau, scheduled
 from client.trainable import freeze, mask
@@ -40,10 +41,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Beside:
-    """What a client has beside its training samples: its validation part, and what its last round left in memory."""
+    """What a client has beside its training samples: its validation part, what its last round left in memory, and
+    labelled samples of a source domain."""
 
     validation: Data | None = None
     memory: Arrays = field(default_factory=dict)
+    source: Data | None = None
 
 
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
@@ -92,7 +95,8 @@ def train(
     total = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
     if permit is not None:
         total = permit.mechanism.steps
-    weights = class_weights(task.targets, data.y)
+    adapting = adaptation(experiment, task, beside.source, data, round_, client, memory)
+    weights = class_weights(task.targets, adapting.labels if adapting else data.y)
     rate = scheduled(plan, round_, experiment.run.rounds)
     watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
     if plan.schedule == "plateau" and beside.validation:
@@ -104,6 +108,7 @@ def train(
     corrections = [correct, pull.correct if pull else None, held.correct if held else None]
     names = list(model.state_dict())
     factors = rate_factors(plan, names)
+    extra = [*balance.parameters, *(adapting.open(model) if adapting else ())]
     sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
     seen, steps, at = 0, 0, -1
     private: Privatiser | None = None
@@ -131,18 +136,24 @@ def train(
                 if at != stage_before:
                     slower = rate / plan.gradual_divide**at
                     rates = {n: f * slower for n, f in factors.items()}
-                    optimizer = make_optimizer(learning, plan, rates, balance.parameters)
+                    optimizer = make_optimizer(learning, plan, rates, extra)
             if permit is not None:
                 private = private or opened.enter_context(permit.on(model))
                 private.gradients(permit.sample(len(data)), each)
             else:
-                batch = data.take(order[position * size : (position + 1) * size])
+                index = order[position * size : (position + 1) * size]
+                batch = data.take(index)
+                if adapting is not None:
+                    batch = adapting.batch(index, batch)
                 batch = Data(task.prepare(batch.x, training=True), batch.y)
-                outputs = model(batch.x)
+                outputs, aligned = (
+                    adapting.outputs(model, batch.x, steps / total) if adapting else (model(batch.x), None)
+                )
                 parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
                 rest = teacher.each(batch, outputs).mean() if teacher else None
-                if term is not None:
-                    rest = term(model, batch, outputs) + (0 if rest is None else rest)
+                for more in (aligned, term(model, batch, outputs) if term else None):
+                    if more is not None:
+                        rest = more if rest is None else rest + more
                 shares = {t.name: share * w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)}
                 present = {t.name for t in task.targets if t.labelled(batch.y[t.name])}
                 optimizer.zero_grad(set_to_none=True)
@@ -165,5 +176,5 @@ def train(
                 break
     if watch is not None:
         watch.restore(model)
-    memory |= balance.remember()
+    memory |= balance.remember() | (adapting.remember() if adapting else {})
     return Trained(steps, {name: float(value) / seen for name, value in sums.items()} if seen else {}, memory)

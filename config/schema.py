@@ -264,6 +264,35 @@ class Anchor(Section):
     teacher_hidden: int = Field(0, ge=0, description="That model's task.hidden; 0: the same.")
 
 
+class Adapt(Section):
+    """`[adapt]`: labelled samples of another domain beside the clients' own. docs/training.md has the formulas."""
+
+    method: Literal["none", "mmd", "coral", "deep-coral", "dann", "match", "augment"] = "none"
+    weight: float = Field(1.0, gt=0, description="Weight of the alignment beside the data's loss.")
+    labels: Literal["source", "both"] = Field(
+        "source", description='"source": the clients\' own labels are not used; "both": they are.'
+    )
+    where: Literal["public", "clients"] = Field(
+        "public", description="Every client has all source samples, or a share of them."
+    )
+    dataset: str = Field("", description="The source domain's task.dataset; empty: task.source.")
+    root: str = Field("", description="Its task.root.")
+    train: str = Field("", description="Its task.train.")
+    targets: Names = Field((), description="Its names of task.targets, in order; empty: the same.")
+    widths: Fractions = Field(
+        (0.25, 0.5, 1.0, 2.0, 4.0), min_length=1, description="MMD's kernel widths, times the median squared distance."
+    )
+    ridge: float = Field(1.0, ge=0, description="Added to the variances that coral whitens and colours with.")
+    dann_gamma: float = Field(10.0, gt=0, description="How fast DANN's reversal comes to its full strength.")
+    dann_hidden: int = Field(64, ge=1, description="Units of DANN's domain classifier.")
+
+    @model_validator(mode="after")
+    def _widths_are_positive(self) -> Self:
+        if min(self.widths) <= 0:
+            raise ValueError(f"widths = {list(self.widths)}: give positive numbers")
+        return self
+
+
 class Strategy(Section):
     """`[strategy]`: how updates are shared and combined."""
 
@@ -410,6 +439,7 @@ class Experiment(Section):
     cohort: Cohort = Field(default_factory=Cohort)
     local: Local = Field(default_factory=Local)
     anchor: Anchor = Field(default_factory=Anchor)
+    adapt: Adapt = Field(default_factory=Adapt)
     strategy: Strategy = Field(default_factory=Strategy)
     privacy: Privacy = Field(default_factory=Privacy)
     evaluate: Evaluate = Field(default_factory=Evaluate)
@@ -439,6 +469,7 @@ class Experiment(Section):
             )
         self._check_trainable()
         self._check_source()
+        self._check_adapt()
         if faults := privacy_faults(self):
             raise ValueError("; ".join(faults))
         return self
@@ -518,6 +549,20 @@ class Experiment(Section):
                 'task.pretrained = "source"'
             )
 
+    def _check_adapt(self) -> None:
+        adapt, task = self.adapt, self.task
+        if adapt.method in ("mmd", "deep-coral", "dann", "match") and self.local.trainable in ("head", "last:0"):
+            raise ValueError(
+                f'adapt.method = "{adapt.method}" with local.trainable = "{self.local.trainable}": it aligns features '
+                'of the trunk, which never changes; write adapt.method = "coral" or "augment", or local.trainable = "all"'
+            )
+        if adapt.method == "augment" and (adapt.labels == "source" or task.gated or task.trunks != "shared"):
+            raise ValueError(
+                f'adapt.method = "augment" with adapt.labels = "{adapt.labels}", task.gated = {task.gated} and task.trunks '
+                f'= "{task.trunks}": what is the target domain\'s own is learned from its labels, by a plain head; write '
+                'adapt.labels = "both", task.gated = false and task.trunks = "shared"'
+            )
+
     @property
     def learned(self) -> tuple[str, ...]:
         """The targets that the model has a head for."""
@@ -572,6 +617,11 @@ def privacy_faults(experiment: Experiment) -> list[str]:
             for name, is_on in private.items()
             if is_on
         ]
+        if experiment.adapt.method != "none":
+            faults.append(
+                f'{setting} with adapt.method = "{experiment.adapt.method}": it compares whole batches of private samples, '
+                'so no sample\'s share can be clipped; write privacy.unit = "client"'
+            )
         if local.trainable == "gradual" and local.gradual_unit == "epochs":
             faults.append(
                 f'{setting} with local.gradual_unit = "epochs": a round of DP-SGD has steps and no epochs; write '

@@ -88,6 +88,38 @@ class Gated(nn.Module):
         return cast(Tensor, self.linear(h * torch.sigmoid(self.gate(h))))
 
 
+class TwoDomains(nn.Linear):
+    """A head on augmented features (Daume 2007): (h, h, 0) of a source sample h, (h, 0, h) of a target one.
+
+    It takes features (n, width) of target samples, as evaluation has them, or augmented ones, (n, 3 width). It starts as
+    the plain head: what it shares is that, what is each domain's own is 0.
+    """
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(3 * plain.in_features, plain.out_features)
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[:, : plain.in_features] = plain.weight
+            self.bias.copy_(plain.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h if h.shape[-1] == self.in_features else augmented(h, source=False))
+
+
+def with_domains(model: nn.Module) -> nn.Module:
+    """The model with each of its linear heads made `TwoDomains`, in place."""
+    heads = cast(nn.ModuleDict, model.heads)
+    for name, head in list(heads.items()):
+        heads[name] = TwoDomains(cast(nn.Linear, head))
+    return model
+
+
+def augmented(h: Tensor, source: bool) -> Tensor:
+    """(h, h, 0) or (h, 0, h): features (n, width) -> (n, 3 width)."""
+    none = torch.zeros_like(h)
+    return torch.cat([h, h, none] if source else [h, none, h], -1)
+
+
 Trunk = Callable[[Task, Inputs], tuple[nn.Module, int]]
 """Makes a trunk: of the settings and of what it is built for, the module and how many features it gives."""
 

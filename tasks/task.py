@@ -24,7 +24,7 @@ from tasks.digits import printed_digits
 from tasks.holds import held
 from tasks.laws import Ints
 from tasks.metrics import loss
-from tasks.models import build, inputs
+from tasks.models import build, inputs, with_domains
 from tasks.partition import Split, deal, label_counts, strata
 from tasks.peft import Added, added, extend
 from tasks.pipeline import Pipeline, image_pipeline
@@ -48,7 +48,7 @@ class Task:
     held: whether each client has the labels of each of `task.targets` (`partition.holds`), bool (clients, targets).
     noise: variance of the last client's noise under law = feature-shift, else 0. pipeline: what `prepare` does to
     images; None for samples that a model takes as they are. counts: `label_counts`, where the pool is not in this process
-    (`tasks.shares`).
+    (`tasks.shares`). added: what each layer of the trunk gets beside it. two_domains: heads are `tasks.models.TwoDomains`.
     """
 
     dataset: Dataset
@@ -62,6 +62,7 @@ class Task:
     pipeline: Pipeline | None = None
     counts: Ints | None = None
     added: Added = field(default_factory=Added)
+    two_domains: bool = False
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
@@ -101,7 +102,8 @@ class Task:
 
     def new_model(self) -> nn.Module:
         """A new model with the random start of the run's seed; `initial_state` is where training starts."""
-        return extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
+        model = extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
+        return with_domains(model) if self.two_domains else model
 
     def plain_model(self) -> nn.Module:
         """A new model with one trunk and nothing added: what a source model and a file of weights fit."""
@@ -129,7 +131,8 @@ def open_task(experiment: Experiment) -> Task:
     if place := share_folder():
         return read_share(place, experiment)
     seed, folds = experiment.run.seed, (experiment.evaluate.folds, experiment.evaluate.fold)
-    return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, added(experiment.local))
+    more = added(experiment.local), experiment.adapt.method == "augment"
+    return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, *more)
 
 
 def settle(experiment: Experiment) -> Experiment:
@@ -152,6 +155,7 @@ def _open_task(
     folds: int,
     fold: int,
     added: Added,
+    two_domains: bool,
 ) -> Task:
     dataset = open_dataset(task)
     targets = {target.name: target for target in dataset.targets}
@@ -167,7 +171,9 @@ def _open_task(
     weights = task.target_weights or (1.0,) * len(learned)
     learned_targets, noise = tuple(targets[name] for name in learned), partition.noise if shifted else 0.0
     pipeline = image_pipeline(dataset, task)
-    return Task(dataset, split, learned_targets, weights, task, seed, holders, noise, pipeline, added=added)
+    return Task(
+        dataset, split, learned_targets, weights, task, seed, holders, noise, pipeline, None, added, two_domains
+    )
 
 
 def _missing(y: Tensor) -> Tensor:
@@ -215,18 +221,18 @@ def initial_state(experiment: Experiment) -> Arrays:
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
     elif task.pretrained:
         state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
-    if opened.added.kind or task.trunks == "cross-stitch":
+    if opened.added.kind or opened.two_domains or task.trunks == "cross-stitch":
         whole = dict(opened.new_model().state_dict())
         state = {name: _start(name, state, tensor, bool(task.pretrained)) for name, tensor in whole.items()}
     return {name: tensor.numpy(force=True).astype(np.float32) for name, tensor in state.items()}
 
 
 def _start(name: str, plain: Mapping[str, Tensor], new: Tensor, pretrained: bool) -> Tensor:
-    """Where an array of a model with parts added or trunks coupled starts: as that of the plain model, which all coupled
-    trunks take if it is pretrained; else as it is, new."""
+    """Where an array of a model that is more than the plain one starts: in the trunk as that of the plain model, which
+    coupled trunks take only if it is pretrained; else as it is, new."""
     if pretrained and name.startswith(COLUMNS):
         name = TRUNK + name.removeprefix(COLUMNS).partition(".")[2]
-    return plain.get(name, new)
+    return plain.get(name, new) if name.startswith(TRUNK) else new
 
 
 def source_model(experiment: Experiment) -> nn.Module:
