@@ -141,7 +141,10 @@ def play_round(session: Session, round_: int) -> None:
     sizes = {0: len(session.task.pool())} if pooled else session.exchange.sizes
     verdict = admit(replies, sums, session.arrays, sizes)
     for client, reason in verdict.refused.items():
-        log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
+        which = {"round": round_, "client": client}
+        log.warning(
+            "round %d: client %d does not count: %s", *which.values(), reason.strip().splitlines()[-1], extra=which
+        )
     if len(verdict.admitted) < experiment.cohort.quorum:
         first = next(iter(verdict.refused.values()), "").strip().splitlines()
         raise RunStopped(
