@@ -25,7 +25,7 @@ from config.load import load, to_flat
 from config.schema import Experiment
 from deploy.control import CONNECTION, STATE, connect, flwr, log, online, register
 from experiments.report import write_report
-from server.folder import check_folder
+from server.folder import RunFolder, check_folder
 
 SHARE = Path(os.environ.get("MEADOW_SHARE", "/own/share"))
 RUNS = Path(os.environ.get("MEADOW_RUNS", "/runs"))
@@ -86,7 +86,7 @@ def _wait_for_nodes(count: int) -> None:
 
 def _run(experiment: Experiment, out: Path) -> int:
     for attempt in range(1, int(os.environ.get("MEADOW_ATTEMPTS", "3")) + 1):
-        before = _summary(out)
+        before = RunFolder(out).summary()
         # A folder that an earlier attempt, or an earlier start under the same name, has begun is gone on with.
         overrides = {**to_flat(experiment), "out": str(out.absolute()), "resume": out.exists()}
         file = STATE / "run-config.toml"
@@ -100,7 +100,7 @@ def _run(experiment: Experiment, out: Path) -> int:
             log("refused", level="ERROR", answer=json.dumps(submitted.stdout + submitted.stderr))
             return 1
         _follow(out, before)
-        summary = _summary(out)
+        summary = RunFolder(out).summary()
         if summary and summary["status"] in ("done", "stopped"):
             log("end", status=summary["status"], reason=json.dumps(summary["reason"]), model=summary["model_sha256"])
             return 0 if summary["status"] == "done" else 3
@@ -112,10 +112,9 @@ def _run(experiment: Experiment, out: Path) -> int:
 
 def _follow(out: Path, before: Any) -> None:
     """Tell each round as it ends, until the run folder has another summary than `before`, or Flower calls the run ended."""
-    told, looked = 0, time.monotonic()
+    told, looked = len(RunFolder(out).rounds()), time.monotonic()
     while True:
-        path = out / "rounds.jsonl"
-        records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        records = RunFolder(out).rounds()
         for record in records[told:]:
             failed = [failure["client"] for failure in record["failed"]]
             log(
@@ -124,7 +123,7 @@ def _follow(out: Path, before: Any) -> None:
             )  # fmt: skip
             looked = time.monotonic()
         told = len(records)
-        if (summary := _summary(out)) and summary != before:
+        if (summary := RunFolder(out).summary()) and summary != before:
             return
         if time.monotonic() - looked > LOOK:
             runs = flwr("ls", "--limit", "1").get("runs", [])
@@ -162,11 +161,6 @@ def _note_stop(out: Path) -> None:
     runs = flwr("ls", "--limit", "1").get("runs", [])
     if runs:
         flwr("stop", str(runs[0].get("run-id", "")))
-
-
-def _summary(out: Path) -> Any:
-    path = out / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 if __name__ == "__main__":
