@@ -1,24 +1,22 @@
 """The containers of docker-compose.yml: who is refused, what they survive, and that the bits are those of inline.
 
 One stack plays one run, and the tests are its story in order: it starts, is stopped with Ctrl-C and goes on, turns strangers
-away, loses a node, a network and its SuperLink, and ends by itself. Minutes long, needs Docker with docker-compose (or
+away, loses a node, a network and its coordinator, and ends by itself. Minutes long, needs Docker with docker-compose (or
 Compose v2) and root: `pytest -m docker`. What takes longer still is also marked `slow`.
 """
 
 import json
-import os
 import re
-import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import run_inline
 from flwr.app import RecordDict
+from stack import PROJECT, PROXY, PULL, REFUSED, Stack, ask, container, docker, inspect, kill, playing, start_engine
 
 import client.app
 from client.node import Node
@@ -27,108 +25,17 @@ from config.load import load
 from strategies.packing import Request
 
 pytestmark = pytest.mark.docker
-ROOT = Path(__file__).parents[1]
-PROJECT = "meadowtest"
 CLIENTS = 8
 HOSTED = {f"node-{i}": [2 * i, 2 * i + 1] for i in range(4)}
 KILLED, CUT = "node-2", "node-1"
 
 
-def docker(*words: str, timeout: float = 120) -> str:
-    """What a docker command prints, on both streams."""
-    done = subprocess.run(["docker", *words], capture_output=True, text=True, timeout=timeout)
-    return done.stdout + done.stderr
-
-
-def compose() -> list[str]:
-    words = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
-    return [*words, "-p", PROJECT]
-
-
-def container(service: str) -> str:
-    by = (f"label=com.docker.compose.project={PROJECT}", f"label=com.docker.compose.service={service}")
-    return docker("ps", "-aq", "--filter", by[0], "--filter", by[1]).split()[0]
-
-
-def inspect(service: str) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(docker("inspect", container(service)))[0]
-    return facts
-
-
-def kill(service: str) -> None:
-    """SIGKILL to a container's first process, from outside: `docker kill` would count as stopped by hand."""
-    os.kill(inspect(service)["State"]["Pid"], signal.SIGKILL)
-
-
-class Stack:
-    """A checkout of its own with its containers, and the run in it."""
-
-    def __init__(self, place: Path, preset: str, rounds: int) -> None:
-        self.place = place
-        self.overrides = [f"run.rounds={rounds}", f"partition.clients={CLIENTS}"]
-        self.preset, self.total = preset, rounds
-        self.run = place / "runs/test"
-        self.log = place / "up.log"
-        chosen = {"MEADOW_EXPERIMENT": preset, "MEADOW_OVERRIDES": " ".join(self.overrides), "MEADOW_RUN": "test"}
-        self.environment = os.environ | chosen
-        ignore = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
-        shutil.copytree(ROOT, place, ignore=ignore)
-
-    def up(self, *files: str) -> None:
-        with self.log.open("a") as file:
-            self.process = subprocess.Popen(
-                [*compose(), *files, "up", "--build"], cwd=self.place, env=self.environment, stdout=file, stderr=file
-            )
-
-    def down(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            self.process.wait(120)
-        subprocess.run(
-            [*compose(), "down", "-v"], cwd=self.place, env=self.environment, capture_output=True, timeout=120
-        )
-
-    def until(self, happened: Callable[[], object], seconds: float) -> float:
-        """Wait for something; the seconds that it took."""
-        began = time.monotonic()
-        while not happened():
-            assert time.monotonic() < began + seconds, self.log.read_text()[-6000:]
-            assert self.process.poll() is None or happened(), self.log.read_text()[-6000:]
-            time.sleep(0.2)
-        return time.monotonic() - began
-
-    def rounds(self) -> list[dict[str, Any]]:
-        path = self.run / "rounds.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def after_round(self, number: int) -> None:
-        self.until(lambda: len(self.rounds()) >= number, 400)
-
-    def lost(self) -> set[tuple[int, int]]:
-        """Who took no part in which round, as (round, client)."""
-        return {(record["round"], failure["client"]) for record in self.rounds() for failure in record["failed"]}
-
-
 @pytest.fixture(scope="module")
-def engine() -> None:
-    script = ROOT.parent / "shared" / "testbed" / "docker-up"
-    if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode != 0:
-        if not script.exists():
-            pytest.skip("no Docker engine is running, and there is no ../shared/testbed/docker-up to start one")
-        subprocess.run([str(script)], check=True, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def stack(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The stack with its first round played."""
-    stack = Stack(tmp_path_factory.mktemp("stack") / "meadow", "fedper", rounds=9)
-    subprocess.run([*compose(), "down", "-v"], cwd=stack.place, env=stack.environment, capture_output=True, timeout=120)
-    stack.up()
-    try:
-        stack.until(stack.rounds, 900)  # the image may have to be built
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    start_engine()
+    place = tmp_path_factory.mktemp("stack") / "meadow"
+    with playing(Stack(place, "fedper", 9, f"partition.clients={CLIENTS}")) as stack:
         yield stack
-    finally:
-        stack.down()
 
 
 def test_containers_are_hardened(stack: Stack) -> None:
@@ -170,42 +77,6 @@ def test_ctrl_c_leaves_a_run_that_goes_on(stack: Stack) -> None:
     stack.up()
     stack.after_round(len(played) + 1)
     assert stack.rounds()[: len(played)] == played  # not one round was played again
-
-
-ASK = """
-import json, ssl, sys, urllib.request, urllib.error
-for ask in json.load(sys.stdin):
-    context = ssl.create_default_context(cafile=ask.get("ca", "/own/keys/ca.crt"))
-    data = None if "bytes" not in ask else b"x" * ask["bytes"]
-    request = urllib.request.Request(ask["url"], data=data, headers=ask.get("headers", {}))
-    try:
-        print(json.dumps(str(urllib.request.urlopen(request, timeout=20, context=context).status)))
-    except urllib.error.HTTPError as error:
-        print(json.dumps(f"{error.code} {error.read().decode(errors='replace').strip()}"))
-    except OSError as error:
-        print(json.dumps(f"{type(error).__name__} {error}"))
-"""
-PROXY = "https://proxy:9092"
-PULL = {"url": f"{PROXY}/v1/fleet/pull-messages", "bytes": 0, "headers": {"Content-Type": "application/protobuf"}}
-
-
-def ask(*requests: dict[str, Any], node: str = "node-0") -> list[str]:
-    """What a program in a node's container, on the nodes' network, is answered: status and body, or why there is none."""
-    words = ["docker", "exec", "-i", container(node), "python3", "-c", ASK]
-    done = subprocess.run(words, input=json.dumps(requests), capture_output=True, text=True, timeout=120)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "a call of the Control API": ({"url": f"{PROXY}/v1/control/list-runs", "bytes": 0}, "403 Only /v1/fleet/"),
-    "a call of the Runtime API": ({"url": f"{PROXY}/v1/runtime/acquire-task", "bytes": 0}, "403 Only /v1/fleet/"),
-    # nginx answers and closes while the body is still being sent; a client sees the one or the other
-    "a body over the limit": ({**PULL, "bytes": 34_000_000}, "413 |Broken pipe|Connection reset"),
-    "a call without a signature": (PULL, "401 .*Invalid SuperNode authentication"),
-    "plaintext": ({"url": "http://proxy:9092/health"}, "400 .*plain HTTP request was sent to HTTPS port"),
-    "another CA": ({"url": f"{PROXY}/health", "ca": "/etc/ssl/certs/ca-certificates.crt"}, "CERTIFICATE_VERIFY_FAILED"),
-    "the SuperLink itself": ({"url": "https://superlink:9091/health"}, "name resolution|Name or service not known"),
-}
 
 
 def test_who_is_refused(stack: Stack) -> None:
@@ -258,7 +129,7 @@ def test_a_node_that_is_killed_in_a_round_is_back_within_90_seconds(stack: Stack
     since = len(docker("logs", container(KILLED)))
     stack.until(lambda: "Receiving: " in docker("logs", container(KILLED))[since:], 200)
     took = time.monotonic() - killed
-    (stack.place / "back.txt").write_text(f"{took:.0f} s\n")
+    print(f"{KILLED} was back after {took:.0f} s")
     assert took < 90, took
     assert state and state.items() <= personal(KILLED).items()  # byte for byte
     stack.after_round(len(before) + 2)
@@ -305,19 +176,37 @@ def test_it_ends_by_itself_with_the_bits_of_the_inline_engine(
     services = ("run", "superlink", "serverapp", "proxy", *HOSTED)
     assert {service: inspect(service)["State"]["ExitCode"] for service in services} == dict.fromkeys(services, 0)
     assert (stack.run / "report.html").exists()
-    found, lost = json.loads((stack.run / "summary.json").read_text()), stack.lost()
-    assert found["status"] == "done" and len(stack.rounds()) == stack.total
+    assert (found := summary(stack))["status"] == "done" and len(stack.rounds()) == stack.total
+    expected = inline_with_losses(stack, tmp_path, monkeypatch)
+    assert [found[key] for key in SAME] == [expected[key] for key in SAME]
+
+
+SAME = ("split_sha256", "model_sha256", "personal_sha256")
+
+
+def summary(stack: Stack) -> dict[str, Any]:
+    return dict(json.loads((stack.run / "summary.json").read_text()))
+
+
+def inline_with_losses(stack: Stack, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The same experiment on the inline engine, where the clients that were lost in a round are lost too.
+
+    One that had trained when its reply was lost keeps what it learned for itself; its node's log says so.
+    """
+    lost = stack.lost()
+    logs = "".join(docker("logs", container(node)) for node in HOSTED)
+    trained = {tuple(map(int, found)) for found in re.findall(r'round=(\d+) client=(\d+) text="trained"', logs)}
 
     def lossy(node: Node, request: Request) -> RecordDict:
-        if (request.content.config_records["config"]["round"], request.client) in lost:
-            raise ConnectionError("this node was dead in that round")
-        return train_one(node, request)
+        which = (int(request.content.config_records["config"]["round"]), request.client)  # type: ignore[arg-type]
+        if which not in lost or which in trained:
+            reply = train_one(node, request)
+        if which in lost:
+            raise ConnectionError("this node's reply was lost in that round")
+        return reply
 
     monkeypatch.setattr(client.app, "train_client", lossy)
-    expected = run_inline(load(stack.preset, stack.overrides), tmp_path / "inline")
-    assert found["split_sha256"] == expected["split_sha256"]
-    assert found["model_sha256"] == expected["model_sha256"]
-    assert found["personal_sha256"] == expected["personal_sha256"]
+    return run_inline(load(stack.preset, stack.overrides), out / "inline")
 
 
 def test_logs_are_one_line_an_event(stack: Stack) -> None:
@@ -340,3 +229,16 @@ def test_a_node_of_another_version_is_refused(stack: Stack) -> None:
     assert inspect("run")["State"]["ExitCode"] == 3
     said = docker("logs", container("run"))
     assert "has another code than the server" in said and "install the same Meadow" in said
+
+
+@pytest.mark.slow
+def test_a_node_without_network_for_120_seconds_is_missed_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_engine()
+    with playing(Stack(tmp_path / "meadow", "fedavg", 20, f"partition.clients={CLIENTS}")) as stack:
+        cut_off(CUT, 120)
+        assert {client for _, client in stack.lost()} == set(HOSTED[CUT])  # the rounds went on
+        stack.until(lambda: not stack.rounds()[-1]["failed"], 200)
+        stack.process.wait(900)
+        assert summary(stack)["model_sha256"] == inline_with_losses(stack, tmp_path, monkeypatch)["model_sha256"]
