@@ -20,13 +20,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import httpx
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
 from config.identity import ROOT, code_sha256
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
@@ -92,6 +85,14 @@ def bury(node_id: int) -> bool:
     By itself Flower believes in a dead SuperNode for up to 60 s, waits for its reply, and refuses its successor. The call is
     the one that a SuperNode makes when it ends in order (flwr 1.41, `supernode/fleet_http_connection.py`).
     """
+    # Imported here: the other services start sooner without.
+    import httpx
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
     key = load_ssh_private_key((KEYS / "node.key").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     signed = NodeAuthHttpInterceptor(key, key.public_key())
