@@ -1,11 +1,13 @@
 """What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 from config.cohort import draw_cohort
 from config.schema import Experiment
 from experiments.folds import fold_runs
+from privacy.plan import claim, forecasts, steps_a_round
 from strategies.sharing import nbytes, roles
 from tasks.task import initial_state, open_task, settle
 
@@ -44,12 +46,30 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
         "steps": sum(steps[c] for cohort in cohorts for c in cohort),
         "bytes_up": shared * asked,
         "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
-        "privacy": {"unit": experiment.privacy.unit, "epsilon": None},
+        "privacy": _privacy(experiment),
+    }
+
+
+def _privacy(experiment: Experiment) -> dict[str, Any]:
+    """What the run would cost with new ledgers: noise multipliers (of each clip), and epsilon over the clients."""
+    if experiment.privacy.unit == "none":
+        return {"unit": "none", "epsilon": None}
+    forecast = forecasts(experiment)
+    spent = [epsilon for _, epsilon, _ in forecast]
+    noise = [z for z, _, _ in forecast]
+    return {
+        "unit": experiment.privacy.unit,
+        "noise": f"{min(noise):.4g} to {max(noise):.4g} times the clip",
+        "epsilon": str(claim(experiment, max(spent))),
+        "median epsilon": round(statistics.median(spent), 4),
+        "clients that leave early": sum(early for _, _, early in forecast),
     }
 
 
 def _steps(experiment: Experiment, samples: int) -> int:
     """Optimiser steps of a client with so many training samples in one round."""
+    if experiment.privacy.unit == "example":
+        return steps_a_round(experiment)
     if experiment.local.steps:
         return experiment.local.steps
     size = min(experiment.local.batch_size or samples, samples)
