@@ -512,10 +512,10 @@ def privacy_statement(run: RunResult) -> str:
     privacy = {"unit": run.experiment.privacy.unit, **((run.summary or {}).get("privacy") or {})}
     left = privacy.get("releases") or []
     if privacy["unit"] == "none":
-        said = "No protection: no noise was added to anything."
+        bare = "No protection: no noise was added to anything."
         what = ", ".join(escape(str(entry["what"])) for entry in left)
-        return f'{said} What left the clients: <span class="bare">{what}</span>.' if what else said
-    said = []
+        return f'{bare} What left the clients: <span class="bare">{what}</span>.' if what else bare
+    said: list[str] = []
     if statement := privacy.get("statement"):
         median = (privacy.get("epsilon") or {}).get("median")
         said.append(f"The client that has spent most: {escape(str(statement))}; the median client's: {median:.4g}.")
