@@ -38,7 +38,7 @@ from privacy.audit import (
     normality_check,
     sampling_checks,
 )
-from privacy.client_level import clip, update_noise
+from privacy.client_level import update_noise
 from privacy.dpsgd import Mechanism, Permit, chosen_mode
 from privacy.plan import claim, client_cost, client_denominator, client_noise, steps_a_round
 from server.folder import RunFolder
@@ -131,12 +131,14 @@ def _canaries(experiment: Experiment, task: Task, included: np.ndarray, permit: 
     data = Data(x, {"canary": torch.full((len(x),), 1e6)})
     small = replace(task, targets=(target,), weights=(1.0,), pipeline=None)
     seen = _watched(_Canaries(), data, small, experiment, permit)
-    return -np.stack([step["heads.canary.weight"].ravel() for step in seen]) / permit.mechanism.clip
+    return np.stack([step["heads.canary.weight"].ravel() for step in seen]) / -permit.mechanism.clip
 
 
-def _watched(model: nn.Module, data: Data, task: Task, experiment: Experiment, permit: Permit) -> list[Arrays]:
+def _watched(
+    model: nn.Module, data: Data, task: Task, experiment: Experiment, permit: Permit
+) -> list[dict[str, Floats]]:
     """Train, and return the sums that each step's gradient is the share of: before the optimiser, after the noise."""
-    steps: list[Arrays] = []
+    steps: list[dict[str, Floats]] = []
 
     def watch(learning: Mapping[str, nn.Parameter]) -> None:
         scale = permit.mechanism.denominator
@@ -148,7 +150,7 @@ def _watched(model: nn.Module, data: Data, task: Task, experiment: Experiment, p
 
 def _quiet(task: Task) -> Task:
     """The task without augmentation: what is random beside the mechanism would hide what a record does."""
-    pipeline = replace(task.pipeline, augment=()) if task.pipeline is not None else None
+    pipeline = replace(task.pipeline, steps=()) if task.pipeline is not None else None
     return replace(task, pipeline=pipeline)
 
 
@@ -293,8 +295,8 @@ def _local(experiment: Experiment, task: Task) -> list[Check]:
             allowed = charge(own, RecordDict(), round_, busiest, before)
             rows.append(_floats(noised_update(free, allowed, before, after), before) / bound)
     scores = np.stack(rows)
-    part = clip(before, after, bound).update["w"]
-    longest = float(np.linalg.norm(part)) / bound
+    bare = _floats(noised_update(free, replace(allowed, noise_multiplier=0.0), before, after), before)
+    longest = float(np.linalg.norm(bare)) / bound
     return [
         noise_check("noise multiplier", scores[:, 1:].ravel(), z),
         normality_check("noise", scores[:, 1:].ravel() / z),
@@ -373,7 +375,7 @@ def _replayed(experiment: Experiment, out: Path, launch: Callable[..., Any]) -> 
     before = RunFolder(out).summary() or {}
     entries = sum(path.read_text().count("\n") for path in (out / "state").rglob("client-*.ledger"))
     rounds = int(before["rounds"])
-    for path in [out / "summary.json", *(out / "checkpoints").glob(f"*{rounds}.*")]:
+    for path in [out / "summary.json", *(out / "checkpoints").glob(f"round-{rounds:08d}.*")]:
         path.unlink(missing_ok=True)
     launch(experiment, out, resume=True)
     after = RunFolder(out).summary() or {}
@@ -388,7 +390,7 @@ def _observing() -> Iterator[list[dict[str, Any]]]:
     """What every call of the training loop does, written down beside it: its client, its release, and what moved bare."""
     seen: list[dict[str, Any]] = []
     room = vars(client.node)
-    honest = room["train"]
+    honest, honest_noise = room["train"], room["noised_update"]
 
     def watched(model: nn.Module, *args: Any, permit: Permit | None = None, **more: Any) -> Any:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -406,8 +408,12 @@ def _observing() -> Iterator[list[dict[str, Any]]]:
         seen.append({"client": args[4], "part": part, "bare": bare})
         return trained
 
-    room["train"] = watched
+    def noised(whole: Experiment, allowed: Allowed, *arrays: Arrays) -> Arrays:
+        seen[-1] |= {"part": [1.0, allowed.noise_multiplier / 2, 1]}
+        return dict(honest_noise(whole, allowed, *arrays))
+
+    room |= {"train": watched, "noised_update": noised}
     try:
         yield seen
     finally:
-        room["train"] = honest
+        room |= {"train": honest, "noised_update": honest_noise}

@@ -74,6 +74,8 @@ def test_shuffling_sold_as_poisson_sampling_is_found(monkeypatch: pytest.MonkeyP
     state: dict[int, list[Tensor]] = {}
 
     def shuffled(n: int, rate: float, generator: torch.Generator) -> Tensor:
+        if rate < 1e-9:  # the audit's own steps that take nobody
+            return torch.zeros(0, dtype=torch.int64)
         left = state.setdefault(id(generator), [])
         if not left:
             left += torch.randperm(n, generator=generator).tensor_split(max(1, round(1 / rate)))
@@ -91,7 +93,7 @@ def test_a_higher_sampling_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_no_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Privatiser, "_factors", lambda self, norms: torch.ones_like(norms))
-    assert {"longest part of a canary", "epsilon is at least (Clopper-Pearson)"} <= found(*EXAMPLE)
+    assert {"longest part of a canary", "mean of canaries in", "largest move by one record added"} <= found(*EXAMPLE)
 
 
 def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,12 +194,8 @@ def test_batch_norm_in_train_mode_is_refused(monkeypatch: pytest.MonkeyPatch) ->
             return {"digit": self.heads["digit"](self.trunk(x))}
 
     monkeypatch.setattr(tasks.task, "build", lambda *_: Normed())
-    tasks.task.initial_state.cache_clear()  # type: ignore[attr-defined]
-    try:
-        with pytest.raises(UserError, match=r'"trunk.2".*mixes the samples of a batch.*task.norm = "group"'):
-            audit(small("fedavg", *EXAMPLE))
-    finally:
-        tasks.task.initial_state.cache_clear()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r'"trunk.2".*mixes the samples of a batch.*task.norm = "group"'):
+        audit(small("fedavg", *EXAMPLE))
 
 
 def test_sabotage_of_whole_clients_and_of_local_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +212,7 @@ def test_sabotage_of_whole_clients_and_of_local_noise_is_found(monkeypatch: pyte
         assert "noise multiplier" in found(*LOCAL)
     with monkeypatch.context() as patch:
         patch.setattr(client.privately, "clip", lambda sent, trained, bound: clip(sent, trained, 3 * bound))
-        assert "epsilon is at least (Clopper-Pearson)" in found(*LOCAL, "privacy.noise_multiplier=1")
+        assert found(*LOCAL) == {"longest update"}
 
 
 def test_the_command_exits_3_where_the_claim_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
