@@ -45,9 +45,10 @@ def join(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
     requests, blocks = unpack_requests(message.content)
-    answers = answer(open_node(context), requests, train_client)
+    node = open_node(context)
+    answers = answer(node, requests, train_client)
     sent = from_record(requests[0].content.array_records["arrays"])
-    return Message(pack_replies(add_up(answers, sent, blocks)), reply_to=message)
+    return Message(pack_replies(add_up(node, answers, sent, blocks)), reply_to=message)
 
 
 @app.evaluate()

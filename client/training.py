@@ -1,7 +1,8 @@
 """The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
 
 What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
-(`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`).
+(`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`), what holds the model near
+another one (`anchors.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from client import anchors
 from client.optimisers import make_optimizer, plateau, scheduled
 from client.trainable import freeze, mask
 from client.validation import Watch, validation_loss
@@ -42,6 +44,9 @@ class Beside:
     validation: Data | None = None
     memory: Arrays = field(default_factory=dict)
 
+
+LOOP = "loop"
+"""Kind of what the loop itself leaves in a client's memory, for names such as "loop@plateau"."""
 
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
 """Changes the gradients of the parameters that learn, by name, after they are final (clipped and noised, if private)."""
@@ -95,7 +100,8 @@ def train(
     if plan.schedule == "plateau" and beside.validation:
         rate *= plateau(plan, memory, validation_loss(model, beside.validation, task))
     held = mask(model, experiment, client)
-    corrections = [c for c in (correct, held.correct if held else None) if c is not None]
+    pull, teacher = anchors.pull(model, experiment), anchors.teacher(model, task, experiment)
+    corrections = [correct, pull.correct if pull else None, held.correct if held else None]
     names = list(model.state_dict())
     factors = rate_factors(plan, names)
     sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
@@ -105,12 +111,14 @@ def train(
     def each(index: Tensor) -> Tensor:
         nonlocal seen
         batch = data.take(index)
-        outputs = model(task.prepare(batch.x, training=True))
+        batch = Data(task.prepare(batch.x, training=True), batch.y)
+        outputs = model(batch.x)
         parts = sample_losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
         seen += len(index)
         for name, values in parts.items():
             sums[name] += values.detach().sum()
-        return torch.stack([w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)]).sum(0)
+        each = torch.stack([w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)]).sum(0)
+        return each if teacher is None else (1 - teacher.distill) * each + teacher.each(batch, outputs)
 
     with torch_seeded(seed, "train", round_, client), ExitStack() as opened:
         while steps < total:
@@ -133,6 +141,8 @@ def train(
                 parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
                 loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
                 assert isinstance(loss, Tensor)
+                if teacher is not None:
+                    loss = (1 - teacher.distill) * loss + teacher.each(batch, outputs).mean()
                 if term is not None:
                     loss = loss + term(model, batch, outputs)
                 optimizer.zero_grad(set_to_none=True)
@@ -143,7 +153,8 @@ def train(
             if plan.clip_norm:
                 nn.utils.clip_grad_norm_(learning.values(), plan.clip_norm)
             for change in corrections:
-                change(learning)
+                if change is not None:
+                    change(learning)
             optimizer.step()
             if held is not None:
                 held.restore(learning)

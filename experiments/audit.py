@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import client.node
 from client.privately import Allowed, Keeper, charge, noised_update
 from client.training import train
+from client.turn import ClientTurn
 from config.cohort import draw_cohort, participations
 from config.durable import Arrays
 from config.errors import UserError
@@ -45,7 +46,7 @@ from server.folder import RunFolder
 from server.protection import Protection, adaptive, protection
 from simulation.grid import become_server
 from simulation.launch import engine
-from strategies.sharing import roles, to_record
+from strategies.sharing import roles_of, to_record
 from tasks.data import Data, Target
 from tasks.evaluation import load_into, state_of
 from tasks.task import Task, initial_state, open_task, settle
@@ -62,7 +63,7 @@ def audit(experiment: Experiment) -> list[Check]:
     if experiment.privacy.unit == "none":
         raise UserError('privacy.unit = "none": nothing is claimed, so there is nothing to audit')
     task = open_task(experiment)
-    protection(experiment, task, roles(experiment, initial_state(experiment)))
+    protection(experiment, task, roles_of(experiment, task.new_model()))
     parts = {"example": _example, "client": _client, "local": _local}
     with one_thread():
         return [*parts[experiment.privacy.unit](experiment, task), *_ledgers(experiment)]
@@ -387,33 +388,42 @@ def _replayed(experiment: Experiment, out: Path, launch: Callable[..., Any]) -> 
 
 @contextmanager
 def _observing() -> Iterator[list[dict[str, Any]]]:
-    """What every call of the training loop does, written down beside it: its client, its release, and what moved bare."""
-    seen: list[dict[str, Any]] = []
-    room = vars(client.node)
-    honest, honest_noise = room["train"], room["noised_update"]
+    """What every training of a client does, written down beside it: its client, its release, and what moved without noise.
 
-    def watched(model: nn.Module, *args: Any, permit: Permit | None = None, **more: Any) -> Any:
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    A training that the algorithm says leaves nothing (a personal model of its own, as Ditto's) is no release.
+    """
+    seen: list[dict[str, Any]] = []
+    honest, room = ClientTurn.fit, vars(client.node)
+    honest_noise = room["noised_update"]
+
+    def fit(turn: ClientTurn, *, correct: Any = None, leaves: bool = True, **more: Any) -> Any:
+        before = {name: p.detach().clone() for name, p in turn.model.named_parameters()}
         learning: set[str] = set()
 
         def watch(now: Mapping[str, nn.Parameter]) -> None:
             learning.update(now)
+            if correct is not None:
+                correct(now)
 
-        trained = honest(model, *args, permit=permit, correct=watch, **more)
-        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        trained = honest(turn, correct=watch, leaves=leaves, **more)
+        if not leaves and turn.settings.name == "ditto":
+            return trained
+        moved = {name for name, p in turn.model.named_parameters() if not torch.equal(p, before[name])}
         part = [0.0, 0.0, 0]
-        if permit is not None:
-            part = [permit.mechanism.sample_rate, permit.mechanism.noise_multiplier, trained.steps]
-        bare = moved if permit is None else moved - learning
-        seen.append({"client": args[4], "part": part, "bare": bare})
+        if turn.permit is not None and leaves:
+            mechanism = turn.permit.mechanism
+            part, moved = [mechanism.sample_rate, mechanism.noise_multiplier, trained.steps], moved - learning
+        seen.append({"client": turn.client, "part": part, "bare": moved})
         return trained
 
     def noised(whole: Experiment, allowed: Allowed, *arrays: Arrays) -> Arrays:
         seen[-1] |= {"part": [1.0, allowed.noise_multiplier / 2, 1]}
         return dict(honest_noise(whole, allowed, *arrays))
 
-    room |= {"train": watched, "noised_update": noised}
+    ClientTurn.fit = fit  # type: ignore[method-assign, assignment]
+    room |= {"noised_update": noised}
     try:
         yield seen
     finally:
-        room |= {"train": honest, "noised_update": honest_noise}
+        ClientTurn.fit = honest  # type: ignore[method-assign]
+        room |= {"noised_update": honest_noise}

@@ -46,9 +46,9 @@ def write_folds(folder: Path, experiment: Experiment, found: Sequence[Mapping[st
 
     metrics: the mean over the folds that are done (over all, while none is); metrics_std: their standard deviation
     (n - 1 in the denominator; None where fewer than two folds have the metric), in the same shape. folds: K. status: the
-    worst of the folds, reason: which ended so and why. rounds: the fewest. cost: added up, peak_rss_mb the highest. Hashes:
-    SHA-256 over lines "fold:hash". clients: the most of any fold. privacy: epsilon and delta added up (basic
-    composition, Dwork and Roth 2014, theorem 3.16), because one client's data is in all the runs.
+    worst of the folds, reason: which ended so and why. rounds: the fewest. cost: added up, peak_rss_mb and
+    trained_parameters the most. Hashes: SHA-256 over lines "fold:hash". clients: the most of any fold. privacy: epsilon
+    and delta added up (basic composition, Dwork and Roth 2014, theorem 3.16), because one client's data is in all the runs.
     """
     folds = experiment.evaluate.folds
     counted = [one["metrics"] for one in found if one["status"] == "done"] or [one["metrics"] for one in found]
@@ -64,11 +64,15 @@ def write_folds(folder: Path, experiment: Experiment, found: Sequence[Mapping[st
         "metrics": mean_tree(counted),
         "metrics_std": reduce_trees(counted, _deviation),
         "clients": reduce_trees([one["clients"] for one in found], max),
-        "cost": reduce_trees(costs, sum) | {"peak_rss_mb": max(cost["peak_rss_mb"] for cost in costs)},
+        "cost": reduce_trees(costs, sum)
+        | {key: max(cost[key] for cost in costs) for key in _NOT_ADDED if key in costs[0]},
         "privacy": _composed([one["privacy"] for one in found]),
     }
     write_json(folder / "summary.json", summary)
     return summary
+
+
+_NOT_ADDED = ("peak_rss_mb", "trained_parameters")
 
 
 def _deviation(values: Sequence[float]) -> float | None:

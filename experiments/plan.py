@@ -8,7 +8,11 @@ from config.cohort import draw_cohort
 from config.schema import Experiment
 from experiments.folds import fold_runs
 from privacy.plan import claim, forecasts, steps_a_round
-from strategies.sharing import nbytes, roles
+from server.cohorts import read_schedule
+from server.rounds import setup
+from strategies import algorithm, make_strategy
+from strategies.fedavg import FedAvg
+from strategies.sharing import nbytes, roles_of
 from tasks.task import initial_state, open_task, settle
 
 
@@ -26,13 +30,21 @@ def plan(experiment: Experiment) -> dict[str, Any]:
 
 def _plan(experiment: Experiment) -> dict[str, Any]:
     task, start = open_task(experiment), initial_state(experiment)
-    parts = roles(experiment, start)
+    parts, half = roles_of(experiment, task.new_model()), algorithm(experiment.strategy.name)
     pooled = experiment.run.placement == "pooled"
     sizes = [len(task.pool())] if pooled else [len(c.train) for c in task.split.clients]
-    cohorts = [draw_cohort(experiment, r) for r in range(1, experiment.run.rounds + 1)]
-    steps = [_steps(experiment, n) for n in sizes]
-    shared = 0 if pooled else nbytes({n: start[n] for n in parts.shared})
-    once = nbytes({n: start[n] for n in (*parts.personal, *parts.fixed)}) if experiment.task.pretrained else 0
+    schedule = read_schedule(experiment)
+    cohorts = [draw_cohort(experiment, r, sizes, schedule) for r in range(1, experiment.run.rounds + 1)]
+    local = experiment.local
+    if experiment.privacy.unit == "example":
+        local = local.model_copy(update={"steps": steps_a_round(experiment)})
+    steps = [half.client.steps(experiment.strategy, local, n) for n in sizes]
+    arrays = {n: start[n] for n in parts.shared}
+    strategy = make_strategy(setup(experiment, task, parts))
+    beside = strategy.extra(arrays) if isinstance(strategy, FedAvg) else {}
+    shared = 0 if pooled else nbytes(arrays | beside)
+    own = start if half.own_start else (*parts.personal, *parts.fixed)
+    once = nbytes({n: start[n] for n in own}) if experiment.task.pretrained else 0
     asked = sum(len(c) for c in cohorts)
     return {
         "rounds": experiment.run.rounds,
@@ -64,13 +76,3 @@ def _privacy(experiment: Experiment) -> dict[str, Any]:
         "median epsilon": round(statistics.median(spent), 4),
         "clients that leave early": sum(early for _, _, early in forecast),
     }
-
-
-def _steps(experiment: Experiment, samples: int) -> int:
-    """Optimiser steps of a client with so many training samples in one round."""
-    if experiment.privacy.unit == "example":
-        return steps_a_round(experiment)
-    if experiment.local.steps:
-        return experiment.local.steps
-    size = min(experiment.local.batch_size or samples, samples)
-    return experiment.local.epochs * -(-samples // size)

@@ -27,7 +27,8 @@ def ranking(runs: Sequence[RunResult]) -> list[Row]:
     """One row a target and method, the best for the clients first; plain numbers, None where not measured.
 
     client_mean, client_weighted, client_worst_decile, client_std (over the clients), global, last10_clients,
-    last10_global and finetuned are means over the runs, one for each of `seeds` seeds, or for each of its `folds`;
+    last10_global, finetuned, source_before and source_after (what is forgotten of the source task) are means over the
+    runs, one for each of `seeds` seeds, or for each of its `folds`;
     *_seed_std are standard deviations over these runs (n - 1; None for one run). gain and its interval are against
     `local`, oriented so that positive is better; `lost` of `lost_of` pairs of client and run do worse than alone.
     bytes_up, bytes_down, bytes_saved (None: none), trained_parameters and seconds are of one run, the mean over them.
@@ -99,6 +100,8 @@ def _row(name: str, group: Sequence[RunResult], target: str, metric: str, alone:
         "last10_clients": mean_of([run.last10("clients", target, metric) for run in runs]),
         "last10_global": mean_of([run.last10("global", target, metric) for run in runs]),
         "finetuned": mean_of(tuned),
+        "source_before": mean_of([run.forgetting(target, metric).get("before") for run in runs]),
+        "source_after": mean_of([run.forgetting(target, metric).get("after") for run in runs]),
         "gain": versus.mean if versus else None,
         "gain_low": versus.interval[0] if versus and versus.interval else None,
         "gain_high": versus.interval[1] if versus and versus.interval else None,

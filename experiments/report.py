@@ -372,6 +372,8 @@ def _ranking_html(part: Sequence[Row]) -> str:
         ("clients' own test samples", "fine-tuned", "finetuned"),
         ("shared model", "global test", "global"),
         ("shared model", "last 10", "last10_global"),
+        ("source task", "before", "source_before"),
+        ("source task", "after", "source_after"),
         ("against alone", "gain", "gain"),
         ("against alone", "lost", "lost"),
         ("one run", "up", "bytes_up"),

@@ -69,6 +69,11 @@ class RunResult:
     def split_sha256(self) -> str:
         return str(self.split.get("sha256") or self.manifest.get("split", {}).get("sha256", ""))
 
+    def forgetting(self, target: str, metric: str) -> Mapping[str, float]:
+        """On the source task "before" and "after" (`server.summary.forgetting`); empty where it was not measured."""
+        found: Mapping[str, float] = (self.summary or {}).get("forgetting", {}).get(target, {}).get(metric, {})
+        return found
+
     @cached_property
     def cost(self) -> Mapping[str, float]:
         """seconds, bytes_up and bytes_down of the whole run, or of the rounds so far; steps once it has ended."""

@@ -145,13 +145,13 @@ def client_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
     privacy, rate = experiment.privacy, _rate(experiment)
     if _poisson(experiment):
         return client_guarantee([(rate, z, rounds)], privacy.delta, privacy.accountant)
-    population = experiment.partition.clients
+    population = experiment.participants
     return fixed_cohort_guarantee([(population, experiment.cohort_size, z, rounds)], privacy.delta)
 
 
 def client_denominator(experiment: Experiment) -> float:
     """What the noisy sum of updates is divided by: `privacy.denominator`, or the expected cohort."""
-    return experiment.privacy.denominator or _rate(experiment) * experiment.partition.clients
+    return experiment.privacy.denominator or _rate(experiment) * experiment.participants
 
 
 def forecasts(experiment: Experiment) -> list[tuple[float, float, bool]]:
@@ -204,7 +204,7 @@ def _poisson(experiment: Experiment) -> bool:
 
 
 def _rate(experiment: Experiment) -> float:
-    return experiment.cohort_size / experiment.partition.clients
+    return experiment.cohort_size / experiment.participants
 
 
 def _from_file(setting: str, path: Path, clients: int) -> list[float]:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from config.durable import Arrays
@@ -15,8 +15,10 @@ from server.folder import RunFolder
 from server.protection import Protection
 from strategies.sharing import arrays_sha256
 from strategies.trainable import HEADS, is_added, trained
+from tasks.evaluation import evaluate, load_into
 from tasks.metrics import THOROUGH, Ints
-from tasks.task import Task
+from tasks.peft import Added
+from tasks.task import Task, source_data, source_state
 
 LAST = 10
 
@@ -77,6 +79,7 @@ def summarise(
             "clients": at_end,
             "last10": {"global": mean_tree(global_curve[-LAST:]), "clients": mean_tree(client_curve[-LAST:])},
         },
+        **forgetting(experiment, task, scores),
         "clients": {
             "total": experiment.partition.clients,
             "never_sampled": len(_never_sampled(records, experiment.partition.clients))
@@ -94,6 +97,25 @@ def summarise(
         },
         "privacy": protection.summary(),
     }
+
+
+def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientScores]) -> dict[str, Any]:
+    """{"forgetting": {target: {metric: {before, after}}}} if evaluate.on names the source task and clients replied.
+
+    On the source task's test set: before, the source model; after, the models that the clients use at the end, their
+    mean over clients.
+    """
+    if "source" not in experiment.evaluate.on or not scores:
+        return {}
+    model = replace(task, added=Added()).new_model()
+    load_into(model, source_state(experiment))
+    before = evaluate(model, source_data(experiment).test, task)
+    after = mean_tree([{k: v for k, v in s.scores.items() if k.startswith("source/")} for s in scores.values()])
+    found: dict[str, Any] = {}
+    for key, value in before.items():
+        target, _, metric = key.partition("/")
+        found.setdefault(target, {})[metric] = {"before": value, "after": after.get(f"source/{key}")}
+    return {"forgetting": found}
 
 
 def client_rows(

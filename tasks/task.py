@@ -196,7 +196,8 @@ def _added(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def initial_state(experiment: Experiment) -> Arrays:
-    """The model's complete state before the first round, float32, in state_dict order; fresh arrays at each call.
+    """The model's complete state before the first round, in state_dict order; fresh arrays at each call. All float32, but
+    for a batch normalisation's count of batches, which is int64.
 
     task.pretrained = "": the random start of run.seed (`tasks.models.build`). "source": its trunk is that of
     `source_state`, the heads keep their random start. Else its trunk is that of `tasks.weights.pretrained_trunk`. Raises
@@ -211,7 +212,8 @@ def initial_state(experiment: Experiment) -> Arrays:
         state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
     if opened.added.kind:
         state = dict(opened.new_model().state_dict()) | state
-    return {name: tensor.numpy(force=True).astype(np.float32) for name, tensor in state.items()}
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {name: tensor.numpy(force=True).copy() for name, tensor in floats.items()}
 
 
 def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
@@ -230,6 +232,8 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         targets=experiment.learned,
         model=task.model,
         hidden=task.hidden,
+        norm=task.norm,
+        gated=task.gated,
         source=task.source,
         source_samples=task.source_samples,
         source_epochs=task.source_epochs,

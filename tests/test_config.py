@@ -40,6 +40,7 @@ def test_flower_declares_every_key_with_its_default() -> None:
 def test_presets_differ_in_axis_values_only() -> None:
     axes = {"run.name", "run.placement", "task.learn", "task.pretrained", "local.trunk_lr_factor"}
     axes |= {"local.trainable", "local.lora_share", "local.gradual_every"}
+    axes |= {"anchor.l2", "anchor.ewc", "anchor.kl", "anchor.distill"}
     for name in preset_names():
         keys = {key for key, _ in flatten(read_tree(name))}
         assert keys <= axes | {"strategy.name", "strategy.share"}, name

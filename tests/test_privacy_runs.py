@@ -20,8 +20,8 @@ from test_resume import COMPARED, Killed
 from torch import nn
 
 import client.app
-import client.node
 import client.privately
+import client.turn
 import config.durable
 import privacy.ledger
 from client.trainable import freeze, mask
@@ -166,7 +166,7 @@ def test_no_training_begins_before_its_entry_is_on_disk(
         seen.append((round_, number))
         return train(*args, **more)
 
-    monkeypatch.setattr(client.node, "train", watched)
+    monkeypatch.setattr(client.turn, "train", watched)
     run_inline(small("fedavg", *settings), tmp_path)
     assert seen == [(r, c) for r in (1, 2, 3) for c in range(8)]
 
@@ -197,7 +197,7 @@ def test_other_inputs_are_another_release_with_other_noise(tmp_path: Path) -> No
     with pytest.MonkeyPatch.context() as patch:
         honest = client.privately.noise_seed
         patch.setattr(client.privately, "noise_seed", lambda *a: drawn.append(honest(*a)) or drawn[-1])
-        patch.setattr("strategies.fedavg.average", lambda blocks, before: {n: v + 1 for n, v in before.items()})
+        patch.setattr("strategies.fedavg.mean", lambda total, before: {n: v + 1 for n, v in before.items()})
         for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*")]:
             path.unlink()
         summary = run_inline(experiment, tmp_path, resume=True)
@@ -379,7 +379,7 @@ def test_an_errors_text_stays_with_the_client(tmp_path: Path, monkeypatch: pytes
     def failing(*args: Any, **more: Any) -> Any:
         raise ValueError("the patient in row 7 has no label")
 
-    monkeypatch.setattr(client.node, "train", failing)
+    monkeypatch.setattr(client.turn, "train", failing)
     for release, told in (("", False), ("errors", True)):
         experiment = small("fedavg", *EXAMPLE, f"privacy.release={release}")
         reason = run_inline(experiment, tmp_path / (release or "none"))["reason"]
@@ -663,7 +663,7 @@ def test_a_noised_update_is_what_the_ledgers_entry_gives(
         bare[args[5]] = state_of(args[0])
         return result
 
-    monkeypatch.setattr(client.node, "train", watched)
+    monkeypatch.setattr(client.turn, "train", watched)
     experiment = small(
         "fedavg", *LOCAL, "run.rounds=1", "privacy.clip=0.2", "partition.clients=3", "partition.law=quantity"
     )
