@@ -57,8 +57,8 @@ class Adaptation:
         """The samples of a step whose target samples are `own`, those at `index` of the client's data."""
         source = self.source.take(index if self.paired else self._next(len(own)))
         self._sources = len(source)
-        if self.plan.method == "coral" and self.plan.labels == "source":
-            return source  # the target has given its covariance, and has no more to say
+        if self.plan.method in ("coral", "source-only") and self.plan.labels == "source":
+            return source  # the target samples have nothing to say here, or have said it
         y = {name: own.y[name] for name in source.y}
         if self.plan.labels == "source":
             y = {n: torch.full_like(v, torch.nan if v.is_floating_point() else MISSING) for n, v in y.items()}
@@ -76,7 +76,7 @@ class Adaptation:
 
     def _features(self, model: nn.Module, x: Tensor) -> Tensor:
         features: Tensor = model.trunk(x) if isinstance(model, Multihead) else x
-        if features.ndim != 2 and self.plan.method != "coral":
+        if features.ndim != 2 and self.plan.method not in ("coral", "source-only"):
             raise UserError(
                 f'adapt.method = "{self.plan.method}" with task.model = "{self.task.settings.model}": its features are of '
                 "tokens, and only features of whole samples can be aligned; use another model"

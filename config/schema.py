@@ -303,7 +303,7 @@ class Anchor(Section):
 class Adapt(Section):
     """`[adapt]`: labelled samples of another domain beside the clients' own. docs/training.md has the formulas."""
 
-    method: Literal["none", "mmd", "coral", "deep-coral", "dann", "match", "augment"] = "none"
+    method: Literal["none", "source-only", "mmd", "coral", "deep-coral", "dann", "match", "augment"] = "none"
     weight: float = Field(1.0, gt=0, description="Weight of the alignment beside the data's loss.")
     labels: Literal["source", "both"] = Field(
         "source", description='"source": the clients\' own labels are not used; "both": they are.'

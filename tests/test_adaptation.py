@@ -243,6 +243,20 @@ def test_coral_trains_on_recoloured_samples_or_features() -> None:
         assert np.allclose(after, before[name] - 0.1 * gradient.numpy(), rtol=1e-3, atol=2e-6), name
 
 
+def test_source_only_sees_the_source_only() -> None:
+    """One full-batch step is one on the source's labelled samples; the client's own count for how many they are."""
+    experiment, task, model = opened("source-only")
+    data = task.client(0).train
+    source = source_samples(experiment, 0).take(torch.arange(len(data)))
+    names = dict(model.named_parameters())
+    loss = losses(model(source.x), source.y, task.targets)["digit"]
+    gradients = torch.autograd.grad(loss, list(names.values()))
+    before = state_of(model)
+    train(model, data, task, experiment, 1, 0, beside=Beside(source=source))
+    for (name, after), gradient in zip(state_of(model).items(), gradients, strict=True):
+        assert np.allclose(after, before[name] - 0.1 * gradient.numpy(), rtol=1e-3, atol=2e-6), name
+
+
 def test_source_samples_are_public_or_dealt_once() -> None:
     public, dealt = (small("fedavg", "adapt.method=mmd", f"adapt.where={w}") for w in ("public", "clients"))
     whole = source_data(public).train
