@@ -118,6 +118,7 @@ def render(runs: Sequence[RunResult]) -> str:
         f'<h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(fact for fact in facts if fact))}</p>',
         *(f'<p class="warn">{escape(text)}</p>' for text in warnings(runs)),
         f'<p class="answer">{escape(" ".join(answer(methods, rows)))}</p>',
+        *(f'<p class="note">{escape(name)}: {escape(said)}.</p>' for name, said in _claims(methods).items()),
         *(_target_section(methods, target, rows) for target in targets_of(runs)),
         _split_section(runs),
         _methods_section(methods),
@@ -139,7 +140,7 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
     if not real:
         value = rows[0]["global"]
         told = f"The {metric_name(metric)} of {target} on the global test set is {worded(value, metric, target)}."
-        return ["Nothing has been measured yet." if value is None else told]
+        return [_why_nothing(methods) if value is None else told]
     choices = [row for row in real if not is_aside(row, real)]
     best = choices[0]
     seeds = f" ± {worded(best['client_mean_seed_std'], metric, target)} over {repeats(best)}"
@@ -171,6 +172,28 @@ def answer(methods: Methods, rows: Sequence[Row]) -> list[str]:
     cost = f"sends {words.bytes_text(sent)}" if sent else "sends nothing"
     said.append(f"A run of {best['method']} {cost} and takes {words.seconds_text(best['seconds'])}.")
     return said
+
+
+def _why_nothing(methods: Methods) -> str:
+    """Why there are no metrics to rank by."""
+    runs = [run for group in methods.values() for run in group]
+    if all(run.status == "done" and run.experiment.privacy.unit != "none" for run in runs):
+        return (
+            "Under DP no client's metrics leave it, and parts of the models are personal, so that there is no single model to "
+            "score on the global test set. privacy.release = metrics lets the metrics out, unprotected."
+        )
+    return "Nothing has been measured yet."
+
+
+def _claims(methods: Methods) -> dict[str, str]:
+    """Of each method under DP: the epsilon of the client that has spent most in any of its runs, with all it means."""
+    found = {}
+    for name, group in methods.items():
+        told = [(run.summary or {}).get("privacy") or {} for run in group]
+        spent = [(p["epsilon"]["max"], p["statement"]) for p in told if p.get("statement") and p["epsilon"]["max"]]
+        if spent:
+            found[name] = str(max(spent)[1])
+    return found
 
 
 def warnings(runs: Sequence[RunResult]) -> list[str]:
@@ -230,17 +253,24 @@ def _target_section(methods: Methods, target: str, rows: Sequence[Row]) -> str:
     shown = {name: learners[name] for name in learners}
     lost = " Orange: the clients that do worse than under local, on the same split." if paired else ""
     longest = max((repeats(row) for row in part), key=len)
+    drawn = any(
+        len(run.curve(place, target, metric)[0])
+        for runs in learners.values()
+        for run in runs
+        for place in ("clients", "global")
+    )
     dots = any(run.scores(target, metric) for runs in learners.values() for run in runs)
     pictures = [
-        (plots.learning_curves(shown, target, metric), "curves", f"Learning curves of {target}",
+        *([(plots.learning_curves(shown, target, metric), "curves", f"Learning curves of {target}",
          (f"Lines are means over {longest}, bands one standard deviation. " if longest else "")
-         + "A method without a curve for the global test set has no single shared model."),
+         + "A method without a curve for the global test set has no single shared model.")] if drawn else []),
         *([(plots.client_dots(ordered, target, metric, paired), "dots", f"{target}: each client by method",
             f"A dot for each client and run: the metric of the model that it would use. Bar: the clients' mean. "
             f"Diamond: the mean of the worst tenth.{lost}")] if dots else []),
-        (plots.cost_curves(shown, target, metric), "cost", f"{target} against bytes and seconds",
+        *([(plots.cost_curves(shown, target, metric), "cost", f"{target} against bytes and seconds",
          "The clients' mean against what has been spent until then."
-         + (" Methods at 0 B train without sending anything." if len({r["bytes_up"] > 0 for r in part}) > 1 else "")),
+         + (" Methods at 0 B train without sending anything." if len({r["bytes_up"] > 0 for r in part}) > 1 else ""))]
+          if drawn else []),
     ]  # fmt: skip
     pictures += _evaluation_pictures(ordered, learners, target)
     direction = "higher" if higher_is_better(metric) else "lower"
