@@ -179,7 +179,7 @@ def _why_nothing(methods: Methods) -> str:
     runs = [run for group in methods.values() for run in group]
     if all(run.status == "done" and run.experiment.privacy.unit != "none" for run in runs):
         return (
-            "Under DP no client's metrics leave it, and parts of the models are personal, so that there is no single model to "
+            "Under DP no client's metrics leave it, and as parts of the models are personal there is no single model to "
             "score on the global test set. privacy.release = metrics lets the metrics out, unprotected."
         )
     return "Nothing has been measured yet."
