@@ -574,16 +574,27 @@ def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() ->
 # ---- a crash ----
 
 
+@pytest.mark.parametrize(("rounds_paid", "clients"), [(2, 2), (1, 3)])
 def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounds_paid: int, clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault point before, in the middle of and after each write and sync of a ledger, and at each other write of a run."""
-    experiment = small("fedper", *EXAMPLE, "partition.clients=2", "run.rounds=2", "privacy.accountant=rdp")
+    """A fault point before, in the middle of and after each write and sync of a ledger, and at each other write of a run;
+    with a budget for all rounds, and for the first alone."""
+    budget = 1.001 * epsilon([(0.1, 1.0, 3 * rounds_paid)], 1e-5, "rdp")
+    experiment = small(
+        "fedper",
+        *EXAMPLE,
+        f"partition.clients={clients}",
+        "run.rounds=2",
+        "privacy.accountant=rdp",
+        f"privacy.epsilon={budget}",
+    )
     expected = run_inline(experiment, tmp_path / "whole")
     with monkeypatch.context() as patch:
         points, truth = faults(patch, 0)
         run_inline(experiment, tmp_path / "count")
-    assert points[0] >= 20 and len(truth) == 2 * 2
+    assert points[0] >= 20 and len(truth) == clients * rounds_paid
+    assert expected["status"] == ("done" if rounds_paid == 2 else "stopped")
     for number in range(1, points[0] + 1):
         out = tmp_path / str(number)
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -597,7 +608,8 @@ def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_ar
         resumed = run_inline(experiment, out, resume=True)
         assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED], number
         assert resumed["privacy"] == expected["privacy"]
-        assert ledgers(out) == ledgers(tmp_path / "whole")  # each charged once
+        assert ledgers(out) == ledgers(tmp_path / "whole")  # each charged once, and never past the budget
+        assert all(entry["epsilon"] <= budget for entries in ledgers(out).values() for entry in entries)
 
 
 def faults(monkeypatch: pytest.MonkeyPatch, number: int) -> tuple[list[int], set[str]]:
