@@ -74,6 +74,10 @@ def _changed(experiment: Experiment, **settings: Any) -> Experiment:
     return resolve(apply(to_tree(experiment), [(key.replace("__", "."), value) for key, value in settings.items()]))
 
 
+def _unbudgeted(experiment: Experiment, noise: float) -> Experiment:
+    return _changed(experiment, privacy__noise_multiplier=noise, privacy__epsilon=0.0, privacy__budgets="")
+
+
 # ---- example-level ----
 
 
@@ -114,9 +118,10 @@ def _example(experiment: Experiment, task: Task) -> list[Check]:
         claimed = epsilon([(rate, noise, len(scores))], delta, experiment.privacy.accountant)
         checks += bound_checks(scores.sum(0), included, claimed, delta)
         checks += _probe(plain, task, busiest, mechanism, mode)
-        other = (busiest + 1) % len(participations(experiment))
-        others = charge(keeper, RecordDict(), 1, other, {}) if participations(experiment)[other] else allowed[-1]
-        checks += _noise(plain, task, allowed[0], others, mode)
+        others = [c for c, times in enumerate(participations(experiment)) if times and c != busiest]
+        who, when = (others[0], 1) if others else (busiest, rounds + 1)
+        another = charge(replace(keeper, experiment=_unbudgeted(plain, noise)), RecordDict(), when, who, {})
+        checks += _noise(plain, task, allowed[0], another, mode)
     return checks
 
 
@@ -222,12 +227,14 @@ def _noise(experiment: Experiment, task: Task, one: Allowed, another: Allowed, m
 
 
 def _client(experiment: Experiment, task: Task) -> list[Check]:
-    rate = experiment.cohort_size / experiment.partition.clients
+    size = max(1, round(experiment.cohort_size / experiment.participants * CANARIES))
+    rate = size / CANARIES
     z, rounds = client_noise(experiment), min(experiment.run.rounds, 60)
     many = _changed(
         experiment,
         partition__clients=CANARIES,
-        cohort__size=max(1, round(rate * CANARIES)),
+        cohort__size=size,
+        evaluate__unseen=0.0,
         privacy__noise_multiplier=z,
         privacy__epsilon=0.0,
         privacy__denominator=experiment.privacy.denominator,
@@ -246,7 +253,7 @@ def _client(experiment: Experiment, task: Task) -> list[Check]:
         independence_check("noise of two rounds", scores[0, ~included], scores[-1, ~included]),
     ]
     if experiment.cohort.sampling == "poisson":
-        checks += sampling_checks(hits, round(rate * CANARIES) / CANARIES)
+        checks += sampling_checks(hits, rate)
     claimed, delta = client_cost(many, z, rounds).epsilon, experiment.privacy.delta
     return checks + bound_checks(scores.sum(0), included, claimed, delta)
 
@@ -285,7 +292,7 @@ def _local(experiment: Experiment, task: Task) -> list[Check]:
     with tempfile.TemporaryDirectory() as folder:
         keeper = Keeper(experiment, Path(folder), "canaries", "audit", True)
         z = charge(keeper, RecordDict(), 1, busiest, {}).noise_multiplier
-        free = _changed(experiment, privacy__noise_multiplier=z, privacy__epsilon=0.0, privacy__budgets="")
+        free = _unbudgeted(experiment, z)
         included = numpy_generator(experiment.run.seed, "audit").random(times) < 0.5
         before: Arrays = {"w": np.zeros(200, np.float64)}
         rows = []

@@ -52,7 +52,7 @@ def allowed(experiment: Experiment, switch: str) -> bool:
 def releases(experiment: Experiment) -> tuple[Quantity, ...]:
     """Everything that leaves a client in this run, the arrays first."""
     private = experiment.privacy.unit != "none"
-    left = list(_arrays(experiment))
+    left = [*_arrays(experiment), *_beside(experiment)]
     if experiment.run.placement == "pooled" and not private:
         return tuple(left)  # the data itself has moved: whatever is computed from it is with the same party
     left += [
@@ -105,6 +105,20 @@ def _arrays(experiment: Experiment) -> list[Quantity]:
     if privacy.adaptive_clip:
         left.append(Quantity("share of updates within the clip, to everyone else", "Gaussian noise on the count"))
     return left
+
+
+def _beside(experiment: Experiment) -> list[Quantity]:
+    """What the algorithm sends beside the model."""
+    name = experiment.strategy.name
+    if experiment.run.placement != "federated":
+        return []
+    if ":" in name:
+        return [Quantity(f"whatever {name} sends beside what the training loop made, or in its place", NOT_PROTECTED)]
+    if name != "scaffold" or experiment.share == "none":
+        return []
+    if experiment.privacy.unit == "example":
+        return [Quantity("control variates", f"computed from what left by {_dpsgd(experiment)}")]
+    return [Quantity("control variates", NOT_PROTECTED)]
 
 
 def _dpsgd(experiment: Experiment) -> str:

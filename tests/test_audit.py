@@ -54,6 +54,22 @@ def test_an_honest_mechanism_passes(settings: tuple[str, ...]) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (*EXAMPLE, "strategy.name=scaffold", "local.momentum=0", "cohort.fraction=0.5"),
+        (*EXAMPLE, "strategy.name=ditto", "local.trainable=last:1", "privacy.epsilon=2", "privacy.noise_multiplier=0"),
+        (*EXAMPLE, "run.placement=pooled", "task.model=cnn"),
+        (*CLIENT, "evaluate.unseen=0.2", "partition.clients=30"),
+        (*CLIENT, "cohort.sampling=fixed", "partition.clients=30"),
+        (*CLIENT, "partition.clients=40", "privacy.adaptive_clip=true", "privacy.clip_count_noise=1.6"),
+    ],
+    ids=["scaffold", "ditto", "pooled", "unseen", "fixed cohorts", "adaptive clip"],
+)
+def test_what_else_there_is_passes_too(settings: tuple[str, ...]) -> None:
+    assert found(*settings, preset="fedavg") == set()
+
+
 def scaled(factor: float) -> Callable[..., Any]:
     honest = privacy.dpsgd.gaussian
 

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
 from flwr.app import Message
+from hypothesis import strategies as st
 from test_resume import COMPARED, Killed
 from torch import nn
 
@@ -26,6 +28,7 @@ import config.durable
 import privacy.ledger
 from client.trainable import freeze, mask
 from client.training import train
+from config.algorithms import ALGORITHMS, AVERAGES, PRIVATE
 from config.cohort import participations
 from config.durable import Arrays
 from config.errors import UserError
@@ -411,6 +414,110 @@ def test_a_model_or_a_weight_that_breaks_the_promise_is_refused_before_the_run()
         protection(small("fedavg", *EXAMPLE), balanced, Roles(names[5:], names[5:], (), names[:5]))
 
 
+OBSERVED = {
+    "model arrays": lambda left, split, rows: any("@" not in name for name in left.get("arrays", ())),
+    "control variates": lambda left, split, rows: any("@" in name for name in left.get("arrays", ())),
+    "number of training samples": lambda left, split, rows: (
+        set(left.get("metrics", {}).get("num-examples", [1])) != {1}
+        or any(size != 1 for size in left["roll"]["sizes"][0])
+    ),
+    "training loss": lambda left, split, rows: any(key.startswith("loss/") for key in left.get("metrics", ())),
+    "metrics on the test part": lambda left, split, rows: bool(left.get("evaluation")),
+    "confusion counts": lambda left, split, rows: "confusion" in left,
+    "label counts": lambda left, split, rows: (
+        bool({"sizes", "labels", "left_out"} & split.keys()) or any(row["train_samples"] for row in rows)
+    ),
+    "SHA-256 of the personal arrays": lambda left, split, rows: any(left.get("identity", {}).get("personal", ())),
+}
+"""What can be seen to leave, by the beginning of its declaration: in the replies, split.json and clients.csv."""
+
+KNOWN = {
+    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions"},
+    "ledger": {"entries", "sha256", "epsilon", "secret"},
+    "identity": {"personal", "trained"},
+    "pack": {"clients", "summed"},
+}
+
+
+@st.composite
+def files(draw: st.DrawFn) -> list[str]:
+    """Overrides over every axis that decides what leaves."""
+    unit = draw(st.sampled_from(["none", "example", "example", "client", "local"]))
+    fit = {"example": PRIVATE, "client": AVERAGES, "local": AVERAGES}.get(unit, tuple(ALGORITHMS))
+    settings_ = {
+        "none": [], "example": ["privacy.sample_rate=0.2", "local.steps=2"], "client": [], "local": [],
+    }[unit]  # fmt: skip
+    settings_ = settings_ + ([] if unit == "none" else ["privacy.noise_multiplier=1", "privacy.accountant=rdp"])
+    axes = {
+        "privacy.release": st.lists(st.sampled_from(RELEASES), unique=True).map(",".join),
+        "run.placement": st.sampled_from([*["federated"] * 6, "local", "pooled"]),
+        "strategy.name": st.sampled_from([*fit, *fit, *ALGORITHMS]),
+        "strategy.share": st.sampled_from(["all", "none", "body", "head", "trainable"]),
+        "local.trainable": st.sampled_from(["all", "head", "last:1", "gradual", "lora", "adapters", "fisher"]),
+        "local.momentum": st.sampled_from([0, 0.9]),
+        "local.patience": st.sampled_from([*[0] * 9, 1]),
+        "local.fisher_on": st.sampled_from(["source", "local"]),
+        "cohort.sampling": st.sampled_from([*["fixed", "poisson"] * 4, "size"]),
+        "cohort.fraction": st.sampled_from([0.5, 1.0]),
+        "evaluate.on": st.sampled_from(["global", "clients", "global,clients"]),
+        "evaluate.fine_tune_epochs": st.sampled_from([0, 0, 1]),
+        "task.learn": st.sampled_from(["first", "all"]),
+        "task.kinds": st.sampled_from([*[""] * 9, "class balanced,value"]),
+        "task.public": st.sampled_from([*[""] * 9, "train"]),
+        "task.pretrained": st.sampled_from(["", "source"]),
+    }
+    return [f"privacy.unit={unit}", *settings_, *(f"{key}={draw(values)}" for key, values in axes.items())]
+
+
+@hypothesis.settings(max_examples=50, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(overrides=files())
+def test_no_accepted_file_releases_what_it_does_not_declare(
+    overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    try:
+        experiment = small("fedavg", *overrides, "run.rounds=2", "partition.clients=4", "partition.law=quantity")
+    except UserError:
+        return  # refused
+    found: list[Message] = []
+    honest = InlineGrid.collect
+    out = tmp_path_factory.mktemp("file") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def collect(self: InlineGrid, ids: Any) -> list[Message]:
+            came = honest(self, ids)
+            found.extend(came)
+            return came
+
+        patch.setattr(InlineGrid, "collect", collect)
+        try:
+            summary = run_inline(experiment, out)
+        except UserError:
+            return
+    left = records(found)
+    for reply in found:
+        for name, record in reply.content.array_records.items():
+            left.setdefault("arrays", {}).update(dict.fromkeys(record, name))
+    split = json.loads((out / "split.json").read_text())
+    rows = list(csv.DictReader((out / "clients.csv").open())) if (out / "clients.csv").exists() else []
+    declared = [entry["what"] for entry in summary["privacy"]["releases"]]
+    pooled = experiment.run.placement == "pooled"
+    if pooled and experiment.privacy.unit == "none":
+        assert declared == ["all training data, into one place"]
+        return
+    for beginning, seen in OBSERVED.items():
+        if pooled and beginning == "model arrays":
+            continue  # "the trained model, out of that place"
+        if seen(left, split, rows):
+            assert any(what.startswith(beginning) for what in declared), (beginning, overrides)
+    for kind, keys in KNOWN.items():
+        assert set(left.get(kind, ())) <= keys | ({"exhausted"} if kind == "ledger" else set())
+    assert {key.partition("/")[0] for key in left.get("metrics", ())} <= {"num-examples", "steps", "loss"}
+    assert set(left) <= {*KNOWN, "metrics", "evaluation", "confusion", "arrays", "weights"}
+    if experiment.privacy.unit in ("example", "local"):
+        trained_ = sum(len(entries) for entries in ledgers(out).values())
+        assert trained_ == sum(len(set(r["cohort"])) - len(r["failed"]) for r in lines(out))
+
+
 # ---- the training loop ----
 
 
@@ -467,16 +574,27 @@ def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() ->
 # ---- a crash ----
 
 
+@pytest.mark.parametrize(("rounds_paid", "clients"), [(2, 2), (1, 3)])
 def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_are_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rounds_paid: int, clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault point before, in the middle of and after each write and sync of a ledger, and at each other write of a run."""
-    experiment = small("fedper", *EXAMPLE, "partition.clients=2", "run.rounds=2", "privacy.accountant=rdp")
+    """A fault point before, in the middle of and after each write and sync of a ledger, and at each other write of a run;
+    with a budget for all rounds, and for the first alone."""
+    budget = 1.001 * epsilon([(0.1, 1.0, 3 * rounds_paid)], 1e-5, "rdp")
+    experiment = small(
+        "fedper",
+        *EXAMPLE,
+        f"partition.clients={clients}",
+        "run.rounds=2",
+        "privacy.accountant=rdp",
+        f"privacy.epsilon={budget}",
+    )
     expected = run_inline(experiment, tmp_path / "whole")
     with monkeypatch.context() as patch:
         points, truth = faults(patch, 0)
         run_inline(experiment, tmp_path / "count")
-    assert points[0] >= 20 and len(truth) == 2 * 2
+    assert points[0] >= 20 and len(truth) == clients * rounds_paid
+    assert expected["status"] == ("done" if rounds_paid == 2 else "stopped")
     for number in range(1, points[0] + 1):
         out = tmp_path / str(number)
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -490,7 +608,8 @@ def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_ar
         resumed = run_inline(experiment, out, resume=True)
         assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED], number
         assert resumed["privacy"] == expected["privacy"]
-        assert ledgers(out) == ledgers(tmp_path / "whole")  # each charged once
+        assert ledgers(out) == ledgers(tmp_path / "whole")  # each charged once, and never past the budget
+        assert all(entry["epsilon"] <= budget for entries in ledgers(out).values() for entry in entries)
 
 
 def faults(monkeypatch: pytest.MonkeyPatch, number: int) -> tuple[list[int], set[str]]:
