@@ -6,7 +6,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,18 +17,32 @@ from torch import nn
 from client.anchors import teaches
 from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import Store
-from client.training import Beside, train
+from client.training import LOOP, Beside, train
+from client.turn import ClientTurn, with_wrong_labels
 from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
 from privacy.ledger import LedgerFault
 from privacy.releases import allowed
-from strategies.blocks import WeightedSum, fault, weighted_sum
+from strategies import algorithm
+from strategies.attacks import ON_LABELS, attackers
+from strategies.blocks import WeightedSum, weighted_sum
+from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
-from strategies.sharing import Roles, arrays_sha256, from_record, name_weights, roles, to_record
+from strategies.replies import arrays_fault, weight_fault
+from strategies.sharing import (
+    Roles,
+    arrays_sha256,
+    from_record,
+    name_weights,
+    of_kind,
+    roles_of,
+    split_beside,
+    to_record,
+)
 from tasks.data import Data, concatenate
 from tasks.domains import source_samples
-from tasks.evaluation import evaluate, examine, load_into, state_of
+from tasks.evaluation import evaluate, examine
 from tasks.features import View, view
 from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle, source_data
@@ -45,6 +59,7 @@ class Node:
     model: nn.Module
     roles: Roles
     view: View
+    half: Half
     state_root: Path
     keeper: Keeper
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
@@ -62,10 +77,10 @@ def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = task.new_model()
-    parts = roles(experiment, model.state_dict())
+    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
-    return Node(experiment, task, model, parts, seen, state_root, keeper)
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper)
 
 
 def _state_root(context: Context) -> Path:
@@ -103,48 +118,52 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
 
 
 def train_client(node: Node, request: Request) -> RecordDict:
-    """One client's part of a round: score what it received, train, store what is personal, reply what is shared.
+    """One client's part of a round: score the model it would use, take its turn, store what is its own, reply the rest.
 
-    The reply holds "arrays" (the shared arrays after training, without the heads of targets that no training sample
-    has), "metrics" (num-examples in all and for each target, steps, loss of each target) and, if the message asks for
-    it, "evaluation" (target/metric of the received model on the client's test part).
+    The reply holds "arrays" (the shared arrays after training and what the algorithm sends beside them, without those
+    of heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
+    target, and what the algorithm adds) and, if the message asks for it, "evaluation" (target/metric of the model that
+    the client would use, on its test part).
 
     Under example-level and local DP the release is charged before anything else happens, and "ledger" says what the
     client's ledger then holds; if the budget does not allow the release, that is all, with "exhausted", the reason. What
     else is in a reply under DP is what `privacy.releases.allowed` lets out; each client weighs 1.
     """
     config = request.content.config_records["config"]
-    round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
-    _, memory = _load(node, store, request, round_)
+    round_, store = int(cast(int, config["round"])), _store(node, request)
     client, seen, experiment = request.client, node.view, node.experiment
+    turn = open_turn(node, request, before=round_, pooled=experiment.run.placement == "pooled")
     reply, release = RecordDict(), None
     if experiment.privacy.unit in ("example", "local"):
+        begins = turn.start() | turn.memory | turn.extra
         try:
-            release = charge(node.keeper, request.content, round_, client, state_of(node.model) | _remembered(memory))
+            release = charge(node.keeper, request.content, round_, client, begins)
         except Exhausted as reason:
             return RecordDict({"ledger": ConfigRecord({**reason.state, "exhausted": str(reason)})})
         reply["ledger"] = release.state
+        turn = replace(turn, permit=release.permit)
     if config["evaluate"] and allowed(experiment, "metrics"):
+        turn.load(node.half.used(turn))
         data = seen.data(f"{client}/test", node.task.client(client).test)
         reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
-    if node.experiment.run.placement == "pooled":
-        data = seen.data("pool", node.task.pool())
-    else:
-        data = seen.data(f"{client}/train", node.task.client(client).train)
-    beside, permit = _beside(node, client, memory), release.permit if release else None
-    trained = train(seen.model, data, seen.task, experiment, round_, client, beside=beside, permit=permit)
-    state = state_of(node.model)
+        turn.load(turn.start())
+    outcome = node.half.train(turn)
+    sent = {name: outcome.model[name] for name in node.roles.shared}
     if release and experiment.privacy.unit == "local":
-        received = from_record(request.content.array_records["arrays"])
-        own = [name for name in received if name in node.roles.trained]
-        state |= noised_update(experiment, release, {n: received[n] for n in own}, {n: state[n] for n in own})
-    if kept := {name: state[name] for name in node.roles.personal} | _remembered(trained.memory):
-        store.save(client, round_, kept, keep_from=int(cast(int, config["keep-from"])))
-    known = permit is not None or experiment.local.steps > 0 or allowed(experiment, "samples")
-    metrics: dict[str, Any] = {**_samples(node, client, data), "steps": trained.steps if known else 0}
-    weights = name_weights(metrics, node.roles.shared)
-    reply["arrays"] = to_record({name: state[name] for name in node.roles.shared if weights[name] > 0})
-    losses = {f"loss/{t}": value for t, value in trained.losses.items() if allowed(experiment, "loss")}
+        own = [name for name in sent if name in node.roles.trained]
+        received, found = {n: turn.received[n] for n in own}, {n: sent[n] for n in own}
+        sent |= noised_update(experiment, release, received, found)
+    lasting = {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered
+    if lasting:
+        attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
+        store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
+    known = turn.permit is not None or experiment.local.steps > 0 or allowed(experiment, "samples")
+    metrics: dict[str, Any] = {**_samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
+    metrics |= outcome.metrics
+    weights = name_weights(metrics, sent | outcome.extra)
+    everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
+    reply["arrays"] = to_record(everything)
+    losses = {f"loss/{t}": value for t, value in outcome.fitted.losses.items() if allowed(experiment, "loss")}
     reply["metrics"] = MetricRecord(metrics | losses)
     return reply
 
@@ -163,20 +182,22 @@ def _samples(node: Node, client: int, data: Data) -> dict[str, int]:
 def evaluate_client(node: Node, request: Request) -> RecordDict:
     """Score the model that the client would use, on its test part; after local fine-tuning too, if that is set.
 
-    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of the
-    client's personal arrays, and whether it has any of its own) and, if the message asks for a thorough evaluation,
+    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of what
+    the client has of its own, and whether it has anything) and, if the message asks for a thorough evaluation,
     "confusion" (of the used model, by class target: its confusion counts, row after row) and, if evaluate.on names it,
     the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
     `privacy.releases.allowed` lets out.
     """
     config = request.content.config_records["config"]
-    round_, store = int(cast(int, config["round"])), Store(node.state_root, str(config["run"]))
-    personal, memory = _load(node, store, request, round_ + 1)
+    round_ = int(cast(int, config["round"]))
+    turn = open_turn(node, request, before=round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
-    sha256 = arrays_sha256(personal) if allowed(node.experiment, "hashes") else ""
-    identity = ConfigRecord({"personal": sha256, "trained": bool(personal)})
+    lasting = turn.personal | turn.memory
+    sha256 = arrays_sha256(lasting) if allowed(node.experiment, "hashes") else ""
+    identity = ConfigRecord({"personal": sha256, "trained": bool(lasting)})
     if not allowed(node.experiment, "metrics"):
         return RecordDict({"evaluation": MetricRecord(), "identity": identity})
+    turn.load(node.half.used(turn))
     test = seen.data(f"{client}/test", own.test)
     reply = RecordDict()
     if config["thorough"]:
@@ -191,7 +212,7 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        beside = _beside(node, client, memory)
+        beside = Beside(turn.validation, of_kind(LOOP, turn.memory), turn.source)
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
@@ -200,7 +221,42 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     return reply
 
 
-def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:
+def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -> ClientTurn:
+    """What the client has at the start of its turn: what was received, and what its rounds earlier than `before` left.
+
+    `pooled`: its data is that of all clients. The received model is in place when this returns.
+    """
+    config, client, seen = request.content.config_records["config"], request.client, node.view
+    store = _store(node, request)
+    received, extra = split_beside(from_record(request.content.array_records["arrays"]))
+    void = cast(list[str], config.get("void", []))
+    personal, memory = split_beside(store.load(client, before, void))
+    turn = ClientTurn(
+        experiment=node.experiment,
+        task=seen.task,
+        roles=node.roles,
+        whole=node.model,
+        model=seen.model,
+        data=node.task.client(client).train,
+        round=int(cast(int, config["round"])),
+        client=client,
+        received=received,
+        extra=extra,
+        memory=memory,
+        base=lambda: _base(node, store),
+        personal=personal,
+        work=float(cast(float, config.get("work", 1.0))),
+        validation=_validation(node, client),
+        source=_source(node, client),
+    )
+    turn.load(turn.start())
+    data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)
+    if client in attackers(node.experiment) and node.experiment.attack.kind in ON_LABELS:
+        data = with_wrong_labels(data, node.task.targets)
+    return replace(turn, data=data)
+
+
+def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:
     """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
 
     Such a block goes to the server client by client, where each reply is judged alone.
@@ -209,14 +265,14 @@ def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequ
     sums: dict[int, WeightedSum] = {}
     for index, clients in blocks:
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
-        for content in (contents[c].content for c in clients):
-            if content is None or "arrays" not in content.array_records:
+        for client in clients:
+            content, size = contents[client].content, _size(node, client)
+            if content is None or weight_fault(content.metric_records.get("metrics"), size):
                 break
-            arrays = from_record(content.array_records["arrays"])
-            weights = name_weights(content.metric_records["metrics"], sent)
-            if fault(arrays, sent, weights):
+            if arrays_fault(content, sent, node.experiment.cohort.max_norm):
                 break
-            updates.append((weights, arrays))
+            weights = name_weights(content.metric_records["metrics"], sent, node.experiment.equal_weights)
+            updates.append((weights, from_record(content.array_records["arrays"])))
         else:
             sums[index] = weighted_sum(updates)
             for client in clients:
@@ -225,49 +281,41 @@ def add_up(answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequ
     return NodeReply(answers, sums)
 
 
-_MEMORY = "memory/"
-"""In the store, the names of what local training must remember (`Beside.memory`) start with this."""
+def _validation(node: Node, client: int) -> Data | None:
+    """The client's validation part, as far as the settings ask for it."""
+    plan, task = node.experiment.local, node.task
+    if not (plan.patience or plan.schedule == "plateau"):
+        return None
+    if node.experiment.run.placement == "pooled":
+        everyone = [task.client(c).validation for c in range(node.experiment.partition.clients)]
+        validation, key = concatenate(everyone), "pool/validation"
+    else:
+        validation, key = task.client(client).validation, f"{client}/validation"
+    return node.view.data(key, validation) if len(validation) else None
 
 
-def _beside(node: Node, client: int, memory: Arrays) -> Beside:
-    """What training gets beside the training samples, as far as the settings ask for it."""
-    experiment, task, pooled = node.experiment, node.task, node.experiment.run.placement == "pooled"
-    validation = source = None
-    if experiment.local.patience or experiment.local.schedule == "plateau":
-        if pooled:
-            everyone = [task.client(c).validation for c in range(experiment.partition.clients)]
-            part, key = concatenate(everyone), "pool/validation"
-        else:
-            part, key = task.client(client).validation, f"{client}/validation"
-        validation = node.view.data(key, part) if len(part) else None
-    if experiment.adapt.method != "none":
-        own = experiment.adapt.where == "clients" or experiment.adapt.method == "match"
-        key = f"{client}/source" if own and not pooled else "source"
-        source = node.view.data(key, source_samples(experiment, None if pooled else client))
-    return Beside(validation, memory, source)
+def _source(node: Node, client: int) -> Data | None:
+    """The source domain's samples that the client has beside its own, as far as the settings ask for it."""
+    experiment, pooled = node.experiment, node.experiment.run.placement == "pooled"
+    if experiment.adapt.method == "none":
+        return None
+    own = experiment.adapt.where == "clients" or experiment.adapt.method == "match"
+    key = f"{client}/source" if own and not pooled else "source"
+    return node.view.data(key, source_samples(experiment, None if pooled else client))
 
 
-def _remembered(memory: Arrays) -> Arrays:
-    return {f"{_MEMORY}{name}": value for name, value in memory.items()}
+def _size(node: Node, client: int) -> int:
+    """The training samples that the client may have had in this round."""
+    pooled = node.experiment.run.placement == "pooled"
+    return len(node.task.pool() if pooled else node.task.client(client).train)
 
 
-def _load(node: Node, store: Store, request: Request, before: int) -> tuple[Arrays, Arrays]:
-    """Load base, personal and shared arrays into the model, the later over the earlier.
-
-    Returns the client's personal arrays, and what its local training remembers.
-    """
-    kept = store.load(request.client, before)
-    memory = {n.removeprefix(_MEMORY): value for n, value in kept.items() if n.startswith(_MEMORY)}
-    personal = {n: value for n, value in kept.items() if not n.startswith(_MEMORY)}
-    shared = from_record(request.content.array_records["arrays"])
-    load_into(node.model, _base(node, store) | personal | shared)
-    return personal, memory
+def _store(node: Node, request: Request) -> Store:
+    return Store(node.state_root, str(request.content.config_records["config"]["run"]))
 
 
 def _base(node: Node, store: Store) -> Arrays:
     """What the client starts from besides the shared arrays: sent once if pretrained, else derived from the seed."""
-    if not (node.roles.personal or node.roles.fixed):
-        return {}
     if store.run not in node._bases:
         node._bases[store.run] = store.base() if node.experiment.task.pretrained else initial_state(node.experiment)
     return node._bases[store.run]

@@ -5,6 +5,7 @@ leaves, under the round that made it. A resumed server may go back to any checkp
 must then start from the state of that round; so states newer than the server's oldest checkpoint are kept.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from config.durable import Arrays, read_arrays, write_arrays
@@ -25,27 +26,41 @@ class Store:
         """What `put_base` kept. Raises DamagedFile if this node never joined the run."""
         return read_arrays(self._folder / "base.safetensors")
 
-    def load(self, client: int, before: int) -> Arrays:
-        """The client's personal arrays as its last round earlier than `before` left them; empty if there was none.
+    def load(self, client: int, before: int, void: Collection[str] = ()) -> Arrays:
+        """The client's arrays as its last round earlier than `before` left them; empty if there was none.
 
-        Raises DamagedFile if that file is torn or changed: training on would silently lose what the client learned.
+        `void`: rounds that did not count, "ROUND.ATTEMPT"; what they left is as if it were not there. Raises DamagedFile
+        if the file is torn or changed: training on would silently lose what the client learned.
         """
-        rounds = [r for r in self._rounds(client) if r < before]
-        return read_arrays(self._path(client, rounds[-1])) if rounds else {}
+        kept = [k for k in self._keys(client) if k[0] < before and "{}.{}".format(*k) not in void]
+        return read_arrays(self._path(client, *kept[-1])) if kept else {}
 
-    def save(self, client: int, round_: int, arrays: Arrays, keep_from: int) -> None:
+    def save(
+        self,
+        client: int,
+        round_: int,
+        arrays: Arrays,
+        keep_from: int,
+        attempt: int = 1,
+        void: Collection[str] = (),
+    ) -> None:
         """Keep the state after `round_`, and delete those that no server can come back to.
 
         `keep_from`: the round of the server's oldest checkpoint. The newest state not after it must stay as well.
         """
-        write_arrays(self._path(client, round_), arrays)
-        reachable = [r for r in self._rounds(client) if r <= keep_from]
-        for old in reachable[:-1]:
-            self._path(client, old).unlink(missing_ok=True)
+        write_arrays(self._path(client, round_, attempt), arrays)
+        past = [key for key in self._keys(client) if key[0] <= keep_from]
+        counting = [key for key in past if "{}.{}".format(*key) not in void]
+        for old in past:
+            if old not in counting[-1:]:
+                self._path(client, *old).unlink(missing_ok=True)
 
-    def _path(self, client: int, round_: int) -> Path:
-        return self._folder / "clients" / str(client) / f"round-{round_:08d}.safetensors"
+    def _path(self, client: int, round_: int, attempt: int = 1) -> Path:
+        again = f"-{attempt}" if attempt > 1 else ""
+        return self._folder / "clients" / str(client) / f"round-{round_:08d}{again}.safetensors"
 
-    def _rounds(self, client: int) -> list[int]:
+    def _keys(self, client: int) -> list[tuple[int, int]]:
+        """(round, attempt) of each file, in order."""
         folder = self._folder / "clients" / str(client)
-        return sorted(int(p.stem.removeprefix("round-")) for p in folder.glob("round-*.safetensors"))
+        parts = [p.stem.removeprefix("round-").split("-") for p in folder.glob("round-*.safetensors")]
+        return sorted((int(part[0]), int(part[1]) if len(part) > 1 else 1) for part in parts)

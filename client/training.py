@@ -49,6 +49,9 @@ class Beside:
     source: Data | None = None
 
 
+LOOP = "loop"
+"""Kind of what the loop itself leaves in a client's memory, for names such as "loop@plateau"."""
+
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
 """Changes the gradients of the parameters that learn, by name, after they are final (clipped and noised, if private)."""
 

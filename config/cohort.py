@@ -1,27 +1,54 @@
-"""Who takes part when: a function of the experiment alone, which both sides of a run, and an account before it, know."""
+"""Who takes part when: a function of the experiment (and of public facts), which both sides of a run, and an account before
+it, know."""
 
 import functools
+import math
+from collections.abc import Sequence
 
 from config.schema import Experiment
 from config.seeds import numpy_generator
 
 
-def draw_cohort(experiment: Experiment, round_: int, secret: int | None = None) -> list[int]:
-    """The clients of a round, ascending: a function of (run.seed, round). Without federation, whoever trains at all.
+@functools.lru_cache(maxsize=8)
+def unseen(experiment: Experiment) -> frozenset[int]:
+    """The clients that no cohort ever has: `evaluate.unseen` of all, rounded, drawn from the seed."""
+    clients = experiment.partition.clients
+    order = numpy_generator(experiment.run.seed, "unseen").permutation(clients)
+    return frozenset(int(c) for c in order[: clients - experiment.participants])
 
-    "fixed": so many, without replacement; "poisson": each on its own with probability cohort size / clients. `secret`
-    takes the place of run.seed where who takes part must not be foretold: amplification by sampling holds only then.
+
+def draw_cohort(
+    experiment: Experiment,
+    round_: int,
+    sizes: Sequence[int] = (),
+    schedule: Sequence[Sequence[int]] = (),
+    attempt: int = 1,
+    secret: int | None = None,
+) -> list[int]:
+    """The clients asked in a round, ascending, unseen ones never. Without federation, whoever trains at all.
+
+    "fixed": so many, without replacement; "poisson": each on its own with probability cohort size / participants; "size":
+    so many, the chance of each by its training samples (`sizes`, which the others do not look at); "schedule": as
+    `schedule` says. The first attempt at a round draws from (seed, "cohort", round), the next ones from (seed, "cohort",
+    round, attempt). `secret` takes the place of run.seed where who takes part must not be foretold: amplification by
+    sampling holds only then.
     """
     if experiment.run.placement == "pooled":
         return [0]
-    everyone = experiment.partition.clients
-    if experiment.cohort_size == everyone:
-        return list(range(everyone))
-    draw = numpy_generator(experiment.run.seed if secret is None else secret, "cohort", round_)
-    if experiment.cohort.sampling == "poisson":
-        chance = experiment.cohort_size / everyone
-        return [client for client, u in enumerate(draw.random(everyone).tolist()) if u < chance]
-    return sorted(int(c) for c in draw.choice(everyone, experiment.cohort_size, replace=False))
+    cohort, hidden = experiment.cohort, unseen(experiment)
+    everyone = [c for c in range(experiment.partition.clients) if c not in hidden]
+    if cohort.sampling == "schedule":
+        return sorted(schedule[round_ - 1])
+    path = (round_,) if attempt == 1 else (round_, attempt)
+    wanted = min(len(everyone), math.ceil(experiment.cohort_size * (1 + cohort.over_selection)))
+    if wanted == len(everyone):
+        return everyone
+    draw = numpy_generator(experiment.run.seed if secret is None else secret, "cohort", *path)
+    if cohort.sampling == "poisson":
+        chance = experiment.cohort_size / len(everyone)
+        return [c for c, u in zip(everyone, draw.random(len(everyone)).tolist(), strict=True) if u < chance]
+    shares = [sizes[c] / sum(sizes[c] for c in everyone) for c in everyone] if cohort.sampling == "size" else None
+    return sorted(int(c) for c in draw.choice(everyone, wanted, replace=False, p=shares))
 
 
 @functools.lru_cache(maxsize=8)

@@ -56,7 +56,7 @@ def read_json(path: Path) -> Any:
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
     """Write named arrays as safetensors, with the SHA-256 of the whole beside it in the same file's last 32 bytes."""
-    content = save({name: np.ascontiguousarray(value) for name, value in arrays.items()})
+    content = save({name: np.asarray(value, order="C") for name, value in arrays.items()})
     write_bytes(path, content + hashlib.sha256(content).digest())
 
 

@@ -6,9 +6,22 @@ TOML and Flower's run configuration have no null.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from config.algorithms import (
+    ALGORITHMS,
+    AVERAGES,
+    NORMALISED,
+    PRIVATE,
+    ROBUST,
+    SUMMED_EQUALLY,
+    WATCHING,
+    least_updates,
+)
 
 
 def _listed(value: Any) -> Any:
@@ -25,6 +38,14 @@ def _listed_floats(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(float(v) if isinstance(v, str | int) and not isinstance(v, bool) else v for v in value)
     return value
+
+
+def _no_such(value: str, known: Iterable[str], other: str) -> PydanticCustomError:
+    """What pydantic says of a Literal, for a name that may also be something else."""
+    expected = ", ".join(f"'{name}'" for name in known)
+    return PydanticCustomError(
+        "literal_error", "Input should be {expected} or {other}", {"expected": expected, "other": other}
+    )
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -158,15 +179,30 @@ class Partition(Section):
 
 
 class Cohort(Section):
-    """`[cohort]`: which clients take part in a round."""
+    """`[cohort]`: which clients take part in a round, and how many of them must."""
 
     fraction: float = Field(1.0, gt=0, le=1)
     size: int = Field(0, ge=0, description="Clients a round; 0: use the fraction.")
-    sampling: Literal["fixed", "poisson"] = Field(
-        "fixed", description="fixed: so many, without replacement; poisson: each with probability size / clients."
+    sampling: Literal["fixed", "poisson", "size", "schedule"] = Field(
+        "fixed",
+        description="fixed: so many, without replacement; poisson: each with probability size / clients; size: so many, "
+        "the chance of each by its training samples; schedule: as the file says.",
     )
-    quorum: int = Field(1, ge=1, description="Fewer good replies than this end the run with status 3.")
+    schedule: str = Field("", description="File with one line a round: the clients that take part, for schedule.")
+    quorum: int = Field(1, ge=0, description="A round with fewer good replies than this is void.")
+    attempts: int = Field(1, ge=1, description="How often a round is tried, each time with a new cohort.")
     timeout: float = Field(600.0, gt=0, description="Seconds after which a missing reply counts as failed.")
+    max_norm: float = Field(0.0, ge=0, description="A reply whose update is longer than this is refused; 0: none is.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Simulated: chance that a client of the cohort never answers.")
+    stragglers: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Simulated: chance that a client of the cohort gets through part of its steps only.",
+    )
+    over_selection: float = Field(
+        0.0, ge=0, description="Ask this share more clients than the cohort, and take the first replies."
+    )
 
 
 class Local(Section):
@@ -293,12 +329,69 @@ class Adapt(Section):
         return self
 
 
-class Strategy(Section):
-    """`[strategy]`: how updates are shared and combined."""
+SHARES = ("all", "none", "body", "head", "all-but-norms", "trainable")
+"""The named sets of `strategy.share`; anything else is patterns over parameter names."""
 
-    name: Literal["fedavg"] = "fedavg"
-    share: Literal["all", "none", "body", "head", "trainable"] = Field(
-        "all", description="Which arrays travel in a federated run; the trained arrays that do not are personal."
+
+class Strategy(Section):
+    """`[strategy]`: how updates are shared and combined. docs/strategies.md says which setting belongs to which name."""
+
+    name: str = Field("fedavg", description="An algorithm of docs/strategies.md, or a user's module:object.")
+    share: str = Field(
+        "all",
+        min_length=1,
+        description="Which arrays travel in a federated run: all, none, body, head, all-but-norms, trainable, or patterns "
+        "over parameter names (trunk.linear1.*,heads.*); the trained arrays that do not are personal.",
+    )
+    weights: Literal["", "samples", "equal"] = Field(
+        "",
+        description="What a client counts in a mean: its samples, or 1; empty: as the algorithm's paper has it.",
+    )
+    server_lr: float = Field(1.0, gt=0, description="The server's step, as a factor of the mean change.")
+    server_momentum: float = Field(0.9, ge=0, lt=1, description="FedAvgM's beta.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Of FedAdam, FedYogi, FedAdagrad.")
+    beta2: float = Field(0.99, ge=0, lt=1, description="Of FedAdam and FedYogi.")
+    tau: float = Field(1e-3, gt=0, description="Of FedAdam, FedYogi, FedAdagrad: added to the root.")
+    mu: float = Field(0.1, ge=0, description="Weight of FedProx's and MOON's term.")
+    temperature: float = Field(0.5, gt=0, description="MOON's.")
+    alpha: float = Field(0.1, gt=0, description="FedDyn's.")
+    pull: float = Field(1.0, ge=0, description="Ditto's and pFedMe's lambda: the pull towards the shared model.")
+    mix: float = Field(0.5, ge=0, le=1, description="APFL's share of the personal model, at the start.")
+    mix_lr: float = Field(0.0, ge=0, description="The rate at which APFL learns that share; 0: it stays.")
+    head_epochs: int = Field(0, ge=0, description="FedRep's and FedAlt's epochs of what is personal; 0: local.epochs.")
+    body_epochs: int = Field(0, ge=0, description="The same of what is shared.")
+    inner_steps: int = Field(5, ge=1, description="pFedMe's steps on each batch.")
+    inner_lr: float = Field(0.0, ge=0, description="pFedMe's personal rate, Per-FedAvg's alpha; 0: local.lr.")
+    byzantine: int = Field(0, ge=0, description="Attackers in a cohort that Krum, Multi-Krum and Bulyan reckon with.")
+    keep: int = Field(0, ge=0, description="Updates that Multi-Krum averages; 0: all but byzantine.")
+    trim: float = Field(0.2, ge=0, lt=0.5, description="Share that the trimmed mean cuts off at either end.")
+    bucket: int = Field(1, ge=1, description="Updates averaged at random before a robust rule; 1: none.")
+    radius: float = Field(1.0, gt=0, description="Length to which centred clipping and norm-bound shorten an update.")
+    iterations: int = Field(10, ge=1, description="Of centred clipping and the geometric median.")
+    smoothing: float = Field(1e-6, gt=0, description="The geometric median's smallest distance.")
+
+    @field_validator("name")
+    @classmethod
+    def _known_name(cls, name: str) -> str:
+        if name not in ALGORITHMS and ":" not in name:
+            raise _no_such(name, ALGORITHMS, "your own module:object")
+        return name
+
+    @field_validator("share")
+    @classmethod
+    def _known_share(cls, share: str) -> str:
+        if share not in SHARES and not any(sign in share for sign in ".*"):
+            raise _no_such(share, SHARES, "patterns over parameter names")
+        return share
+
+
+class Attack(Section):
+    """`[attack]`: clients that are not honest, to test a defence with. They are drawn from the seed."""
+
+    kind: Literal["none", "label-flip", "sign-flip", "replacement", "ipm", "alie", "noise"] = "none"
+    fraction: float = Field(0.2, gt=0, lt=1, description="Share of all clients that attack.")
+    scale: float = Field(
+        1.0, ge=0, description="Strength (strategies/attacks.py); 0: what the paper of replacement and alie says."
     )
 
 
@@ -410,6 +503,9 @@ class Evaluate(Section):
     fold: int = Field(
         0, ge=0, description="0: the parts of partition.parts; k: the k-th fold is each client's test part."
     )
+    unseen: float = Field(
+        0.0, ge=0, lt=1, description="Share of the clients that no cohort ever has; they are scored at the end."
+    )
 
     @model_validator(mode="after")
     def _known_places(self) -> Self:
@@ -441,6 +537,7 @@ class Experiment(Section):
     anchor: Anchor = Field(default_factory=Anchor)
     adapt: Adapt = Field(default_factory=Adapt)
     strategy: Strategy = Field(default_factory=Strategy)
+    attack: Attack = Field(default_factory=Attack)
     privacy: Privacy = Field(default_factory=Privacy)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     engine: Engine = Field(default_factory=Engine)
@@ -448,16 +545,8 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         unknown = self.partition.clients == 0  # until the data has been opened: tasks.task.settle
-        if self.cohort.size > self.partition.clients and not unknown:
-            raise ValueError(
-                f"cohort.size = {self.cohort.size} is more than partition.clients = {self.partition.clients}: "
-                "make the cohort smaller or the population larger"
-            )
-        if self.cohort.quorum > self.cohort_size and not unknown:
-            raise ValueError(
-                f"cohort.quorum = {self.cohort.quorum} is more than the {self.cohort_size} clients of a cohort, so every "
-                "round would fail: make the quorum smaller or the cohort larger"
-            )
+        if not unknown:
+            self._cohort_fits()
         if self.task.learn not in ("all", "first", *self.task.targets):
             raise ValueError(
                 f'task.learn = "{self.task.learn}" is no target: write "all", "first" or one of {list(self.task.targets)}'
@@ -469,6 +558,9 @@ class Experiment(Section):
             )
         self._check_trainable()
         self._check_source()
+        self._strategy_fits()
+        if not unknown:
+            self._defence_fits()
         self._check_adapt()
         if faults := privacy_faults(self):
             raise ValueError("; ".join(faults))
@@ -549,6 +641,135 @@ class Experiment(Section):
                 'task.pretrained = "source"'
             )
 
+    def _cohort_fits(self) -> None:
+        cohort, participants = self.cohort, self.participants
+        if participants < 1 or (self.evaluate.unseen and participants == self.partition.clients):
+            raise ValueError(
+                f"evaluate.unseen = {self.evaluate.unseen:g} of partition.clients = {self.partition.clients} leaves "
+                f"{participants} clients in training: choose a share that holds out one client or more, and not all"
+            )
+        if cohort.size > participants:
+            held = f" less the {self.partition.clients - participants} unseen ones" if self.evaluate.unseen else ""
+            raise ValueError(
+                f"cohort.size = {cohort.size} is more than partition.clients = {self.partition.clients}{held}: "
+                "make the cohort smaller or the population larger"
+            )
+        if cohort.quorum > self.cohort_size and cohort.sampling in ("fixed", "size"):
+            raise ValueError(
+                f"cohort.quorum = {cohort.quorum} is more than the {self.cohort_size} clients of a cohort, so every "
+                "round would fail: make the quorum smaller or the cohort larger"
+            )
+        if (cohort.sampling == "schedule") != bool(cohort.schedule):
+            raise ValueError(
+                f'cohort.sampling = "{cohort.sampling}" with cohort.schedule = "{cohort.schedule}": a schedule needs a '
+                'file, and a file is read only with cohort.sampling = "schedule"'
+            )
+        if cohort.over_selection and cohort.sampling not in ("fixed", "size"):
+            raise ValueError(
+                f'cohort.over_selection = {cohort.over_selection:g} with cohort.sampling = "{cohort.sampling}": such a '
+                'cohort has no size to be filled; write cohort.sampling = "fixed" or "size", or over_selection = 0'
+            )
+
+    def _strategy_fits(self) -> None:
+        name, share, local = self.strategy.name, self.strategy.share, self.local
+        apart, is_plain = self.run.placement != "federated", name in ("fedavg", "fedsim")
+        if apart and not is_plain:
+            raise ValueError(
+                f'strategy.name = "{name}" with run.placement = "{self.run.placement}": nothing is combined there; write '
+                'run.placement = "federated", or strategy.name = "fedavg"'
+            )
+        if apart and (self.evaluate.unseen or self.attack.kind != "none"):
+            what = "evaluate.unseen" if self.evaluate.unseen else "attack.kind"
+            raise ValueError(
+                f'{what} with run.placement = "{self.run.placement}": there is no shared model that unseen clients could '
+                'be given, or that could be attacked; write run.placement = "federated"'
+            )
+        if apart:
+            return
+        if share == "none" and not is_plain:
+            raise ValueError(
+                f'strategy.name = "{name}" with strategy.share = "none": nothing travels, so nothing is combined; share '
+                'something, or write strategy.name = "fedavg"'
+            )
+        if share == "none" and self.attack.kind not in ("none", "label-flip"):
+            raise ValueError(
+                f'attack.kind = "{self.attack.kind}" with strategy.share = "none": nothing travels that could be attacked; '
+                'share something, or write attack.kind = "label-flip"'
+            )
+        if name in SUMMED_EQUALLY and self.strategy.weights == "samples":
+            raise ValueError(
+                f'strategy.weights = "samples" with strategy.name = "{name}": its server adds up what clients keep, each '
+                'once, and models weighted otherwise would not fit; write strategy.weights = "equal"'
+            )
+        looked_at = {"schedule": "plateau" if local.schedule == "plateau" else "", "patience": local.patience,
+                     "nesterov": local.nesterov}  # fmt: skip
+        for setting, value in looked_at.items():
+            if name in NORMALISED and value:
+                raise ValueError(
+                    f'local.{setting} = {value} with strategy.name = "{name}": it turns a client\'s move back into a mean '
+                    "gradient, for which each client's steps must be plain and of the same known rate; leave it out"
+                )
+        if name in WATCHING and (self.anchor.kl or self.anchor.distill):
+            raise ValueError(
+                f'anchor.kl = {self.anchor.kl} and anchor.distill = {self.anchor.distill} with strategy.name = "{name}": '
+                "it computes losses by itself, in which a teacher has no part; write 0, or another strategy"
+            )
+        beside = {"local.balance": local.balance != "fixed", "adapt.method": self.adapt.method != "none"}
+        for key, is_on in beside.items():
+            if name in WATCHING and is_on:
+                raise ValueError(
+                    f'{key} with strategy.name = "{name}": it computes losses by itself, as their fixed sum on the '
+                    "client's own samples; leave it out, or take another strategy"
+                )
+        if name in NORMALISED and local.optimizer != "sgd":
+            raise ValueError(
+                f'local.optimizer = "{local.optimizer}" with strategy.name = "{name}": it turns a client\'s move back into '
+                'a mean gradient, which is known for SGD only; write local.optimizer = "sgd"'
+            )
+        nothing_personal = share in ("all", "trainable") or (share == "head" and local.trainable == "head")
+        if name in ("fedrep", "fedalt") and nothing_personal:
+            raise ValueError(
+                f'strategy.share = "{share}" with strategy.name = "{name}": nothing is personal, so there are no two parts '
+                'to train in turns; write strategy.share = "body"'
+            )
+        if name in ("fedbabu", "moon") and local.trainable == "head":
+            raise ValueError(
+                f'local.trainable = "head" with strategy.name = "{name}": it trains the trunk; write local.trainable = "all"'
+            )
+        if name == "fedbabu" and share == "head":
+            raise ValueError(
+                'strategy.share = "head" with strategy.name = "fedbabu": its head never changes, so nothing would be '
+                'learned together; write strategy.share = "body"'
+            )
+        if name == "fedrod" and self.task.gated:
+            raise ValueError(
+                'task.gated = true with strategy.name = "fedrod": two gated heads do not add up to one; write '
+                "task.gated = false"
+            )
+
+    def _defence_fits(self) -> None:
+        name, f = self.strategy.name, self.strategy.byzantine
+        if self.attack.kind != "none" and round(self.attack.fraction * self.partition.clients) < 1:
+            raise ValueError(
+                f"attack.fraction = {self.attack.fraction:g} of {self.partition.clients} clients is none: raise it, or "
+                'write attack.kind = "none"'
+            )
+        if self.strategy.bucket > 1 and name not in ROBUST and ":" not in name:
+            raise ValueError(
+                f'strategy.bucket = {self.strategy.bucket} with strategy.name = "{name}": a mean of means is the mean; '
+                f"write strategy.bucket = 1, or one of {', '.join(ROBUST)}"
+            )
+        updates = -(-self.cohort_size // self.strategy.bucket)
+        needed = least_updates(name, f)
+        if updates < needed:
+            raise ValueError(
+                f'strategy.byzantine = {f} with strategy.name = "{name}" needs {needed} updates or more, and a cohort of '
+                f"{self.cohort_size} with strategy.bucket = {self.strategy.bucket} gives {updates}: make the cohort larger, "
+                "or byzantine or the bucket smaller"
+            )
+        if name == "multi-krum" and self.strategy.keep > updates:
+            raise ValueError(f"strategy.keep = {self.strategy.keep} is more than the {updates} updates of a cohort")
+
     def _check_adapt(self) -> None:
         adapt, task = self.adapt, self.task
         if adapt.method in ("mmd", "deep-coral", "dann", "match") and self.local.trainable in ("head", "last:0"):
@@ -577,11 +798,22 @@ class Experiment(Section):
         return {"federated": self.strategy.share, "local": "none", "pooled": "trainable"}[self.run.placement]
 
     @property
+    def equal_weights(self) -> bool:
+        """Whether each client counts 1 in a mean: if said so, if the paper has it so, or if size decided who takes part."""
+        by_paper = self.strategy.name in SUMMED_EQUALLY or self.cohort.sampling == "size"
+        return {"": by_paper, "equal": True, "samples": False}[self.strategy.weights]
+
+    @property
+    def participants(self) -> int:
+        """Clients that may be in a cohort: all but those of `evaluate.unseen`, a rounded share."""
+        return self.partition.clients - round(self.evaluate.unseen * self.partition.clients)
+
+    @property
     def cohort_size(self) -> int:
-        """Clients asked in each round."""
+        """Clients whose replies a round is to have; of a Poisson cohort the expected number."""
         if self.run.placement == "local":
             return self.partition.clients
-        return self.cohort.size or max(1, round(self.cohort.fraction * self.partition.clients))
+        return self.cohort.size or max(1, round(self.cohort.fraction * self.participants))
 
 
 def privacy_faults(experiment: Experiment) -> list[str]:
@@ -593,6 +825,39 @@ def privacy_faults(experiment: Experiment) -> list[str]:
     if privacy.unit == "none":
         return []
     setting = f'privacy.unit = "{privacy.unit}"'
+    name, cohort = experiment.strategy.name, experiment.cohort
+    fits = {
+        "example": (PRIVATE, "its clients train more than once a round, or by more than each sample's own loss"),
+        "local": (
+            tuple(n for n in (*AVERAGES, *PRIVATE) if n != "scaffold"),
+            "what its clients send beside the model would leave without noise",
+        ),
+        "client": (AVERAGES, "clip and noise take the place of its server's half"),
+    }
+    names, why = fits[privacy.unit]
+    if name not in names and ":" not in name:
+        faults.append(f'{setting} with strategy.name = "{name}": {why}; write one of {", ".join(dict.fromkeys(names))}')
+    if cohort.sampling in ("size", "schedule"):
+        faults.append(
+            f'{setting} with cohort.sampling = "{cohort.sampling}": who takes part must be a function of the seed alone, '
+            'which the account knows beforehand; write "poisson" or "fixed"'
+        )
+    if cohort.stragglers and privacy.unit == "example":
+        faults.append(
+            f"{setting} with cohort.stragglers = {cohort.stragglers:g}: the steps of a round are a public constant; write 0"
+        )
+    if privacy.unit == "client":
+        changed = {
+            "strategy.server_lr": experiment.strategy.server_lr != 1,
+            "cohort.attempts": cohort.attempts > 1,
+            "cohort.over_selection": cohort.over_selection > 0,
+            "attack.kind": experiment.attack.kind not in ("none", "label-flip"),
+        }
+        faults += [
+            f"{setting} with {key}: the account is of one cohort a round, clipped, noised and added as it is; leave it out"
+            for key, is_on in changed.items()
+            if is_on
+        ]
     if privacy.unit == "example":
         if privacy.sample_rate == 0:
             faults.append(

@@ -1,12 +1,18 @@
 """What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 from config.cohort import draw_cohort
 from config.schema import Experiment
 from experiments.folds import fold_runs
-from strategies.sharing import nbytes, roles
+from privacy.plan import claim, forecasts, steps_a_round
+from server.cohorts import read_schedule
+from server.rounds import setup
+from strategies import algorithm, make_strategy
+from strategies.fedavg import FedAvg
+from strategies.sharing import nbytes, roles_of
 from tasks.task import initial_state, open_task, settle
 
 
@@ -24,13 +30,21 @@ def plan(experiment: Experiment) -> dict[str, Any]:
 
 def _plan(experiment: Experiment) -> dict[str, Any]:
     task, start = open_task(experiment), initial_state(experiment)
-    parts = roles(experiment, start)
+    parts, half = roles_of(experiment, task.new_model()), algorithm(experiment.strategy.name)
     pooled = experiment.run.placement == "pooled"
     sizes = [len(task.pool())] if pooled else [len(c.train) for c in task.split.clients]
-    cohorts = [draw_cohort(experiment, r) for r in range(1, experiment.run.rounds + 1)]
-    steps = [_steps(experiment, n) for n in sizes]
-    shared = 0 if pooled else nbytes({n: start[n] for n in parts.shared})
-    once = nbytes({n: start[n] for n in (*parts.personal, *parts.fixed)}) if experiment.task.pretrained else 0
+    schedule = read_schedule(experiment)
+    cohorts = [draw_cohort(experiment, r, sizes, schedule) for r in range(1, experiment.run.rounds + 1)]
+    local = experiment.local
+    if experiment.privacy.unit == "example":
+        local = local.model_copy(update={"steps": steps_a_round(experiment)})
+    steps = [half.client.steps(experiment.strategy, local, n) for n in sizes]
+    arrays = {n: start[n] for n in parts.shared}
+    strategy = make_strategy(setup(experiment, task, parts))
+    beside = strategy.extra(arrays) if isinstance(strategy, FedAvg) else {}
+    shared = 0 if pooled else nbytes(arrays | beside)
+    own = start if half.own_start else (*parts.personal, *parts.fixed)
+    once = nbytes({n: start[n] for n in own}) if experiment.task.pretrained else 0
     asked = sum(len(c) for c in cohorts)
     return {
         "rounds": experiment.run.rounds,
@@ -44,13 +58,21 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
         "steps": sum(steps[c] for cohort in cohorts for c in cohort),
         "bytes_up": shared * asked,
         "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
-        "privacy": {"unit": experiment.privacy.unit, "epsilon": None},
+        "privacy": _privacy(experiment),
     }
 
 
-def _steps(experiment: Experiment, samples: int) -> int:
-    """Optimiser steps of a client with so many training samples in one round."""
-    if experiment.local.steps:
-        return experiment.local.steps
-    size = min(experiment.local.batch_size or samples, samples)
-    return experiment.local.epochs * -(-samples // size)
+def _privacy(experiment: Experiment) -> dict[str, Any]:
+    """What the run would cost with new ledgers: noise multipliers (of each clip), and epsilon over the clients."""
+    if experiment.privacy.unit == "none":
+        return {"unit": "none", "epsilon": None}
+    forecast = forecasts(experiment)
+    spent = [epsilon for _, epsilon, _ in forecast]
+    noise = [z for z, _, _ in forecast]
+    return {
+        "unit": experiment.privacy.unit,
+        "noise": f"{min(noise):.4g} to {max(noise):.4g} times the clip",
+        "epsilon": str(claim(experiment, max(spent))),
+        "median epsilon": round(statistics.median(spent), 4),
+        "clients that leave early": sum(early for _, _, early in forecast),
+    }

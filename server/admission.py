@@ -1,18 +1,20 @@
 """Admission: each reply of a round is judged alone before anything is combined. One bad client costs that client."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any
 
 import numpy as np
-from flwr.app import Message, MetricRecord
+from flwr.app import Message
 
 from config.durable import Arrays
 from strategies.blocks import WeightedSum, fault
-from strategies.sharing import from_record, name_weights
+from strategies.replies import arrays_fault, weight_fault
+from strategies.sharing import name_weights
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
+Judge = Callable[[Mapping[str, Any], int], str]
+"""Of a reply's metrics and the client's declared samples, why it cannot count, or ""."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,38 @@ class Verdict:
     refused: dict[int, str]
 
 
-def admit(replies: Sequence[Message], sums: Sums, sent: Arrays, sizes: Mapping[int, int]) -> Verdict:
+def admit(
+    replies: Sequence[Message],
+    sums: Sums,
+    sent: Arrays,
+    sizes: Mapping[int, int],
+    *,
+    equal: bool = False,
+    max_norm: float = 0,
+    judge: Judge | None = None,
+) -> Verdict:
     """Judge each reply: it came, its weight is a positive number no larger than declared, its arrays fit what was sent.
 
-    `sizes`: training samples that each client declared at roll call. A client's arrays may be missing only if they are
+    `sizes`: training samples that each client declared at roll call. `equal`: each client counts 1
+    (`strategies.sharing.name_weights`). `max_norm`: the longest update, 0 for any. `judge`: what the strategy has to say
+    of a reply's metrics. Of two replies of one client the first counts. A client's arrays may be missing only if they are
     inside its block's sum, which a node makes of arrays that it judged by the same `fault`. What is inside a sum
     cannot be taken out again, so a sum counts only if all its clients do, and if it is itself of the right form.
     """
     inside = {client for block in sums for client in block}
     refused = {}
+    first = {reply.metadata.src_node_id: reply for reply in reversed(replies)}
+    replies = [first[c] for c in dict.fromkeys(reply.metadata.src_node_id for reply in replies)]
     for reply in replies:
         client = reply.metadata.src_node_id
-        if reason := _reason(reply, sent, sizes.get(client, 0), client in inside):
+        size = sizes.get(client, 0)
+        reason = _reason(reply, sent, size, client in inside, max_norm)
+        if not reason and judge is not None:
+            reason = judge(reply.content.metric_records["metrics"], size)
+        if reason:
             refused[client] = reason
     weights = {
-        m.metadata.src_node_id: name_weights(m.content.metric_records["metrics"], sent)
+        m.metadata.src_node_id: name_weights(m.content.metric_records["metrics"], sent, equal)
         for m in replies
         if m.metadata.src_node_id not in refused
     }
@@ -55,31 +74,16 @@ def admit(replies: Sequence[Message], sums: Sums, sent: Arrays, sizes: Mapping[i
     return Verdict([m for m in replies if m.metadata.src_node_id not in refused], good, refused)
 
 
-def _reason(reply: Message, sent: Arrays, size: int, inside: bool) -> str:
+def _reason(reply: Message, sent: Arrays, size: int, inside: bool, max_norm: float) -> str:
     if reply.has_error():
         return str(reply.error.reason)
     content = reply.content
     ledger = content.config_records.get("ledger")
     if ledger is not None and "exhausted" in ledger:
         return str(ledger["exhausted"])
-    metrics = content.metric_records.get("metrics") or MetricRecord()
-    weight = metrics.get("num-examples")
-    if not _number(weight) or weight <= 0:
-        return f"num-examples is {weight!r}; it must be a positive number"
-    if weight > size:
-        return f"num-examples is {weight!r}, more than the {size} training samples declared at roll call"
-    for key, value in metrics.items():
-        if key.startswith("num-examples/") and not (_number(value) and 0 <= value <= weight):
-            return f"{key} is {value!r}; it must be a number from 0 to num-examples = {weight!r}"
-    if inside:
-        return ""
-    record = content.array_records.get("arrays")
-    if record is None:
-        return "its reply has no arrays"
-    try:
-        return fault(from_record(record), sent, name_weights(metrics, sent))
-    except (TypeError, ValueError) as error:
-        return f"its arrays cannot be read: {error}"
+    if reason := weight_fault(content.metric_records.get("metrics"), size):
+        return reason
+    return "" if inside else arrays_fault(content, sent, max_norm)
 
 
 def _sum_reason(total: WeightedSum, sent: Arrays, clients: Sequence[Mapping[str, float]]) -> str:
@@ -87,7 +91,3 @@ def _sum_reason(total: WeightedSum, sent: Arrays, clients: Sequence[Mapping[str,
     if total.weights != {name: weight for name, weight in weights.items() if weight > 0}:
         return "the sum's weight is not that of its clients"
     return fault(total.sums, {name: value.astype(np.float64) for name, value in sent.items()}, weights)
-
-
-def _number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and math.isfinite(value)

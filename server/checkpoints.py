@@ -9,25 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from config.durable import Arrays, DamagedFile, read_arrays, read_json, write_arrays, write_json
-from strategies.sharing import arrays_sha256
+from strategies.sharing import arrays_sha256, beside, of_kind, split_beside
 
 KEEP = 3
+
+_STRATEGY = "strategy"
+"""In a checkpoint, what the strategy calls "m@w" stands as "strategy@m@w", beside the shared "w"."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `round`: the shared arrays; under DP, what the next round's protection needs (JSON)."""
+    """The state after `round`: the shared arrays; what the strategy keeps; under DP, what the next round's protection needs
+    (JSON)."""
 
     round: int
     arrays: Arrays
+    strategy: Arrays = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, then delete those older than the last `KEEP`."""
     stem = folder / f"round-{checkpoint.round:08d}"
-    write_arrays(stem.with_suffix(".safetensors"), checkpoint.arrays)
-    about = {"round": checkpoint.round, "sha256": arrays_sha256(checkpoint.arrays), "privacy": checkpoint.privacy}
+    everything = checkpoint.arrays | beside(_STRATEGY, checkpoint.strategy)
+    write_arrays(stem.with_suffix(".safetensors"), everything)
+    about = {"round": checkpoint.round, "sha256": arrays_sha256(everything), "privacy": checkpoint.privacy}
     write_json(stem.with_suffix(".json"), about)
     for old in _rounds(folder)[:-KEEP]:
         (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
@@ -44,7 +50,8 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             arrays = read_arrays(stem.with_suffix(".safetensors"))
             if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
                 raise DamagedFile(f"{stem}.safetensors: not the arrays that {stem.name}.json names")
-            return Checkpoint(round_, arrays, about.get("privacy", {})), damaged
+            kept = of_kind(_STRATEGY, arrays)
+            return Checkpoint(round_, split_beside(arrays)[0], kept, about.get("privacy", {})), damaged
         except DamagedFile as error:
             damaged.append(str(error))
     return None, damaged

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
-from config.cohort import draw_cohort
 from config.durable import Arrays
 from config.errors import RunStopped, UserError
 from config.schema import Experiment
@@ -53,23 +52,27 @@ class Protection:
             own = simulated_secret(self.experiment.run.seed, _SERVER) if simulated else secret(folder)
             self.secret, self.simulated = own, simulated
 
-    def cohort(self, round_: int) -> list[int]:
-        """Who is asked in a round: those that are drawn, without those that have left.
-
-        Raises RunStopped if client-level DP has no budget left for the round.
-        """
+    def require(self, round_: int) -> None:
+        """Raise RunStopped if client-level DP has no budget left for the round."""
         experiment = self.experiment
-        if experiment.privacy.unit == "client":
-            cost = plan.client_cost(experiment, self.noise_multiplier, round_)
-            if cost.epsilon > (experiment.privacy.epsilon or float("inf")):
-                raise RunStopped(
-                    f"round {round_}: the privacy budget of every client is spent: with this round, {cost}, "
-                    f"and privacy.epsilon = {experiment.privacy.epsilon:g}"
-                )
-            hidden = None if self.simulated else noise_seed(self.secret, "cohorts", "cohort")
-            return draw_cohort(experiment, round_, hidden)
-        drawn = draw_cohort(experiment, round_)
-        return [c for c in drawn if not (c in self.accounts and self.accounts[c].exhausted)]
+        if experiment.privacy.unit != "client":
+            return
+        cost = plan.client_cost(experiment, self.noise_multiplier, round_)
+        if cost.epsilon > (experiment.privacy.epsilon or float("inf")):
+            raise RunStopped(
+                f"round {round_}: the privacy budget of every client is spent: with this round, {cost}, "
+                f"and privacy.epsilon = {experiment.privacy.epsilon:g}"
+            )
+
+    @property
+    def cohort_secret(self) -> int | None:
+        """What cohorts are drawn from in the place of the seed, where nobody may foretell them."""
+        return noise_seed(self.secret, "cohorts", "cohort") if self.secret and not self.simulated else None
+
+    @property
+    def left(self) -> set[int]:
+        """The clients whose budget is spent."""
+        return {client for client, account in self.accounts.items() if account.exhausted}
 
     def remind(self, messages: Iterable[Message]) -> None:
         """Put into the messages what each client last said of its ledger."""

@@ -3,33 +3,39 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
+from config.cohort import unseen
 from config.durable import Arrays
 from config.errors import RunStopped, UserError
 from config.schema import Experiment
 from privacy.releases import allowed
 from server import checkpoints
 from server.admission import Verdict, admit
+from server.cohorts import call, read_schedule
 from server.evaluation import Scores, add_confusion, describe, over_clients, read_confusion
 from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
 from server.protection import Protection, protection
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
-from strategies import make_strategy
+from strategies import algorithm, make_strategy
+from strategies.attacks import attack, attackers
 from strategies.blocks import cut, weighted_sum
+from strategies.fedavg import FedAvg
+from strategies.local import Setup
 from strategies.packing import block_message
-from strategies.sharing import Roles, from_record, name_weights, nbytes, roles, to_record
+from strategies.replies import arrays_fault, weight_fault
+from strategies.sharing import HEADS, Roles, from_record, name_weights, nbytes, roles_of, to_record
 from tasks.evaluation import load_into, predict
 from tasks.features import View, view
 from tasks.metrics import score
@@ -54,6 +60,10 @@ class Session:
     model: nn.Module
     view: View
     protection: Protection
+    sizes: list[int]
+    schedule: list[list[int]]
+    void: list[str] = field(default_factory=list)
+    """Attempts at rounds that did not count, "ROUND.ATTEMPT": clients forget what those left them."""
 
 
 def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
@@ -69,8 +79,8 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         )
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    start = initial_state(experiment)
-    parts = roles(experiment, start)
+    start, model = initial_state(experiment), task.new_model()
+    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
     guard = protection(experiment, task, parts)
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     split = {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
@@ -80,13 +90,16 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     folder.forget_summary()
     folder.write_split(split | split_table(experiment, task))
     run_id = folder.manifest()["run_id"]
-    base = {n: start[n] for n in parts.personal + parts.fixed} if experiment.task.pretrained else {}
+    own = tuple(start) if half.own_start else parts.personal + parts.fixed
+    base = {n: start[n] for n in own} if experiment.task.pretrained else {}
     exchange = Exchange(grid, run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     arrays = {n: start[n] for n in parts.shared}
-    model = task.new_model()
     seen = view(task, model, frozen=parts.trunk_is_frozen)
-    strategy = make_strategy(experiment)
-    session = Session(experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard)
+    strategy = make_strategy(setup(experiment, task, parts))
+    sizes, schedule = [len(c.train) for c in task.split.clients], read_schedule(experiment)
+    session = Session(
+        experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard, sizes, schedule
+    )
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}
     try:
@@ -114,47 +127,52 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     return summary
 
 
+def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
+    """What the strategy is made with. A head is trained by the clients that hold its target; unseen ones train nothing."""
+    holders = dict.fromkeys(parts.shared, experiment.participants)
+    held = task.held[[c for c in range(experiment.partition.clients) if c not in unseen(experiment)]]
+    for target in task.targets:
+        count = int(held[:, experiment.task.targets.index(target.name)].sum())
+        holders |= {name: count for name in parts.shared if name.startswith(f"{HEADS}{target.name}.")}
+    settings, seed = experiment.strategy, experiment.run.seed
+    return Setup(settings, experiment.local, seed, parts, holders, experiment.equal_weights)
+
+
 def play_round(session: Session, round_: int) -> None:
-    """One round: cohort, messages, replies, admission, combination, evaluation, record, checkpoint."""
+    """One round: cohort, messages, replies, admission, combination, evaluation, record, checkpoint.
+
+    A round with fewer good replies than the quorum is void, and tried again with a new cohort, `cohort.attempts` times
+    in all. Raises RunStopped if none of them counts.
+    """
     experiment, began = session.experiment, time.perf_counter()
     pooled = experiment.run.placement == "pooled"
     on_clients = "clients" in experiment.evaluate.on
-    guard, whole_clients = session.protection, experiment.privacy.unit == "client"
-    cohort = guard.cohort(round_)
-    config = ConfigRecord(
-        {
-            "round": round_,
-            "run": session.run_id,
-            "keep-from": checkpoints.oldest_round(session.folder.checkpoints),
-            "evaluate": on_clients
-            and not pooled
-            and allowed(experiment, "metrics")
-            and (round_ - 1) % experiment.evaluate.every == 0,
-        }
-    )
-    sent = to_record(session.arrays)
-    messages = list(session.strategy.configure_train(round_, sent, config, Cohort(cohort)))
-    guard.remind(messages)
-    sums_only = getattr(session.strategy, "needs_sums_only", False)
-    replies, sums = session.exchange.send(messages, whole_blocks=sums_only and not whole_clients)
-    left = guard.read(replies, round_)
-    sizes = session.exchange.sizes
-    if pooled:
-        sizes = {0: len(session.task.pool()) if allowed(experiment, "samples") else 1}
-    verdict = admit(replies, sums, session.arrays, sizes)
-    for client, reason in verdict.refused.items():
-        log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
-    if len(verdict.admitted) < experiment.cohort.quorum and len(left) < len(cohort):
-        first = next(iter(verdict.refused.values()), "").strip().splitlines()
+    guard = session.protection
+    void: list[dict[str, Any]] = []
+    for attempt in range(1, experiment.cohort.attempts + 1):
+        tried = try_round(session, round_, attempt)
+        if len(tried.verdict.admitted) >= experiment.cohort.quorum or tried.excused:
+            break
+        log.warning("round %d, attempt %d: void, %d good replies", round_, attempt, len(tried.verdict.admitted))
+        void.append({"cohort": tried.cohort, "failed": _failed(tried.verdict), **_traffic(session, round_, tried)})
+        session.void.append(f"{round_}.{attempt}")
+    else:
+        del session.void[len(session.void) - len(void) :]  # a resumed run tries this round from the start
+        first = next(iter(tried.verdict.refused.values()), "").strip().splitlines()
         raise RunStopped(
-            f"round {round_}: {len(verdict.admitted)} of {len(cohort)} clients gave a good reply, "
-            f"cohort.quorum = {experiment.cohort.quorum}" + (f"; the first failure: {first[-1]}" if first else "")
+            f"round {round_}: {len(tried.verdict.admitted)} of {len(tried.cohort)} clients gave a good reply, "
+            f"cohort.quorum = {experiment.cohort.quorum}, cohort.attempts = {experiment.cohort.attempts}"
+            + (f"; the first failure: {first[-1]}" if first else "")
         )
-    blocks = combine_order(cohort, verdict) if sums_only else verdict.admitted
-    if whole_clients:
+    verdict = tried.verdict
+    traffic = _traffic(session, round_, tried)
+    if experiment.privacy.unit == "client":
         session.arrays = guard.combine(session.arrays, verdict.admitted, round_)
-    elif (combined := session.strategy.aggregate_train(round_, blocks)[0]) is not None:
-        session.arrays = from_record(combined)
+    elif blocks := (
+        combine_order(tried.cohort, verdict, experiment.equal_weights) if tried.sums_only else verdict.admitted
+    ):
+        combined, _ = session.strategy.aggregate_train(round_, blocks)
+        session.arrays = from_record(combined) if combined is not None else session.arrays
     received: dict[int, Scores] = {
         m.metadata.src_node_id: _scores(m) for m in verdict.admitted if "evaluation" in m.content
     }
@@ -163,10 +181,11 @@ def play_round(session: Session, round_: int) -> None:
         received, clients_round = used(score_clients(session, round_, last=False)), round_
     record = {
         "round": round_,
-        "cohort": cohort,
-        "failed": [{"client": c, "reason": r} for c, r in verdict.refused.items()],
+        "cohort": tried.cohort,
+        "failed": _failed(verdict),
+        **({"void": void} if void else {}),
         "seconds": 0.0,
-        **_traffic(session, round_, len(cohort), len(verdict.admitted)),
+        **{key: value + sum(v[key] for v in void) for key, value in traffic.items()},
         **_training(session.task, [m.content.metric_records["metrics"] for m in verdict.admitted]),
         "global": score_globally(session)
         if round_ % experiment.evaluate.every == 0 or round_ == experiment.run.rounds
@@ -177,18 +196,114 @@ def play_round(session: Session, round_: int) -> None:
     }
     record["seconds"] = time.perf_counter() - began
     session.folder.append(record)
-    checkpoints.save(session.folder.checkpoints, checkpoints.Checkpoint(round_, session.arrays, guard.state()))
+    kept = session.strategy.state() if isinstance(session.strategy, FedAvg) else {}
+    checkpoint = checkpoints.Checkpoint(round_, session.arrays, kept, guard.state())
+    checkpoints.save(session.folder.checkpoints, checkpoint)
 
 
-def _traffic(session: Session, round_: int, asked: int, replied: int) -> dict[str, int]:
+@dataclass(frozen=True)
+class Tried:
+    """One attempt at a round: who was asked, which replies count, and what was sent to each."""
+
+    cohort: list[int]
+    verdict: Verdict
+    sent: Arrays
+    sums_only: bool
+    excused: bool
+    """Whether privacy left nobody in the cohort who could have replied: trying again would not help."""
+
+
+def try_round(session: Session, round_: int, attempt: int) -> Tried:
+    """Draw a cohort, send it the model, and judge the replies."""
+    experiment, strategy = session.experiment, session.strategy
+    pooled = experiment.run.placement == "pooled"
+    guard, private = session.protection, experiment.privacy.unit != "none"
+    guard.require(round_)
+    called = call(experiment, round_, session.sizes, session.schedule, attempt, guard.cohort_secret, without=guard.left)
+    config = ConfigRecord(
+        {
+            "round": round_,
+            "attempt": attempt,
+            "run": session.run_id,
+            "keep-from": checkpoints.oldest_round(session.folder.checkpoints),
+            "void": session.void,
+            "evaluate": "clients" in experiment.evaluate.on
+            and not pooled
+            and allowed(experiment, "metrics")
+            and (round_ - 1) % experiment.evaluate.every == 0,
+        }
+    )
+    messages = list(
+        strategy.configure_train(round_, to_record(session.arrays), config, Cohort(called.trained))
+        if called.trained
+        else []
+    )
+    for message in messages:
+        if (share := called.work.get(message.metadata.dst_node_id)) is not None:
+            message.content = RecordDict({**message.content, "config": ConfigRecord({**config, "work": share})})
+    guard.remind(messages)
+    sent = from_record(messages[0].content.array_records["arrays"]) if messages else session.arrays
+    sums_only, attacked = bool(getattr(strategy, "needs_sums_only", False)), attackers(experiment)
+    whole = sums_only and not attacked and experiment.privacy.unit != "client"
+    replies, sums = session.exchange.send(messages, whole_blocks=whole)
+    left = guard.read(replies, round_)
+    sizes = session.exchange.sizes
+    if pooled:
+        sizes = {0: len(session.task.pool()) if allowed(experiment, "samples") else 1}
+    if attacked and experiment.attack.kind != "label-flip":
+        _attack(replies, attacked, sent, sizes, experiment, round_)
+    verdict = admit(
+        replies,
+        sums,
+        sent,
+        sizes,
+        equal=experiment.equal_weights,
+        max_norm=experiment.cohort.max_norm,
+        judge=strategy.judge if isinstance(strategy, FedAvg) else None,
+    )
+    for client, reason in verdict.refused.items():
+        which = {"round": round_, "client": client}
+        log.warning(
+            "round %d: client %d does not count: %s", *which.values(), reason.strip().splitlines()[-1], extra=which
+        )
+    refused = dict(sorted({**verdict.refused, **called.absent}.items()))
+    excused = private and len(left) == len(called.trained)
+    return Tried(called.asked, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only, excused)
+
+
+def _attack(
+    replies: Sequence[Message],
+    bad: frozenset[int],
+    sent: Arrays,
+    sizes: Mapping[int, int],
+    experiment: Experiment,
+    round_: int,
+) -> None:
+    """Put what the attackers send in the place of what they trained. They look at sound replies alone."""
+    came = {m.metadata.src_node_id: m.content for m in replies if not m.has_error()}
+    updates = {
+        client: from_record(content.array_records["arrays"])
+        for client, content in came.items()
+        if not weight_fault(content.metric_records.get("metrics"), sizes[client]) and not arrays_fault(content, sent)
+    }
+    for client, arrays in attack(updates, bad, sent, experiment.attack, experiment.run.seed, round_).items():
+        came[client]["arrays"] = to_record(arrays)
+
+
+def _failed(verdict: Verdict) -> list[dict[str, Any]]:
+    return [{"client": c, "reason": r} for c, r in verdict.refused.items()]
+
+
+def _traffic(session: Session, round_: int, tried: Tried) -> dict[str, int]:
     """Bytes of arrays that clients received and sent in a round, as if each were reached by itself.
 
     The first round includes what every client is sent once. Pooling has no traffic of arrays: the data itself moved.
     """
     if session.experiment.run.placement == "pooled":
         return {"bytes_down": 0, "bytes_up": 0}
-    size, once = nbytes(session.arrays), nbytes(session.exchange.base) * session.experiment.partition.clients
-    return {"bytes_down": size * asked + (once if round_ == 1 else 0), "bytes_up": size * replied}
+    size, once = nbytes(tried.sent), nbytes(session.exchange.base) * session.experiment.partition.clients
+    down = size * len(tried.cohort) + (once if round_ == 1 else 0)
+    return {"bytes_down": down, "bytes_up": size * len(tried.verdict.admitted)}
 
 
 def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
@@ -205,14 +320,14 @@ def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
     return {"steps": int(sum(_scalar(m, "steps") or 0 for m in metrics)), "train": losses}
 
 
-def combine_order(cohort: Sequence[int], verdict: Verdict) -> list[Message]:
+def combine_order(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> list[Message]:
     """The round's blocks in order, one message each: a node's sum, or the sum of the single replies, made here."""
     admitted = {m.metadata.src_node_id: m for m in verdict.admitted}
     messages = []
     for block in cut(cohort):
         if present := [admitted[c] for c in block if c in admitted]:
             total = verdict.sums.get(block) or weighted_sum(
-                (name_weights(m.content.metric_records["metrics"], arrays), arrays)
+                (name_weights(m.content.metric_records["metrics"], arrays, equal), arrays)
                 for m in present
                 for arrays in [from_record(m.content.array_records["arrays"])]
             )
@@ -292,7 +407,11 @@ def _recover(session: Session) -> int:
     if checkpoint is not None:
         session.arrays = checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
+        if isinstance(session.strategy, FedAvg):
+            session.strategy.load_state(checkpoint.strategy)
     session.folder.cut_back(checkpoint.round if checkpoint else 0)
+    for record in session.folder.rounds():
+        session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]
     return checkpoint.round if checkpoint else 0
 
 

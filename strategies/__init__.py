@@ -1,14 +1,35 @@
 """How updates are shared and combined: which arrays travel, how they are packed, and one file for each algorithm."""
 
+import importlib
+
 from flwr.serverapp.strategy import Strategy
 
-from config.schema import Experiment
-from strategies.fedavg import FedAvg
-
-REGISTRY: dict[str, type[FedAvg]] = {"fedavg": FedAvg}
-"""Strategy names of the experiment file and the class each stands for; a new algorithm is one file and one line here."""
+from config.algorithms import ALGORITHMS
+from config.errors import UserError
+from strategies.local import Algorithm, Setup
 
 
-def make_strategy(experiment: Experiment) -> Strategy:
-    """The strategy that `strategy.name` asks for."""
-    return REGISTRY[experiment.strategy.name]()
+def algorithm(name: str) -> Algorithm:
+    """What `strategy.name` stands for: one of `config.algorithms`, or a user's own "module:object" on the current path.
+
+    Raises UserError if there is no such object, or if it is no `Algorithm`.
+    """
+    place = ALGORITHMS.get(name, name)
+    module, _, attribute = place.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f'strategy.name = "{name}": {error}; the module must be on the Python path (for example PYTHONPATH=.)'
+        ) from None
+    if not isinstance(found, Algorithm):
+        raise UserError(
+            f'strategy.name = "{name}" is a {type(found).__name__}; it must be a strategies.local.Algorithm '
+            "(docs/strategies.md shows one)"
+        )
+    return found
+
+
+def make_strategy(setup: Setup) -> Strategy:
+    """The server's half of the algorithm that `strategy.name` asks for."""
+    return algorithm(setup.settings.name).server(setup)

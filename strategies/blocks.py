@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from config.durable import Arrays
+from strategies.sharing import split_beside
 
 BLOCK = 10
 """Clients a block. Part of the result's definition: another value gives other last bits."""
@@ -41,11 +42,13 @@ def fault(
     arrays: Mapping[str, npt.NDArray[np.generic]],
     sent: Mapping[str, npt.NDArray[np.generic]],
     weights: Mapping[str, float] | None = None,
+    max_norm: float = 0,
 ) -> str:
-    """Why an update may not enter a sum, or "" if it may: its names, shapes, dtypes and finiteness, in that order.
+    """Why an update may not enter a sum, or "" if it may: its names, shapes, dtypes, finiteness and length, in that order.
 
     `sent` are the arrays that the client received; an update must have the same names, but for those whose weight
-    (`strategies.sharing.name_weights`) is 0, and the same shapes and dtypes.
+    (`strategies.sharing.name_weights`) is 0, and the same shapes and dtypes. `max_norm`, if not 0, bounds the length of
+    the model's move.
     """
     expected = {name for name in sent if weights is None or weights[name] > 0}
     if arrays.keys() != expected:
@@ -58,6 +61,8 @@ def fault(
             return f"{name} has dtype {value.dtype}, not {sent[name].dtype}"
         if not np.isfinite(value).all():
             return f"{name} has values that are not finite"
+    if max_norm and (moved := length(split_beside(arrays)[0], sent)) > max_norm:
+        return f"its update is {moved:.6g} long, more than cohort.max_norm = {max_norm:.6g}"
     return ""
 
 
@@ -79,22 +84,38 @@ def weighted_sum(
     return WeightedSum(sums, totals)
 
 
-def average(blocks: Iterable[WeightedSum], before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
-    """The weighted mean over all blocks, in block order, in the dtype that each name had `before`.
-
-    A name that nobody sent stays as it was. Integer arrays are rounded to the nearest.
-    """
-    totals: dict[str, npt.NDArray[np.float64]] = {}
+def add(blocks: Iterable[WeightedSum]) -> WeightedSum:
+    """The sum over all blocks, in block order."""
+    sums: dict[str, npt.NDArray[np.float64]] = {}
     weights: dict[str, float] = {}
     for block in blocks:
         for name, value in block.sums.items():
-            totals[name] = totals[name] + value if name in totals else value
+            sums[name] = sums[name] + value if name in sums else value
             weights[name] = weights.get(name, 0.0) + block.weights[name]
+    return WeightedSum(sums, weights)
+
+
+def mean(total: WeightedSum, before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
+    """Sum over weight for each name of `before`, `as_before`. A name that nobody sent stays as it was."""
     result: Arrays = {}
     for name, old in before.items():
-        if name not in totals:
-            result[name] = old
-            continue
-        mean = totals[name] / weights[name]
-        result[name] = (np.rint(mean) if np.issubdtype(old.dtype, np.integer) else mean).astype(old.dtype)
+        result[name] = as_before(total.sums[name] / total.weights[name], old) if name in total.sums else old
     return result
+
+
+def as_before(value: npt.NDArray[np.float64], old: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """The value in the dtype that it had; integers are rounded to the nearest."""
+    return (np.rint(value) if np.issubdtype(old.dtype, np.integer) else value).astype(old.dtype)
+
+
+def average(blocks: Iterable[WeightedSum], before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
+    """The weighted mean over all blocks (`add`, then `mean`)."""
+    return mean(add(blocks), before)
+
+
+def length(update: Mapping[str, npt.NDArray[np.generic]], sent: Mapping[str, npt.NDArray[np.generic]]) -> float:
+    """The Euclidean length of an update's move away from what was sent, over all arrays together, in float64."""
+    squares = (
+        np.square(value.astype(np.float64) - sent[name].astype(np.float64)).sum() for name, value in update.items()
+    )
+    return float(np.sqrt(sum(squares, start=np.float64(0))))

@@ -3,16 +3,22 @@
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import Array, ArrayRecord
+from torch import nn
 
 from config.durable import Arrays
-from config.schema import Experiment
+from config.errors import UserError
+from config.schema import SHARES, Experiment
 from strategies.trainable import HEADS as HEADS
 from strategies.trainable import is_added, trained
+
+BESIDE = "@"
+"""In a name, between what an algorithm keeps or sends beside a model and the state name that it is of: "c@trunk.w"."""
 
 
 @dataclass(frozen=True)
@@ -20,48 +26,148 @@ class Roles:
     """The names of a model's state, divided. `shared`, `personal` and `fixed` are disjoint and complete.
 
     shared: travel in every round. personal: trained, never travel, live in the client's store. fixed: neither trained
-    nor shared; they arrive once, before the first round. `trained` cuts across: what local training changes.
+    nor shared; they arrive once, before the first round. `trained` and `buffers` cut across: what local training
+    changes; what no gradient changes (running statistics).
     """
 
     trained: tuple[str, ...]
     shared: tuple[str, ...]
     personal: tuple[str, ...]
     fixed: tuple[str, ...]
+    buffers: tuple[str, ...] = ()
 
     @property
     def trunk_is_frozen(self) -> bool:
         """Whether local training changes heads alone."""
         return all(name.startswith(HEADS) for name in self.trained)
 
+    @property
+    def learned_together(self) -> tuple[str, ...]:
+        """The shared parameters that local training changes: what a correction of their gradients is about."""
+        return tuple(n for n in self.shared if n in set(self.trained) - set(self.buffers))
 
-def roles(experiment: Experiment, names: Iterable[str]) -> Roles:
-    """Divide the state names of a model by `local.trainable` and `strategy.share`; the order of names is kept."""
+
+def roles_of(experiment: Experiment, model: nn.Module) -> Roles:
+    """Divide a model's state. Raises UserError if `strategy.share` means nothing for this model."""
+    names = tuple(model.state_dict())
+    parameters = {name for name, _ in model.named_parameters()}
+    return roles(experiment, names, norms(model), tuple(n for n in names if n not in parameters))
+
+
+def roles(
+    experiment: Experiment, names: Iterable[str], norms: Iterable[str] = (), buffers: tuple[str, ...] = ()
+) -> Roles:
+    """Divide state names by `local.trainable` and `strategy.share`; the order of names is kept.
+
+    `norms`: those of normalisation layers, `buffers`: those that are no parameters. FedBABU's heads are never trained.
+    Raises UserError for patterns that fit no name, and for "all-but-norms" where there are none.
+    """
     order = tuple(names)
     heads = tuple(n for n in order if n.startswith(HEADS))
+    body = tuple(n for n in order if not n.startswith(HEADS))
     learning = trained(experiment, order)
     changed = tuple(n for n in order if n in learning)
+    if experiment.strategy.name == "fedbabu":
+        changed = tuple(n for n in changed if n in body)
     # FedSA-LoRA: each client keeps its B (the experiment file allows this with share = "trainable" only).
     federated = experiment.run.placement == "federated"
     own_b = federated and experiment.local.trainable == "lora" and experiment.local.lora_share == "a"
-    shared = {
+    sets = {
         "all": order,
         "none": (),
-        "body": tuple(n for n in order if n not in heads),
+        "body": body,
         "head": heads,
+        "all-but-norms": tuple(n for n in order if n not in set(norms)),
         "trainable": tuple(n for n in changed if not (own_b and is_added(n, "lora_b"))),
-    }[experiment.share]
+    }
+    share = experiment.share
+    if share == "all-but-norms" and len(sets[share]) == len(order):
+        raise UserError(
+            f'strategy.share = "all-but-norms": task.model = "{experiment.task.model}" has no normalisation layer, so this '
+            'would be FedAvg: write strategy.share = "all", or take a model that has some (task.model = "cnn")'
+        )
+    shared = sets[share] if share in SHARES else _matching(share, order)
     personal = tuple(n for n in changed if n not in shared)
-    return Roles(changed, shared, personal, tuple(n for n in order if n not in shared and n not in personal))
+    fixed = tuple(n for n in order if n not in shared and n not in personal)
+    found = Roles(changed, shared, personal, fixed, buffers)
+    _something_learns(found, experiment)
+    return found
 
 
-def name_weights(metrics: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+def _something_learns(found: Roles, experiment: Experiment) -> None:
+    """Raise UserError if no shared parameter is trained, or no personal one by an algorithm that trains these in turn."""
+    name, share, shared = experiment.strategy.name, experiment.share, experiment.strategy.share
+    if share != "none" and not found.learned_together:
+        raise UserError(
+            f'strategy.share = "{shared}" with local.trainable = "{experiment.local.trainable}" and strategy.name = '
+            f'"{name}" shares only what never changes: write strategy.share = "trainable", or local.trainable = "all"'
+        )
+    if name in ("fedrep", "fedalt") and not set(found.personal) - set(found.buffers):
+        raise UserError(
+            f'strategy.share = "{shared}" with strategy.name = "{name}": nothing is personal that learns, so there are no '
+            'two parts to train in turns; write strategy.share = "body" and local.trainable = "all"'
+        )
+
+
+def _matching(patterns: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    wanted = [p.strip() for p in patterns.split(",")]
+    for pattern in wanted:
+        if not any(fnmatchcase(n, pattern) for n in names):
+            raise UserError(
+                f'strategy.share = "{patterns}": "{pattern}" fits no parameter of the model. Write one of '
+                f"{', '.join(SHARES)}, or patterns with * over these names: {', '.join(names)}"
+            )
+    return tuple(n for n in names if any(fnmatchcase(n, p) for p in wanted))
+
+
+def norms(model: nn.Module) -> tuple[str, ...]:
+    """The state names, statistics included, of a model's normalisation layers, told by their type, never by name."""
+    prefixes = [name for name, module in model.named_modules() if _is_norm(module)]
+    return tuple(n for n in model.state_dict() if n.rpartition(".")[0] in prefixes)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Torch's own normalisation layers and their subclasses, and others that are called one (transformers' RMS norms)."""
+    torchs = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    return isinstance(module, torchs) or type(module).__name__.rstrip("1234d").endswith("Norm")
+
+
+def name_weights(metrics: Mapping[str, Any], names: Iterable[str], equal: bool = False) -> dict[str, float]:
     """The weight of each array in a client's reply: its training samples (`num-examples`); for a head those of its target
-    (`num-examples/<target>`). A head that no sample trained has weight 0 and does not travel."""
+    (`num-examples/<target>`). A head that no sample trained has weight 0 and does not travel.
+
+    `equal`: 1 for each array that travels. So it is always for what goes beside the model ("c@trunk.w"): an algorithm
+    that needs a weight there puts it in.
+    """
     weights = {}
     for name in names:
-        target = name.split(".")[1] if name.startswith(HEADS) else ""
-        weights[name] = float(metrics.get(f"num-examples/{target}", metrics["num-examples"]))
+        beside, _, of = name.rpartition(BESIDE)
+        target = of.split(".")[1] if of.startswith(HEADS) else ""
+        weight = float(metrics.get(f"num-examples/{target}", metrics["num-examples"]))
+        weights[name] = float(weight > 0) if equal or beside else weight
     return weights
+
+
+def beside(kind: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
+    """Arrays under the names of what goes beside a model: "w" as "kind@w"."""
+    return {f"{kind}{BESIDE}{name}": value for name, value in arrays.items()}
+
+
+def of_kind(kind: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
+    """The inverse of `beside`: those of one kind, under the state names that they are of."""
+    start = kind + BESIDE
+    return {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
+
+
+def split_beside(arrays: Mapping[str, npt.NDArray[np.generic]]) -> tuple[Arrays, Arrays]:
+    """Arrays divided into a model's own and those beside it."""
+    own = {name: value for name, value in arrays.items() if BESIDE not in name}
+    return own, {name: value for name, value in arrays.items() if BESIDE in name}
+
+
+def doubles(arrays: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.float64]]:
+    """The arrays in float64, in which everything is combined."""
+    return {name: value.astype(np.float64) for name, value in arrays.items()}
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[np.generic]]) -> ArrayRecord:

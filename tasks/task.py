@@ -208,7 +208,8 @@ def _added(x: Tensor, noise: Tensor) -> Tensor:
 
 
 def initial_state(experiment: Experiment) -> Arrays:
-    """The model's complete state before the first round, float32, in state_dict order; fresh arrays at each call.
+    """The model's complete state before the first round, in state_dict order; fresh arrays at each call. All float32, but
+    for a batch normalisation's count of batches, which is int64.
 
     task.pretrained = "": the random start of run.seed (`tasks.models.build`). "source": its trunk is that of
     `source_state`, the heads keep their random start. Else its trunk is that of `tasks.weights.pretrained_trunk`. Raises
@@ -224,7 +225,8 @@ def initial_state(experiment: Experiment) -> Arrays:
     if opened.added.kind or opened.two_domains or task.trunks == "cross-stitch":
         whole = dict(opened.new_model().state_dict())
         state = {name: _start(name, state, tensor, bool(task.pretrained)) for name, tensor in whole.items()}
-    return {name: tensor.numpy(force=True).astype(np.float32) for name, tensor in state.items()}
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {name: tensor.numpy(force=True).copy() for name, tensor in floats.items()}
 
 
 def _start(name: str, plain: Mapping[str, Tensor], new: Tensor, pretrained: bool) -> Tensor:

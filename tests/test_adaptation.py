@@ -286,8 +286,8 @@ def test_a_domain_classifier_lasts_with_its_client(where: str, placement: str, t
     assert run_inline(experiment, tmp_path)["status"] == "done"
     kept = sorted((tmp_path / "state").rglob("round-00000003.safetensors"))
     assert len(kept) == (1 if placement == "pooled" else 8)
-    names = {f"memory/adapt/{n}" for n in domain_classifier(4, 4).state_dict()}
-    assert all({n for n in read_arrays(path) if n.startswith("memory/")} == names for path in kept)
+    names = {f"loop@adapt/{n}" for n in domain_classifier(4, 4).state_dict()}
+    assert all({n for n in read_arrays(path) if n.startswith("loop@")} == names for path in kept)
 
 
 @pytest.mark.parametrize("preset", ["federated-transfer", "lora", "federated-multitask"])

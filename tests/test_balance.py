@@ -262,7 +262,7 @@ def test_every_balance_runs_federated_with_lora_and_an_anchor(kind: str, tmp_pat
     kept = [read_arrays(p) for p in (tmp_path / "state").rglob("round-00000003.safetensors")]
     names = {"uncertainty": Uncertainty.NAME, "dwa": DynamicAverage.NAME, "gradnorm": GradNorm.NAME}
     assert len(kept) == (8 if kind in names else 0)
-    assert all(k.keys() == {f"memory/{names[kind]}"} for k in kept)
+    assert all(k.keys() == {f"loop@{names[kind]}"} for k in kept)
     checkpoint, _ = latest(tmp_path / "checkpoints")
     assert checkpoint is not None and all(n.startswith(("trunk.", "heads.")) for n in checkpoint.arrays)
 

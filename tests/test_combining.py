@@ -17,6 +17,7 @@ from server.rounds import combine_order
 from simulation.grid import become_server
 from strategies import make_strategy
 from strategies.blocks import BLOCK, average, cut, fault, weighted_sum
+from strategies.local import Setup
 from strategies.packing import (
     Answer,
     NodeReply,
@@ -27,7 +28,7 @@ from strategies.packing import (
     unpack_replies,
     unpack_requests,
 )
-from strategies.sharing import arrays_sha256, from_record, roles, to_record
+from strategies.sharing import Roles, arrays_sha256, from_record, roles, to_record
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 
@@ -111,7 +112,9 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
         inside = {c for b in sums for c in b}
         replies = [reply(c, None if c in inside else updates[c], **{"num-examples": sizes[c]}) for c in sorted(cohort)]
         verdict = admit(replies, sums, before, sizes)
-        strategy = make_strategy(load("fedavg"))
+        plan, parts = load("fedavg"), Roles(("w",), ("w",), (), ())
+        setup = Setup(plan.strategy, plan.local, 0, parts, {"w": 61}, equal_weights=False)
+        strategy = make_strategy(setup)
         list(strategy.configure_train(1, to_record(before), ConfigRecord(), Cohort(sorted(cohort))))
         mean, _ = strategy.aggregate_train(1, combine_order(sorted(cohort), verdict))
         assert mean is not None

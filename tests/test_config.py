@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from config.errors import UserError
 from config.load import flatten, from_flat, load, preset_names, read_tree, to_flat, to_toml, to_tree
-from config.schema import Experiment
+from config.schema import Experiment, Strategy
 from config.seeds import derive, torch_generator, torch_seeded
 
 
@@ -42,9 +42,10 @@ def test_presets_differ_in_axis_values_only() -> None:
     axes |= {"local.trainable", "local.lora_share", "local.gradual_every"}
     axes |= {"anchor.l2", "anchor.ewc", "anchor.kl", "anchor.distill", "task.trunks", "local.balance"}
     axes |= {"adapt.method", "adapt.weight", "adapt.labels"}
+    axes |= {f"strategy.{key}" for key in Strategy.model_fields} | {"evaluate.fine_tune_epochs"}
     for name in preset_names():
         keys = {key for key, _ in flatten(read_tree(name))}
-        assert keys <= axes | {"strategy.name", "strategy.share"}, name
+        assert keys <= axes, name
         assert read_tree(name)["run"]["name"] == name
 
 

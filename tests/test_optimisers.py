@@ -166,7 +166,7 @@ def test_plateau_goes_on_from_round_to_round(tmp_path: Path) -> None:
     run_inline(small("fedavg", *settings), tmp_path)
     kept = [read_arrays(p) for p in (tmp_path / "state").rglob("round-00000003.safetensors")]
     assert len(kept) == 8
-    factors = {float(k[f"memory/{PLATEAU}"][2]) for k in kept}
+    factors = {float(k[f"loop@{PLATEAU}"][2]) for k in kept}
     assert factors <= {1.0, 0.1, 0.1 * 0.1} and len(factors) > 1
 
 

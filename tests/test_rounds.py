@@ -139,8 +139,8 @@ def test_twice_the_same_bits_and_another_seed_others(tmp_path: Path) -> None:
 
 def test_cohorts_come_from_seed_and_round() -> None:
     experiment = small("fedavg", "partition.clients=20", "cohort.size=5")
-    cohorts = [draw_cohort(experiment, r) for r in range(1, 2001)]
-    assert cohorts[:50] == [draw_cohort(experiment, r) for r in range(1, 51)]
+    cohorts = [draw_cohort(experiment, r, [1] * 20) for r in range(1, 2001)]
+    assert cohorts[:50] == [draw_cohort(experiment, r, [1] * 20) for r in range(1, 51)]
     assert all(len(set(c)) == 5 and c == sorted(c) for c in cohorts)
     counts = np.bincount(np.concatenate(cohorts), minlength=20)
     # Each client is in a cohort with probability 1/4: 500 of 2000, standard deviation 19.4; all within five of these.
