@@ -308,6 +308,11 @@ def stitched(model: str, shape: tuple[int, ...]) -> nn.Module:
 def test_coupled_trunks_by_hand() -> None:
     """Two trunks of the MLP: h_i <- sum_j alpha_ij h_j after each ReLU, then each one's bounded features and own head."""
     model = stitched("mlp", (7,))
+    for number in (0, 1):
+        alpha = model.get_parameter(f"trunk.units.{number}.alpha")
+        assert torch.allclose(alpha[:, :, 0], torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+        with torch.no_grad():
+            alpha.copy_(torch.tensor([[0.8, 0.2], [0.5, 0.7]])[:, :, None].expand_as(alpha))
     state = {n: t.detach().double() for n, t in model.state_dict().items()}
     x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).double()
     h = [x, x]
@@ -317,10 +322,7 @@ def test_coupled_trunks_by_hand() -> None:
             torch.relu(h[i] @ state[f"{prefix.format(i)}.weight"].T + state[f"{prefix.format(i)}.bias"])
             for i in range(2)
         ]
-        assert torch.allclose(
-            state[f"trunk.units.{number - 1}.alpha"][:, :, 0], torch.tensor([[0.9, 0.1], [0.1, 0.9]]).double()
-        )
-        h = [0.9 * h[0] + 0.1 * h[1], 0.1 * h[0] + 0.9 * h[1]]
+        h = [0.8 * h[0] + 0.2 * h[1], 0.5 * h[0] + 0.7 * h[1]]
     centred = [v - v.mean(1, keepdim=True) for v in h]
     h = [v / (v.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt() * math.sqrt(8 / 6) for v in centred]
     outputs = model(x.float())

@@ -154,6 +154,19 @@ def test_modes_follow_what_learns() -> None:
     assert all(not p.requires_grad for p in trunk.parameters())
 
 
+def test_a_frozen_norm_without_parameters_keeps_its_statistics() -> None:
+    """Nothing of it could be frozen by `requires_grad`: it has statistics only. Its layer says whether they may move."""
+    norm = nn.BatchNorm1d(3, affine=False)
+    model = Multihead(
+        nn.Sequential(nn.Linear(2, 3), norm, nn.Linear(3, 3), nn.Dropout()), {"t": nn.Linear(3, 2)}, {"t": False}
+    )
+    names = set(model.state_dict())
+    freeze(model, {n for n in names if n.startswith(("heads.", "trunk.2."))})
+    assert not norm.training and model.get_submodule("trunk.3").training
+    freeze(model, {n for n in names if not n.startswith("trunk.0.")})
+    assert norm.training
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["lora", "series", "parallel"])
 def test_what_is_added_changes_nothing_at_first(family: str, kind: Any) -> None:
