@@ -102,6 +102,16 @@ def _something_learns(found: Roles, experiment: Experiment) -> None:
             f'strategy.share = "{shared}" with local.trainable = "{experiment.local.trainable}" and strategy.name = '
             f'"{name}" shares only what never changes: write strategy.share = "trainable", or local.trainable = "all"'
         )
+    if name in ("fedrep", "fedalt", "fedbabu") and experiment.local.trainable == "gradual":
+        raise UserError(
+            f'local.trainable = "gradual" with strategy.name = "{name}": at first nothing of the trunk learns, and '
+            'this algorithm trains the trunk by itself; write local.trainable = "all"'
+        )
+    if name == "moon" and found.trunk_is_frozen:
+        raise UserError(
+            f'local.trainable = "{experiment.local.trainable}" with strategy.name = "moon": it trains the trunk; write '
+            'local.trainable = "all", or strategy.name = "fedavg"'
+        )
     if name in ("fedrep", "fedalt") and not set(found.personal) - set(found.buffers):
         raise UserError(
             f'strategy.share = "{shared}" with strategy.name = "{name}": nothing is personal that learns, so there are no '
