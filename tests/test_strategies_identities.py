@@ -13,7 +13,8 @@ from config.durable import Arrays, read_arrays
 from config.errors import UserError
 from config.schema import Experiment
 from server.checkpoints import latest
-from strategies.sharing import norms, of_kind, roles_of
+from strategies.norms import norms
+from strategies.sharing import of_kind, roles_of
 from tasks.task import initial_state, open_task
 from tasks.vision import torchvision
 
