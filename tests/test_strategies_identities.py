@@ -172,6 +172,16 @@ def test_fedbn_keeps_norms_by_type_and_their_statistics(tmp_path: Path) -> None:
     assert arrays(tmp_path).keys() == model.state_dict().keys() - expected
 
 
+def test_lg_fedavg_starts_from_a_model_that_fedavg_trained(tmp_path: Path) -> None:
+    run_inline(small("fedavg", *LIVELY), tmp_path / "first")
+    checkpoint = tmp_path / "first" / "checkpoints" / "round-00000002.safetensors"
+    experiment = small("lg-fedavg", f"task.pretrained={checkpoint}", *LIVELY)
+    trained, start = arrays(tmp_path / "first"), initial_state(experiment)
+    equal(*({n: a[n] for n in trained if n.startswith("trunk.")} for a in (start, trained)))
+    assert run_inline(experiment, tmp_path / "second")["status"] == "done"
+    assert all(n.startswith("trunk.") for n in stored(tmp_path / "second", 0, 2))
+
+
 def test_norms_are_told_by_type() -> None:
     """A ResNet's norm in a shortcut is called downsample.1."""
     found = norms(torchvision().models.resnet18(weights=None))
