@@ -87,7 +87,7 @@ AVERAGES = (
 """Algorithms whose server's half is a mean of what clients send, and nothing beside it."""
 
 WATCHING = ("apfl", "pfedme", "perfedavg", "perfedavg-hf", "fedrod")
-"""Algorithms whose clients compute a batch's loss once more by themselves: what `[anchor]` adds to it is not in there."""
+"""Algorithms whose clients take steps of their own beside the loop's: what changes the loop's alone has no part in them."""
 
 
 def least_updates(name: str, byzantine: int) -> int:

@@ -701,26 +701,7 @@ class Experiment(Section):
                 f'strategy.weights = "samples" with strategy.name = "{name}": its server adds up what clients keep, each '
                 'once, and models weighted otherwise would not fit; write strategy.weights = "equal"'
             )
-        looked_at = {"schedule": "plateau" if local.schedule == "plateau" else "", "patience": local.patience,
-                     "nesterov": local.nesterov}  # fmt: skip
-        for setting, value in looked_at.items():
-            if name in NORMALISED and value:
-                raise ValueError(
-                    f'local.{setting} = {value} with strategy.name = "{name}": it turns a client\'s move back into a mean '
-                    "gradient, for which each client's steps must be plain and of the same known rate; leave it out"
-                )
-        if name in WATCHING and (self.anchor.kl or self.anchor.distill):
-            raise ValueError(
-                f'anchor.kl = {self.anchor.kl} and anchor.distill = {self.anchor.distill} with strategy.name = "{name}": '
-                "it computes losses by itself, in which a teacher has no part; write 0, or another strategy"
-            )
-        beside = {"local.balance": local.balance != "fixed", "adapt.method": self.adapt.method != "none"}
-        for key, is_on in beside.items():
-            if name in WATCHING and is_on:
-                raise ValueError(
-                    f'{key} with strategy.name = "{name}": it computes losses by itself, as their fixed sum on the '
-                    "client's own samples; leave it out, or take another strategy"
-                )
+        self._own_steps_fit()
         if name in NORMALISED and local.optimizer != "sgd":
             raise ValueError(
                 f'local.optimizer = "{local.optimizer}" with strategy.name = "{name}": it turns a client\'s move back into '
@@ -746,6 +727,37 @@ class Experiment(Section):
                 'task.gated = true with strategy.name = "fedrod": two gated heads do not add up to one; write '
                 "task.gated = false"
             )
+
+    def _own_steps_fit(self) -> None:
+        """Refuse what the training loop does with its own steps alone, where an algorithm needs to know or share it."""
+        name, local, anchor = self.strategy.name, self.local, self.anchor
+        rates = {
+            "local.schedule": local.schedule == "plateau" and local.schedule,
+            "local.gradual_divide": local.trainable == "gradual" and local.gradual_divide > 1 and local.gradual_divide,
+            "local.patience": local.patience,
+        }
+        for setting, value in (rates | {"local.nesterov": local.nesterov}).items():
+            if name in NORMALISED and value:
+                raise ValueError(
+                    f'{setting} = {value} with strategy.name = "{name}": it turns a client\'s move back into a mean '
+                    "gradient, for which each client's steps must be plain and of the same known rate; leave it out"
+                )
+        own: dict[str, object] = rates | {
+            "local.trainable": local.trainable == "fisher" and local.trainable,
+            "local.clip_norm": local.clip_norm,
+            "anchor.l2": anchor.l2,
+            "anchor.ewc": anchor.ewc,
+            "anchor.kl": anchor.kl,
+            "anchor.distill": anchor.distill,
+            "local.balance": local.balance != "fixed" and local.balance,
+            "adapt.method": self.adapt.method != "none" and self.adapt.method,
+        }
+        for setting, changed in own.items():
+            if name in WATCHING and changed:
+                raise ValueError(
+                    f'{setting} = {changed} with strategy.name = "{name}": its clients take steps of their own, where that '
+                    'would have no part; leave it out, or write strategy.name = "fedavg"'
+                )
 
     def _defence_fits(self) -> None:
         name, f = self.strategy.name, self.strategy.byzantine
@@ -835,7 +847,7 @@ def privacy_faults(experiment: Experiment) -> list[str]:
         "client": (AVERAGES, "clip and noise take the place of its server's half"),
     }
     names, why = fits[privacy.unit]
-    if name not in names and ":" not in name:
+    if name not in names:
         faults.append(f'{setting} with strategy.name = "{name}": {why}; write one of {", ".join(dict.fromkeys(names))}')
     if cohort.sampling in ("size", "schedule"):
         faults.append(

@@ -169,7 +169,7 @@ def play_round(session: Session, round_: int) -> None:
     if experiment.privacy.unit == "client":
         session.arrays = guard.combine(session.arrays, verdict.admitted, round_)
     elif blocks := (
-        combine_order(tried.cohort, verdict, experiment.equal_weights) if tried.sums_only else verdict.admitted
+        combine_order(tried.trained, verdict, experiment.equal_weights) if tried.sums_only else verdict.admitted
     ):
         combined, _ = session.strategy.aggregate_train(round_, blocks)
         session.arrays = from_record(combined) if combined is not None else session.arrays
@@ -203,9 +203,10 @@ def play_round(session: Session, round_: int) -> None:
 
 @dataclass(frozen=True)
 class Tried:
-    """One attempt at a round: who was asked, which replies count, and what was sent to each."""
+    """One attempt at a round: who was asked, who of these trained, which replies count, and what was sent to each."""
 
     cohort: list[int]
+    trained: list[int]
     verdict: Verdict
     sent: Arrays
     sums_only: bool
@@ -268,7 +269,9 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
         )
     refused = dict(sorted({**verdict.refused, **called.absent}.items()))
     excused = private and len(left) == len(called.trained)
-    return Tried(called.asked, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only, excused)
+    return Tried(
+        called.asked, called.trained, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only, excused
+    )
 
 
 def _attack(
@@ -357,7 +360,9 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
     """
     everyone = range(session.experiment.partition.clients)
     fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
-    config = ConfigRecord({"round": round_, "run": session.run_id, "finetune": fine_tuned, "thorough": last})
+    config = ConfigRecord(
+        {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
+    )
     sent = to_record(session.arrays)
     replies, _ = session.exchange.send(
         list(session.strategy.configure_evaluate(round_, sent, config, Cohort(everyone)))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from config.cohort import unseen
 from config.durable import Arrays
 from config.schema import Experiment
 from privacy.releases import allowed
@@ -39,10 +40,11 @@ def test_sizes(experiment: Experiment, task: Task) -> dict[int, int]:
     return {client: len(parts.test) if told else 1 for client, parts in enumerate(task.split.clients)}
 
 
-def used(scores: Mapping[int, ClientScores]) -> dict[int, Scores]:
-    """Of each client's scores those of the model that it would use, by target/metric."""
+def used(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, Scores]:
+    """Of each client's scores those of the model that it would use, by target/metric; or of another `model` of its."""
+    start = f"{model}/"
     return {
-        c: {k.removeprefix("used/"): v for k, v in s.scores.items() if k.startswith("used/")} for c, s in scores.items()
+        c: {k.removeprefix(start): v for k, v in s.scores.items() if k.startswith(start)} for c, s in scores.items()
     }
 
 
@@ -76,6 +78,7 @@ def summarise(
         "metrics": {
             "global": global_curve[-1] if global_curve else {},
             "clients": at_end,
+            **_beside(experiment, scores, test_sizes(experiment, task)),
             "last10": {"global": mean_tree(global_curve[-LAST:]), "clients": mean_tree(client_curve[-LAST:])},
         },
         **forgetting(experiment, task, scores),
@@ -96,6 +99,20 @@ def summarise(
         },
         "privacy": protection.summary(),
     }
+
+
+def _beside(
+    experiment: Experiment, scores: Mapping[int, ClientScores], samples: Mapping[int, int]
+) -> dict[str, dict[str, Any]]:
+    """What is measured beside "clients" if it is asked for: "finetuned", each client's model after local fine-tuning, and
+    "unseen", "unseen_finetuned": the same over the clients alone that were held out of training."""
+    hidden = {c: s for c, s in scores.items() if c in unseen(experiment)}
+    found = {
+        "finetuned": used(scores, "finetuned"),
+        "unseen": used(hidden),
+        "unseen_finetuned": used(hidden, "finetuned"),
+    }
+    return {name: spread for name, of_clients in found.items() if (spread := over_clients(of_clients, samples))}
 
 
 def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientScores]) -> dict[str, Any]:

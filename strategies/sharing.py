@@ -14,6 +14,7 @@ from torch import nn
 from config.durable import Arrays
 from config.errors import UserError
 from config.schema import SHARES, Experiment
+from strategies.norms import norms
 from strategies.trainable import HEADS as HEADS
 from strategies.trainable import is_added, trained
 
@@ -102,6 +103,16 @@ def _something_learns(found: Roles, experiment: Experiment) -> None:
             f'strategy.share = "{shared}" with local.trainable = "{experiment.local.trainable}" and strategy.name = '
             f'"{name}" shares only what never changes: write strategy.share = "trainable", or local.trainable = "all"'
         )
+    if name in ("fedrep", "fedalt", "fedbabu") and experiment.local.trainable == "gradual":
+        raise UserError(
+            f'local.trainable = "gradual" with strategy.name = "{name}": at first nothing of the trunk learns, and '
+            'this algorithm trains the trunk by itself; write local.trainable = "all"'
+        )
+    if name == "moon" and found.trunk_is_frozen:
+        raise UserError(
+            f'local.trainable = "{experiment.local.trainable}" with strategy.name = "moon": it trains the trunk; write '
+            'local.trainable = "all", or strategy.name = "fedavg"'
+        )
     if name in ("fedrep", "fedalt") and not set(found.personal) - set(found.buffers):
         raise UserError(
             f'strategy.share = "{shared}" with strategy.name = "{name}": nothing is personal that learns, so there are no '
@@ -118,18 +129,6 @@ def _matching(patterns: str, names: tuple[str, ...]) -> tuple[str, ...]:
                 f"{', '.join(SHARES)}, or patterns with * over these names: {', '.join(names)}"
             )
     return tuple(n for n in names if any(fnmatchcase(n, p) for p in wanted))
-
-
-def norms(model: nn.Module) -> tuple[str, ...]:
-    """The state names, statistics included, of a model's normalisation layers, told by their type, never by name."""
-    prefixes = [name for name, module in model.named_modules() if _is_norm(module)]
-    return tuple(n for n in model.state_dict() if n.rpartition(".")[0] in prefixes)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Torch's own normalisation layers and their subclasses, and others that are called one (transformers' RMS norms)."""
-    torchs = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-    return isinstance(module, torchs) or type(module).__name__.rstrip("1234d").endswith("Norm")
 
 
 def name_weights(metrics: Mapping[str, Any], names: Iterable[str], equal: bool = False) -> dict[str, float]:

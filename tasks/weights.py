@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from config.durable import DamagedFile, read_arrays
 from config.errors import UserError
 from config.schema import Task
 from tasks.backbones import TRANSFORMERS, torchvision_names, transformers_weights
@@ -72,6 +73,10 @@ def _from_file(place: str) -> dict[str, Tensor]:
             f'task.pretrained = "{place}": there is no such file; write "source", "{PUBLISHED}", the path of a '
             ".safetensors file, or an empty string for a random start"
         )
+    try:
+        return {name: torch.from_numpy(value) for name, value in read_arrays(path).items()}  # a run's checkpoint
+    except DamagedFile:
+        pass
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -13,7 +13,8 @@ from config.durable import Arrays, read_arrays
 from config.errors import UserError
 from config.schema import Experiment
 from server.checkpoints import latest
-from strategies.sharing import norms, of_kind, roles_of
+from strategies.norms import norms
+from strategies.sharing import of_kind, roles_of
 from tasks.task import initial_state, open_task
 from tasks.vision import torchvision
 
@@ -169,6 +170,16 @@ def test_fedbn_keeps_norms_by_type_and_their_statistics(tmp_path: Path) -> None:
     run_inline(experiment, tmp_path)
     assert all(stored(tmp_path, c, 2).keys() == expected for c in range(3))
     assert arrays(tmp_path).keys() == model.state_dict().keys() - expected
+
+
+def test_lg_fedavg_starts_from_a_model_that_fedavg_trained(tmp_path: Path) -> None:
+    run_inline(small("fedavg", *LIVELY), tmp_path / "first")
+    checkpoint = tmp_path / "first" / "checkpoints" / "round-00000002.safetensors"
+    experiment = small("lg-fedavg", f"task.pretrained={checkpoint}", *LIVELY)
+    trained, start = arrays(tmp_path / "first"), initial_state(experiment)
+    equal(*({n: a[n] for n in trained if n.startswith("trunk.")} for a in (start, trained)))
+    assert run_inline(experiment, tmp_path / "second")["status"] == "done"
+    assert all(n.startswith("trunk.") for n in stored(tmp_path / "second", 0, 2))
 
 
 def test_norms_are_told_by_type() -> None:
