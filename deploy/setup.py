@@ -19,7 +19,8 @@ ENDED = Path("/ended/status")
 
 def main(nodes: int) -> int:
     """Prepare; the exit status of `meadow deal`."""
-    ENDED.unlink(missing_ok=True)
+    if ENDED.exists():  # what an earlier run left, where there is such a volume
+        ENDED.unlink()
     names = [f"node-{i}" for i in range(nodes)]
     keys.main(VOLUMES, names, "keys")
     experiment = os.environ.get("MEADOW_EXPERIMENT") or "fedavg"
