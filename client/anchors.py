@@ -7,7 +7,7 @@
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,8 +24,7 @@ from strategies.trainable import HEADS
 from tasks.data import Data, Target
 from tasks.evaluation import load_into
 from tasks.models import build, inputs
-from tasks.peft import Added
-from tasks.task import Task, initial_state, open_task, source_data, source_state
+from tasks.task import Task, initial_state, open_task, source_data, source_model
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ def teaches(experiment: Experiment) -> bool:
 def source_fisher(experiment: Experiment) -> Mapping[str, Tensor]:
     """The true diagonal Fisher information of the source model's trunk on its own data, float32, by parameter name."""
     task = open_task(experiment)
-    model = task.new_model()
-    load_into(model, source_state(experiment))
+    model = source_model(experiment)
     with one_thread():
         fisher = true_fisher(model, source_data(experiment).train, task, experiment.local.fisher_samples)
     return {name: value.float() for name, value in fisher.items() if not name.startswith(HEADS)}
@@ -144,9 +142,7 @@ def _teacher(experiment: Experiment) -> nn.Module:
     """The source model, or that of the file `anchor.teacher`."""
     task, plan = open_task(experiment), experiment.anchor
     if not plan.teacher:
-        model = replace(task, added=Added()).new_model()
-        load_into(model, source_state(experiment))
-        return model
+        return source_model(experiment)
     shape = {"model": plan.teacher_model or task.settings.model, "hidden": plan.teacher_hidden or task.settings.hidden}
     model = build(task.settings.model_copy(update=shape), task.targets, inputs(task.dataset))
     path = Path(plan.teacher).expanduser()

@@ -5,6 +5,8 @@ train and evaluate: answer for each client in the pack.
 """
 
 import json
+import logging
+from collections.abc import Sequence
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -12,10 +14,14 @@ from flwr.clientapp import ClientApp
 from client.node import add_up, answer, evaluate_client, hosted_here, open_node, train_client
 from client.store import Store
 from config.identity import code_sha256, versions
+from config.logs import log_lines
 from privacy.releases import allowed
-from strategies.packing import NodeReply, pack_replies, unpack_requests
+from strategies.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
 from strategies.sharing import from_record
 
+log = logging.getLogger("meadow.client")
+
+log_lines()
 app = ClientApp()
 
 
@@ -32,7 +38,8 @@ def join(message: Message, context: Context) -> Message:
             "clients": clients,
             "simulated": node.keeper.simulated,
             "sizes": [len(node.task.client(c).train) if allowed(node.experiment, "samples") else 1 for c in clients],
-            "code": code_sha256(),
+            # A deployed node names the Meadow that is installed on it, whatever code the bundle brought.
+            "code": str(context.node_config.get("code") or code_sha256()),
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
@@ -47,6 +54,7 @@ def train(message: Message, context: Context) -> Message:
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
     answers = answer(node, requests, train_client)
+    _tell("trained", requests, answers)
     sent = from_record(requests[0].content.array_records["arrays"])
     return Message(pack_replies(add_up(node, answers, sent, blocks)), reply_to=message)
 
@@ -55,4 +63,15 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the clients in the pack."""
     requests, _ = unpack_requests(message.content)
-    return Message(pack_replies(NodeReply(answer(open_node(context), requests, evaluate_client))), reply_to=message)
+    answers = answer(open_node(context), requests, evaluate_client)
+    _tell("evaluated", requests, answers)
+    return Message(pack_replies(NodeReply(answers)), reply_to=message)
+
+
+def _tell(done: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+    for request, given in zip(requests, answers, strict=True):
+        which = {"round": request.content.config_records["config"]["round"], "client": given.client}
+        if given.content is None:
+            log.error("failed: %s", given.error.strip().splitlines()[-1], extra=which)
+        else:
+            log.info(done, extra=which)

@@ -41,6 +41,7 @@ from strategies.sharing import (
     to_record,
 )
 from tasks.data import Data, concatenate
+from tasks.domains import source_samples
 from tasks.evaluation import evaluate, examine
 from tasks.features import View, view
 from tasks.shares import hosted
@@ -211,7 +212,7 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        beside = Beside(turn.validation, of_kind(LOOP, turn.memory))
+        beside = Beside(turn.validation, of_kind(LOOP, turn.memory), turn.source)
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
@@ -246,6 +247,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         personal=personal,
         work=float(cast(float, config.get("work", 1.0))),
         validation=_validation(node, client),
+        source=_source(node, client),
     )
     turn.load(turn.start())
     data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)
@@ -290,6 +292,16 @@ def _validation(node: Node, client: int) -> Data | None:
     else:
         validation, key = task.client(client).validation, f"{client}/validation"
     return node.view.data(key, validation) if len(validation) else None
+
+
+def _source(node: Node, client: int) -> Data | None:
+    """The source domain's samples that the client has beside its own, as far as the settings ask for it."""
+    experiment, pooled = node.experiment, node.experiment.run.placement == "pooled"
+    if experiment.adapt.method == "none":
+        return None
+    own = experiment.adapt.where == "clients" or experiment.adapt.method == "match"
+    key = f"{client}/source" if own and not pooled else "source"
+    return node.view.data(key, source_samples(experiment, None if pooled else client))
 
 
 def _size(node: Node, client: int) -> int:

@@ -13,7 +13,7 @@ from config.schema import Experiment
 from config.seeds import one_thread
 from strategies.trainable import HEADS
 from tasks.evaluation import load_into
-from tasks.task import initial_state, open_task, source_data, source_state
+from tasks.task import initial_state, open_task, source_data, source_model
 
 
 def freeze(model: nn.Module, learns: Collection[str]) -> dict[str, nn.Parameter]:
@@ -82,12 +82,12 @@ def top(fisher: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
 def _entries(experiment: Experiment, client: int | None) -> Mapping[str, Tensor]:
     """The mask's entries: a function of the experiment and, chosen on local data, of the client. Never of the round."""
     task, samples = open_task(experiment), experiment.local.fisher_samples
-    model = task.new_model()
     with one_thread():
         if client is None:
-            load_into(model, source_state(experiment))
+            model = source_model(experiment)
             data = source_data(experiment).train
         else:
+            model = task.new_model()
             load_into(model, initial_state(experiment))
             data = task.pool() if experiment.run.placement == "pooled" else task.client(client).train
         fisher = empirical_fisher(model, data, task, samples)

@@ -2,7 +2,7 @@
 
 What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
 (`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`), what holds the model near
-another one (`anchors.py`).
+another one (`anchors.py`), what each of several targets counts (`balance.py`), samples of another domain (`adaptation.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from client import anchors
+from client.adaptation import adaptation
+from client.balance import make_balance
 from client.optimisers import make_optimizer, plateau, scheduled
 from client.trainable import freeze, mask
 from client.validation import Watch, validation_loss
@@ -39,10 +41,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Beside:
-    """What a client has beside its training samples: its validation part, and what its last round left in memory."""
+    """What a client has beside its training samples: its validation part, what its last round left in memory, and
+    labelled samples of a source domain."""
 
     validation: Data | None = None
     memory: Arrays = field(default_factory=dict)
+    source: Data | None = None
 
 
 LOOP = "loop"
@@ -94,16 +98,20 @@ def train(
     total = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
     if permit is not None:
         total = permit.mechanism.steps
-    weights = class_weights(task.targets, data.y)
+    adapting = adaptation(experiment, task, beside.source, data, round_, client, memory)
+    weights = class_weights(task.targets, adapting.labels if adapting else data.y)
     rate = scheduled(plan, round_, experiment.run.rounds)
     watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
     if plan.schedule == "plateau" and beside.validation:
         rate *= plateau(plan, memory, validation_loss(model, beside.validation, task))
+    balance = make_balance(plan, task.targets, memory)
     held = mask(model, experiment, client)
     pull, teacher = anchors.pull(model, experiment), anchors.teacher(model, task, experiment)
+    share = 1 - teacher.distill if teacher else 1.0
     corrections = [correct, pull.correct if pull else None, held.correct if held else None]
     names = list(model.state_dict())
     factors = rate_factors(plan, names)
+    extra = [*balance.parameters, *(adapting.open(model) if adapting else ())]
     sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
     seen, steps, at = 0, 0, -1
     private: Privatiser | None = None
@@ -117,8 +125,8 @@ def train(
         seen += len(index)
         for name, values in parts.items():
             sums[name] += values.detach().sum()
-        each = torch.stack([w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)]).sum(0)
-        return each if teacher is None else (1 - teacher.distill) * each + teacher.each(batch, outputs)
+        data_loss = torch.stack([w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)]).sum(0)
+        return data_loss if teacher is None else share * data_loss + teacher.each(batch, outputs)
 
     with torch_seeded(seed, "train", round_, client), ExitStack() as opened:
         while steps < total:
@@ -130,23 +138,29 @@ def train(
                 learning = freeze(model, now)
                 if at != stage_before:
                     slower = rate / plan.gradual_divide**at
-                    optimizer = make_optimizer(learning, plan, {n: f * slower for n, f in factors.items()})
+                    rates = {n: f * slower for n, f in factors.items()}
+                    optimizer = make_optimizer(learning, plan, rates, extra)
             if permit is not None:
                 private = private or opened.enter_context(permit.on(model))
                 private.gradients(permit.sample(len(data)), each)
             else:
-                batch = data.take(order[position * size : (position + 1) * size])
+                index = order[position * size : (position + 1) * size]
+                batch = data.take(index)
+                if adapting is not None:
+                    batch = adapting.batch(index, batch)
                 batch = Data(task.prepare(batch.x, training=True), batch.y)
-                outputs = model(batch.x)
+                outputs, aligned = (
+                    adapting.outputs(model, batch.x, steps / total) if adapting else (model(batch.x), None)
+                )
                 parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
-                loss = sum(w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True))
-                assert isinstance(loss, Tensor)
-                if teacher is not None:
-                    loss = (1 - teacher.distill) * loss + teacher.each(batch, outputs).mean()
-                if term is not None:
-                    loss = loss + term(model, batch, outputs)
+                rest = teacher.each(batch, outputs).mean() if teacher else None
+                for more in (aligned, term(model, batch, outputs) if term else None):
+                    if more is not None:
+                        rest = more if rest is None else rest + more
+                shares = {t.name: share * w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)}
+                present = {t.name for t in task.targets if t.labelled(batch.y[t.name])}
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                balance.backward(shares, present, rest, learning)
                 seen += len(batch)
                 for name, value in parts.items():
                     sums[name] += value.detach() * len(batch)
@@ -159,8 +173,11 @@ def train(
             if held is not None:
                 held.restore(learning)
             steps += 1
+            if position == steps_an_epoch - 1 or steps == total:
+                balance.epoch_ends()
             if watch is not None and position == steps_an_epoch - 1 and watch.ends(model):
                 break
     if watch is not None:
         watch.restore(model)
+    memory |= balance.remember() | (adapting.remember() if adapting else {})
     return Trained(steps, {name: float(value) / seen for name, value in sums.items()} if seen else {}, memory)

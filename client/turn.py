@@ -44,6 +44,7 @@ class ClientTurn:
     personal: Arrays
     work: float = 1.0
     validation: Data | None = None
+    source: Data | None = None
     permit: Permit | None = None
     remembered: Arrays = field(default_factory=dict)
 
@@ -100,7 +101,7 @@ class ClientTurn:
             learns=learns,
             correct=correct,
             term=term,
-            beside=Beside(self.validation, of_kind(LOOP, self.memory)),
+            beside=Beside(self.validation, of_kind(LOOP, self.memory), self.source),
             permit=self.permit if leaves else None,
         )
         if not self.remembered:

@@ -98,6 +98,9 @@ class Task(Section):
     model: str = Field("mlp", min_length=1, description="A model of docs/models.md, or a user's module:object.")
     hidden: int = Field(64, ge=2, description="Units of the hidden layers of the MLP; channels of the CNN's trunk.")
     norm: Literal["", "group"] = Field("", description='"group": every batch normalisation is made a GroupNorm.')
+    trunks: Literal["shared", "cross-stitch"] = Field(
+        "shared", description='"cross-stitch": a trunk for each learned target, coupled after each layer.'
+    )
     gated: bool = Field(False, description="A sigmoid gate over the trunk's features in front of each head.")
     pretrained: str = Field(
         "",
@@ -232,6 +235,12 @@ class Local(Section):
         0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: never."
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of a class label spread over all classes.")
+    balance: Literal["fixed", "uncertainty", "dwa", "gradnorm", "pcgrad"] = Field(
+        "fixed", description="How several targets' losses are weighed, beside task.target_weights."
+    )
+    dwa_temperature: float = Field(2.0, gt=0, description="Of balance = dwa: high is even.")
+    gradnorm_alpha: float = Field(1.5, ge=0, description="Of balance = gradnorm: how hard slow targets are pushed.")
+    gradnorm_lr: float = Field(0.025, gt=0, description="The rate at which gradnorm's weights move.")
     trainable: str = Field(
         "all", description="all, head, last:N, gradual, lora, adapters or fisher: what training changes."
     )
@@ -289,6 +298,35 @@ class Anchor(Section):
     teacher: str = Field("", description="A .safetensors file with another model to learn outputs from (kl, distill).")
     teacher_model: str = Field("", description="That model's task.model; empty: the same.")
     teacher_hidden: int = Field(0, ge=0, description="That model's task.hidden; 0: the same.")
+
+
+class Adapt(Section):
+    """`[adapt]`: labelled samples of another domain beside the clients' own. docs/training.md has the formulas."""
+
+    method: Literal["none", "source-only", "mmd", "coral", "deep-coral", "dann", "match", "augment"] = "none"
+    weight: float = Field(1.0, gt=0, description="Weight of the alignment beside the data's loss.")
+    labels: Literal["source", "both"] = Field(
+        "source", description='"source": the clients\' own labels are not used; "both": they are.'
+    )
+    where: Literal["public", "clients"] = Field(
+        "public", description="Every client has all source samples, or a share of them."
+    )
+    dataset: str = Field("", description="The source domain's task.dataset; empty: task.source.")
+    root: str = Field("", description="Its task.root.")
+    train: str = Field("", description="Its task.train.")
+    targets: Names = Field((), description="Its names of task.targets, in order; empty: the same.")
+    widths: Fractions = Field(
+        (0.25, 0.5, 1.0, 2.0, 4.0), min_length=1, description="MMD's kernel widths, times the median squared distance."
+    )
+    ridge: float = Field(1.0, ge=0, description="Added to the variances that coral whitens and colours with.")
+    dann_gamma: float = Field(10.0, gt=0, description="How fast DANN's reversal comes to its full strength.")
+    dann_hidden: int = Field(64, ge=1, description="Units of DANN's domain classifier.")
+
+    @model_validator(mode="after")
+    def _widths_are_positive(self) -> Self:
+        if min(self.widths) <= 0:
+            raise ValueError(f"widths = {list(self.widths)}: give positive numbers")
+        return self
 
 
 SHARES = ("all", "none", "body", "head", "all-but-norms", "trainable")
@@ -497,6 +535,7 @@ class Experiment(Section):
     cohort: Cohort = Field(default_factory=Cohort)
     local: Local = Field(default_factory=Local)
     anchor: Anchor = Field(default_factory=Anchor)
+    adapt: Adapt = Field(default_factory=Adapt)
     strategy: Strategy = Field(default_factory=Strategy)
     attack: Attack = Field(default_factory=Attack)
     privacy: Privacy = Field(default_factory=Privacy)
@@ -522,6 +561,7 @@ class Experiment(Section):
         self._strategy_fits()
         if not unknown:
             self._defence_fits()
+        self._check_adapt()
         if faults := privacy_faults(self):
             raise ValueError("; ".join(faults))
         return self
@@ -543,6 +583,18 @@ class Experiment(Section):
             raise ValueError(
                 f'local.fisher_on = "source" with task.pretrained = "{self.task.pretrained}": there is no source task; '
                 'write task.pretrained = "source" or local.fisher_on = "local"'
+            )
+        by_depth = local.trainable.startswith("last:") or local.trainable == "gradual" or local.depth_lr_factor != 1
+        if self.task.trunks == "cross-stitch" and by_depth:
+            raise ValueError(
+                f'task.trunks = "cross-stitch" with local.trainable = "{local.trainable}" and local.depth_lr_factor = '
+                f'{local.depth_lr_factor}: coupled trunks have no one order of layers; write trainable = "all" or '
+                '"head", and lr_factors'
+            )
+        if local.trainable in ("head", "last:0", "gradual") and local.balance in ("gradnorm", "pcgrad"):
+            raise ValueError(
+                f'local.balance = "{local.balance}" with local.trainable = "{local.trainable}": it weighs gradients of the '
+                'trunk, which does not learn (or not at first); write local.balance = "dwa" or another local.trainable'
             )
         if local.trainable == "gradual" and local.gradual_unit == "epochs" and local.steps:
             raise ValueError(
@@ -566,6 +618,12 @@ class Experiment(Section):
             raise ValueError(
                 f'anchor.ewc = {anchor.ewc} with anchor.to = "received": the Fisher information is the source model\'s; '
                 'write anchor.to = "start", or anchor.l2'
+            )
+        whole = anchor.ewc or (self.local.trainable == "fisher" and self.local.fisher_on == "source")
+        if whole and self.task.trunks == "cross-stitch":
+            raise ValueError(
+                f'task.trunks = "cross-stitch" with anchor.ewc = {anchor.ewc} and local.fisher_on = '
+                f'"{self.local.fisher_on}": the source model has one trunk; write anchor.l2, or fisher_on = "local"'
             )
         if anchor.ewc and self.local.trainable in ("lora", "adapters"):
             raise ValueError(
@@ -691,6 +749,8 @@ class Experiment(Section):
             "anchor.ewc": anchor.ewc,
             "anchor.kl": anchor.kl,
             "anchor.distill": anchor.distill,
+            "local.balance": local.balance != "fixed" and local.balance,
+            "adapt.method": self.adapt.method != "none" and self.adapt.method,
         }
         for setting, changed in own.items():
             if name in WATCHING and changed:
@@ -721,6 +781,20 @@ class Experiment(Section):
             )
         if name == "multi-krum" and self.strategy.keep > updates:
             raise ValueError(f"strategy.keep = {self.strategy.keep} is more than the {updates} updates of a cohort")
+
+    def _check_adapt(self) -> None:
+        adapt, task = self.adapt, self.task
+        if adapt.method in ("mmd", "deep-coral", "dann", "match") and self.local.trainable in ("head", "last:0"):
+            raise ValueError(
+                f'adapt.method = "{adapt.method}" with local.trainable = "{self.local.trainable}": it aligns features '
+                'of the trunk, which never changes; write adapt.method = "coral" or "augment", or local.trainable = "all"'
+            )
+        if adapt.method == "augment" and (adapt.labels == "source" or task.gated or task.trunks != "shared"):
+            raise ValueError(
+                f'adapt.method = "augment" with adapt.labels = "{adapt.labels}", task.gated = {task.gated} and task.trunks '
+                f'= "{task.trunks}": what is the target domain\'s own is learned from its labels, by a plain head; write '
+                'adapt.labels = "both", task.gated = false and task.trunks = "shared"'
+            )
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -811,6 +885,7 @@ def privacy_faults(experiment: Experiment) -> list[str]:
         private = {
             "patience": local.patience > 0,
             "schedule": local.schedule == "plateau",
+            "balance": local.balance != "fixed",
             "fisher_on": local.trainable == "fisher" and local.fisher_on == "local",
         }
         faults += [
@@ -819,6 +894,11 @@ def privacy_faults(experiment: Experiment) -> list[str]:
             for name, is_on in private.items()
             if is_on
         ]
+        if experiment.adapt.method != "none":
+            faults.append(
+                f'{setting} with adapt.method = "{experiment.adapt.method}": it compares whole batches of private samples, '
+                'so no sample\'s share can be clipped; write privacy.unit = "client"'
+            )
         if local.trainable == "gradual" and local.gradual_unit == "epochs":
             faults.append(
                 f'{setting} with local.gradual_unit = "epochs": a round of DP-SGD has steps and no epochs; write '

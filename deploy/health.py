@@ -1,5 +1,6 @@
 """Health of a service: `python -m deploy.health URL` ends with 0 if URL answers 200, by TLS with the federation's CA."""
 
+import os
 import ssl
 import sys
 import urllib.request
@@ -8,7 +9,7 @@ from pathlib import Path
 
 def main(url: str) -> int:
     """0 if the service is well, 1 if not."""
-    ca = Path("/own/keys/ca.crt")
+    ca = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys/ca.crt"
     context = ssl.create_default_context(cafile=str(ca)) if url.startswith("https") else None
     try:
         with urllib.request.urlopen(url, timeout=4, context=context) as answer:

@@ -5,7 +5,7 @@ FOLDER/coordinator  what the coordinator's machine needs: the CA's certificate a
 FOLDER/NODE         what one node's machine needs: the CA's certificate, and this node's own private key
 
 What exists is kept, so that a second start changes nothing, and a new node gets its key beside the others. The names that
-the server's certificate is good for: MEADOW_SERVER_NAMES, by default those of docker-compose.yml.
+the server's certificate is good for: those of docker-compose.yml, and what MEADOW_SERVER_NAMES adds, "a.example,10.0.0.7".
 """
 
 import datetime
@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-NAMES = "superlink,proxy,localhost,127.0.0.1"
+NAMES = ("superlink", "proxy", "localhost", "127.0.0.1")
 DAYS = 825
 """Validity of the certificates. Delete FOLDER/coordinator/server.* (or the whole folder) and start again to renew."""
 
@@ -33,7 +33,8 @@ def main(folder: Path, nodes: list[str], below: str = "") -> None:
     if not (coordinator / "ca.crt").exists():
         _authority(coordinator)
     if not (coordinator / "server.crt").exists():
-        _server(coordinator, os.environ.get("MEADOW_SERVER_NAMES", NAMES).split(","))
+        more = os.environ.get("MEADOW_SERVER_NAMES", "").split(",")
+        _server(coordinator, [*NAMES, *(name.strip() for name in more if name.strip())])
     if not (coordinator / "superexec.secret").exists():
         _write(coordinator / "superexec.secret", secrets.token_hex(32).encode())
     for node in nodes:
@@ -71,7 +72,7 @@ def _server(folder: Path, names: list[str]) -> None:
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[0])])
     certificate = (
         _certificate(subject, authority.subject, key.public_key())
-        .add_extension(x509.SubjectAlternativeName([_name(name.strip()) for name in names]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([_name(name) for name in names]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
         .add_extension(_usage(signs_certificates=False), critical=True)

@@ -1,8 +1,9 @@
 """The coordinator's one-shot service: admit the nodes, submit the run, follow it to its end, write the report.
 
-`python -m deploy.submit`. Its exit status is the run's: 0 done, 3 ended early for a stated reason, 1 a fault. A run that
-Flower calls failed because something under it died (a SuperLink that was killed marks its runs so) is submitted again from
-its last checkpoint, at most MEADOW_ATTEMPTS times; the result has the bits of a run that never was interrupted.
+`python -m deploy.submit`. Its exit status is the run's: 0 done, 2 the input is wrong, 3 ended early for a stated
+reason, 1 a fault. A run that Flower calls failed because something under it died (a SuperLink that was killed marks its
+runs so) is submitted again from its last checkpoint, at most MEADOW_ATTEMPTS times; the result has the bits of a run that
+never was interrupted.
 """
 
 import json
@@ -12,21 +13,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import tomli_w
 
+from config.errors import UserError
+from config.identity import ROOT
 from config.load import load, to_flat
 from config.schema import Experiment
+from deploy.control import CONNECTION, STATE, connect, flwr, log, online, register
 from experiments.report import write_report
+from server.folder import RunFolder, check_folder
 
-KEYS, SHARE, RUNS, STATE = Path("/own/keys"), Path("/own/share"), Path("/runs"), Path("/state")
-CONNECTION = "meadow"
+SHARE = Path(os.environ.get("MEADOW_SHARE", "/own/share"))
+RUNS = Path(os.environ.get("MEADOW_RUNS", "/runs"))
 PATIENCE = 120.0
 """Seconds for nodes to come; the run then begins with those that did (its quorum decides), or fails if there is none."""
+LOOK = 10.0
+"""Seconds between two questions to the SuperLink what has become of the run, while the run folder says nothing new."""
 
 
 class Stopped(Exception):
@@ -39,146 +45,122 @@ def main() -> int:
     signal.signal(signal.SIGINT, _stop)
     experiment = load(SHARE / "experiment.toml")
     out = RUNS / (os.environ.get("MEADOW_RUN") or f"{experiment.run.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    _connect()
+    connect()
     try:
-        _admit(sorted(KEYS.glob("*.pub")))
-        _wait_for_nodes(len(list(KEYS.glob("*.pub"))))
-        status = _run(experiment, out)
+        status = _go(experiment, out)
     except Stopped:
         _note_stop(out)
         status = 3
     if (out / "experiment.toml").exists():
-        log("report", file=str(write_report([out], out / "report.html")))
+        log("report", file=write_report([out], out / "report.html"))
     ended = os.environ.get("MEADOW_ENDED", "")
     if ended:
         Path(ended).write_text(f"{status}\n")
     return status
 
 
-def log(event: str, level: str = "INFO", **facts: object) -> None:
-    """One line an event."""
-    print(" ".join([f"level={level} service=run event={event}", *(f"{k}={v}" for k, v in facts.items())]), flush=True)
+def _go(experiment: Experiment, out: Path) -> int:
+    if not os.access(RUNS, os.W_OK):
+        way = f"its owner is user {RUNS.stat().st_uid}, the containers are user {os.getuid()}: chown it, or set MEADOW_UID"
+        log("refused", level="ERROR", answer=json.dumps(f"{RUNS} cannot be written: {way}"))
+        return 2
+    try:
+        check_folder(out, experiment, resume=True)
+    except UserError as error:
+        log("refused", level="ERROR", answer=json.dumps(str(error)))
+        return 2
+    _wait_for_nodes(register())
+    return _run(experiment, out)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     raise Stopped
 
 
-def _connect() -> None:
-    home = STATE / "flwr"
-    os.environ["FLWR_HOME"] = str(home)
-    home.mkdir(parents=True, exist_ok=True)
-    connection = {"address": "superlink:9091", "root-certificates": str(KEYS / "ca.crt")}
-    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
-
-
-def _flwr(*words: str) -> Any:
-    """What a `flwr` command answers with --format json; an empty mapping if it fails."""
-    done = subprocess.run(["flwr", *words, CONNECTION, "--format", "json"], capture_output=True, text=True, timeout=60)
-    try:
-        return json.loads(done.stdout)
-    except ValueError:
-        return {}
-
-
-def _admit(keys: Sequence[Path]) -> None:
-    """Register the nodes' public keys; one that is registered already stays so."""
-    for key in keys:
-        answer = subprocess.run(
-            ["flwr", "supernode", "register", str(key), CONNECTION, "--format", "json"],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        log("register", node=key.stem, answer="new" if answer.returncode == 0 else "known")
-
-
 def _wait_for_nodes(count: int) -> None:
     end = time.monotonic() + PATIENCE
-    online = 0
-    while online < count and time.monotonic() < end:
-        nodes = _flwr("supernode", "list").get("nodes", [])
-        online = sum(node.get("status") == "online" for node in nodes)
+    while (now := online()) < count and time.monotonic() < end:
         time.sleep(0.5)
-    log("nodes", level="INFO" if online >= count else "WARNING", online=online, expected=count)
+    log("nodes", level="INFO" if now >= count else "WARNING", online=now, expected=count)
 
 
 def _run(experiment: Experiment, out: Path) -> int:
     for attempt in range(1, int(os.environ.get("MEADOW_ATTEMPTS", "3")) + 1):
+        before = RunFolder(out).summary()
         # A folder that an earlier attempt, or an earlier start under the same name, has begun is gone on with.
-        overrides = {**to_flat(experiment), "out": str(out), "resume": out.exists()}
-        file = Path("/tmp/run-config.toml")
+        overrides = {**to_flat(experiment), "out": str(out.absolute()), "resume": out.exists()}
+        file = STATE / "run-config.toml"
         file.write_text(tomli_w.dumps(overrides))
-        app = _app()
         log("submit", attempt=attempt, out=str(out))
         submitted = subprocess.run(
-            ["flwr", "run", str(app), CONNECTION, "--run-config", str(file), "--format", "json"],
+            ["flwr", "run", str(_app()), CONNECTION, "--run-config", str(file), "--format", "json"],
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         if submitted.returncode != 0:
             log("refused", level="ERROR", answer=json.dumps(submitted.stdout + submitted.stderr))
             return 1
-        _follow(out)
-        summary = _summary(out)
+        _follow(out, before)
+        summary = RunFolder(out).summary()
         if summary and summary["status"] in ("done", "stopped"):
             log("end", status=summary["status"], reason=json.dumps(summary["reason"]), model=summary["model_sha256"])
             return 0 if summary["status"] == "done" else 3
-        runs = _wait_for_superlink()
-        log("failed", level="WARNING", attempt=attempt, flower=json.dumps(runs[:1]))
+        log("failed", level="WARNING", attempt=attempt, flower=json.dumps(_wait_for_superlink()[:1]))
         if summary and summary["status"] == "failed":
             return 1
     return 1
 
 
-def _follow(out: Path) -> None:
-    """Tell each round as it ends, until Flower calls the run finished."""
-    told, looked = 0, 0.0
+def _follow(out: Path, before: Any) -> None:
+    """Tell each round as it ends, until the run folder has another summary than `before`, or Flower calls the run ended."""
+    told, looked = len(RunFolder(out).rounds()), time.monotonic()
     while True:
-        path = out / "rounds.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in lines[told:]:
-            record = json.loads(line)
+        records = RunFolder(out).rounds()
+        for record in records[told:]:
             failed = [failure["client"] for failure in record["failed"]]
             log(
-                "round", round=record["round"], clients=len(record["cohort"]), failed=failed,
+                "round", round=record["round"], clients=len(record["cohort"]), failed=json.dumps(failed).replace(" ", ""),
                 seconds=round(record["seconds"], 1), bytes=record["bytes_up"] + record["bytes_down"],
             )  # fmt: skip
-        told = max(told, len(lines))
-        if time.monotonic() - looked > 5:
-            runs = _flwr("ls").get("runs", [])
+            looked = time.monotonic()
+        told = len(records)
+        if (summary := RunFolder(out).summary()) and summary != before:
+            return
+        if time.monotonic() - looked > LOOK:
+            runs = flwr("ls", "--limit", "1").get("runs", [])
             if runs and str(runs[0].get("status", "")).startswith("finished"):
                 return
             looked = time.monotonic()
-        time.sleep(0.5)
+        time.sleep(0.2)
 
 
 def _app() -> Path:
     """A copy of the app to bundle: `flwr run` writes beside it, and the image is read-only."""
-    app = Path("/tmp/app")
+    app = STATE / "app"
     shutil.rmtree(app, ignore_errors=True)
-    shutil.copytree("/app", app)
+    app.mkdir(parents=True)
+    for room in ("config", "tasks", "privacy", "strategies", "client", "server"):
+        shutil.copytree(ROOT / room, app / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, app)
     return app
 
 
 def _wait_for_superlink() -> list[Any]:
-    """The list of runs, as soon as the SuperLink answers again."""
+    """The newest run, as soon as the SuperLink answers again."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        if runs := _flwr("ls").get("runs", []):
+        if runs := flwr("ls", "--limit", "1").get("runs", []):
             return list(runs)
         time.sleep(1)
     return []
 
 
 def _note_stop(out: Path) -> None:
-    """What a run says of itself when the coordinator was stopped: status 3, and the folder can be resumed."""
-    log("stopped", level="WARNING", resume=f"MEADOW_RUN={out.name} docker compose up")
-    runs = _flwr("ls").get("runs", [])
+    """Stop the run and say how to go on with it."""
+    log("stopped", level="WARNING", resume=f"MEADOW_RUN={out.name}")
+    runs = flwr("ls", "--limit", "1").get("runs", [])
     if runs:
-        subprocess.run(["flwr", "stop", str(runs[0].get("run-id", "")), CONNECTION], capture_output=True, timeout=20)
-
-
-def _summary(out: Path) -> Any:
-    path = out / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+        flwr("stop", str(runs[0].get("run-id", "")))
 
 
 if __name__ == "__main__":

@@ -130,6 +130,29 @@ def plan(experiment: Name, overrides: Overrides = None, json_: Json = False) -> 
 
 
 @app.command()
+def audit(experiment: Name, overrides: Overrides = None, json_: Json = False) -> None:
+    """Measure whether the privacy that is claimed is the privacy that is given; exit status 3 if it is not."""
+    from rich.table import Table
+
+    from experiments.audit import audit as make_audit
+
+    checks = make_audit(load(experiment, overrides or []))
+    wrong = [check for check in checks if not check.holds]
+    if json_:
+        typer.echo(json.dumps({"holds": not wrong, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        table = Table("what", "claimed", "measured", "p", "")
+        for check in checks:
+            p = "" if check.p is None else f"{check.p:.2g}"
+            verdict = "holds" if check.holds else "[red]does not hold[/red]"
+            table.add_row(_escape(check.name), _escape(check.claimed), _escape(check.measured), p, verdict)
+        _console(False).print(table)
+        told = "the claim holds" if not wrong else f"the claim does not hold: {', '.join(c.name for c in wrong)}"
+        _console(False).print(_escape(told), soft_wrap=True)
+    raise typer.Exit(3 if wrong else 0)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a comparison's folder.")],
     out: Annotated[

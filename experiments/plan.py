@@ -1,11 +1,13 @@
 """What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
 from config.cohort import draw_cohort
 from config.schema import Experiment
 from experiments.folds import fold_runs
+from privacy.plan import claim, forecasts, steps_a_round
 from server.cohorts import read_schedule
 from server.rounds import setup
 from strategies import algorithm, make_strategy
@@ -33,7 +35,10 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
     sizes = [len(task.pool())] if pooled else [len(c.train) for c in task.split.clients]
     schedule = read_schedule(experiment)
     cohorts = [draw_cohort(experiment, r, sizes, schedule) for r in range(1, experiment.run.rounds + 1)]
-    steps = [half.client.steps(experiment.strategy, experiment.local, n) for n in sizes]
+    local = experiment.local
+    if experiment.privacy.unit == "example":
+        local = local.model_copy(update={"steps": steps_a_round(experiment)})
+    steps = [half.client.steps(experiment.strategy, local, n) for n in sizes]
     arrays = {n: start[n] for n in parts.shared}
     strategy = make_strategy(setup(experiment, task, parts))
     beside = strategy.extra(arrays) if isinstance(strategy, FedAvg) else {}
@@ -53,5 +58,21 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
         "steps": sum(steps[c] for cohort in cohorts for c in cohort),
         "bytes_up": shared * asked,
         "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
-        "privacy": {"unit": experiment.privacy.unit, "epsilon": None},
+        "privacy": _privacy(experiment),
+    }
+
+
+def _privacy(experiment: Experiment) -> dict[str, Any]:
+    """What the run would cost with new ledgers: noise multipliers (of each clip), and epsilon over the clients."""
+    if experiment.privacy.unit == "none":
+        return {"unit": "none", "epsilon": None}
+    forecast = forecasts(experiment)
+    spent = [epsilon for _, epsilon, _ in forecast]
+    noise = [z for z, _, _ in forecast]
+    return {
+        "unit": experiment.privacy.unit,
+        "noise": f"{min(noise):.4g} to {max(noise):.4g} times the clip",
+        "epsilon": str(claim(experiment, max(spent))),
+        "median epsilon": round(statistics.median(spent), 4),
+        "clients that leave early": sum(early for _, _, early in forecast),
     }

@@ -114,7 +114,8 @@ def line(records: Mapping[int, Record], total: int, label: str, before: Mapping[
     """The newest round in one line; `before` as in `time_left`."""
     newest = records[max(records)]
     target, metric = subject(records)
-    parts = [f"{label}: round {newest['round']}/{total}", f"loss {_loss(newest, target)}"]
+    parts = [f"{label}: round {newest['round']}/{total}"]
+    parts += [f"loss {loss}"] if (loss := _loss(newest, target)) else []
     for name, value in zip(("global", "clients", "worst tenth"), _metrics(newest, target, metric), strict=True):
         if value is not None:
             parts.append(f"{name} {worded(value, metric, target)}")

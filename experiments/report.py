@@ -1,7 +1,7 @@
 """The report: what runs have shown, as one HTML file that opens offline."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from experiments.results import (
     targets_of,
 )
 from experiments.words import metric_name
+from privacy.releases import NOT_PROTECTED
 
 CSS = (
     f":root {{ color-scheme: light dark; {style.css_variables(dark=False)} }}\n"
@@ -56,6 +57,7 @@ p { max-width: 52rem; margin: .4rem 0 .8rem; }
 .facts { margin: .35rem 0 1.4rem; }
 .note, figcaption { font-size: .875rem; }
 .answer { font-size: 1.08rem; padding: .1rem 0 .1rem 1.1rem; border-left: 3px solid var(--m0); max-width: 54rem; }
+.bare, .bare td { color: light-dark(#c00d1e, #ff6b6b); }
 .warn { padding: .5rem .9rem; border: 1px solid var(--loser); border-radius: 6px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; margin: .8rem 0 .4rem; min-width: 60%; }
@@ -494,7 +496,7 @@ def _run_html(name: str, run: RunResult) -> str:
     if (never := (summary.get("clients") or {}).get("never_sampled")) is not None:
         facts.append(("never sampled", escape(_never_sampled(int(never), run))))
     facts += [
-        ("privacy", escape(privacy_statement(run))),
+        ("privacy", privacy_statement(run)),
         ("versions", escape(", ".join(f"{k} {v}" for k, v in (run.manifest.get("versions") or {}).items()))),
         ("commit", f"<code>{escape(str(run.manifest.get('git_commit') or 'not in a git repository'))}</code>"),
         ("command", f"<code>{escape(' '.join(map(str, run.manifest.get('command') or [])))}</code>"),
@@ -508,18 +510,29 @@ def _run_html(name: str, run: RunResult) -> str:
 
 
 def privacy_statement(run: RunResult) -> str:
-    """What a run protects, in words."""
+    """What a run protects, and what left its clients, as HTML: what is not protected in red."""
     privacy = {"unit": run.experiment.privacy.unit, **((run.summary or {}).get("privacy") or {})}
-    releases = [r["what"] if isinstance(r, Mapping) else str(r) for r in privacy.get("releases") or []]
-    left = f" What left the clients: {', '.join(releases)}." if releases else ""
+    left = privacy.get("releases") or []
     if privacy["unit"] == "none":
-        return f"No protection: no noise was added to anything.{left}"
-    epsilon = privacy.get("epsilon") or {}
-    return (
-        f"Differential privacy for each {privacy['unit']}: epsilon at most {epsilon.get('max')} "
-        f"(median over the clients {epsilon.get('median')}) at delta {privacy.get('delta')}, "
-        f"by the accountant {privacy.get('accountant')}.{left}"
-    )
+        bare = "No protection: no noise was added to anything."
+        what = ", ".join(escape(str(entry["what"])) for entry in left)
+        return f'{bare} What left the clients: <span class="bare">{what}</span>.' if what else bare
+    said: list[str] = []
+    if statement := privacy.get("statement"):
+        median = (privacy.get("epsilon") or {}).get("median")
+        said.append(f"The client that has spent most: {escape(str(statement))}; the median client's: {median:.4g}.")
+    if gone := privacy.get("exhausted"):
+        said.append(f"{gone} of the clients left because their budget was spent.")
+    if noise := privacy.get("noise"):
+        said.append(f"The noise is {escape(str(noise))}.")
+    rows = "".join(_release(str(entry["what"]), str(entry["mechanism"])) for entry in left)
+    table = f'<table><tr><th>what left</th><th class="left">protected by</th></tr>{rows}</table>' if rows else ""
+    return f"{' '.join(said)}{table}"
+
+
+def _release(what: str, mechanism: str) -> str:
+    bare = ' class="bare"' if mechanism == NOT_PROTECTED else ""
+    return f'<tr{bare}><td>{escape(what)}</td><td class="left">{escape(mechanism)}</td></tr>'
 
 
 def _never_sampled(count: int, run: RunResult) -> str:

@@ -82,7 +82,8 @@ def combine(
     """The next model: sent + (sum of the clipped updates + noise of deviation noise_multiplier * bound) / denominator.
 
     `updates` may be none at all: the model then moves by noise, as the mechanism says. `denominator` is a constant of
-    the experiment (the expected cohort), never the number of replies. The noise is drawn once, in the order of `sent`.
+    the experiment (the expected cohort), never the number of replies. The noise is drawn once, in the order of the names,
+    because a resumed server may hold its arrays in another order.
     Sums are float64; the result has the dtypes of `sent`. An update that travelled as float32 may be longer than the
     bound by rounding; it is shortened. Raises ValueError for a denominator that is not positive, and
     for an update longer than the bound, whatever its sender says.
@@ -96,12 +97,11 @@ def combine(
             raise ValueError(f"Expected updates of norm <= clip={bound}, not {size}.")
         for name, value in update.items():
             sums[name] += value.astype(np.float64) * min(1.0, bound / size if size else 1.0)
-    result: Arrays = {}
-    for name, array in sent.items():
+    moved: Arrays = {}
+    for name, array in sorted(sent.items()):
         noise = generator.normal(0.0, noise_multiplier * bound, array.shape) if noise_multiplier > 0 else 0.0
-        moved = array.astype(np.float64) + (sums[name] + noise) / denominator
-        result[name] = moved.astype(array.dtype)
-    return result
+        moved[name] = (array.astype(np.float64) + (sums[name] + noise) / denominator).astype(array.dtype)
+    return {name: moved[name] for name in sent}
 
 
 def noised(
@@ -109,10 +109,12 @@ def noised(
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Local DP: a clipped update with noise of deviation noise_multiplier * bound, drawn by the client before it leaves.
 
-    It is not clipped again by the server: what a client has noised is longer than the bound.
+    It is not clipped again by the server: what a client has noised is longer than the bound. The noise is drawn in the
+    order of the names.
     """
     return {
-        name: value + generator.normal(0.0, noise_multiplier * bound, value.shape) for name, value in update.items()
+        name: value + generator.normal(0.0, noise_multiplier * bound, value.shape)
+        for name, value in sorted(update.items())
     }
 
 

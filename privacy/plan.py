@@ -5,11 +5,13 @@ cohorts are a function of the seed. What a client has spent in earlier runs coun
 """
 
 import csv
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from config.cohort import participations
 from config.errors import UserError
 from config.schema import Experiment
 from config.seeds import numpy_generator
@@ -150,6 +152,39 @@ def client_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
 def client_denominator(experiment: Experiment) -> float:
     """What the noisy sum of updates is divided by: `privacy.denominator`, or the expected cohort."""
     return experiment.privacy.denominator or _rate(experiment) * experiment.participants
+
+
+def forecasts(experiment: Experiment) -> list[tuple[float, float, bool]]:
+    """Of each client (pooled: of the one place), with a new ledger: noise multiplier, epsilon of its rounds of the whole
+    run as far as its budget lets it, and whether that ends before the run. Raises UserError as a run would."""
+    times, privacy = participations(experiment), experiment.privacy
+    if privacy.unit == "client":
+        noise = client_noise(experiment)
+        fits = _rounds_that_fit(experiment.run.rounds, privacy.epsilon, lambda n: client_cost(experiment, noise, n))
+        row = noise, client_cost(experiment, noise, fits).epsilon, fits < experiment.run.rounds
+        return [row] * experiment.partition.clients
+    found = []
+    for rounds, budget in zip(times, budgets(experiment, len(times)), strict=True):
+        if privacy.unit == "example":
+            mechanism = dpsgd(experiment, rounds, budget)
+            noise, cost = mechanism.noise_multiplier, functools.partial(dpsgd_cost, experiment, mechanism)
+        else:
+            noise = local_noise(experiment, rounds, budget)
+            cost = functools.partial(local_cost, experiment, noise)
+        fits = _rounds_that_fit(rounds, budget, cost)
+        found.append((noise, cost(fits).epsilon, fits < rounds))
+    return found
+
+
+def _rounds_that_fit(rounds: int, budget: float, cost: Callable[[int], Guarantee]) -> int:
+    """The most rounds, up to all, whose cost is within the budget (0 or infinity: there is none)."""
+    if not budget or cost(rounds).epsilon <= budget:
+        return rounds
+    low, high = 0, rounds
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle).epsilon <= budget else (low, middle)
+    return low
 
 
 def claim(experiment: Experiment, spent: float) -> Guarantee:

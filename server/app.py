@@ -7,6 +7,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from config.load import from_flat
+from config.logs import log_lines
 from server.rounds import run_experiment
 from tasks.task import settle
 
@@ -16,6 +17,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment. `out` is the run folder (empty: `runs/NAME-TIME` where this process started)."""
+    log_lines()
     experiment = settle(from_flat(context.run_config))
     out = Path(str(context.run_config.get("out") or f"runs/{experiment.run.name}-{time.strftime('%Y%m%d-%H%M%S')}"))
     run_experiment(grid, experiment, out.resolve(), resume=bool(context.run_config.get("resume", False)))

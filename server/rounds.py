@@ -263,7 +263,10 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
         judge=strategy.judge if isinstance(strategy, FedAvg) else None,
     )
     for client, reason in verdict.refused.items():
-        log.warning("round %d: client %d does not count: %s", round_, client, reason.strip().splitlines()[-1])
+        which = {"round": round_, "client": client}
+        log.warning(
+            "round %d: client %d does not count: %s", *which.values(), reason.strip().splitlines()[-1], extra=which
+        )
     refused = dict(sorted({**verdict.refused, **called.absent}.items()))
     excused = private and len(left) == len(called.trained)
     return Tried(

@@ -4,7 +4,7 @@ import hashlib
 import math
 import resource
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from config.cohort import unseen
@@ -16,10 +16,9 @@ from server.folder import RunFolder
 from server.protection import Protection
 from strategies.sharing import arrays_sha256
 from strategies.trainable import HEADS, is_added, trained
-from tasks.evaluation import evaluate, load_into
+from tasks.evaluation import evaluate
 from tasks.metrics import THOROUGH, Ints
-from tasks.peft import Added
-from tasks.task import Task, source_data, source_state
+from tasks.task import Task, source_data, source_model
 
 LAST = 10
 
@@ -122,12 +121,10 @@ def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientSc
     On the source task's test set: before, the source model; after, the models that the clients use at the end, their
     mean over clients.
     """
-    if "source" not in experiment.evaluate.on or not scores:
-        return {}
-    model = replace(task, added=Added()).new_model()
-    load_into(model, source_state(experiment))
-    before = evaluate(model, source_data(experiment).test, task)
     after = mean_tree([{k: v for k, v in s.scores.items() if k.startswith("source/")} for s in scores.values()])
+    if not after:
+        return {}
+    before = evaluate(source_model(experiment), source_data(experiment).test, task)
     found: dict[str, Any] = {}
     for key, value in before.items():
         target, _, metric = key.partition("/")

@@ -22,10 +22,10 @@ class Heads(nn.Module):
     def __init__(self, model: Multihead) -> None:
         super().__init__()
         self.heads = model.heads
-        self._on_features = model.on_features
+        self.on_features = model.on_features
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
-        return self._on_features(features)
+        return self.on_features(features)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from tasks import networks
 from tasks.backbones import TRANSFORMERS, torchvision_names, torchvision_trunk, transformers_trunk
 from tasks.data import Dataset, Inputs, Target
 from tasks.datasets import user_object
+from tasks.stitch import couple
 
 
 def inputs(dataset: Dataset) -> Inputs:
@@ -30,7 +31,8 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
 
     Initial weights (torch's defaults: He et al. 2015, uniform with bound 1/sqrt(fan-in)) are a function of `seed`: the
     trunk's of (seed, "init", "trunk"), a head's of (seed, "init", "heads", name), so that methods with more or fewer
-    heads start from the same trunk. Raises UserError if the model cannot take samples of this shape.
+    heads start from the same trunk; coupled trunks' of (seed, "init", "trunk", name). Raises UserError if the model
+    cannot take samples of this shape.
     """
     with torch_seeded(seed, "init", "trunk"):
         trunk, features = _trunk(task)(task, inputs)
@@ -39,6 +41,13 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
         with torch_seeded(seed, "init", "heads", target.name):
             head = nn.Linear(features, target.size)
             heads[target.name] = Gated(features, head) if task.gated else head
+    if task.trunks == "cross-stitch":
+
+        def column(name: str) -> nn.Module:
+            with torch_seeded(seed, "init", "trunk", name):
+                return _trunk(task)(task, inputs)[0]
+
+        trunk, heads = couple(column, features, heads, targets, task.model)
     return Multihead(trunk, heads, {target.name: target.kind == "value" for target in targets})
 
 
@@ -77,6 +86,38 @@ class Gated(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return cast(Tensor, self.linear(h * torch.sigmoid(self.gate(h))))
+
+
+class TwoDomains(nn.Linear):
+    """A head on augmented features (Daume 2007): (h, h, 0) of a source sample h, (h, 0, h) of a target one.
+
+    It takes features (n, width) of target samples, as evaluation has them, or augmented ones, (n, 3 width). It starts as
+    the plain head: what it shares is that, what is each domain's own is 0.
+    """
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(3 * plain.in_features, plain.out_features)
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[:, : plain.in_features] = plain.weight
+            self.bias.copy_(plain.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h if h.shape[-1] == self.in_features else augmented(h, source=False))
+
+
+def with_domains(model: nn.Module) -> nn.Module:
+    """The model with each of its linear heads made `TwoDomains`, in place."""
+    heads = cast(nn.ModuleDict, model.heads)
+    for name, head in list(heads.items()):
+        heads[name] = TwoDomains(cast(nn.Linear, head))
+    return model
+
+
+def augmented(h: Tensor, source: bool) -> Tensor:
+    """(h, h, 0) or (h, 0, h): features (n, width) -> (n, 3 width)."""
+    none = torch.zeros_like(h)
+    return torch.cat([h, h, none] if source else [h, none, h], -1)
 
 
 Trunk = Callable[[Task, Inputs], tuple[nn.Module, int]]

@@ -141,6 +141,7 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
         pipeline=image_pipeline(dataset, experiment.task),
         counts=np.array(share["labels"], dtype=np.int64) if share["labels"] else None,
         added=added(experiment.local),
+        two_domains=experiment.adapt.method == "augment",
         _clients=clients,
     )
 

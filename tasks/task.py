@@ -4,8 +4,8 @@ Everything here is a function of the experiment alone, so every process of a run
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,11 @@ from tasks.digits import printed_digits
 from tasks.holds import held
 from tasks.laws import Ints
 from tasks.metrics import loss
-from tasks.models import build, inputs
+from tasks.models import build, inputs, with_domains
 from tasks.partition import Split, deal, label_counts, strata
 from tasks.peft import Added, added, extend
 from tasks.pipeline import Pipeline, image_pipeline
+from tasks.stitch import COLUMNS
 from tasks.weights import TRUNK, pretrained_trunk
 
 
@@ -47,7 +48,7 @@ class Task:
     held: whether each client has the labels of each of `task.targets` (`partition.holds`), bool (clients, targets).
     noise: variance of the last client's noise under law = feature-shift, else 0. pipeline: what `prepare` does to
     images; None for samples that a model takes as they are. counts: `label_counts`, where the pool is not in this process
-    (`tasks.shares`).
+    (`tasks.shares`). added: what each layer of the trunk gets beside it. two_domains: heads are `tasks.models.TwoDomains`.
     """
 
     dataset: Dataset
@@ -61,6 +62,7 @@ class Task:
     pipeline: Pipeline | None = None
     counts: Ints | None = None
     added: Added = field(default_factory=Added)
+    two_domains: bool = False
     _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
@@ -100,7 +102,13 @@ class Task:
 
     def new_model(self) -> nn.Module:
         """A new model with the random start of the run's seed; `initial_state` is where training starts."""
-        return extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
+        model = extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
+        return with_domains(model) if self.two_domains else model
+
+    def plain_model(self) -> nn.Module:
+        """A new model with one trunk and nothing added: what a source model and a file of weights fit."""
+        settings = self.settings.model_copy(update={"trunks": "shared"})
+        return build(settings, self.targets, inputs(self.dataset), self.seed)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
         """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`), of the same shape.
@@ -123,7 +131,8 @@ def open_task(experiment: Experiment) -> Task:
     if place := share_folder():
         return read_share(place, experiment)
     seed, folds = experiment.run.seed, (experiment.evaluate.folds, experiment.evaluate.fold)
-    return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, added(experiment.local))
+    more = added(experiment.local), experiment.adapt.method == "augment"
+    return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, *more)
 
 
 def settle(experiment: Experiment) -> Experiment:
@@ -146,6 +155,7 @@ def _open_task(
     folds: int,
     fold: int,
     added: Added,
+    two_domains: bool,
 ) -> Task:
     dataset = open_dataset(task)
     targets = {target.name: target for target in dataset.targets}
@@ -161,7 +171,9 @@ def _open_task(
     weights = task.target_weights or (1.0,) * len(learned)
     learned_targets, noise = tuple(targets[name] for name in learned), partition.noise if shifted else 0.0
     pipeline = image_pipeline(dataset, task)
-    return Task(dataset, split, learned_targets, weights, task, seed, holders, noise, pipeline, added=added)
+    return Task(
+        dataset, split, learned_targets, weights, task, seed, holders, noise, pipeline, None, added, two_domains
+    )
 
 
 def _missing(y: Tensor) -> Tensor:
@@ -204,16 +216,35 @@ def initial_state(experiment: Experiment) -> Arrays:
     UserError for weights that are missing, unreadable or do not fit.
     """
     task, opened = experiment.task, open_task(experiment)
-    state = dict(replace(opened, added=Added()).new_model().state_dict())
+    state = dict(opened.plain_model().state_dict())
     if task.pretrained == "source":
         source = source_state(experiment)
         state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
     elif task.pretrained:
         state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
-    if opened.added.kind:
-        state = dict(opened.new_model().state_dict()) | state
+    if opened.added.kind or opened.two_domains or task.trunks == "cross-stitch":
+        whole = dict(opened.new_model().state_dict())
+        state = {name: _start(name, state, tensor, bool(task.pretrained)) for name, tensor in whole.items()}
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     return {name: tensor.numpy(force=True).copy() for name, tensor in floats.items()}
+
+
+def _start(name: str, plain: Mapping[str, Tensor], new: Tensor, pretrained: bool) -> Tensor:
+    """Where an array of a model that is more than the plain one starts: in the trunk as that of the plain model, which
+    coupled trunks take only if it is pretrained; else as it is, new."""
+    if pretrained and name.startswith(COLUMNS):
+        name = TRUNK + name.removeprefix(COLUMNS).partition(".")[2]
+    return plain.get(name, new) if name.startswith(TRUNK) else new
+
+
+def source_model(experiment: Experiment) -> nn.Module:
+    """A new model with `source_state`."""
+    model = open_task(experiment).plain_model()
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in source_state(experiment).items():
+            state[name].copy_(torch.from_numpy(value))
+    return model
 
 
 def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:

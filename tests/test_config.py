@@ -40,7 +40,8 @@ def test_flower_declares_every_key_with_its_default() -> None:
 def test_presets_differ_in_axis_values_only() -> None:
     axes = {"run.name", "run.placement", "task.learn", "task.pretrained", "local.trunk_lr_factor"}
     axes |= {"local.trainable", "local.lora_share", "local.gradual_every"}
-    axes |= {"anchor.l2", "anchor.ewc", "anchor.kl", "anchor.distill"}
+    axes |= {"anchor.l2", "anchor.ewc", "anchor.kl", "anchor.distill", "task.trunks", "local.balance"}
+    axes |= {"adapt.method", "adapt.weight", "adapt.labels"}
     axes |= {f"strategy.{key}" for key in Strategy.model_fields} | {"evaluate.fine_tune_epochs"}
     for name in preset_names():
         keys = {key for key, _ in flatten(read_tree(name))}

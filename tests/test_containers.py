@@ -1,169 +1,243 @@
-"""The containers of docker-compose.yml: the same bits as inline, a node that is killed, and who is refused.
+"""The containers of docker-compose.yml: who is refused, what they survive, and that the bits are those of inline.
 
-Needs Docker and docker-compose (or Compose v2); minutes long: `pytest -m docker`.
+One stack plays one run, and the tests are its story in order: it starts, is stopped with Ctrl-C and goes on, turns strangers
+away, loses a node, a network and its coordinator, and ends by itself. Minutes long, needs Docker with docker-compose (or
+Compose v2) and root: `pytest -m docker`. What takes longer still is also marked `slow`.
 """
 
 import json
-import os
-import shutil
+import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_inline
+from flwr.app import RecordDict
+from stack import PROJECT, PROXY, PULL, REFUSED, Stack, ask, container, docker, inspect, kill, playing, start_engine
 
+import client.app
+from client.node import Node
+from client.node import train_client as train_one
 from config.load import load
+from strategies.packing import Request
 
 pytestmark = pytest.mark.docker
-ROOT = Path(__file__).parents[1]
-ROUNDS = 4
-PROJECT = "meadowtest"
-NODE_KILLED = "node-2"
-
-
-def compose() -> list[str]:
-    if shutil.which("docker-compose"):
-        return ["docker-compose", "-p", PROJECT]
-    return ["docker", "compose", "-p", PROJECT]
-
-
-def docker(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["docker", *words], capture_output=True, text=True, timeout=timeout)
-
-
-def container(service: str) -> str:
-    found = docker("ps", "-aq", "--filter", f"label=com.docker.compose.project={PROJECT}",
-                   "--filter", f"label=com.docker.compose.service={service}").stdout.split()  # fmt: skip
-    return found[0] if found else ""
+CLIENTS = 8
+HOSTED = {f"node-{i}": [2 * i, 2 * i + 1] for i in range(4)}
+KILLED, CUT = "node-2", "node-1"
 
 
 @pytest.fixture(scope="module")
-def engine() -> None:
-    script = ROOT.parent / "shared" / "testbed" / "docker-up"
-    if docker("info").returncode != 0 and script.exists():
-        subprocess.run([str(script)], check=True, timeout=600)
-    if docker("info").returncode != 0:
-        pytest.skip("no Docker engine is running")
-
-
-@pytest.fixture(scope="module")
-def stack(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    """A checkout of its own with the stack up, in the middle of a run; the log of `up`, and the folder."""
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    start_engine()
     place = tmp_path_factory.mktemp("stack") / "meadow"
-    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info", ".mypy_cache", ".ruff_cache")
-    shutil.copytree(ROOT, place, ignore=ignore)
-    (place / "runs").mkdir()
-    os.chown(place / "runs", 1000, 1000)
-    environment = os.environ | {"MEADOW_OVERRIDES": f"run.rounds={ROUNDS}", "MEADOW_RUN": "test"}
-    log = place / "up.log"
-    with log.open("w") as file:
-        up = subprocess.Popen([*compose(), "up", "--build"], cwd=place, env=environment, stdout=file, stderr=file)
-        try:
-            _until(lambda: (place / "runs/test/rounds.jsonl").exists(), 600, log)
-            yield log, place
-        finally:
-            up.send_signal(signal.SIGTERM)
-            up.wait(60)
-            subprocess.run([*compose(), "down", "-v"], cwd=place, env=environment, capture_output=True, timeout=120)
+    with playing(Stack(place, "fedper", 10, f"partition.clients={CLIENTS}")) as stack:
+        yield stack
 
 
-def _until(happened: object, seconds: float, log: Path) -> None:
-    end = time.monotonic() + seconds
-    while not happened():  # type: ignore[operator]
-        assert time.monotonic() < end, log.read_text()[-5000:]
-        time.sleep(1)
-
-
-def test_containers_are_hardened(stack: tuple[Path, Path]) -> None:
-    for service in ("superlink", "serverapp", "proxy", "run", "node-0", "node-3"):
-        facts = json.loads(docker("inspect", container(service)).stdout)[0]
+def test_containers_are_hardened(stack: Stack) -> None:
+    for service in ("superlink", "serverapp", "proxy", "run", *HOSTED):
+        facts = inspect(service)
         host = facts["HostConfig"]
         assert facts["Config"]["User"] == "1000", service
-        assert host["ReadonlyRootfs"] and host["Init"] and host["CapDrop"] == ["ALL"]
+        assert host["ReadonlyRootfs"] and host["Init"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"]
         assert "no-new-privileges:true" in host["SecurityOpt"] and host["PidsLimit"] > 0 and host["Memory"] > 0
-        mounts = {m["Destination"]: m["RW"] for m in facts["Mounts"]}
-        assert mounts["/own"] is False
-    files = docker("exec", container("node-1"), "find", "/own", "-type", "f").stdout.split()
-    shared = sorted(Path(f).name for f in files if "client-" in f)
-    assert shared == sorted(f"client-{c}.safetensors" for c in range(5, 10))  # its own clients, and nobody else's
-    assert not [f for f in files if "ca.key" in f or "test.safetensors" in f]
+        assert facts["State"]["Health"]["Status"] == "healthy" and host["PortBindings"] in (None, {})
+        assert {m["Destination"]: m["RW"] for m in facts["Mounts"]}["/own"] is False
+    hands_over = inspect("runs-folder")["HostConfig"]  # the one that is root, to give ./runs to the others' user
+    assert (hands_over["CapDrop"], hands_over["CapAdd"], hands_over["NetworkMode"]) == (["ALL"], ["CHOWN"], "none")
+    for node, clients in HOSTED.items():  # its own clients, and nobody else's; neither the CA's key nor the test set
+        files = {Path(f).name for f in docker("exec", container(node), "find", "/own", "-type", "f").split()}
+        assert files == {*(f"client-{c}.safetensors" for c in clients), *_COMMON}
 
 
-def from_node(code: str) -> str:
-    """What a Python program in a node's container, on the nodes' network, prints."""
-    done = docker("exec", "-i", container("node-0"), "python3", "-c", code)
-    return (done.stdout + done.stderr).strip()
+_COMMON = ("ca.crt", "node.key", "share.json", "experiment.toml")
 
 
-ASK = """
-import ssl, urllib.request, urllib.error
-context = ssl.create_default_context(cafile={ca!r})
-request = urllib.request.Request({url!r}, data={data}, method={method!r})
-try:
-    print(urllib.request.urlopen(request, timeout=20, context=context).status)
-except urllib.error.HTTPError as error:
-    print(error.code)
-except OSError as error:
-    print(type(error).__name__, error)
-"""
-CA = "/own/keys/ca.crt"
-
-
-def ask(url: str, method: str = "GET", data: str = "None", ca: str = CA) -> str:
-    return from_node(ASK.format(url=url, method=method, data=data, ca=ca))
-
-
-def test_who_is_refused(stack: tuple[Path, Path]) -> None:
-    assert ask("https://proxy:9092/health") == "200"
-    assert ask("https://proxy:9092/v1/control/list-runs", "POST", "b''") == "403"
-    assert ask("https://proxy:9092/v1/runtime/acquire-task", "POST", "b''") == "403"
-    assert ask("https://proxy:9092/v1/fleet/push-object", "POST", "b'x' * 34_000_000").startswith(("413", "URLError"))
-    assert ask("https://proxy:9092/v1/fleet/pull-messages", "POST", "b''")[0] == "4"  # no signature, no message
-    assert ask("http://proxy:9092/health") == "400"  # plaintext to the TLS port
-    assert "CERTIFICATE_VERIFY_FAILED" in ask("https://proxy:9092/health", ca="/etc/ssl/certs/ca-certificates.crt")
-    assert "URLError" in ask("https://superlink:9091/health")  # another network
-
-
-def test_a_node_with_an_unregistered_key_is_refused(stack: tuple[Path, Path]) -> None:
-    start = (
-        "python3 -m deploy.keys /tmp/other stranger && FLWR_HOME=/tmp/other/flwr timeout 25 flower-supernode --port 9199 "
-        "--superlink proxy:9092 --root-certificates /own/keys/ca.crt --max-retries 1 "
-        "--auth-supernode-private-key /tmp/other/stranger/node.key"
+def test_the_image_is_small_and_holds_no_compiler_and_no_secret(stack: Stack) -> None:
+    image = json.loads(docker("image", "inspect", inspect("run")["Image"]))[0]
+    assert image["Size"] < 2.5e9
+    find = r"find / -xdev \( -name 'gcc*' -o -name 'cc1*' -o -name 'g++*' -o -name clang \) -type f -perm /111"
+    secrets = (
+        r"find /app /state /own /volumes /home \( -name '*.key' -o -name '*.pub' -o -name '*.secret' -o -name .git \)"
     )
-    done = docker("exec", container("node-0"), "sh", "-c", start)
-    assert done.returncode != 0 and "SuperNode ID" not in done.stdout + done.stderr
-    told = subprocess.run(["docker", "logs", container("superlink")], capture_output=True, text=True)
-    assert "/v1/fleet/activate-node][ApiError" in told.stdout + told.stderr
+    assert docker("run", "--rm", "--network", "none", image["Id"], "sh", "-c", f"({find}; {secrets}) 2>/dev/null") == ""
 
 
-def test_a_killed_node_comes_back_and_the_bits_are_those_of_the_inline_engine(
-    stack: tuple[Path, Path], tmp_path: Path
+def test_ctrl_c_leaves_a_run_that_goes_on(stack: Stack) -> None:
+    stack.process.send_signal(signal.SIGINT)
+    stack.process.wait(180)
+    assert inspect("run")["State"]["ExitCode"] == 3
+    played = stack.rounds()
+    assert played and (stack.run / "manifest.json").exists()
+    assert "MEADOW_RUN=test" in docker("logs", container("run"))
+    stack.up()
+    stack.after_round(len(played) + 1)
+    assert stack.rounds()[: len(played)] == played  # not one round was played again
+
+
+def test_who_is_refused(stack: Stack) -> None:
+    health, *answers = ask({"url": f"{PROXY}/health"}, *(request for request, _ in REFUSED.values()))
+    assert health == "200"
+    for (what, (_, expected)), answer in zip(REFUSED.items(), answers, strict=True):
+        assert re.search(expected, answer, re.DOTALL), (what, answer)
+
+
+# A node's own signed headers for a call that changes nothing, as its SuperNode makes them.
+SIGN = """
+import base64, json
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+key = load_ssh_private_key(open("/own/keys/node.key", "rb").read(), None)
+time = now().isoformat()
+public, signature = public_key_to_bytes(key.public_key()), sign_message(key, time.encode())
+values = base64.b64encode(public).decode(), time, base64.b64encode(signature).decode()
+print(json.dumps(dict(zip(("flwr-public-key", "flwr-timestamp", "flwr-signature"), values))))
+"""
+
+
+def test_a_nodes_headers_replayed_from_another_address_are_refused(stack: Stack) -> None:
+    headers = json.loads(docker("exec", container("node-0"), "python3", "-c", SIGN))
+    call = PULL | {"headers": PULL["headers"] | headers}
+    first, again = ask(call, call)
+    assert first == again == '401 {"detail":"Invalid SuperNode authentication"}'  # an empty message names no node
+    assert ask(call, node="node-3") == ["401 These SuperNode headers were first used from another address."]
+
+
+def test_a_node_with_an_unregistered_key_is_refused(stack: Stack) -> None:
+    start = (
+        "python3 -m deploy.keys /tmp/other stranger && FLWR_HOME=/tmp/other/flwr timeout 60 flower-supernode --port 9199 "
+        "--superlink proxy:9092 --root-certificates /own/keys/ca.crt --max-retries 1 "
+        "--auth-supernode-private-key /tmp/other/stranger/node.key; echo status $?"
+    )
+    said = docker("exec", container("node-3"), "sh", "-c", start)
+    assert "status 0" not in said and "SuperNode ID" not in said
+    assert "[code: 2004] Failed to activate SuperNode." in said
+    assert "/v1/fleet/activate-node][ApiError:2004]" in docker("logs", container("superlink"))
+
+
+def test_a_node_that_is_killed_in_a_round_is_back_within_90_seconds(stack: Stack) -> None:
+    started = docker("logs", container(KILLED)).count("Receiving: train message")
+    stack.until(lambda: docker("logs", container(KILLED)).count("Receiving: train message") > started, 120)
+    state = personal(KILLED)
+    kill(KILLED)
+    killed = time.monotonic()
+    since = len(docker("logs", container(KILLED)))
+    stack.until(lambda: "Receiving: " in docker("logs", container(KILLED))[since:], 200)
+    took = time.monotonic() - killed
+    print(f"{KILLED} was back after {took:.0f} s")
+    assert took < 90, took
+    assert state and state.items() <= personal(KILLED).items()  # byte for byte
+    stack.until(stack.lost, 200)
+    assert {client for _, client in stack.lost()} == set(HOSTED[KILLED])  # the round went on without these
+    stack.until(lambda: not stack.rounds()[-1]["failed"], 200)  # and then they took part again
+
+
+def personal(node: str) -> dict[str, str]:
+    """SHA-256 of each file of the clients' state in a node, personal layers above all."""
+    lines = docker("exec", container(node), "sh", "-c", "find /state/clients -type f | xargs sha256sum").splitlines()
+    return {path: digest for digest, path in (line.split() for line in lines)}
+
+
+def cut_off(node: str, seconds: float) -> None:
+    network = f"{PROJECT}_nodes"
+    assert not docker("network", "disconnect", network, container(node))
+    time.sleep(seconds)
+    assert not docker("network", "connect", "--alias", node, network, container(node))
+
+
+def test_a_node_without_network_for_30_seconds_costs_only_time(stack: Stack) -> None:
+    lost, played = stack.lost(), len(stack.rounds())
+    cut_off(CUT, 30)
+    stack.after_round(played + 1)
+    assert stack.lost() == lost
+
+
+@pytest.mark.parametrize("service", ["superlink", "serverapp"])
+def test_what_is_killed_at_the_coordinator_costs_no_round(stack: Stack, service: str) -> None:
+    played, restarts, lost = stack.rounds(), inspect(service)["RestartCount"], stack.lost()
+    assert len(played) < stack.total
+    kill(service)
+    stack.until(lambda: inspect(service)["RestartCount"] > restarts, 60)
+    stack.until(lambda: len(stack.rounds()) > len(played), 400)
+    assert stack.rounds()[: len(played)] == played and stack.lost() == lost
+
+
+def test_it_ends_by_itself_with_the_bits_of_the_inline_engine(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, place = stack
-    before = json.loads(docker("inspect", container(NODE_KILLED)).stdout)[0]
-    subprocess.run(["kill", "-9", str(before["State"]["Pid"])], check=True)
-    end = time.monotonic() + 90
-    while json.loads(docker("inspect", container(NODE_KILLED)).stdout)[0]["RestartCount"] == before["RestartCount"]:
-        assert time.monotonic() < end
-        time.sleep(1)
-    summary = place / "runs/test/summary.json"
-    _until(summary.exists, 500, log)
-    found = json.loads(summary.read_text())
-    assert found["status"] == "done" and (place / "runs/test/rounds.jsonl").read_text().count("\n") == ROUNDS
-    failed = [f["client"] for line in (place / "runs/test/rounds.jsonl").open() for f in json.loads(line)["failed"]]
-    expected = run_inline(load("fedavg", [f"run.rounds={ROUNDS}"]), tmp_path)
-    assert found["split_sha256"] == expected["split_sha256"]
-    if not failed:  # the node was between two rounds when it was killed
-        assert found["model_sha256"] == expected["model_sha256"]
-    assert set(failed) <= set(range(10, 15))  # the clients of the node that was killed
+    stack.process.wait(400)
+    assert stack.process.returncode == 0
+    services = ("run", "superlink", "serverapp", "proxy", *HOSTED)
+    assert {service: inspect(service)["State"]["ExitCode"] for service in services} == dict.fromkeys(services, 0)
+    assert (stack.run / "report.html").exists()
+    assert (found := summary(stack))["status"] == "done" and len(stack.rounds()) == stack.total
+    expected = inline_with_losses(stack, tmp_path, monkeypatch)
+    assert [found[key] for key in SAME] == [expected[key] for key in SAME]
 
 
-def test_the_stack_ends_by_itself_with_the_report(stack: tuple[Path, Path]) -> None:
-    log, place = stack
-    _until(lambda: not docker("ps", "-q", "--filter", f"label=com.docker.compose.project={PROJECT}").stdout, 90, log)
-    assert (place / "runs/test/report.html").exists()
-    states = [json.loads(docker("inspect", container(s)).stdout)[0]["State"] for s in ("run", "superlink", "node-0")]
-    assert [state["ExitCode"] for state in states] == [0, 0, 0]
+SAME = ("split_sha256", "model_sha256", "personal_sha256")
+
+
+def summary(stack: Stack) -> dict[str, Any]:
+    return dict(json.loads((stack.run / "summary.json").read_text()))
+
+
+def inline_with_losses(stack: Stack, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The same experiment on the inline engine, where the clients that were lost in a round are lost too.
+
+    One that had trained when its reply was lost keeps what it learned for itself; its node's log says so.
+    """
+    lost = stack.lost()
+    logs = "".join(docker("logs", container(node)) for node in HOSTED)
+    trained = {tuple(map(int, found)) for found in re.findall(r'round=(\d+) client=(\d+) text="trained"', logs)}
+
+    def lossy(node: Node, request: Request) -> RecordDict:
+        which = (int(request.content.config_records["config"]["round"]), request.client)  # type: ignore[arg-type]
+        if which not in lost or which in trained:
+            reply = train_one(node, request)
+        if which in lost:
+            raise ConnectionError("this node's reply was lost in that round")
+        return reply
+
+    monkeypatch.setattr(client.app, "train_client", lossy)
+    return run_inline(load(stack.preset, stack.overrides), out / "inline")
+
+
+def test_logs_are_one_line_an_event(stack: Stack) -> None:
+    for service in ("run", "superlink", "serverapp", *HOSTED):
+        lines = docker("logs", container(service)).splitlines()
+        assert lines and [line for line in lines if not line.startswith("level=")] == []
+    lines = docker("logs", container("node-0")).splitlines()
+    assert any(line.startswith("level=INFO service=node round=1 client=1 text=") for line in lines)
+    assert "level=INFO service=run event=round round=1 clients=8 failed=[] " in docker("logs", container("run"))
+
+
+def test_a_node_of_another_version_is_refused(stack: Stack) -> None:
+    """The last test of the story: the stack is started once more, with other code on a node."""
+    (stack.place / "changed.py").write_text("# another version\n")
+    volume = "./changed.py:/app/client/__init__.py:ro"
+    (stack.place / "changed.yml").write_text(json.dumps({"services": {"node-3": {"volumes": [volume]}}}))
+    stack.environment |= {"MEADOW_RUN": "other"}
+    stack.up("-f", "docker-compose.yml", "-f", "changed.yml")
+    stack.process.wait(300)
+    assert inspect("run")["State"]["ExitCode"] == 3
+    said = docker("logs", container("run"))
+    assert "has another code than the server" in said and "install the same Meadow" in said
+
+
+@pytest.mark.slow
+def test_a_node_without_network_for_120_seconds_is_missed_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_engine()
+    with playing(Stack(tmp_path / "meadow", "fedavg", 20, f"partition.clients={CLIENTS}")) as stack:
+        cut_off(CUT, 120)
+        assert {client for _, client in stack.lost()} == set(HOSTED[CUT])  # the rounds went on
+        stack.until(lambda: not stack.rounds()[-1]["failed"], 200)
+        stack.process.wait(900)
+        assert summary(stack)["model_sha256"] == inline_with_losses(stack, tmp_path, monkeypatch)["model_sha256"]
