@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from client.fisher import true_fisher
@@ -25,6 +24,7 @@ from tasks.data import Data, Target
 from tasks.evaluation import load_into
 from tasks.models import build, inputs
 from tasks.task import Task, initial_state, open_task, source_data, source_model
+from tasks.weights import read_file
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _teacher(experiment: Experiment) -> nn.Module:
     model = build(task.settings.model_copy(update=shape), task.targets, inputs(task.dataset))
     path = Path(plan.teacher).expanduser()
     try:
-        load_into(model, {name: value.float().numpy() for name, value in load_file(path).items()})
+        load_into(model, {name: value.float().numpy() for name, value in read_file(path).items()})
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f'anchor.teacher = "{plan.teacher}" with anchor.teacher_model = "{plan.teacher_model}" and '

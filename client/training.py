@@ -144,7 +144,7 @@ def train(
                 private = private or opened.enter_context(permit.on(model))
                 private.gradients(permit.sample(len(data)), each)
             else:
-                index = order[position * size : (position + 1) * size]
+                index = batch_at(order, position, size, at_least_two=any(map(_normalises_batches, model.modules())))
                 batch = data.take(index)
                 if adapting is not None:
                     batch = adapting.batch(index, batch)
@@ -181,3 +181,20 @@ def train(
         watch.restore(model)
     memory |= balance.remember() | (adapting.remember() if adapting else {})
     return Trained(steps, {name: float(value) / seen for name, value in sums.items()} if seen else {}, memory)
+
+
+def batch_at(order: Tensor, position: int, size: int, at_least_two: bool) -> Tensor:
+    """The batch at a position (from 0) of an epoch over `order`, int64; the last one is shorter where it must be.
+
+    `at_least_two`: a last batch of a single sample gets one more from the batch before it, if batches are of three or
+    more, because batch normalisation learns nothing from one value.
+    """
+    begin, end = position * size, min((position + 1) * size, len(order))
+    if at_least_two and len(order) > size > 2 and len(order) % size == 1:
+        last = len(order) - 2
+        begin, end = (last, len(order)) if end == len(order) else (begin, min(end, last))
+    return order[begin:end]
+
+
+def _normalises_batches(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training

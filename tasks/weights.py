@@ -74,13 +74,17 @@ def _from_file(place: str) -> dict[str, Tensor]:
             ".safetensors file, or an empty string for a random start"
         )
     try:
-        return {name: torch.from_numpy(value) for name, value in read_arrays(path).items()}  # a run's checkpoint
-    except DamagedFile:
-        pass
-    try:
-        return load_file(path)
+        return read_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f'task.pretrained = "{place}" cannot be read as a .safetensors file: {error}') from None
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The arrays of a run's checkpoint, or of any .safetensors file. Raises SafetensorError or OSError."""
+    try:
+        return {name: torch.from_numpy(value) for name, value in read_arrays(path).items()}
+    except DamagedFile:
+        return load_file(path)
 
 
 def _published(task: Task) -> dict[str, Tensor]:

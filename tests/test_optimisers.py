@@ -11,7 +11,7 @@ from conftest import run_inline, small
 from torch import Tensor, nn
 
 from client.optimisers import PLATEAU, make_optimizer, plateau, scheduled
-from client.training import Beside, train
+from client.training import Beside, batch_at, train
 from client.validation import validation_loss
 from config.durable import Arrays, read_arrays
 from config.schema import Experiment, Local
@@ -223,3 +223,22 @@ def test_smoothing_reaches_training() -> None:
     assert reported["digit"] == pytest.approx(float(expected["digit"]), rel=1e-5)
     assert abs(reported["digit"] - float(plain["digit"])) > 1e-3
     assert reported["slant"] == pytest.approx(float(plain["slant"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("samples", "size"), [(17, 8), (9, 8), (7, 3), (16, 8), (5, 2), (1, 8), (3, 8)])
+def test_a_last_batch_of_one_gets_another_sample_where_norms_need_two(samples: int, size: int) -> None:
+    order = torch.arange(samples)
+    batches = -(-samples // size)
+    plain = [batch_at(order, i, size, at_least_two=False) for i in range(batches)]
+    assert [b.tolist() for b in plain] == [list(range(i * size, min((i + 1) * size, samples))) for i in range(batches)]
+    lent = [batch_at(order, i, size, at_least_two=True) for i in range(batches)]
+    assert torch.equal(torch.cat(lent), order)
+    assert samples == 1 or size == 2 or min(len(b) for b in lent) >= 2
+
+
+def test_batch_normalisation_learns_where_one_sample_is_left_over() -> None:
+    images = ("task.dataset=stars", "task.targets=points", "task.channels=rgb", "task.model=resnet18")
+    experiment = small("fedavg", *images, "local.batch_size=8", "local.epochs=1")
+    task = open_task(experiment)
+    nine = task.client(0).train.take(torch.arange(9))
+    assert train(task.new_model(), nine, task, experiment, 1, 0).steps == 2
