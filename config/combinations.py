@@ -190,9 +190,11 @@ def _strategy(experiment: Experiment) -> None:
             f'strategy.share = "{share}" with strategy.name = "{name}": nothing is personal, so there are no two parts '
             'to train in turns; write strategy.share = "body"'
         )
-    if name in ("fedbabu", "moon") and local.trainable == "head":
+    heads_alone = ("head", "last:0", "gradual") if name == "fedbabu" else ("head", "last:0")
+    if name in ("fedbabu", "moon") and local.trainable in heads_alone:
         raise ValueError(
-            f'local.trainable = "head" with strategy.name = "{name}": it trains the trunk; write local.trainable = "all"'
+            f'local.trainable = "{local.trainable}" with strategy.name = "{name}": it trains the trunk from round 1 on; '
+            'write local.trainable = "all"'
         )
     if name == "fedbabu" and share == "head":
         raise ValueError(

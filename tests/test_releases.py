@@ -20,7 +20,6 @@ from config.schema import (
     Privacy,
     Run,
     Strategy,
-    privacy_faults,
 )
 from privacy.accounting import epsilon
 from privacy.plan import (
@@ -50,18 +49,14 @@ def sections() -> st.SearchStrategy[Experiment]:
     ) -> Experiment | None:
         try:
             more = {} if unit == "none" else {"epsilon": pooled_epsilon, "sample_rate": 0.1}
-            privacy = Privacy(unit=unit, release=tuple(release), adaptive_clip=adaptive, **more)  # type: ignore[arg-type]
+            return Experiment(
+                run=Run(placement=placement),
+                strategy=Strategy(share=share),
+                evaluate=Evaluate(on=tuple(on)),
+                privacy=Privacy(unit=unit, release=tuple(release), adaptive_clip=adaptive, **more),  # type: ignore[arg-type]
+            )
         except ValidationError:
             return None
-        found = Experiment().model_copy(
-            update={
-                "run": Run(placement=placement),
-                "strategy": Strategy(share=share),
-                "evaluate": Evaluate(on=tuple(on)),
-                "privacy": privacy,
-            }
-        )
-        return None if privacy_faults(found) else found
 
     return st.builds(
         build,

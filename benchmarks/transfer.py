@@ -1,0 +1,95 @@
+"""Where transfer learning wins, and where it stops: printed to handwritten digits, 5 to 50 samples a client.
+
+    python -m benchmarks.transfer [--out transfer.png]
+
+Each of 20 clients alone, the same split for all methods of a seed: from scratch, the printed digits' trunk frozen under a
+new head, and all of it fine-tuned. Accuracy on the clients' own test samples, mean over clients; over three seeds.
+"""
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from rich.console import Console
+from rich.table import Table
+
+from config.load import load
+from experiments.api import Job, run_many
+from experiments.style import COLOURS, STYLE, to_file
+
+METHODS = {"local": "from scratch", "transfer": "transfer (head)", "finetune": "fine-tuning (all)"}
+SIZES = (5, 10, 20, 50)
+SEEDS = (0, 1, 2)
+EACH = 76
+"""Samples of each of the 20 clients: 1,527 dealt evenly."""
+
+Found = dict[tuple[str, int], list[float]]
+
+
+def measure(folder: Path) -> Found:
+    """Accuracy by (method, training samples a client), one a seed."""
+    jobs = {}
+    for size in SIZES:
+        share = size / EACH
+        fixed = (f"partition.parts={share},0.01,{0.99 - share}", "partition.law=iid", "engine.name=inline",
+                 "evaluate.every=1000", "evaluate.on=clients")  # fmt: skip
+        for method in METHODS:
+            for seed in SEEDS:
+                experiment = load(method, [*fixed, f"run.seed={seed}"])
+                jobs[method, size, seed] = Job(experiment, folder / f"{method}-{size}-{seed}")
+    found: Found = {}
+    for (method, size, _), summary in zip(jobs, run_many(list(jobs.values())), strict=True):
+        found.setdefault((method, size), []).append(summary.metrics["clients"]["digit"]["accuracy"]["mean"])
+    return found
+
+
+def table(found: Found) -> Table:
+    """Mean and standard deviation over the seeds, in percent."""
+    made = Table(title="accuracy (%), mean over 20 clients, ± over three seeds", box=None)
+    made.add_column("training samples a client")
+    for name in METHODS.values():
+        made.add_column(name, justify="right")
+    for size in SIZES:
+        cells = [found[method, size] for method in METHODS]
+        made.add_row(str(size), *(f"{100 * statistics.mean(c):.1f} ± {100 * statistics.stdev(c):.1f}" for c in cells))
+    return made
+
+
+def picture(found: Found) -> Figure:
+    """The same as curves."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.add_subplot(
+            xlabel="training samples a client",
+            ylabel="accuracy (%)",
+            xscale="log",
+            title="Printed to handwritten digits",
+        )
+        for i, (method, name) in enumerate(METHODS.items()):
+            colour = COLOURS["ink" if method == "local" else f"m{i - 1}"][0]
+            means = [100 * statistics.mean(found[method, size]) for size in SIZES]
+            spread = [100 * statistics.stdev(found[method, size]) for size in SIZES]
+            axes.errorbar(SIZES, means, spread, color=colour, label=name, linestyle="--" if method == "local" else "-")
+        axes.set_xticks(SIZES, [str(size) for size in SIZES])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    """Measure, print the table, draw the picture."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=Path("transfer.png"), help="the picture (.png, .svg or .pdf)")
+    out: Path = options.parse_args().out
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder))
+    Console().print(table(found))
+    to_file(picture(found), out)
+
+
+if __name__ == "__main__":
+    main()
