@@ -16,11 +16,12 @@ from tasks.evaluation import load_into
 from tasks.task import initial_state, open_task, source_data, source_model
 
 
-def freeze(model: nn.Module, learns: Collection[str]) -> dict[str, nn.Parameter]:
+def freeze(model: nn.Module, learns: Collection[str], statistics: str = "batch") -> dict[str, nn.Parameter]:
     """Let only the arrays of these names learn, and return those parameters by name.
 
     A module whose parameters are all frozen is in `eval()` with everything in it, and a module with frozen state of its
-    own alone: a frozen normalisation's statistics do not move, a frozen trunk drops nothing out.
+    own alone: a frozen normalisation's statistics do not move, a frozen trunk drops nothing out. `statistics`: as
+    `local.statistics`; with "kept" every batch normalisation is in `eval()`, though its weight and bias learn.
     """
     model.train()
     for name, parameter in model.named_parameters():
@@ -32,6 +33,8 @@ def freeze(model: nn.Module, learns: Collection[str]) -> dict[str, nn.Parameter]
             module.eval()
         elif own and not any((f"{place}.{name}" if place else name) in learns for name, _ in own):
             module.training = False
+        if statistics == "kept" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

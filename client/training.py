@@ -135,7 +135,7 @@ def train(
                 order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", round_, client, epoch))
                 stage_before, at = at, stage(experiment, round_, epoch)
                 now = {n for n in trained(experiment, names, at) if learns is None or learns(n)}
-                learning = freeze(model, now)
+                learning = freeze(model, now, plan.statistics)
                 if at != stage_before:
                     slower = rate / plan.gradual_divide**at
                     rates = {n: f * slower for n, f in factors.items()}

@@ -226,6 +226,11 @@ class Local(Section):
     patience: int = Field(
         0, ge=0, description="Stop after so many epochs without a better validation loss, keep the best; 0: never."
     )
+    statistics: Literal["batch", "kept"] = Field(
+        "batch",
+        description="Batch normalisation that learns takes each batch's statistics and moves its own; kept: its own, "
+        "as they came with the model.",
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of a class label spread over all classes.")
     balance: Literal["fixed", "uncertainty", "dwa", "gradnorm", "pcgrad"] = Field(
         "fixed", description="How several targets' losses are weighed, beside task.target_weights."

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Message
+from torch import nn
 
 from config.durable import Arrays
 from config.errors import RunStopped, UserError
@@ -213,6 +214,8 @@ def _refuse(experiment: Experiment, task: Task, roles: Roles) -> None:
         for place, module in model.named_modules():  # as `client.trainable.freeze` does
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             module.training = any((f"{place}.{name}" if place else name) in roles.trained for name, _ in own)
+            if experiment.local.statistics == "kept" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         refuse_what_mixes_samples(model)
         chosen_mode(model, experiment.privacy.grad_sample)
         return

@@ -421,3 +421,17 @@ def test_wrong_settings_are_named_with_a_way_out(overrides: list[str], words: li
     with pytest.raises(UserError) as caught:
         load("fedavg", overrides)
     assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_kept_statistics_do_not_move_while_the_rest_of_a_normalisation_learns() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    assert set(freeze(model, set(model.state_dict()), "kept")) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    before = {name: value.clone() for name, value in model[1].named_buffers()}
+    x = torch.arange(6.0).reshape(2, 3)
+    both, one = model(x), model(x[:1])
+    assert torch.equal(both[:1], one)  # a sample's output does not depend on the others in its batch
+    both.sum().backward()
+    assert model[1].weight.grad is not None
+    assert all(torch.equal(value, before[name]) for name, value in model[1].named_buffers())
+    freeze(model, set(model.state_dict()))
+    assert not torch.equal(model(x)[:1], one)
