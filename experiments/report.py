@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from config import load
+from config.schema import Experiment
 from experiments import plots, splits, style, words
 from experiments.ranking import (
     Methods,
@@ -525,6 +526,8 @@ def _run_html(name: str, run: RunResult) -> str:
         facts.append((f"client {client} failed", f"{_rounds_text(rounds_failed)}: {escape(head)}{more}"))
     if (never := (summary.get("clients") or {}).get("never_sampled")) is not None:
         facts.append(("never sampled", escape(_never_sampled(int(never), run))))
+    if run.experiment.run.placement == "federated":
+        facts.append(("admission", escape(_admission(run.experiment))))
     facts += [
         ("privacy", privacy_statement(run)),
         ("versions", escape(", ".join(f"{k} {v}" for k, v in (run.manifest.get("versions") or {}).items()))),
@@ -537,6 +540,15 @@ def _run_html(name: str, run: RunResult) -> str:
     items = "".join(f"<dt>{key}</dt><dd>{text}</dd>" for key, text in facts if text not in ("", "<code></code>"))
     head = f"<summary>{escape(name)}, {_seed_of(run)} <span>{escape(line)}</span></summary>"
     return f"<details>{head}<dl>{items}</dl></details>"
+
+
+def _admission(experiment: Experiment) -> str:
+    """What a reply must be to count, and how much it counts."""
+    counts = "each client counts 1" if experiment.equal_weights else "a client counts its training samples"
+    longest = experiment.cohort.max_norm
+    return f"{counts}, with no more samples than it declared at roll call" + (
+        f"; updates longer than {longest:g} are refused" if longest else ""
+    )
 
 
 def privacy_statement(run: RunResult) -> str:
