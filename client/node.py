@@ -137,7 +137,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     if experiment.privacy.unit in ("example", "local"):
         begins = turn.start() | turn.memory | turn.extra
         try:
-            release = charge(node.keeper, request.content, round_, client, begins)
+            release = charge(node.keeper, request.content, round_, client, begins, turn.work)
         except Exhausted as reason:
             return RecordDict({"ledger": ConfigRecord({**reason.state, "exhausted": str(reason)})})
         reply["ledger"] = release.state
@@ -157,7 +157,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     if lasting:
         attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
         store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
-    known = turn.permit is not None or experiment.local.steps > 0 or allowed(experiment, "samples")
+    known = turn.permit is not None or allowed(experiment, "samples")
     metrics: dict[str, Any] = {**_samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
     metrics |= outcome.metrics
     weights = name_weights(metrics, sent | outcome.extra)

@@ -70,11 +70,15 @@ class Allowed:
     permit: Permit | None = None
 
 
-def charge(keeper: Keeper, content: RecordDict, round_: int, client: int, start: Mapping[str, Any]) -> Allowed:
+def charge(
+    keeper: Keeper, content: RecordDict, round_: int, client: int, start: Mapping[str, Any], work: float = 1.0
+) -> Allowed:
     """Charge the client's next release, so that on return its entry is on the disk.
 
-    `start`: all arrays that training starts from, by name. Raises LedgerFault if the ledger is not what it was, and
-    Exhausted if the budget does not allow the release; nothing is charged then.
+    `start`: all arrays that training starts from, by name. `work`: the share of its steps that the client is told to take:
+    another share is another release, since the same noise on another update would let their difference out bare. Raises
+    LedgerFault if the ledger is not what it was, and Exhausted if the budget does not allow the release; nothing is
+    charged then.
     """
     experiment, privacy = keeper.experiment, keeper.experiment.privacy
     ledger, mark, run = keeper.ledger(client), _mark(content), _run(keeper)
@@ -91,7 +95,7 @@ def charge(keeper: Keeper, content: RecordDict, round_: int, client: int, start:
         else:
             noise = plan.local_noise(experiment, rounds, budget, spent)
             parts = ((1.0, noise / 2, 1),)
-        facts = f"{keeper.split_sha256} {client} {arrays_sha256(start)}"
+        facts = f"{keeper.split_sha256} {client} {work!r} {arrays_sha256(start)}"
         release = Release(run, round_, unit, parts, hashlib.sha256(facts.encode()).hexdigest())
         charged = ledger.charge(release, Budget(budget, privacy.delta, privacy.accountant), mark)
     except (UserError, BudgetSpent) as reason:

@@ -29,10 +29,11 @@ class Store:
     def load(self, client: int, before: int, void: Collection[str] = ()) -> Arrays:
         """The client's arrays as its last round earlier than `before` left them; empty if there was none.
 
-        `void`: rounds that did not count, "ROUND.ATTEMPT"; what they left is as if it were not there. Raises DamagedFile
-        if the file is torn or changed: training on would silently lose what the client learned.
+        `void`: attempts at rounds that did not count, "ROUND.ATTEMPT"; what they left is as if it were not there, and so is
+        what an attempt after the one that counted left (a server was stopped in it, and began the round anew). Raises
+        DamagedFile if the file is torn or changed: training on would silently lose what the client learned.
         """
-        kept = [k for k in self._keys(client) if k[0] < before and "{}.{}".format(*k) not in void]
+        kept = [key for key in self._keys(client) if key[0] < before and _counts(key, void)]
         return read_arrays(self._path(client, *kept[-1])) if kept else {}
 
     def save(
@@ -50,7 +51,7 @@ class Store:
         """
         write_arrays(self._path(client, round_, attempt), arrays)
         past = [key for key in self._keys(client) if key[0] <= keep_from]
-        counting = [key for key in past if "{}.{}".format(*key) not in void]
+        counting = [key for key in past if _counts(key, void)]
         for old in past:
             if old not in counting[-1:]:
                 self._path(client, *old).unlink(missing_ok=True)
@@ -64,3 +65,9 @@ class Store:
         folder = self._folder / "clients" / str(client)
         parts = [p.stem.removeprefix("round-").split("-") for p in folder.glob("round-*.safetensors")]
         return sorted((int(part[0]), int(part[1]) if len(part) > 1 else 1) for part in parts)
+
+
+def _counts(key: tuple[int, int], void: Collection[str]) -> bool:
+    """Whether a (round, attempt) is the one that counted: the first after all that did not."""
+    round_, attempt = key
+    return attempt == 1 + sum(entry.startswith(f"{round_}.") for entry in void)

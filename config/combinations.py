@@ -150,6 +150,16 @@ def _cohort(experiment: Experiment) -> None:
 def _strategy(experiment: Experiment) -> None:
     name, share, local = experiment.strategy.name, experiment.strategy.share, experiment.local
     apart, is_plain = experiment.run.placement != "federated", name in ("fedavg", "fedsim")
+    if apart and experiment.strategy.server_lr != 1:
+        raise ValueError(
+            f"strategy.server_lr = {experiment.strategy.server_lr:g} with run.placement = "
+            f'"{experiment.run.placement}": there is no server that takes a step; leave it out'
+        )
+    if name == "feddyn" and experiment.strategy.server_lr != 1:
+        raise ValueError(
+            f'strategy.server_lr = {experiment.strategy.server_lr:g} with strategy.name = "feddyn": its server\'s step '
+            "has no size of its own; leave it out"
+        )
     if apart and not is_plain:
         raise ValueError(
             f'strategy.name = "{name}" with run.placement = "{experiment.run.placement}": nothing is combined there; write '
@@ -306,9 +316,23 @@ def _privacy_faults(experiment: Experiment) -> list[str]:
             f'{setting} with cohort.sampling = "{cohort.sampling}": who takes part must be a function of the seed alone, '
             'which the account knows beforehand; write "poisson" or "fixed"'
         )
-    if cohort.stragglers and privacy.unit == "example":
+    if cohort.stragglers and privacy.unit in ("example", "local"):
         faults.append(
             f"{setting} with cohort.stragglers = {cohort.stragglers:g}: the steps of a round are a public constant; write 0"
+        )
+    if experiment.strategy.weights == "samples" and (privacy.unit == "client" or "samples" not in privacy.release):
+        faults.append(
+            f'{setting} with strategy.weights = "samples": how many samples a client has is private, so each counts 1; '
+            "leave it out"
+        )
+    if privacy.unit == "client" and privacy.budgets:
+        faults.append(
+            f'{setting} with privacy.budgets = "{privacy.budgets}": one noise is added for all clients, so they have one '
+            "budget; write privacy.epsilon"
+        )
+    if privacy.unit == "client" and cohort.quorum > 1 and cohort.sampling == "poisson":
+        faults.append(
+            f"{setting} with cohort.quorum = {cohort.quorum}: whether a round goes on would tell how many took part; write 1"
         )
     if privacy.unit == "client":
         changed = {

@@ -42,7 +42,7 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
         if path.suffix == ".toml" or len(path.parts) > 1:
             raise UserError(f"experiment = {name}: there is no such file")
         raise UserError(
-            f"experiment = {name}: neither a preset nor a TOML file{nearest(name, preset_names())}. "
+            f"experiment = {name}: neither a preset nor a TOML file{nearest(name, preset_names()) or '.'} "
             f"Presets: {', '.join(preset_names())}"
         )
     try:

@@ -67,8 +67,8 @@ class Task(Section):
     dataset: str = Field(
         "digits",
         min_length=1,
-        description="digits, printed-digits or stars; a torchvision data set's name; image-table, arrays, text, "
-        "characters or tabular for files under root; hub:NAME; or a user's module:object.",
+        description="digits, printed-digits or stars; a torchvision data set's name; ImageFolder, image-table, arrays, "
+        "text, characters or tabular for files under root; hub:NAME; or a user's module:object.",
     )
     root: str = Field("", description="The folder of the data's files.")
     download: bool = Field(False, description="Let torchvision fetch a data set that is not under root.")
@@ -106,7 +106,7 @@ class Task(Section):
     mean: Fractions = Field((), description="Subtracted from each channel, in units of 0..1; empty: nothing.")
     std: Fractions = Field((), description="Each channel is divided by this after that; empty: nothing.")
     augment: Names = Field((), description='Of training images: "flip", "crop 4", "rotate 15", "jitter 0.2", ...')
-    tokens: str = Field("hash", description="words, hash, chars, or transformers:FOLDER: how text becomes numbers.")
+    tokens: str = Field("hash", description="words, hash, chars, or transformers:NAME: how text becomes numbers.")
     vocabulary: str = Field("", description="A file with one token a line, for tokens = words or chars.")
     vocabulary_size: int = Field(10000, ge=3, description="Tokens at most, the padding and the unknown one included.")
     length: int = Field(128, ge=1, description="Tokens of a text that are kept; characters of a window.")

@@ -7,11 +7,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from client.anchors import teacher
 from config.load import apply, flatten, read_tree, resolve
 from config.schema import Experiment
 from experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
+from server.cohorts import read_schedule
 from server.folder import check_folder
+from server.protection import protection
 from simulation.launch import engine
+from strategies.sharing import roles_of
+from tasks.domains import source_samples
 from tasks.task import initial_state, open_task, settle
 
 Watch = Callable[[Path, Experiment], AbstractContextManager[object]]
@@ -83,7 +88,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
             check_folds_folder(job.folder, resume)
         for experiment, folder in fold_runs(job.experiment, job.folder):
             check_folder(folder, experiment, resume)
-            open_task(experiment)
+            check_run(experiment)
         initial_state(job.experiment)
     plan = jobs[0].experiment.engine
     summaries = []
@@ -103,6 +108,17 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
             if by_user:
                 break
     return summaries
+
+
+def check_run(experiment: Experiment) -> None:
+    """Raise UserError for what only the data, the model and the files that an experiment names can tell."""
+    task = open_task(experiment)
+    model = task.new_model()
+    protection(experiment, task, roles_of(experiment, model))
+    read_schedule(experiment)
+    teacher(model, task, experiment)
+    if experiment.adapt.method != "none":
+        source_samples(experiment, None)
 
 
 def default_folder(name: str) -> Path:

@@ -58,7 +58,7 @@ def require_budget(experiment: Experiment, accounts: Mapping[int, Account], roun
     first = next(iter(gone.values()))
     if experiment.privacy.on_exhausted == "stop":
         raise RunStopped(f"round {round_}: the privacy budget of {len(gone)} clients is spent: {first}")
-    if len(gone) == (1 if experiment.run.placement == "pooled" else experiment.partition.clients):
+    if len(gone) == (1 if experiment.run.placement == "pooled" else experiment.participants):
         raise RunStopped(f"round {round_}: the privacy budget of every client is spent: {first}")
 
 

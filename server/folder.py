@@ -127,7 +127,10 @@ def open_folder(path: Path, experiment: Experiment, resume: bool, facts: Mapping
                     f"{before.get(what)!r}: put back the data and the versions in its manifest.json, or start a new run"
                 )
     except DamagedFile:
-        write_bytes(path / "experiment.toml", to_toml(experiment).encode())
+        try:
+            write_bytes(path / "experiment.toml", to_toml(experiment).encode())
+        except OSError as error:
+            raise UserError(f"--out {path}: it cannot be written ({error.strerror}); name another folder") from None
         manifest = {
             "run_id": uuid.uuid4().hex,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -151,7 +151,7 @@ def play_round(session: Session, round_: int) -> None:
     void: list[dict[str, Any]] = []
     for attempt in range(1, experiment.cohort.attempts + 1):
         tried = try_round(session, round_, attempt)
-        if len(tried.verdict.admitted) >= experiment.cohort.quorum or tried.excused:
+        if len(tried.verdict.admitted) >= tried.quorum:
             break
         log.warning("round %d, attempt %d: void, %d good replies", round_, attempt, len(tried.verdict.admitted))
         void.append({"cohort": tried.cohort, "failed": _failed(tried.verdict), **_traffic(session, round_, tried)})
@@ -210,8 +210,9 @@ class Tried:
     verdict: Verdict
     sent: Arrays
     sums_only: bool
-    excused: bool
-    """Whether privacy left nobody in the cohort who could have replied: trying again would not help."""
+    quorum: int
+    """Good replies that it needs: `cohort.quorum`, but under DP no more than those who still have a budget, and none at all
+    of a Poisson cohort whose size is private."""
 
 
 def try_round(session: Session, round_: int, attempt: int) -> Tried:
@@ -268,9 +269,13 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
             "round %d: client %d does not count: %s", *which.values(), reason.strip().splitlines()[-1], extra=which
         )
     refused = dict(sorted({**verdict.refused, **called.absent}.items()))
-    excused = private and len(left) == len(called.trained)
+    quorum = experiment.cohort.quorum
+    if private:
+        quorum = min(quorum, len(called.asked) - len(left))
+    if experiment.privacy.unit == "client" and experiment.cohort.sampling == "poisson":
+        quorum = 0
     return Tried(
-        called.asked, called.trained, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only, excused
+        called.asked, called.trained, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only, quorum
     )
 
 

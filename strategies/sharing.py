@@ -68,6 +68,8 @@ def roles(
     body = tuple(n for n in order if not n.startswith(HEADS))
     learning = trained(experiment, order)
     changed = tuple(n for n in order if n in learning)
+    if experiment.local.statistics == "kept":
+        changed = tuple(n for n in changed if n not in buffers)
     if experiment.strategy.name == "fedbabu":
         changed = tuple(n for n in changed if n in body)
     # FedSA-LoRA: each client keeps its B (the experiment file allows this with share = "trainable" only).

@@ -1,7 +1,7 @@
 """Readers of images: torchvision's data sets by name, folders with a sub-folder a class, and a table beside images.
 
 A reader takes the settings of `[task]` and the folder that `task.root` names, and gives a `tasks.data.Raw` with uint8
-images (n, channels, height, width). docs/data.md shows the lines of an experiment file for each.
+images (n, channels, height, width). docs/data-images.md shows the lines of an experiment file for each.
 """
 
 import contextlib

@@ -10,6 +10,7 @@ import pytest
 from conftest import run_inline, small
 
 import client.node
+from client.store import Store
 from config.cohort import draw_cohort, unseen
 from config.durable import Arrays
 from config.errors import UserError
@@ -253,3 +254,12 @@ def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
         train(model, task.client(number).train, task, experiment, 4, number, 2)
         expected = evaluate(model, task.client(number).test, task)["digit/accuracy"]
         assert float(rows[number]["finetuned.digit.accuracy"]) == pytest.approx(expected)
+
+
+def test_what_an_attempt_after_the_one_that_counted_left_is_not_there(tmp_path: Path) -> None:
+    """A server was stopped in the second attempt at round 5; when it went on, the first counted."""
+    store = Store(tmp_path, "run")
+    store.save(0, 5, {"w": np.array([52.0])}, 0, attempt=2)
+    store.save(0, 5, {"w": np.array([51.0])}, 0, attempt=1)
+    assert store.load(0, 6)["w"] == 51
+    assert store.load(0, 6, void=["5.1"])["w"] == 52

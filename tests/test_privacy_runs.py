@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from hypothesis import strategies as st
 from test_resume import COMPARED, Killed
 from torch import nn
@@ -879,3 +879,42 @@ def test_a_step_without_noise_is_the_naive_clipped_sum_whatever_learns(trainable
             move = torch.where(kept.entries[name], move, 0.0)
         error = float((parameter - (before - move)).detach().abs().max())
         assert error <= (1e-5 if name in names else 0.0), (name, error)
+
+
+def test_another_share_of_the_steps_is_another_release(tmp_path: Path) -> None:
+    """The server decides how much work it asks for; the noise of one answer never covers another update."""
+    experiment = small("fedavg", *LOCAL, "partition.clients=4")
+    task = open_task(experiment)
+    keeper = client.privately.Keeper(experiment, tmp_path, task.dataset.sha256, task.split.sha256, simulated=True)
+    start = initial_state(experiment)
+    releases = [client.privately.charge(keeper, RecordDict(), 1, 0, start, work) for work in (1.0, 0.5, 1.0)]
+    entries = [release.charged.mark.entries for release in releases]
+    assert releases[0].noise_seed == releases[2].noise_seed != releases[1].noise_seed
+    assert max(entries) == 2
+
+
+@pytest.mark.parametrize("settings", [("local.steps=5",), ("local.steps=40", "local.patience=1", "local.lr=0.5")])
+def test_steps_are_told_only_where_they_are_public(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    run_inline(small("fedavg", *LOCAL, *settings, "run.rounds=1", "partition.clients=4"), tmp_path)
+    record = json.loads((tmp_path / "rounds.jsonl").read_text())
+    assert record["steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (("privacy.budgets=choice 1 2",), "privacy.budgets"),
+        (("cohort.sampling=poisson", "cohort.fraction=0.5", "cohort.quorum=2"), "cohort.quorum = 2"),
+        (("strategy.weights=samples",), "strategy.weights"),
+    ],
+)
+def test_whole_clients_have_one_budget_one_weight_and_no_quorum(settings: tuple[str, ...], names: str) -> None:
+    with pytest.raises(UserError, match=names):
+        small("fedavg", "privacy.unit=client", "privacy.noise_multiplier=1", *settings)
+
+
+def test_a_run_ends_when_all_who_train_have_spent_their_budget(tmp_path: Path) -> None:
+    """The unseen client has no budget, so it is not waited for."""
+    local = ("privacy.unit=local", "privacy.budgets=choice 8", "privacy.noise_multiplier=1")
+    summary = run_inline(small("fedavg", *local, "evaluate.unseen=0.25", "partition.clients=4"), tmp_path)
+    assert summary["status"] == "stopped" and "every client is spent" in summary["reason"]
