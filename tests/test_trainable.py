@@ -39,6 +39,9 @@ OTHERS = {
     "charlstm": Inputs((9,), tokens=30),
     "resnet18": Inputs((3, 32, 32)),
     "mobilenet_v3_small": Inputs((3, 32, 32)),
+    "squeezenet1_1": Inputs((3, 48, 48)),
+    "densenet121": Inputs((3, 32, 32)),
+    "efficientnet_b0": Inputs((3, 32, 32)),
 }
 """The other families, and what they take here."""
 
