@@ -61,15 +61,12 @@ def losses(
     (Szegedy et al. 2016, section 7); other kinds of target keep their loss. The mean is over the count of samples, not
     over their weights or entries, so that a sample's loss does not depend on the others in its batch.
     """
+    samples = sample_losses(outputs, y, targets, weights, smoothing)
     result = {}
     for target in targets:
-        output, truth = outputs[target.name], y[target.name]
-        known = target.known(truth)
-        each = _each(target, output, truth, known, (weights or {}).get(target.name), smoothing)
-        if each.ndim > 1:
-            entries = known.flatten(1).sum(1)
-            each, known = each.flatten(1).sum(1) / entries.clamp(min=1), entries > 0
-        result[target.name] = each.sum() / known.sum().clamp(min=1)
+        known = target.known(y[target.name])
+        present = known.flatten(1).any(1) if known.ndim > 1 else known
+        result[target.name] = samples[target.name].sum() / present.sum().clamp(min=1)
     return result
 
 
