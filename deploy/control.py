@@ -38,7 +38,11 @@ REVOKED = "unregistered"
 
 def log(event: str, level: str = "INFO", **facts: object) -> None:
     """One line an event."""
-    print(" ".join([f"level={level} service=run event={event}", *(f"{k}={v}" for k, v in facts.items())]), flush=True)
+    service = os.environ.get("MEADOW_SERVICE", "run")
+    print(
+        " ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]),
+        flush=True,
+    )
 
 
 def connect() -> None:
