@@ -523,6 +523,7 @@ class Engine(Section):
     name: Literal["inline", "ray", "processes"] = "ray"
     workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one a core, or four SuperNodes.")
     threads: int = Field(1, ge=1, description="Threads a worker; two lose against one on a shared machine.")
+    address: str = Field("", description='A Ray cluster to join, as "HOST:6379" or "auto"; "": Ray on this machine.')
 
 
 class Experiment(Section):

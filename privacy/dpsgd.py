@@ -23,8 +23,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
-from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
 
 from config.errors import UserError
@@ -320,6 +318,8 @@ class Privatiser:
             self._hook()
 
     def _hook(self) -> None:
+        from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping  # half a second to import
+
         quiet = warnings.catch_warnings()
         quiet.__enter__()
         self._undo.append(lambda: quiet.__exit__(None, None, None))
@@ -420,6 +420,8 @@ def _recurrent(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.RNNBase]]:
 
 def _opacus_recurrent(layer: nn.RNNBase) -> nn.Module:
     """Opacus's layer of the same kind that holds the same parameters."""
+    from opacus.layers import DPGRU, DPLSTM, DPRNN
+
     if layer.proj_size:
         raise UserError("task.model: Opacus has no recurrent layer with projections (proj_size): leave them out")
     kinds = {"LSTM": DPLSTM, "GRU": DPGRU, "RNN_TANH": DPRNN, "RNN_RELU": DPRNN}
