@@ -196,17 +196,20 @@ def _linear(layer: nn.Linear, pairs: Pairs) -> dict[str, _Part]:
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d, pairs: Pairs) -> dict[str, _Part]:
-    """A linear layer at each place of the output, of what that place sees of the input (im2col, channels last)."""
+    """A linear layer at each place of the output, of what that place sees of the input (im2col)."""
     groups, kernel = layer.groups, (1, *layer.kernel_size)[-2:]
-    views = [_seen(layer, x) for x, _ in pairs]
+    # What is copied goes by runs of numbers that lie side by side: along a row of places where there are few channels.
+    by_rows = kernel[1] * layer.in_channels // groups < pairs[0][1].shape[-1]
+    views = [_seen(layer, x, by_rows) for x, _ in pairs]
     # (n, out, *places) -> (n, places, out), which is no copy where the channels are last already
     backs = _one([back.flatten(2).transpose(1, 2) for _, back in pairs])
 
     def columns(some: slice) -> Tensor:
-        parts = [view[some] for view in views]
-        return _one([part.reshape(len(part), groups, -1, math.prod(part.shape[-3:])) for part in parts], 2).flatten(
-            0, 1
-        )
+        parts = [view[some].flatten(0, 1) for view in views]
+        width = math.prod(kernel) * layer.in_channels // groups
+        if by_rows:
+            return _one([part.permute(0, 3, 4, 5, 1, 2).reshape(len(part), width, -1) for part in parts], 2).mT
+        return _one([part.reshape(len(part), -1, width) for part in parts])
 
     def weight() -> _Part:
         grouped = backs.reshape(*backs.shape[:2], groups, -1).transpose(1, 2).flatten(0, 1)
@@ -277,7 +280,7 @@ def _rows(rows: Tensor) -> _Part:
     """Of single samples' gradients themselves, (n, numbers of the parameter)."""
 
     def add(factors: Tensor, gradient: Tensor) -> None:
-        gradient += (factors @ rows).view_as(gradient)
+        gradient += (factors[:, None] * rows).sum(0).view_as(gradient)
 
     return _Part(_squares(rows), add)
 
@@ -302,15 +305,16 @@ def _products(columns: Callable[[slice], Tensor], backs: Tensor, groups: int = 1
     return _rows(made.view(n, -1))
 
 
-def _seen(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def _seen(layer: nn.Conv1d | nn.Conv2d, x: Tensor, by_rows: bool) -> Tensor:
     """What each place of a convolution's output sees, a view: (n, groups, height, width, *kernel, channels of a group);
-    height and the kernel's first side are 1 if there is one dimension."""
+    height and the kernel's first side are 1 if there is one dimension. In memory the rows come last, or the channels."""
     one = isinstance(layer, nn.Conv1d)
     around = layer._reversed_padding_repeated_twice
     if any(around):
         x = F.pad(x, around, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    x = (x[:, :, None] if one else x).movedim(1, -1).contiguous()
-    x = x.reshape(*x.shape[:3], layer.groups, -1).movedim(3, 1)
+    x = x[:, :, None] if one else x
+    x = x.contiguous() if by_rows else x.contiguous(memory_format=torch.channels_last)
+    x = x.unflatten(1, (layer.groups, -1)).movedim(2, -1)  # type: ignore[no-untyped-call]
     sizes = [(1, *side)[-2:] for side in (layer.kernel_size, layer.stride, layer.dilation)]
     for axis, kernel, stride, dilation in zip((2, 3), *sizes, strict=True):
         x = x.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
