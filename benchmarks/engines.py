@@ -58,7 +58,9 @@ def _products(size: int, seconds: float, precision: str) -> float:
     return count * 2 * size**3 / (time.perf_counter() - began)
 
 
-def measure(names: Sequence[str], sides: Sequence[str], repeats: int, pythons: dict[str, str]) -> tuple[Seconds, dict[str, str]]:
+def measure(
+    names: Sequence[str], sides: Sequence[str], repeats: int, pythons: dict[str, str]
+) -> tuple[Seconds, dict[str, str]]:
     """The rounds' seconds, and of each engine that is not there what to type."""
     found: Seconds = {}
     missing: dict[str, str] = {}

@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from benchmarks.workloads import CLIENTS, LR, SAMPLES, WORKLOADS, settings, train_plainly
 
@@ -50,7 +50,7 @@ def plain(name: str, rounds: int) -> list[float]:
     for _ in range(WARM_UP + rounds):
         began = time.perf_counter()
         for pipe in pipes:
-            pipe.send_bytes(vector)
+            pipe.send_bytes(vector.tobytes())
         sums = [torch.frombuffer(bytearray(pipe.recv_bytes()), dtype=torch.float32) for pipe in pipes]
         vector = (torch.stack(sums).sum(0) / (CLIENTS * SAMPLES)).numpy()
         seconds.append(time.perf_counter() - began)
@@ -83,7 +83,7 @@ def _plain_worker(pipe: Connection, name: str, clients: range) -> None:
             train_plainly(network, optimizer, x, y, generator)
             with torch.no_grad():
                 total.add_(parameters_to_vector(parameters), alpha=len(x))
-        pipe.send_bytes(total.numpy())
+        pipe.send_bytes(total.numpy().tobytes())
 
 
 def meadow(name: str, rounds: int) -> list[float]:
@@ -100,7 +100,8 @@ def meadow(name: str, rounds: int) -> list[float]:
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(RunFolder, "append", stamped):
         engine = {"engine.name": "ray", "engine.workers": PROCESSES, "engine.threads": 1}
-        api.run("fedavg", out=Path(folder) / "run", **settings(name, WARM_UP + rounds + 1), **engine)
+        overrides: dict[str, Any] = settings(name, WARM_UP + rounds + 1) | engine
+        api.run("fedavg", out=Path(folder) / "run", **overrides)
     return [after - before for before, after in zip(stamps[WARM_UP - 1 : -2], stamps[WARM_UP:-1], strict=True)]
 
 
@@ -113,7 +114,8 @@ SIDES = {
 def main() -> None:
     """One engine, one workload."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's workers give way to all others by default; the plain loop does not
+    # By default Ray's workers give way to all other processes, which the plain loop's do not.
+    os.environ.update(RAY_worker_niceness="0")
     torch.set_num_threads(1)
     side, name = sys.argv[1:]
     print(json.dumps(SIDES[side].run(name, WORKLOADS[name].rounds)))

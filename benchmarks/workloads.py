@@ -95,12 +95,12 @@ WORKLOADS = {
 def _dataset(name: str) -> Callable[[Task], Raw]:
     def reader(task: Task) -> Raw:
         work = WORKLOADS[name]
-        parts = []
-        for purpose, count in (("train", CLIENTS * _DEALT), ("test", 100)):
-            x, y = work.samples(count, purpose)
-            parts.append(Part(x, {"label": y.numpy()}))
-        images = len(work.inputs.shape) == 3
-        return Raw(name, *parts, kinds={"label": "class"}, tokens=work.inputs.tokens, images=images)
+        train, test = (
+            Part(x, {"label": y.numpy()})
+            for x, y in (work.samples(CLIENTS * _DEALT, "train"), work.samples(100, "test"))
+        )
+        kinds, images = {"label": "class"}, len(work.inputs.shape) == 3
+        return Raw(name, train, test, kinds=kinds, tokens=work.inputs.tokens, images=images)
 
     return reader
 
@@ -134,7 +134,7 @@ def train_plainly(
     network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, generator: torch.Generator
 ) -> None:
     """One epoch over a client's samples, as one writes it in PyTorch."""
-    for index in torch.randperm(len(x), generator=generator).split(BATCH):
+    for index in torch.split(torch.randperm(len(x), generator=generator), BATCH):
         optimizer.zero_grad()
         F.cross_entropy(network(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
