@@ -42,7 +42,7 @@ from strategies.sharing import (
 )
 from tasks.data import Data, concatenate
 from tasks.domains import source_samples
-from tasks.evaluation import evaluate, examine
+from tasks.evaluation import evaluate, examine, hold_still
 from tasks.features import View, view
 from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle, source_data
@@ -76,7 +76,7 @@ def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    model = task.new_model()
+    model = hold_still(task.new_model())
     parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)

@@ -110,6 +110,11 @@ class Task:
         settings = self.settings.model_copy(update={"trunks": "shared"})
         return build(settings, self.targets, inputs(self.dataset), self.seed)
 
+    @property
+    def augments(self) -> bool:
+        """Whether `prepare` draws: whether a training sample looks different each time."""
+        return self.pipeline is not None and bool(self.pipeline.steps)
+
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
         """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`), of the same shape.
 
