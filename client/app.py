@@ -16,7 +16,7 @@ from client.store import Store
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
-from strategies.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
+from strategies.packing import Answer, NodeReply, Request, add_groups, pack_replies, unpack_requests, whole_groups
 from strategies.sharing import from_record
 
 log = logging.getLogger("meadow.client")
@@ -63,8 +63,10 @@ def train(message: Message, context: Context) -> Message:
     node = open_node(context)
     answers = answer(node, requests, train_client)
     _tell("trained", requests, answers)
-    sent = from_record(requests[0].content.array_records["arrays"])
-    return Message(pack_replies(add_up(node, answers, sent, blocks)), reply_to=message)
+    sent = from_record(requests[0].arrays)
+    reply = add_up(node, answers, sent, blocks)
+    add_groups(reply, whole_groups(message.content))
+    return Message(pack_replies(reply), reply_to=message)
 
 
 @app.evaluate()
@@ -78,7 +80,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _tell(done: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
     for request, given in zip(requests, answers, strict=True):
-        which = {"round": request.content.config_records["config"]["round"], "client": given.client}
+        which = {"round": request.config["round"], "client": given.client}
         if given.content is None:
             log.error("failed: %s", given.error.strip().splitlines()[-1], extra=which)
         else:
