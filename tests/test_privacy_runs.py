@@ -45,6 +45,7 @@ from experiments.report import write_report
 from privacy.accounting import client_guarantee, epsilon, local_guarantee
 from privacy.dpsgd import Mechanism, Permit, poisson
 from privacy.ledger import noise_seed, simulated_secret
+from privacy.noise import Stream
 from privacy.plan import forecasts
 from server.checkpoints import latest
 from simulation.inline import InlineGrid
@@ -98,10 +99,7 @@ def test_one_step_is_the_hand_clipped_noised_sum(tmp_path: Path) -> None:
     (entry,) = ledgers(tmp_path)[0]
     assert entry["parts"] == [[0.1, 1.0, 1]]
     secret = simulated_secret(0, 0)
-    sampling, noise = (
-        torch.Generator().manual_seed(noise_seed(secret, entry["release"], purpose))
-        for purpose in ("sampling", "noise")
-    )
+    sampling, noise = (Stream(noise_seed(secret, entry["release"], purpose)) for purpose in ("sampling", "noise"))
     task = open_task(experiment)
     model, data = task.new_model(), task.client(0).train
     load_into(model, initial_state(experiment))
@@ -117,7 +115,7 @@ def test_one_step_is_the_hand_clipped_noised_sum(tmp_path: Path) -> None:
             sums[name] += g * min(1.0, 0.3 / norm)
     result = final(tmp_path)
     for name, p in model.named_parameters():
-        drawn = torch.normal(0.0, 0.3, tuple(p.shape), generator=noise)
+        drawn = 0.3 * noise.normal(p.numel()).view(p.shape)
         expected = p.detach() - 0.5 * (sums[name] + drawn) / 20
         assert np.abs(result[name] - expected.numpy()).max() <= 1e-5, name
 
@@ -548,8 +546,7 @@ def test_a_samples_loss_depends_on_it_alone_and_their_mean_is_the_loss() -> None
 
 
 def permit(steps: int = 1) -> Permit:
-    generators = (torch.Generator().manual_seed(seed) for seed in (1, 2))
-    return Permit(Mechanism(0.2, 1.0, 1.0, 16.0, steps), *generators)
+    return Permit(Mechanism(0.2, 1.0, 1.0, 16.0, steps), Stream(1), Stream(2))
 
 
 def test_a_proximal_term_acts_after_clip_and_noise() -> None:
@@ -898,7 +895,7 @@ def test_the_report_shows_what_is_not_protected_in_red(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainable", ["all", "head", "last:1", "gradual", "lora", "adapters", "fisher"])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
 def test_a_step_without_noise_is_the_naive_clipped_sum_whatever_learns(trainable: str, model: str, mode: Any) -> None:
     """Against a loop of one sample at a time, by autograd alone, to 1e-5: what learns moves by lr / denominator times the
     sum of clipped gradients, what does not learn keeps its bits."""
@@ -909,8 +906,8 @@ def test_a_step_without_noise_is_the_naive_clipped_sum_whatever_learns(trainable
     task = open_task(experiment)
     net, data = task.new_model(), task.client(0).train.take(torch.arange(12))
     load_into(net, initial_state(experiment))
-    bare, made = copy.deepcopy(net), torch.Generator()
-    allowed = Permit(Mechanism(1.0, 0.0, 0.5, 3.0, 1), made.manual_seed(0), made.manual_seed(1), mode)
+    bare = copy.deepcopy(net)
+    allowed = Permit(Mechanism(1.0, 0.0, 0.5, 3.0, 1), Stream(0), Stream(1), mode)
     train(net, data, task, experiment, 1, 0, permit=allowed)
     names = {
         n for n in trained(experiment, net.state_dict(), stage(experiment, 1, 0)) if n in dict(bare.named_parameters())
