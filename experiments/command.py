@@ -321,7 +321,9 @@ def _console(as_json: bool) -> Console:
 def _folder(out: Path | None, resume: bool, default: Path) -> Path:
     if out is None and resume:
         raise UserError("--resume needs --out DIR: the folder of the run to go on with")
-    if out is not None and not resume and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    if out is not None and (above := next(p for p in (out, *out.parents) if p.exists())).is_file():
+        raise UserError(f"--out {out}: {above} is a file; name a folder")
+    if out is not None and not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: it exists; add --resume to go on with what is there, or name another folder")
     return out or default
 

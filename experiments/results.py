@@ -229,7 +229,7 @@ def by_method(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
         named.setdefault(run.experiment.run.name, []).append(run)
     methods: dict[str, list[RunResult]] = {}
     for name, group in named.items():
-        flat = [_identity(run) for run in group]
+        flat = [settings_of(run) for run in group]
         varied = [key for key in flat[0] if any(settings[key] != flat[0][key] for settings in flat)]
         for run, settings in zip(group, flat, strict=True):
             marks = ", ".join(f"{key.partition('.')[2]}={settings[key]}" for key in varied)
@@ -329,7 +329,7 @@ def _run_or_folds(path: Path) -> list[Path]:
     return [path] if _is_run(path) else sorted(fold for fold in path.glob("fold-*") if _is_run(fold))
 
 
-def _identity(run: RunResult) -> dict[str, Any]:
+def settings_of(run: RunResult) -> dict[str, Any]:
     """The settings that make two runs different methods: all but the seed, the fold and how the run is launched."""
     flat = dict(load.flatten(load.to_tree(run.experiment)))
     same = ("run.seed", "evaluate.fold")
