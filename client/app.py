@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from client.node import add_up, answer, evaluate_client, hosted_here, open_node, train_client
 from client.store import Store
+from client.together import train_blocks
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
@@ -53,10 +54,13 @@ def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
-    answers = answer(node, requests, train_client)
-    _tell("trained", requests, answers)
+    together, others = train_blocks(node, requests, blocks)
     sent = from_record(requests[0].content.array_records["arrays"])
-    return Message(pack_replies(add_up(node, answers, sent, blocks)), reply_to=message)
+    one_by_one = [block for block in blocks if block[0] not in together.sums]
+    reply = add_up(node, answer(node, others, train_client), sent, one_by_one)
+    answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
+    _tell("trained", sorted(requests, key=lambda request: request.client), answers)
+    return Message(pack_replies(NodeReply(answers, together.sums | reply.sums)), reply_to=message)
 
 
 @app.evaluate()
