@@ -34,16 +34,25 @@ def join(message: Message, context: Context) -> Message:
     if base := from_record(message.content.array_records["base"]):
         Store(node.state_root, run_id).put_base(base)
     clients = list(hosted_here(context, node.experiment.partition.clients))
+    # A deployed node names the Meadow that is installed on it, whatever code the bundle brought.
+    installed = str(context.node_config.get("code") or code_sha256())
+    if installed != code_sha256():
+        log.error(
+            "this node has another Meadow than the coordinator (code %.12s here, %.12s there) and will be refused: "
+            "install the same version",
+            installed,
+            code_sha256(),
+        )
     roll = ConfigRecord(
         {
             "clients": clients,
             "simulated": node.keeper.simulated,
             "sizes": [len(node.task.client(c).train) if allowed(node.experiment, "samples") else 1 for c in clients],
-            # A deployed node names the Meadow that is installed on it, whatever code the bundle brought.
-            "code": str(context.node_config.get("code") or code_sha256()),
+            "code": installed,
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
+            "training": node.training,
         }
     )
     return Message(RecordDict({"roll": roll}), reply_to=message)

@@ -67,6 +67,13 @@ class Node:
     """What trains in the training loop's place under `engine.exact = false`, or why nothing does."""
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def training(self) -> str:
+        """What trains here: "loop", "fused" or "stacked"; the loop with the reason, if faster kernels were asked for."""
+        if self.experiment.engine.exact:
+            return "loop"
+        return f"loop: {self.fast}" if isinstance(self.fast, str) else self.fast.kernels.title
+
 
 def open_node(context: Context) -> Node:
     """The node of this process for the experiment in the run configuration; made once a process."""
@@ -83,10 +90,7 @@ def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
-    faster = fast(experiment, seen)
-    if not experiment.engine.exact:
-        log.info("training: %s", faster if isinstance(faster, str) else faster.kernels.title)
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper, faster)
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper, fast(experiment, seen))
 
 
 def _state_root(context: Context) -> Path:

@@ -1,10 +1,12 @@
 """The exchange: the server speaks to clients, the Flower grid carries messages to nodes; this stands between.
 
-Roll call: every node is asked which clients it hosts, and its code, data and split are compared with the server's.
+Roll call: every node is asked which clients it hosts, and its code, data, split and the releases of flwr and torch are
+compared with the server's.
 After that, messages are addressed to clients (`dst_node_id` is the client's partition id), packed into one Flower
 message for each node, and the replies unpacked and matched.
 """
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -17,7 +19,7 @@ from flwr.supercore.run import Run
 
 from config.durable import Arrays
 from config.errors import RunStopped
-from config.identity import code_sha256
+from config.identity import code_sha256, versions
 from strategies.blocks import WeightedSum, cut
 from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
 from strategies.sharing import to_record
@@ -25,6 +27,8 @@ from strategies.sharing import to_record
 log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
+DECISIVE = ("flwr", "torch")
+"""The libraries of which server and nodes need the same release; its build (+cpu, +cu130) may differ."""
 CLIENT_FAILED = 1
 """Code of the error that a reply carries for a client that raised, or whose node did not answer."""
 
@@ -46,6 +50,8 @@ class Exchange:
     """Training samples that each client declared at roll call: the cap of its weight."""
     simulated: bool = True
     """Whether every node so far has said that it is simulated: its secrets are then none."""
+    training: set[str] = field(default_factory=set)
+    """What trains on the nodes (`client.node.Node.training`)."""
     _nodes: set[int] = field(default_factory=set)
 
     def gather(self) -> None:
@@ -121,8 +127,16 @@ class Exchange:
                     f"node {node} has another {what} than the server (SHA-256 {roll.get(what)!s:.12}, here {ours:.12}; "
                     f"its versions: {roll.get('versions')!s}): install the same Meadow and the same data on both"
                 )
+        theirs = json.loads(str(roll.get("versions", "{}")))
+        for name in DECISIVE:
+            if _release(theirs.get(name, "missing")) != _release(versions()[name]):
+                raise RunStopped(
+                    f"node {node} has {name} {theirs.get(name, 'missing')}, the server has {versions()[name]}: install the "
+                    "same release on both; another one may speak another protocol, or give other bits"
+                )
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
+        self.training.add(str(roll.get("training", "loop")))
         for client, size in zip(cast(list[int], roll["clients"]), cast(list[int], roll["sizes"]), strict=True):
             self.hosts[client] = node
             self.sizes[client] = size
@@ -142,6 +156,10 @@ class Exchange:
             if waiting and not arrived:
                 time.sleep(_PAUSE)
         return replies
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]
 
 
 def _unpack(reply: Message | None) -> NodeReply | str:
