@@ -18,6 +18,7 @@ from config.logs import log_lines
 from privacy.releases import allowed
 from strategies.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
 from strategies.sharing import from_record
+from tasks.numerics import kernels
 
 log = logging.getLogger("meadow.client")
 
@@ -53,7 +54,8 @@ def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
-    answers = answer(node, requests, train_client)
+    with kernels(node.model):
+        answers = answer(node, requests, train_client)
     _tell("trained", requests, answers)
     sent = from_record(requests[0].content.array_records["arrays"])
     return Message(pack_replies(add_up(node, answers, sent, blocks)), reply_to=message)
@@ -63,7 +65,9 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the clients in the pack."""
     requests, _ = unpack_requests(message.content)
-    answers = answer(open_node(context), requests, evaluate_client)
+    node = open_node(context)
+    with kernels(node.model):
+        answers = answer(node, requests, evaluate_client)
     _tell("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from config.identity import ROOT
 from config.schema import Experiment
-from simulation.grid import LocalGrid, error_reply, node_context
+from simulation.grid import MEMORY, LocalGrid, error_reply, node_context
 
 log = logging.getLogger("meadow.ray")
 
@@ -63,6 +63,7 @@ def ray_workers(count: int, threads: int) -> Iterator[Workers]:
     if started:
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         variables = {
+            **MEMORY,
             "PYTHONPATH": paths,
             "OMP_NUM_THREADS": str(threads),
             "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
