@@ -19,6 +19,7 @@ from config.logs import log_lines
 from privacy.releases import allowed
 from strategies.packing import Answer, NodeReply, Request, add_groups, pack_replies, unpack_requests, whole_groups
 from strategies.sharing import from_record
+from tasks.numerics import kernels
 
 log = logging.getLogger("meadow.client")
 
@@ -63,10 +64,12 @@ def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
-    together, others = train_blocks(node, requests, blocks)
+    with kernels(node.model):
+        together, others = train_blocks(node, requests, blocks)
+        alone = answer(node, others, train_client)
     sent = from_record(requests[0].arrays)
     one_by_one = [block for block in blocks if block[0] not in together.sums]
-    reply = add_up(node, answer(node, others, train_client), sent, one_by_one)
+    reply = add_up(node, alone, sent, one_by_one)
     answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
     _tell("trained", sorted(requests, key=lambda request: request.client), answers)
     whole = NodeReply(answers, together.sums | reply.sums)
@@ -78,7 +81,9 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the clients in the pack."""
     requests, _ = unpack_requests(message.content)
-    answers = answer(open_node(context), requests, evaluate_client)
+    node = open_node(context)
+    with kernels(node.model):
+        answers = answer(node, requests, evaluate_client)
     _tell("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 
