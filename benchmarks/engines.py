@@ -122,16 +122,20 @@ def table(lines: Iterable[dict[str, object]], rate: float) -> Table:
 
 def write(path: Path, lines: Sequence[dict[str, object]], rate: float) -> None:
     """The rows as CSV, with machine, versions and date in each."""
-    about = {
-        "gflops_rate": round(rate / 1e9),
+    where = {"gflops_rate": round(rate / 1e9), **about()}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*lines[0], *where], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**line, **where} for line in lines)
+
+
+def about() -> dict[str, str]:
+    """The machine, the versions and the date, for each row of a CSV."""
+    return {
         "machine": f"{_processor()}, {multiprocessing.cpu_count()} cores",
         "versions": " ".join(f"{name}={version}" for name, version in versions().items()),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*lines[0], *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**line, **about} for line in lines)
 
 
 def _processor() -> str:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,13 @@ from config.errors import UserError
 _AT_ONCE = 2**22
 """Numbers of a convolution's columns that are made at once; more are taken in pieces."""
 
+_HELD: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+"""Models that have been seen to keep samples apart, each with the layers that learned then."""
+
 
 def covers(model: nn.Module) -> bool:
     """Whether every parameter that learns belongs to one layer of a covered kind, and to no other."""
-    learning = [
-        (m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p.requires_grad
-    ]
+    learning = [(module, name, p) for module in model.modules() for name, p in _own(module).items()]
     if len({id(p) for _, _, p in learning}) < len(learning):
         return False
     return all(
@@ -39,6 +41,11 @@ def covers(model: nn.Module) -> bool:
         type(m) in _LAYERS and name in ("weight", "bias") and not (isinstance(m, nn.Embedding) and _unusual(m))
         for m, name, _ in learning
     )
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters that learn, by name; `named_parameters` takes several times as long."""
+    return {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
 
 
 def _unusual(layer: nn.Embedding) -> bool:
@@ -62,11 +69,13 @@ class Book:
         self._layers: dict[str, nn.Module] = {}
         self._owners: dict[int, tuple[str, str]] = {}
         for place, module in model.named_modules():
-            own = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+            own = _own(module)
             if own:
                 self._layers[place] = module
                 self._owners |= {id(p): (place, f"{place}.{name}" if place else name) for name, p in own.items()}
-        self._held = False
+        self._kind = tuple(self._layers)
+        self._held = self._kind in _HELD.setdefault(model, set())
+        self._model = model
         self.forget()
         # Ahead of hooks that add to a layer's output (LoRA, adapters): what is written down is the layer's own.
         self._handles = [m.register_forward_hook(self._write(n), prepend=True) for n, m in self._layers.items()]
@@ -84,8 +93,8 @@ class Book:
     def norms(self, values: Tensor) -> Tensor:
         """The norm of each sample's gradient, float (n,), of losses (n,) that the model has just made.
 
-        The first time it is checked that every use of a parameter was by its own layer, and that no sample's loss
-        touches what another sample's went through. Raises UserError if not.
+        The first time that these layers of the model learn it is checked that every use of a parameter was by its own
+        layer, and that no sample's loss touches what another sample's went through. Raises UserError if not.
         """
         n = len(values)
         if values.grad_fn is None:
@@ -151,7 +160,9 @@ class Book:
                 "task.model: what the model computes for one sample depends on the other samples of its batch, so that "
                 "clipping bounds nothing: keep the samples apart, in the first dimension of every layer"
             )
-        self._held = size == 0
+        if size == 0:
+            self._held = True
+            _HELD[self._model].add(self._kind)
 
 
 Pairs = list[tuple[Tensor, Tensor]]

@@ -75,10 +75,9 @@ def poisson(n: int, rate: float, stream: Stream) -> Tensor:
 def gaussian(out: Tensor, deviation: float, stream: Stream) -> None:
     """Fill a contiguous tensor with Gaussian noise, drawn on the CPU in float32 so that it is the same on every device."""
     if out.device.type == "cpu" and out.dtype == torch.float32:
-        stream.fill(out.view(-1).numpy())
+        stream.fill(out.view(-1).numpy(), deviation)
     else:
-        out.copy_(stream.normal(out.numel()).view(out.shape))
-    out *= deviation
+        out.copy_(stream.normal(out.numel()).mul_(deviation).view(out.shape))
 
 
 def refuse_what_mixes_samples(model: nn.Module) -> None:
@@ -191,20 +190,26 @@ class Privatiser:
         of its piece is not finite, twice. Raises TypeError if it does not give one loss for each sample, and UserError
         if the hooks miss a part of the gradient, because a parameter is used outside of its own module.
         """
-        plan = self.mechanism
-        deviation = plan.noise_multiplier * plan.clip / plan.denominator
-        for share in self._shares.values():
-            if deviation > 0:
-                gaussian(share, deviation, self.noise)
-            else:
-                share.zero_()
+        self._drawn = False
         # With Opacus the first sample goes alone: of one sample, autograd knows the true gradient.
         first = [] if self._checked or self._mode == "book" or not len(index) else [index[:1]]
         for piece in [*first, *torch.split(index[len(first) :], self._piece)]:
             if len(piece):
                 self._add_clipped(piece, losses)
-        for name, parameter in self._learning.items():
-            parameter.grad = self._shares[name]
+        for name, share in self._noisy().items():
+            self._learning[name].grad = share
+
+    def _noisy(self) -> dict[str, Tensor]:
+        """What becomes of the gradients, with this step's noise in it: drawn late, so that it is still in the cache."""
+        plan = self.mechanism
+        deviation = plan.noise_multiplier * plan.clip / plan.denominator
+        for share in () if self._drawn else self._shares.values():
+            if deviation > 0:
+                gaussian(share, deviation, self.noise)
+            else:
+                share.zero_()
+        self._drawn = True
+        return self._shares
 
     def _add_clipped(self, piece: Tensor, losses: Losses) -> None:
         self._forget()
@@ -226,7 +231,7 @@ class Privatiser:
     def _add_from_book(self, piece: Tensor, values: Tensor, losses: Losses) -> None:
         norms = self._book.norms(values)
         if math.isfinite(norms.sum()):
-            self._book.add(self._weights(norms), self._shares)
+            self._book.add(self._weights(norms), self._noisy())
         elif (finite := torch.isfinite(norms)).any():
             self._add_clipped(piece[finite.to(piece.device)], losses)
 
@@ -245,7 +250,7 @@ class Privatiser:
         for name, sample in samples.items():
             if not finite.all():
                 sample = sample[finite]
-            self._shares[name] += torch.einsum("i,i...", factors[finite].to(sample.dtype), sample)
+            self._noisy()[name] += torch.einsum("i,i...", factors[finite].to(sample.dtype), sample)
 
     def _add_from_norms(self, piece: Tensor, values: Tensor, losses: Losses) -> None:
         norms = [p._norm_sample for _, p in self._taking_part("_norm_sample")]
@@ -270,7 +275,7 @@ class Privatiser:
             self._hooks.enable_hooks()
         for name, parameter in self._learning.items():
             if parameter.grad is not None:
-                self._shares[name] += parameter.grad
+                self._noisy()[name] += parameter.grad
 
     def _weights(self, norms: Tensor) -> Tensor:
         """What each sample's gradient counts in the result."""

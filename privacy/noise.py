@@ -27,7 +27,7 @@ class Stream:
         whole = seed.to_bytes(32, "little")
         self._cipher: CipherContext = Cipher(algorithms.AES(whole[:16]), modes.CTR(whole[16:])).encryptor()
         self._left = np.empty(0, np.float32)
-        self._scratch: tuple[bytearray, Floats, Floats] | None = None
+        self._scratch: tuple[bytearray, Floats] | None = None
 
     def uniform(self, n: int) -> Tensor:
         """n numbers, float64 (n,), uniform over the multiples of 2^-53 in [0, 1)."""
@@ -40,42 +40,45 @@ class Stream:
         self.fill(result.numpy())
         return result
 
-    def fill(self, out: Floats) -> None:
-        """Write independent standard normal numbers, at most 6.8 from 0 (Box and Muller 1958), to all of out, (n,).
+    def fill(self, out: Floats, deviation: float = 1.0) -> None:
+        """Write independent normal numbers of mean 0, at most 6.8 deviations from it (Box and Muller 1958), to all of out.
 
         Two draws of a and b numbers are the first a and the next b of one draw of a + b.
         """
         at = min(len(out), len(self._left))
-        out[:at], self._left = self._left[:at], self._left[at:]
+        np.multiply(self._left[:at], np.float32(deviation), out=out[:at])
+        self._left = self._left[at:]
         while len(out) - at >= 2 * _PAIRS:
-            self._make(out[at : at + 2 * _PAIRS])
+            self._make(out[at : at + 2 * _PAIRS], deviation)
             at += 2 * _PAIRS
         if at < len(out):
             made = np.empty(2 * _PAIRS, np.float32)
-            self._make(made)
-            out[at:], self._left = made[: len(out) - at], made[len(out) - at :]
+            self._make(made, 1.0)
+            self._left = made
+            self.fill(out[at:], deviation)
 
-    def _make(self, out: Floats) -> None:
+    def _make(self, out: Floats, deviation: float) -> None:
         """Write 2 x _PAIRS normals: sqrt(-2 ln u) times the cosine and the sine of an angle, u in (0, 1]."""
         # NumPy's float32 functions are some three times as fast as torch's; fresh arrays would cost a page fault each.
-        self._scratch = self._scratch or (
-            bytearray(len(_ZEROS) + 15),
-            np.empty(_PAIRS, np.float32),
-            np.empty(_PAIRS, np.float32),
-        )
-        bits, radius, angle = self._scratch
+        bits, radius = self._scratch = self._scratch or _scratch()
         self._cipher.update_into(_ZEROS, bits)
         radius[:] = np.frombuffer(bits, np.uint32, _PAIRS)
         radius *= np.float32(2.0**-32)
         radius += np.float32(2.0**-33)
         np.log(radius, out=radius)
-        radius *= np.float32(-2)
+        radius *= np.float32(-2 * deviation**2)
         np.sqrt(radius, out=radius)
+        cosines, angle = out[:_PAIRS], out[_PAIRS:]
         angle[:] = np.frombuffer(bits, np.int32, _PAIRS, 4 * _PAIRS)
         angle *= np.float32(math.pi * 2.0**-31)
-        for half, function in ((out[:_PAIRS], np.cos), (out[_PAIRS:], np.sin)):
-            function(angle, out=half)
-            half *= radius
+        np.cos(angle, out=cosines)
+        cosines *= radius
+        np.sin(angle, out=angle)
+        angle *= radius
+
+
+def _scratch() -> tuple[bytearray, Floats]:
+    return bytearray(len(_ZEROS) + 15), np.empty(_PAIRS, np.float32)
 
 
 _ZEROS = bytes(8 * _PAIRS)
