@@ -64,11 +64,10 @@ def fast(experiment: Experiment, seen: View) -> "Fast | str":
     if reason := why_not(experiment):
         return reason
     task = seen.task
-    shape = tuple(seen.data("test", task.dataset.test).x.shape[1:]) if seen.trunk is None else None
     try:
-        if shape is None:
-            raise Unknown("the trunk is frozen, and its heads cost little")
-        found = network(seen.model, shape, task.targets, task.weights)
+        if seen.trunk is not None:
+            raise Unknown("the trunk is frozen, and the heads cost little")
+        found = network(seen.model, tuple(task.dataset.test.x.shape[1:]), task.targets, task.weights)
         if experiment.engine.device == "cuda":
             return Fast(experiment, task, Stacked(found, experiment.local, experiment.engine))
         if reason := too_large(found):
@@ -76,6 +75,13 @@ def fast(experiment: Experiment, seen: View) -> "Fast | str":
         return Fast(experiment, task, Fused(found, experiment.local))
     except Unknown as fault:
         return str(fault)
+
+
+def told(experiment: Experiment, found: "Fast | str") -> str:
+    """What trains: "loop", "fused" or "stacked"; the loop with the reason, if faster kernels were asked for."""
+    if experiment.engine.exact:
+        return "loop"
+    return f"loop: {found}" if isinstance(found, str) else found.kernels.title
 
 
 def too_large(found: Network) -> str:

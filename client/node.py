@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDic
 from torch import nn
 
 from client.anchors import teaches
-from client.fast import Fast, fast
+from client.fast import Fast, fast, told
 from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import Store
 from client.training import LOOP, Beside, train
@@ -69,10 +69,8 @@ class Node:
 
     @property
     def training(self) -> str:
-        """What trains here: "loop", "fused" or "stacked"; the loop with the reason, if faster kernels were asked for."""
-        if self.experiment.engine.exact:
-            return "loop"
-        return f"loop: {self.fast}" if isinstance(self.fast, str) else self.fast.kernels.title
+        """What trains here (`client.fast.told`)."""
+        return told(self.experiment, self.fast)
 
 
 def open_node(context: Context) -> Node:

@@ -9,6 +9,7 @@ import torch
 from conftest import run_inline, small
 from torch import nn
 
+from benchmarks import gpu
 from client import fused, together
 from client.fast import Fast, fast, too_large, why_not
 from client.fused import Fused
@@ -20,6 +21,7 @@ from config.errors import UserError
 from config.load import load
 from config.schema import Engine, Experiment
 from config.seeds import torch_generator, torch_seeded
+from experiments.plan import plan
 from simulation.launch import engine
 from tasks import networks
 from tasks.data import MISSING, Data, Inputs, Target
@@ -170,6 +172,10 @@ def test_blocks_and_single_clients_give_the_same_bits(
     assert [single[key] for key in ("model_sha256", "metrics")] == [whole[key] for key in ("model_sha256", "metrics")]
     exact = run_inline(small(preset, *RUN, "engine.exact=true"), tmp_path / "exact")
     assert exact["model_sha256"] != whole["model_sha256"]
+    assert (whole["engine"], exact["engine"]) == (
+        {"exact": False, "training": ["fused"]},
+        {"exact": True, "training": ["loop"]},
+    )
 
 
 def test_ray_gives_the_bits_of_inline(tmp_path: Path) -> None:
@@ -254,6 +260,37 @@ def test_settings_that_do_not_go_together(settings: tuple[str, ...], told: str) 
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="torch finds no GPU"):
         run_inline(small("fedavg", "engine.exact=false", "engine.device=cuda"), tmp_path / "run")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    with pytest.raises(SystemExit) as stop:
+        gpu.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_gpu_benchmark_trains_the_same_on_both_sides() -> None:
+    """On the CPU: the stacked clients' sum is the plain loop's, which leaves its last client in the model."""
+    work = gpu.make("mlp", 3, 30, Engine.model_construct(device="cpu", precision="float32", exact=False))
+    start = state_of(work.model)
+    gpu.plain(work)()
+    by_plain = state_of(work.model)
+    load_into(work.model, start)
+    found = network(work.model, gpu.SHAPE, [Target("label", "class", gpu.CLASSES)], [1.0])
+    plan = load("fedavg", ["local.momentum=0"]).local
+    done = Stacked(found, plan, work.engine).train(start, [work.members], dict.fromkeys(start, gpu.LR))
+    assert distance(done.arrays[-1], by_plain) <= BOUND * distance(by_plain, start)
+
+
+def test_the_plan_says_what_trains() -> None:
+    assert plan(small("fedavg"))["training"] == "loop"
+    assert plan(small("fedavg", "engine.exact=false"))["training"] == "fused"
+    adam = plan(small("fedavg", "engine.exact=false", "local.optimizer=adam"))
+    assert adam["training"] == 'loop: local.optimizer = "adam"'
 
 
 def test_half_precision_is_near_float32() -> None:
