@@ -16,7 +16,7 @@ from client.store import Store
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
-from strategies.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
+from strategies.packing import Answer, NodeReply, Request, add_groups, pack_replies, unpack_requests, whole_groups
 from strategies.sharing import from_record
 from tasks.numerics import kernels
 
@@ -34,13 +34,21 @@ def join(message: Message, context: Context) -> Message:
     if base := from_record(message.content.array_records["base"]):
         Store(node.state_root, run_id).put_base(base)
     clients = list(hosted_here(context, node.experiment.partition.clients))
+    # A deployed node names the Meadow that is installed on it, whatever code the bundle brought.
+    installed = str(context.node_config.get("code") or code_sha256())
+    if installed != code_sha256():
+        log.error(
+            "this node has another Meadow than the coordinator (code %.12s here, %.12s there) and will be refused: "
+            "install the same version",
+            installed,
+            code_sha256(),
+        )
     roll = ConfigRecord(
         {
             "clients": clients,
             "simulated": node.keeper.simulated,
             "sizes": [len(node.task.client(c).train) if allowed(node.experiment, "samples") else 1 for c in clients],
-            # A deployed node names the Meadow that is installed on it, whatever code the bundle brought.
-            "code": str(context.node_config.get("code") or code_sha256()),
+            "code": installed,
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
@@ -57,8 +65,10 @@ def train(message: Message, context: Context) -> Message:
     with kernels(node.model):
         answers = answer(node, requests, train_client)
     _tell("trained", requests, answers)
-    sent = from_record(requests[0].content.array_records["arrays"])
-    return Message(pack_replies(add_up(node, answers, sent, blocks)), reply_to=message)
+    sent = from_record(requests[0].arrays)
+    reply = add_up(node, answers, sent, blocks)
+    add_groups(reply, whole_groups(message.content))
+    return Message(pack_replies(reply), reply_to=message)
 
 
 @app.evaluate()
@@ -74,7 +84,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _tell(done: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
     for request, given in zip(requests, answers, strict=True):
-        which = {"round": request.content.config_records["config"]["round"], "client": given.client}
+        which = {"round": request.config["round"], "client": given.client}
         if given.content is None:
             log.error("failed: %s", given.error.strip().splitlines()[-1], extra=which)
         else:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from config.cohort import participations
@@ -25,6 +24,7 @@ from privacy.accounting import epsilon
 from privacy.client_level import clip, noised
 from privacy.dpsgd import Permit
 from privacy.ledger import Budget, BudgetSpent, Charged, Ledger, Mark, Release, noise_seed, secret, simulated_secret
+from privacy.noise import Stream
 from strategies.sharing import arrays_sha256
 
 
@@ -105,8 +105,8 @@ def charge(
     seed = noise_seed(own, charged.sha256)
     permit = None
     if mechanism is not None:
-        sampling = torch.Generator().manual_seed(noise_seed(own, charged.sha256, "sampling"))
-        permit = Permit(mechanism, sampling, torch.Generator().manual_seed(seed), privacy.grad_sample)
+        sampling = Stream(noise_seed(own, charged.sha256, "sampling"))
+        permit = Permit(mechanism, sampling, Stream(seed), privacy.grad_sample)
     return Allowed(charged, _state(keeper, charged.mark, charged.epsilon), seed, noise, permit)
 
 

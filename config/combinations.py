@@ -28,6 +28,12 @@ def check(experiment: Experiment) -> None:
             f"task.target_weights has {len(task.target_weights)} values for {len(learned)} learned targets "
             f"{list(learned)}: give one each, or none"
         )
+    for setting, value in {"channels": task.channels, "image_size": task.image_size}.items():
+        if value and task.dataset in ("digits", "printed-digits"):
+            raise ValueError(
+                f'task.{setting} = {value!r} with task.dataset = "{task.dataset}": these images are 8 x 8 grey pixels and '
+                'are taken as they are; leave it out, or write task.dataset = "stars" or another one with images'
+            )
     _trainable(experiment)
     _source(experiment)
     _strategy(experiment)

@@ -1,6 +1,7 @@
 """Reading an experiment: a preset's name or a TOML file, then dotted overrides, then one check of everything."""
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -51,7 +52,7 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
         raise UserError(f"{name} is not a TOML file: {error}") from None
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
-        run.setdefault("name", path.stem)
+        run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem))
     return tree
 
 
@@ -155,6 +156,10 @@ def _explain(fault: Any) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean X?" for the name that is closest, or "" if none is close."""
-    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else ""
+    """ "; did you mean X?" for the name that is closest, or "" if none is close: by its letters, whatever their case, or by
+    the initials of its words (learning_rate: lr)."""
+    folded = {known.lower(): known for known in names}
+    section, dot, words = name.lower().rpartition(".")
+    initials = section + dot + "".join(word[0] for word in words.split("_") if word)
+    match = [initials] if initials in folded else difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    return f"; did you mean {folded[match[0]]}?" if match else ""

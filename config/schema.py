@@ -416,8 +416,10 @@ class Privacy(Section):
     denominator: float = Field(
         0.0, ge=0, description="What the noisy sum is divided by; 0: local.batch_size, or the expected cohort."
     )
-    grad_sample: Literal["auto", "hooks", "ghost"] = Field(
-        "auto", description="unit = example: how per-sample gradients are had; auto: by the model."
+    grad_sample: Literal["auto", "book", "ghost", "hooks"] = Field(
+        "auto",
+        description="unit = example: how clipped gradients are had: book: our book-keeping; ghost, hooks: Opacus's; auto: "
+        "by the model.",
     )
     adaptive_clip: bool = Field(False, description="unit = client: the clip follows a quantile of the updates' norms.")
     clip_quantile: float = Field(0.5, ge=0, le=1, description="Share of updates that the adaptive clip lets through.")
@@ -521,6 +523,7 @@ class Engine(Section):
     name: Literal["inline", "ray", "processes"] = "ray"
     workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one a core, or four SuperNodes.")
     threads: int = Field(1, ge=1, description="Threads a worker; two lose against one on a shared machine.")
+    address: str = Field("", description='A Ray cluster to join, as "HOST:6379" or "auto"; "": Ray on this machine.')
 
 
 class Experiment(Section):

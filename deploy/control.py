@@ -4,30 +4,45 @@ register  every public key in the coordinator's keys (NODE.pub); one that is kno
 revoke    a node, at once and for good: its key can never be registered again; a new key for it: `deploy/keys.py`
 list      name, status and Flower's id of each
 
-Which Flower id a name has is noted in nodes.json when its key is registered.
+The calls are those of the `flwr` command, by Flower's own client (flwr 1.41, `supercore/control`), in one
+process where each command starts a Python of its own.
 """
 
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any
 
+import httpx
 import tomli_w
-
-from config.durable import write_json
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.run_pb2 import Run
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))
+ADDRESS = os.environ.get("MEADOW_SUPERLINK", "superlink:9091")
 CONNECTION = "meadow"
-_FILE = STATE / "nodes.json"
+REVOKED = "unregistered"
 
 
 def log(event: str, level: str = "INFO", **facts: object) -> None:
     """One line an event."""
-    print(" ".join([f"level={level} service=run event={event}", *(f"{k}={v}" for k, v in facts.items())]), flush=True)
+    service = os.environ.get("MEADOW_SERVICE", "run")
+    print(
+        " ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]),
+        flush=True,
+    )
 
 
 def connect() -> None:
@@ -35,88 +50,86 @@ def connect() -> None:
     home = (STATE / "flwr").absolute()
     os.environ["FLWR_HOME"] = str(home)
     home.mkdir(parents=True, exist_ok=True)
-    address = os.environ.get("MEADOW_SUPERLINK", "superlink:9091")
-    connection = {"address": address, "root-certificates": str((KEYS / "ca.crt").absolute())}
+    connection = {"address": ADDRESS, "root-certificates": str((KEYS / "ca.crt").absolute())}
     (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONNECTION, CONNECTION: connection}}))
 
 
-def flwr(*words: str) -> Any:
-    """What a `flwr` command answers with --format json; an empty mapping if it fails."""
-    command = ["flwr", *words, CONNECTION, "--format", "json"]
-    try:
-        return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60).stdout)
-    except (ValueError, subprocess.TimeoutExpired):
-        return {}
+@cache
+def _superlink() -> ControlHttpClient:
+    # The SuperLink refuses a client of another version of Flower, and the client then says so.
+    version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
+    return ControlHttpClient.from_server_address(ADDRESS, False, (KEYS / "ca.crt").read_bytes(), [version])
+
+
+def nodes() -> list[NodeInfo]:
+    """Every node that was ever registered. Raises httpx.HTTPError if the SuperLink does not answer."""
+    return list(_superlink().ListNodes(ListNodesRequest()).nodes_info)
+
+
+def newest_run() -> Run | None:
+    """The run that was submitted last; None if there is none. Raises httpx.HTTPError if the SuperLink does not answer."""
+    runs = _superlink().ListRuns(ListRunsRequest(limit=1)).run_dict
+    return next(iter(runs.values()), None)
+
+
+def stop(run: Run) -> None:
+    """Stop a run. Raises httpx.HTTPError if the SuperLink does not answer, or the run has ended."""
+    _superlink().StopRun(StopRunRequest(run_id=run.run_id))
 
 
 def register() -> int:
     """Register every key that is not known yet; how many nodes may take part."""
-    nodes = _nodes()
-    keys = {_name(key): key for key in sorted(KEYS.glob("*.pub"))}
-    new = [name for name in keys if name not in nodes]
-    with ThreadPoolExecutor(4) as pool:
-        answers = pool.map(lambda name: flwr("supernode", "register", str(keys[name])), new)
-        for name, answer in zip(new, answers, strict=True):
-            if answer.get("success"):
-                nodes[name] = {"id": int(answer["node-id"]), "revoked": False}
-                log("register", node=keys[name].stem, id=answer["node-id"])
-            else:
-                log("register", level="WARNING", node=keys[name].stem, answer=json.dumps(answer))
-    write_json(_FILE, nodes)
-    return sum(name in nodes and not nodes[name]["revoked"] for name in keys)
+    status = {node.public_key: node.status for node in nodes()}
+    admitted = 0
+    for path in sorted(KEYS.glob("*.pub")):
+        # As `flwr supernode register` sends it.
+        key = load_ssh_public_key(path.read_bytes()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        if key not in status:
+            request = RegisterNodeRequest(public_key=key, name=path.stem)
+            log("register", node=path.stem, id=_superlink().RegisterNode(request).node_id)
+        elif status[key] == REVOKED:
+            log("revoked", level="WARNING", node=path.stem)
+        admitted += status.get(key) != REVOKED
+    return admitted
 
 
-def revoke(node: str) -> int:
-    """Revoke a node: all its keys that were registered. The exit status."""
-    nodes = _nodes()
-    found = [name for name, about in nodes.items() if name.split()[0] == node and not about["revoked"]]
-    for name in found:
-        answer = flwr("supernode", "unregister", str(nodes[name]["id"]))
-        if answer.get("success"):
-            nodes[name]["revoked"] = True
-        log("revoke", level="INFO" if nodes[name]["revoked"] else "ERROR", node=node, answer=json.dumps(answer))
-    write_json(_FILE, nodes)
-    if not found:
-        log("revoke", level="ERROR", node=node, answer=json.dumps(f"no such node; there are: {sorted(nodes)}"))
-    return 0 if found and all(nodes[name]["revoked"] for name in found) else 1
+def revoke(name: str) -> int:
+    """Revoke a node: every key that was registered under its name. The exit status."""
+    known = nodes()
+    admitted = [node for node in known if node.name == name and node.status != REVOKED]
+    for node in admitted:
+        _superlink().UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
+        log("revoke", node=name, id=node.node_id)
+    if not admitted:
+        there = sorted({node.name for node in known if node.status != REVOKED})
+        log("revoke", level="ERROR", node=name, answer=json.dumps(f"no such node; there are: {', '.join(there)}"))
+    return 0 if admitted else 1
 
 
 def online() -> int:
-    """How many SuperNodes are online."""
-    return sum(node.get("status") == "online" for node in flwr("supernode", "list").get("nodes", []))
-
-
-def show() -> None:
-    """Print the nodes: name, status, Flower's id."""
-    status = {int(node["node-id"]): node["status"] for node in flwr("supernode", "list").get("nodes", [])}
-    for name, about in sorted(_nodes().items()):
-        print(f"{name.split()[0]:12} {status.get(about['id'], 'unregistered'):12} {about['id']}")
-
-
-def _nodes() -> dict[str, Any]:
-    """What was registered from here: by name and key, Flower's id and whether it was revoked."""
-    return dict(json.loads(_FILE.read_text())) if _FILE.exists() else {}
-
-
-def _name(path: Path) -> str:
-    """A node's name and its key: to Flower a node whose key was changed is another one."""
-    return f"{path.stem} {path.read_text().split()[1]}"
+    """How many SuperNodes are online. Raises httpx.HTTPError if the SuperLink does not answer."""
+    return sum(node.status == "online" for node in nodes())
 
 
 def main(words: list[str]) -> int:
     """The exit status."""
-    connect()
-    match words:
-        case ["list"]:
-            show()
-            return 0
-        case ["register"]:
-            return 0 if register() else 1
-        case ["revoke", node]:
-            return revoke(node)
-        case _:
-            print(__doc__)
-            return 2
+    try:
+        match words:
+            case ["list"]:
+                for node in sorted(nodes(), key=lambda node: (node.name, node.registered_at)):
+                    print(f"{node.name:12} {node.status:12} {node.node_id}")
+                return 0
+            case ["register"]:
+                register()
+                return 0
+            case ["revoke", name]:
+                return revoke(name)
+            case _:
+                print(__doc__)
+                return 2
+    except httpx.HTTPError as error:
+        log("failed", level="ERROR", superlink=ADDRESS, answer=json.dumps(str(error)))
+        return 1
 
 
 if __name__ == "__main__":

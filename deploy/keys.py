@@ -4,8 +4,9 @@ FOLDER/coordinator  what the coordinator's machine needs: the CA's certificate a
                     the secret between SuperLink and SuperExec, and the public key of every node
 FOLDER/NODE         what one node's machine needs: the CA's certificate, and this node's own private key
 
-What exists is kept, so that a second start changes nothing, and a new node gets its key beside the others. The names that
-the server's certificate is good for: those of docker-compose.yml, and what MEADOW_SERVER_NAMES adds, "a.example,10.0.0.7".
+What exists is kept, so that a second start changes nothing, and a new node gets its key beside the others; what was deleted
+is made anew. So is a certificate of the server that is not the CA's, lacks a name, or ends within a month. The names that
+it is good for: those of docker-compose.yml, and what MEADOW_SERVER_NAMES adds, "a.example,10.0.0.7".
 """
 
 import datetime
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
@@ -23,7 +25,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 NAMES = ("superlink", "proxy", "localhost", "127.0.0.1")
 DAYS = 825
-"""Validity of the certificates. Delete FOLDER/coordinator/server.* (or the whole folder) and start again to renew."""
+"""Validity of the certificates."""
+RENEWAL = datetime.timedelta(days=30)
+"""A certificate that ends sooner is made anew."""
 
 
 def main(folder: Path, nodes: list[str], below: str = "") -> None:
@@ -32,9 +36,10 @@ def main(folder: Path, nodes: list[str], below: str = "") -> None:
     coordinator.mkdir(parents=True, exist_ok=True)
     if not (coordinator / "ca.crt").exists():
         _authority(coordinator)
-    if not (coordinator / "server.crt").exists():
-        more = os.environ.get("MEADOW_SERVER_NAMES", "").split(",")
-        _server(coordinator, [*NAMES, *(name.strip() for name in more if name.strip())])
+    more = os.environ.get("MEADOW_SERVER_NAMES", "").split(",")
+    names = [*NAMES, *(name.strip() for name in more if name.strip())]
+    if not _serves(coordinator, names):
+        _server(coordinator, names)
     if not (coordinator / "superexec.secret").exists():
         _write(coordinator / "superexec.secret", secrets.token_hex(32).encode())
     for node in nodes:
@@ -60,6 +65,20 @@ def _authority(folder: Path) -> None:
     )
     _write(folder / "ca.key", key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     _write(folder / "ca.crt", certificate.public_bytes(Encoding.PEM))
+
+
+def _serves(folder: Path, names: list[str]) -> bool:
+    """Whether there is a certificate of the server's that this CA issued, for all these names and the next month."""
+    if not (folder / "server.crt").exists() or not (folder / "server.key").exists():
+        return False
+    certificate = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
+    try:
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes()))
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    good_for = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    ends = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    return {_name(name) for name in names} <= set(good_for) and ends > RENEWAL
 
 
 def _server(folder: Path, names: list[str]) -> None:

@@ -105,6 +105,21 @@ def bury(node_id: int) -> bool:
     return True
 
 
+def admit() -> None:
+    """Register the nodes' keys as soon as the SuperLink answers, so that no node comes too early and has to start twice."""
+    import httpx
+
+    from deploy import control
+
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            control.register()
+            return
+        except httpx.HTTPError:
+            time.sleep(0.2)
+
+
 SERVICES = {"superlink": superlink, "serverapp": serverapp, "proxy": proxy, "node": node}
 
 
@@ -112,6 +127,7 @@ def main(name: str) -> int:
     """Run the service until it ends by itself or the run has ended; the exit status of the container."""
     os.environ["FLWR_HOME"] = str((STATE / "flwr").absolute())
     STATE.mkdir(parents=True, exist_ok=True)
+    os.environ["MEADOW_SERVICE"] = name
     ended = os.environ.get("MEADOW_ENDED", "")
     print(f"level=INFO service={name} event=start", flush=True)
     last = STATE / "node-id"
@@ -122,6 +138,8 @@ def main(name: str) -> int:
         SERVICES[name](), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
     threading.Thread(target=_tell, args=(name, child.stdout), daemon=True).start()
+    if name == "superlink":
+        threading.Thread(target=admit, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: child.terminate())
     while child.poll() is None:

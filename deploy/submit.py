@@ -13,17 +13,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+import httpx
 import tomli_w
 
 from config.errors import UserError
 from config.identity import ROOT
 from config.load import load, to_flat
 from config.schema import Experiment
-from deploy.control import CONNECTION, STATE, connect, flwr, log, online, register
+from deploy.control import CONNECTION, STATE, connect, log, newest_run, online, register, stop
 from experiments.report import write_report
 from server.folder import RunFolder, check_folder
 
@@ -33,6 +35,8 @@ PATIENCE = 120.0
 """Seconds for nodes to come; the run then begins with those that did (its quorum decides), or fails if there is none."""
 LOOK = 10.0
 """Seconds between two questions to the SuperLink what has become of the run, while the run folder says nothing new."""
+
+T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -51,6 +55,9 @@ def main() -> int:
     except Stopped:
         _note_stop(out)
         status = 3
+    except httpx.HTTPError as error:
+        log("failed", level="ERROR", superlink=json.dumps(str(error)))
+        status = 1
     if (out / "experiment.toml").exists():
         log("report", file=write_report([out], out / "report.html"))
     ended = os.environ.get("MEADOW_ENDED", "")
@@ -69,7 +76,7 @@ def _go(experiment: Experiment, out: Path) -> int:
     except UserError as error:
         log("refused", level="ERROR", answer=json.dumps(str(error)))
         return 2
-    _wait_for_nodes(register())
+    _wait_for_nodes(_patiently(register))
     return _run(experiment, out)
 
 
@@ -79,8 +86,8 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _wait_for_nodes(count: int) -> None:
     end = time.monotonic() + PATIENCE
-    while (now := online()) < count and time.monotonic() < end:
-        time.sleep(0.5)
+    while (now := _patiently(online)) < count and time.monotonic() < end:
+        time.sleep(0.2)
     log("nodes", level="INFO" if now >= count else "WARNING", online=now, expected=count)
 
 
@@ -104,7 +111,7 @@ def _run(experiment: Experiment, out: Path) -> int:
         if summary and summary["status"] in ("done", "stopped"):
             log("end", status=summary["status"], reason=json.dumps(summary["reason"]), model=summary["model_sha256"])
             return 0 if summary["status"] == "done" else 3
-        log("failed", level="WARNING", attempt=attempt, flower=json.dumps(_wait_for_superlink()[:1]))
+        log("failed", level="WARNING", attempt=attempt, flower=json.dumps(_verdict()))
         if summary and summary["status"] == "failed":
             return 1
     return 1
@@ -126,8 +133,7 @@ def _follow(out: Path, before: Any) -> None:
         if (summary := RunFolder(out).summary()) and summary != before:
             return
         if time.monotonic() - looked > LOOK:
-            runs = flwr("ls", "--limit", "1").get("runs", [])
-            if runs and str(runs[0].get("status", "")).startswith("finished"):
+            if _verdict().startswith("finished"):
                 return
             looked = time.monotonic()
         time.sleep(0.2)
@@ -145,22 +151,32 @@ def _app() -> Path:
     return app
 
 
-def _wait_for_superlink() -> list[Any]:
-    """The newest run, as soon as the SuperLink answers again."""
+def _verdict() -> str:
+    """What Flower says of the newest run."""
+    run = _patiently(newest_run)
+    return f"{run.status.status} {run.status.sub_status} {run.status.details}" if run else ""
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """What the SuperLink answers; while it is away, as it is when it was killed and restarts, ask again."""
     end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if runs := flwr("ls", "--limit", "1").get("runs", []):
-            return list(runs)
-        time.sleep(1)
-    return []
+    while True:
+        try:
+            return call()
+        except httpx.HTTPError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def _note_stop(out: Path) -> None:
     """Stop the run and say how to go on with it."""
     log("stopped", level="WARNING", resume=f"MEADOW_RUN={out.name}")
-    runs = flwr("ls", "--limit", "1").get("runs", [])
-    if runs:
-        flwr("stop", str(runs[0].get("run-id", "")))
+    try:
+        if (run := newest_run()) and run.status.status != "finished":
+            stop(run)
+    except httpx.HTTPError as error:  # it is stopped too
+        log("stopped", level="WARNING", superlink=json.dumps(str(error)))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
         initial_state(job.experiment)
     plan = jobs[0].experiment.engine
     summaries = []
-    with engine(plan.name, plan.workers, plan.threads) as launch:
+    with engine(plan.name, plan.workers, plan.threads, plan.address) as launch:
         for job in jobs:
             found: list[dict[str, Any]] = []
             if in_folds(job.experiment):  # what an earlier summary says is no longer so

@@ -41,6 +41,7 @@ from privacy.audit import (
 )
 from privacy.client_level import update_noise
 from privacy.dpsgd import Mechanism, Permit, chosen_mode
+from privacy.noise import Stream
 from privacy.plan import claim, client_cost, client_denominator, client_noise, steps_a_round
 from server.folder import RunFolder
 from server.protection import Protection, adaptive, protection
@@ -170,7 +171,7 @@ def _probe(experiment: Experiment, task: Task, who: int, mechanism: Mechanism, m
 
     def total(indices: list[int]) -> Floats:
         load_into(model, start)
-        permit = Permit(silent, torch.Generator(), torch.Generator(), mode)
+        permit = Permit(silent, Stream(0), Stream(0), mode)
         (step,) = _watched(model, data.take(torch.tensor(indices)), quiet, experiment, permit)
         return np.concatenate([step[name].ravel() for name in sorted(step)])
 
@@ -204,8 +205,8 @@ def _noise(experiment: Experiment, task: Task, one: Allowed, another: Allowed, m
         permit = _permit(allowed)
         nobody = replace(permit.mechanism, sample_rate=1e-12, steps=2)
         load_into(model, initial_state(experiment))
-        noise = torch.Generator().manual_seed(allowed.noise_seed)
-        draws += _watched(model, data, quiet, experiment, Permit(nobody, torch.Generator(), noise, mode))
+        noise = Stream(allowed.noise_seed)
+        draws += _watched(model, data, quiet, experiment, Permit(nobody, Stream(0), noise, mode))
     mechanism = _permit(one).mechanism
     z = [{name: value / mechanism.clip for name, value in draw.items()} for draw in draws]
     checks = [

@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,15 +50,18 @@ def run(
     json_: Json = False,
 ) -> None:
     """One run: a preset's name or a TOML file, then dotted overrides."""
+    resolved = load(experiment, [*(overrides or []), *_engine_overrides(engine, workers)])
+    _warm_up(resolved)
     from experiments.api import Job, default_folder, exit_status, run_many
     from experiments.folds import in_folds
+
+    folder = _folder(out, resume, default_folder(resolved.run.name))
+    summary = run_many([Job(resolved, folder)], resume, _watch(_console(json_), quiet))[0]
+
     from experiments.ranking import ranking_table
     from experiments.report import write_report
     from experiments.results import find_runs
 
-    resolved = load(experiment, [*(overrides or []), *_engine_overrides(engine, workers)])
-    folder = _folder(out, resume, default_folder(resolved.run.name))
-    summary = run_many([Job(resolved, folder)], resume, _watch(_console(json_), quiet))[0]
     report = write_report([folder], folder / "report.html")
     table = ranking_table(find_runs([folder])) if in_folds(resolved) else None
     _close(quiet, json_, json.loads((folder / "summary.json").read_text()), table, report, [summary])
@@ -253,6 +257,27 @@ def _show_split(experiment: Experiment, picture: Path) -> None:
     console.print(f"picture: {picture}. {splits.picture_caption(split)}", soft_wrap=True, markup=False)
 
 
+def _warm_up(experiment: Experiment) -> None:
+    """Start Ray, where it is asked for, while another thread imports the libraries and opens the data."""
+    thread = threading.Thread(target=_open, args=(experiment,))
+    thread.start()
+    try:
+        if experiment.engine.name == "ray":
+            from simulation.ray_start import start_ray
+
+            plan = experiment.engine
+            start_ray(plan.workers, plan.threads, plan.address)
+    finally:
+        thread.join()
+
+
+def _open(experiment: Experiment) -> None:
+    from tasks.task import initial_state, settle
+
+    with suppress(Exception):  # it shows again, and is told, where the run itself opens the data
+        initial_state(settle(experiment))
+
+
 def _run_group(jobs: Sequence[Any], folder: Path, resume: bool, quiet: bool, as_json: bool) -> None:
     from experiments.api import exit_status, run_many
     from experiments.ranking import ranking, ranking_table
@@ -296,7 +321,9 @@ def _console(as_json: bool) -> Console:
 def _folder(out: Path | None, resume: bool, default: Path) -> Path:
     if out is None and resume:
         raise UserError("--resume needs --out DIR: the folder of the run to go on with")
-    if out is not None and not resume and out.exists() and any(out.iterdir() if out.is_dir() else [out]):
+    if out is not None and (above := next(p for p in (out, *out.parents) if p.exists())).is_file():
+        raise UserError(f"--out {out}: {above} is a file; name a folder")
+    if out is not None and not resume and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: it exists; add --resume to go on with what is there, or name another folder")
     return out or default
 

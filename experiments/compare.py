@@ -23,6 +23,9 @@ METHODS = (
 )
 """What `meadow compare` compares if it is not told."""
 
+BUDGET, NONE = "privacy.epsilon", "none"
+"""The setting whose sweep is held against no protection, and the word for it."""
+
 
 def methods_jobs(base: Tree, methods: Sequence[str], overrides: Sequence[str], seeds: int, out: Path) -> list[Job]:
     """The runs of a comparison: for each seed each method, which is a preset whose values go over the base's.
@@ -43,13 +46,16 @@ def methods_jobs(base: Tree, methods: Sequence[str], overrides: Sequence[str], s
 def sweep_jobs(base: Tree, overrides: Sequence[str], seeds: int, out: Path) -> list[Job]:
     """The runs of a sweep: every combination of the overrides that give several values (`local.lr=0.1,0.3`).
 
-    Each run is named after its values. Raises UserError if no override gives several.
+    Each run is named after its values. Budgets (`privacy.epsilon=1,2,4`) are held against the same run without protection,
+    which a sweep over them has too, once for all settings of privacy. Raises UserError if no override gives several.
     """
     grid: list[tuple[str, list[Any]]] = []
     fixed: list[tuple[str, Any]] = []
     for text in overrides:
         key, value = parse_override(text)
         several = value.split(",") if isinstance(value, str) and "," in value else [value]
+        if key == BUDGET and len(several) > 1 and NONE not in several:
+            several.append(NONE)
         if len(several) > 1:
             grid.append((key, [parse_override(f"{key}={v.strip()}")[1] for v in several]))
         else:
@@ -59,9 +65,19 @@ def sweep_jobs(base: Tree, overrides: Sequence[str], seeds: int, out: Path) -> l
     trees = {}
     for values in itertools.product(*(v for _, v in grid)):
         point = [(key, value) for (key, _), value in zip(grid, values, strict=True)]
-        name = "_".join(f"{key.partition('.')[2]}-{value}" for key, value in point)
-        trees[name] = apply(base, [*fixed, *point, ("run.name", name)])
+        if (BUDGET, NONE) in point:
+            rest = [(key, value) for key, value in point if not key.startswith("privacy.")]
+            named = _named([*rest, (BUDGET, NONE)])
+            open_ = {section: settings for section, settings in base.items() if section != "privacy"}
+            tree = apply(open_, [change for change in fixed if not change[0].startswith("privacy.")] + rest)
+        else:
+            named, tree = _named(point), apply(base, [*fixed, *point])
+        trees[named] = apply(tree, [("run.name", named)])
     return _with_seeds(trees, seeds, out)
+
+
+def _named(point: Sequence[tuple[str, Any]]) -> str:
+    return "_".join(f"{key.partition('.')[2]}-{value}" for key, value in point)
 
 
 def _with_seeds(trees: dict[str, Tree], seeds: int, out: Path) -> list[Job]:

@@ -34,7 +34,7 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
         panels = {"clients": "Mean over the clients' own test samples", "global": "Shared model on the global test set"}
         shown = [p for p in panels if any(_mean_curve(runs, p, target, metric) for runs in methods.values())]
         for at, place in enumerate(shown or ["clients"]):
-            axes = figure.add_axes(_box(figure, at, max(1, len(shown)), right=_label_room(methods)))
+            axes = figure.add_axes(box(figure, at, max(1, len(shown)), right=_label_room(methods)))
             labels = []
             for name, runs in methods.items():
                 if found := _mean_curve(runs, place, target, metric):
@@ -48,8 +48,8 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
             axes.set(title=panels[place], xlabel="round")
             axes.set_xlim(0, max((x for _, x, _, _ in labels), default=1.0) or 1.0)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            _value_axis(axes, target, metric, "y")
-            _label_ends(axes, labels)
+            value_axis(axes, target, metric, "y")
+            label_ends(axes, labels)
         return figure
 
 
@@ -68,7 +68,7 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
             versus = paired.get(name)
             for lost in (False, True):
                 dots = [
-                    (value, row + _jitter(client, run.seed, run.fold))
+                    (value, row + jitter(client, run.seed, run.fold))
                     for run in runs
                     for client, value in run.scores(target, metric).items()
                     if (versus is not None and client in versus.losers.get((run.seed, run.fold), ())) == lost
@@ -91,7 +91,7 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
         axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"][0], pad=8)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        _value_axis(axes, target, metric, "x")
+        value_axis(axes, target, metric, "x")
         return figure
 
 
@@ -141,14 +141,14 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
         strip = bool(labels[free])
         free.set_visible(strip)
         first = free if strip else sent if anything else timed
-        _value_axis(first, target, metric, "y")
+        value_axis(first, target, metric, "y")
         (free if strip else sent).set_title("Against bytes, both ways together")
         free.set(xlim=(-1, 1), xticks=[0], xticklabels=["0 B"])
         free.grid(visible=False, axis="x")
         sent.tick_params(axis="y", labelleft=not strip)
         timed.set_title("Against seconds")
         for axes, ends in labels.items():
-            _label_ends(axes, ends)
+            label_ends(axes, ends)
         return figure
 
 
@@ -289,12 +289,12 @@ def _look(name: str, methods: Methods) -> tuple[str, Dash]:
     return COLOURS[f"m{at % 8}"][0], _DASHES[at // 8 % 4]
 
 
-def _jitter(client: int, seed: int, fold: int) -> float:
+def jitter(client: int, seed: int, fold: int) -> float:
     """A place within a row, -0.28..0.28: the golden ratio's multiples keep neighbours apart, always the same way."""
     return ((client * 0.6180339887 + seed * 0.3247179572 + fold * 0.2207440846) % 1 - 0.5) * 0.56
 
 
-def _box(figure: Figure, at: int, of: int, right: float) -> tuple[float, float, float, float]:
+def box(figure: Figure, at: int, of: int, right: float) -> tuple[float, float, float, float]:
     """Place of panel `at` of `of`, in fractions of the figure; `right` inches stay free beside each for its labels."""
     wide, tall = figure.get_size_inches()
     each = float(wide) / of
@@ -306,7 +306,7 @@ def _label_room(methods: Methods) -> float:
     return 0.25 + 0.07 * max((min(len(name), _LONGEST) for name in methods), default=0)
 
 
-def _value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
+def value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
     axis = axes.yaxis if which == "y" else axes.xaxis
     if is_share(metric):
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
@@ -316,7 +316,7 @@ def _value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
     axis.set_label_text(f"{metric_label(target, metric)}, {better} is better")
 
 
-def _label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> None:
+def label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> None:
     """Write each (name, x, y, colour) right of the axes at its height, moved apart where names would overlap."""
     if not labels:
         return

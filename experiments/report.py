@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from config import load
 from config.schema import Experiment
-from experiments import plots, splits, style, words
+from experiments import budgets, plots, splits, style, words
 from experiments.ranking import (
     Methods,
     Row,
@@ -118,8 +118,9 @@ def render(runs: Sequence[RunResult]) -> str:
     body = [
         f'<h1>{escape(title)}</h1><p class="facts">{escape(" · ".join(fact for fact in facts if fact))}</p>',
         *(f'<p class="warn">{escape(text)}</p>' for text in warnings(runs)),
-        f'<p class="answer">{escape(" ".join(answer(methods, rows)))}</p>',
+        f'<p class="answer">{escape(" ".join(budgets.answer(runs) or answer(methods, rows)))}</p>',
         *(f'<p class="note">{escape(name)}: {escape(said)}.</p>' for name, said in _claims(methods).items()),
+        budgets.section(runs),
         *(_target_section(methods, target, rows) for target in targets_of(runs)),
         _split_section(runs),
         _methods_section(methods),

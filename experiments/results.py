@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
 
 from config import load
 from config.errors import UserError
@@ -230,7 +229,7 @@ def by_method(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
         named.setdefault(run.experiment.run.name, []).append(run)
     methods: dict[str, list[RunResult]] = {}
     for name, group in named.items():
-        flat = [_identity(run) for run in group]
+        flat = [settings_of(run) for run in group]
         varied = [key for key in flat[0] if any(settings[key] != flat[0][key] for settings in flat)]
         for run, settings in zip(group, flat, strict=True):
             marks = ", ".join(f"{key.partition('.')[2]}={settings[key]}" for key in varied)
@@ -316,6 +315,8 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     n = len(values)
     if n < 3:
         return None
+    from scipy.special import stdtrit  # slow to import
+
     half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / n**0.5
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
@@ -328,7 +329,7 @@ def _run_or_folds(path: Path) -> list[Path]:
     return [path] if _is_run(path) else sorted(fold for fold in path.glob("fold-*") if _is_run(fold))
 
 
-def _identity(run: RunResult) -> dict[str, Any]:
+def settings_of(run: RunResult) -> dict[str, Any]:
     """The settings that make two runs different methods: all but the seed, the fold and how the run is launched."""
     flat = dict(load.flatten(load.to_tree(run.experiment)))
     same = ("run.seed", "evaluate.fold")

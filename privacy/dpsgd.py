@@ -8,10 +8,10 @@
             optimizer.step()
 
 Whoever adds or removes one example changes the sum before the noise by at most `clip`, given that an example's loss
-depends on no other example. Opacus computes the per-sample gradients; sampling, clipping, noise and accounting are ours,
-because its engine ties them to a data loader, to one round, and to the private size. Sampling and noise both come from
-generators that must be secret where the privacy is to be real: amplification by sampling holds only against those who do
-not know who was drawn.
+depends on no other example. Single samples' gradients are had by `privacy.bookkeeping` for the layers that it covers, and
+by Opacus for any other model; sampling, clipping, noise and accounting are ours, because Opacus's engine ties them to a
+data loader, to one round, and to the private size. Sampling and noise both come from streams that must be secret where the
+privacy is to be real: amplification by sampling holds only against those who do not know who was drawn.
 """
 
 import functools
@@ -23,16 +23,16 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
-from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
 
 from config.errors import UserError
+from privacy.bookkeeping import Book, covers
+from privacy.noise import Stream
 
 Losses = Callable[[Tensor], Tensor]
 """The losses, float (k,), of the samples at the indices int64 (k,). Each may depend on its own sample only."""
 
-GradSample = Literal["auto", "hooks", "ghost"]
+GradSample = Literal["auto", "book", "ghost", "hooks"]
 
 _VALUES_AT_ONCE = 2**26
 """Per-sample gradients held at once, in numbers; a larger batch is taken in pieces."""
@@ -67,16 +67,15 @@ class Mechanism:
             raise ValueError(f"Expected steps={self.steps} >= 1.")
 
 
-def poisson(n: int, rate: float, generator: torch.Generator) -> Tensor:
+def poisson(n: int, rate: float, stream: Stream) -> Tensor:
     """Indices, int64 and rising, of a Poisson sample: each of 0..n-1 with probability `rate` on its own; may be empty."""
-    return torch.nonzero(torch.rand(n, generator=generator, dtype=torch.float64) < rate).flatten()
+    return torch.nonzero(stream.uniform(n) < rate).flatten()
 
 
-def gaussian(parameter: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
+def gaussian(parameter: Tensor, deviation: float, stream: Stream) -> Tensor:
     """Gaussian noise of a parameter's shape, dtype and device, drawn on the CPU so that it is the same on every device."""
-    return torch.normal(0.0, deviation, tuple(parameter.shape), generator=generator, dtype=parameter.dtype).to(
-        parameter.device
-    )
+    drawn = stream.normal(parameter.numel()).view(parameter.shape).mul_(deviation)
+    return drawn.to(parameter.device, parameter.dtype)
 
 
 def refuse_what_mixes_samples(model: nn.Module) -> None:
@@ -96,15 +95,22 @@ def refuse_what_mixes_samples(model: nn.Module) -> None:
             )
 
 
-def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Literal["hooks", "ghost"]:
-    """How per-sample gradients are had: "ghost" computes norms alone and then one weighted gradient, "hooks" all of them.
+def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Literal["book", "ghost", "hooks"]:
+    """How the clipped sum is had: "book" keeps books of one pass, and is the fastest by far (`privacy.bookkeeping`); "ghost"
+    and "hooks" are Opacus's: norms alone and then a second, weighted pass, or every sample's gradient.
 
-    "auto": ghost clipping (Li et al. 2022) if most of what learns is in linear layers and embeddings, where norms cost
-    next to nothing; hooks otherwise, and where ghost clipping cannot be (recurrent layers, shared parameters). Raises
-    UserError if ghost clipping is asked for there.
+    "auto": book-keeping where it covers all that learns. Else ghost clipping (Li et al. 2022) if most of what learns is
+    in linear layers and embeddings, where norms cost next to nothing; hooks otherwise, and where neither of the others
+    can be (recurrent layers, shared parameters). Raises UserError if one of those is asked for there.
     """
-    if mode == "hooks":
-        return "hooks"
+    covered = covers(model)
+    if mode == "hooks" or (covered and mode in ("auto", "book")):
+        return "hooks" if mode == "hooks" else "book"
+    if mode == "book":
+        raise UserError(
+            'privacy.grad_sample = "book": something that learns is no parameter of a linear layer, a convolution, an '
+            'embedding, a group or a layer normalisation, or is shared between two: write privacy.grad_sample = "auto"'
+        )
     learning = [p for p in model.parameters() if p.requires_grad]
     named = [id(p) for _, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     shared = len(named) != len(set(named))
@@ -124,7 +130,7 @@ def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Literal["hooks",
 class Privatiser:
     """Gives the loop its samples and its private gradients, for one round of one client. A context manager.
 
-    While it is open, Opacus's hooks hang on the model, recurrent layers are replaced by Opacus's (which hold the very
+    While it is open, hooks hang on the model. For Opacus's recurrent layers are replaced by Opacus's (which hold the very
     same parameters: an `nn.LSTM` shows no gradients of single samples), and no activation works in place; all that is
     undone at its end. What learns (`requires_grad`) and which modules are in `eval()` must be set before and stay so.
 
@@ -134,8 +140,8 @@ class Privatiser:
 
     model: nn.Module
     mechanism: Mechanism
-    sampling: torch.Generator
-    noise: torch.Generator
+    sampling: Stream
+    noise: Stream
     grad_sample: GradSample = "auto"
     _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
     _checked: bool = False
@@ -152,7 +158,7 @@ class Privatiser:
         except BaseException:
             self._restore()
             raise
-        held = sum(p.numel() for p in self._learning.values()) - (_ghosts(self.model) if self._mode == "ghost" else 0)
+        held = sum(p.numel() for p in self._learning.values()) - (_ghosts(self.model) if self._mode != "hooks" else 0)
         self._piece = max(1, min(4096, _VALUES_AT_ONCE // max(1, held)))
         return self
 
@@ -181,32 +187,45 @@ class Privatiser:
         if the hooks miss a part of the gradient, because a parameter is used outside of its own module.
         """
         plan = self.mechanism
-        sums = {name: torch.zeros_like(p) for name, p in self._learning.items()}
-        # The first sample goes alone: of one sample, autograd knows the true gradient.
-        first = [] if self._checked or not len(index) else [index[:1]]
+        deviation = plan.noise_multiplier * plan.clip / plan.denominator
+        shares = {
+            name: gaussian(p, deviation, self.noise) if deviation > 0 else torch.zeros_like(p)
+            for name, p in self._learning.items()
+        }
+        # With Opacus the first sample goes alone: of one sample, autograd knows the true gradient.
+        first = [] if self._checked or self._mode == "book" or not len(index) else [index[:1]]
         for piece in [*first, *torch.split(index[len(first) :], self._piece)]:
             if len(piece):
-                self._add_clipped(piece, losses, sums)
+                self._add_clipped(piece, losses, shares)
         for name, parameter in self._learning.items():
-            if plan.noise_multiplier > 0:
-                sums[name] += gaussian(parameter, plan.noise_multiplier * plan.clip, self.noise)
-            parameter.grad = sums[name] / plan.denominator
+            parameter.grad = shares[name]
 
-    def _add_clipped(self, piece: Tensor, losses: Losses, sums: dict[str, Tensor]) -> None:
+    def _add_clipped(self, piece: Tensor, losses: Losses, shares: dict[str, Tensor]) -> None:
         self._forget()
         values = losses(piece)
         if values.shape != (len(piece),):
             raise TypeError(
                 f"losses gave shape {tuple(values.shape)} for {len(piece)} samples: one loss each is needed"
             )
-        values.sum().backward(retain_graph=self._mode == "ghost")  # type: ignore[no-untyped-call]
-        if self._mode == "hooks":
-            self._add_from_hooks(sums)
+        if self._mode == "book":
+            self._add_from_book(piece, values, losses, shares)
         else:
-            self._add_from_norms(piece, values, losses, sums)
+            values.sum().backward(retain_graph=self._mode == "ghost")  # type: ignore[no-untyped-call]
+            if self._mode == "hooks":
+                self._add_from_hooks(shares)
+            else:
+                self._add_from_norms(piece, values, losses, shares)
         self._forget()
 
-    def _add_from_hooks(self, sums: dict[str, Tensor]) -> None:
+    def _add_from_book(self, piece: Tensor, values: Tensor, losses: Losses, shares: dict[str, Tensor]) -> None:
+        norms = self._book.norms(values)
+        finite = torch.isfinite(norms)
+        if finite.all():
+            self._book.add(self._weights(norms), shares)
+        elif finite.any():
+            self._add_clipped(piece[finite.to(piece.device)], losses, shares)
+
+    def _add_from_hooks(self, shares: dict[str, Tensor]) -> None:
         samples = {}
         for name, parameter in self._taking_part("grad_sample"):
             samples[name] = parameter.grad_sample
@@ -217,13 +236,13 @@ class Privatiser:
         self._hold_against_autograd({name: s[0] for name, s in samples.items()}, len(next(iter(samples.values()))))
         norms = torch.stack([s.reshape(len(s), -1).norm(2, dim=-1) for s in samples.values()], dim=1).norm(2, dim=1)
         finite = torch.isfinite(norms)
-        factors = self._factors(norms)
+        factors = self._weights(norms)
         for name, sample in samples.items():
             if not finite.all():
                 sample = sample[finite]
-            sums[name] += torch.einsum("i,i...", factors[finite].to(sample.dtype), sample)
+            shares[name] += torch.einsum("i,i...", factors[finite].to(sample.dtype), sample)
 
-    def _add_from_norms(self, piece: Tensor, values: Tensor, losses: Losses, sums: dict[str, Tensor]) -> None:
+    def _add_from_norms(self, piece: Tensor, values: Tensor, losses: Losses, shares: dict[str, Tensor]) -> None:
         norms = [p._norm_sample for _, p in self._taking_part("_norm_sample")]
         if not norms:
             return
@@ -231,7 +250,7 @@ class Privatiser:
         finite = torch.isfinite(norm)
         if not finite.all():
             if finite.any():
-                self._add_clipped(piece[finite.to(piece.device)], losses, sums)
+                self._add_clipped(piece[finite.to(piece.device)], losses, shares)
             return
         if len(piece) == 1 and not self._checked:
             true = torch.stack([p.grad.norm() for p in self._learning.values() if p.grad is not None]).norm()
@@ -241,12 +260,16 @@ class Privatiser:
             parameter.grad = None
         self._hooks.disable_hooks()
         try:
-            (self._factors(norm).to(values.dtype) * values).sum().backward()  # type: ignore[no-untyped-call]
+            (self._weights(norm).to(values.dtype) * values).sum().backward()  # type: ignore[no-untyped-call]
         finally:
             self._hooks.enable_hooks()
         for name, parameter in self._learning.items():
             if parameter.grad is not None:
-                sums[name] += parameter.grad
+                shares[name] += parameter.grad
+
+    def _weights(self, norms: Tensor) -> Tensor:
+        """What each sample's gradient counts in the result."""
+        return self._factors(norms) / self.mechanism.denominator
 
     def _factors(self, norms: Tensor) -> Tensor:
         """min(1, clip / norm) with Opacus's stabiliser, so that a clipped gradient is never longer than the clip."""
@@ -279,15 +302,24 @@ class Privatiser:
         self._checked = True
 
     def _prepare(self) -> None:
+        for module in self.model.modules():
+            if getattr(module, "inplace", None) is True:
+                module.inplace = False  # type: ignore[assignment]
+                self._undo.append(functools.partial(setattr, module, "inplace", True))
+        if self._mode == "book":
+            self._book = Book(self.model)
+            self._undo.append(self._book.close)
+        else:
+            self._hook()
+
+    def _hook(self) -> None:
+        from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping  # half a second to import
+
         quiet = warnings.catch_warnings()
         quiet.__enter__()
         self._undo.append(lambda: quiet.__exit__(None, None, None))
         # The first layer's input needs no gradient; its parameters' are right all the same, as the tests hold.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        for module in self.model.modules():
-            if getattr(module, "inplace", None) is True:
-                module.inplace = False  # type: ignore[assignment]
-                self._undo.append(functools.partial(setattr, module, "inplace", True))
         for parent, name, layer in list(_recurrent(self.model)):
             setattr(parent, name, _opacus_recurrent(layer))
             self._undo.append(functools.partial(setattr, parent, name, layer))
@@ -316,13 +348,16 @@ class Privatiser:
         self._undo.append(self._hooks.cleanup)
 
     def _restore(self) -> None:
-        if hasattr(self, "_hooks"):
+        if hasattr(self, "_hooks") or hasattr(self, "_book"):
             self._forget()
         while self._undo:
             self._undo.pop()()
 
     def _forget(self) -> None:
         """Take away all that a pass left on modules and parameters, whether it came to its end or not."""
+        if self._mode == "book":
+            self._book.forget()
+            return
         for module in self.model.modules():
             for name in ("activations", "max_batch_len"):
                 if hasattr(module, name):
@@ -344,8 +379,8 @@ class Permit:
     """
 
     mechanism: Mechanism
-    sampling: torch.Generator
-    noise: torch.Generator
+    sampling: Stream
+    noise: Stream
     grad_sample: GradSample = "auto"
     _taken: int = 0
 
@@ -380,6 +415,8 @@ def _recurrent(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.RNNBase]]:
 
 def _opacus_recurrent(layer: nn.RNNBase) -> nn.Module:
     """Opacus's layer of the same kind that holds the same parameters."""
+    from opacus.layers import DPGRU, DPLSTM, DPRNN
+
     if layer.proj_size:
         raise UserError("task.model: Opacus has no recurrent layer with projections (proj_size): leave them out")
     kinds = {"LSTM": DPLSTM, "GRU": DPGRU, "RNN_TANH": DPRNN, "RNN_RELU": DPRNN}

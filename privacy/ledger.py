@@ -8,7 +8,7 @@ below what was released; it may be above by one release that never left.
 
     ledger = Ledger(folder, partition, data_sha256)
     charged = ledger.charge(release, budget, mark)     # on disk when this returns, or an exception
-    noise = torch.Generator().manual_seed(noise_seed(secret, charged.sha256))
+    noise = Stream(noise_seed(secret, charged.sha256))
     ...                                                # train, then let the release leave, with `charged.mark` beside it
 
 A release that is asked for again, with the same inputs, is the same release: it is charged once, and as its noise is a
@@ -259,13 +259,13 @@ def simulated_secret(seed: int, client: int) -> bytes:
 
 
 def noise_seed(own_secret: bytes, release_sha256: str, purpose: str = "noise") -> int:
-    """A seed of 63 bits for one release: HMAC-SHA256 of its identity under the client's secret.
+    """A seed of 256 bits for one release: HMAC-SHA256 of its identity under the client's secret.
 
     Without the secret it cannot be told from a random number, and no two releases share one. `purpose` separates streams
     of one release, such as the sampling of examples and the noise.
     """
     digest = hmac.new(own_secret, f"{purpose}:{release_sha256}".encode(), hashlib.sha256).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return int.from_bytes(digest, "little")
 
 
 def _described(release: Release) -> dict[str, Any]:

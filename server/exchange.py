@@ -1,10 +1,12 @@
 """The exchange: the server speaks to clients, the Flower grid carries messages to nodes; this stands between.
 
-Roll call: every node is asked which clients it hosts, and its code, data and split are compared with the server's.
+Roll call: every node is asked which clients it hosts, and its code, data, split and the releases of flwr and torch are
+compared with the server's.
 After that, messages are addressed to clients (`dst_node_id` is the client's partition id), packed into one Flower
 message for each node, and the replies unpacked and matched.
 """
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -17,14 +19,16 @@ from flwr.supercore.run import Run
 
 from config.durable import Arrays
 from config.errors import RunStopped
-from config.identity import code_sha256
-from strategies.blocks import WeightedSum, cut
+from config.identity import code_sha256, versions
+from strategies.blocks import GROUP, WeightedSum, cut
 from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
 from strategies.sharing import to_record
 
 log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
+DECISIVE = ("flwr", "torch")
+"""The libraries of which server and nodes need the same release; its build (+cpu, +cu130) may differ."""
 CLIENT_FAILED = 1
 """Code of the error that a reply carries for a client that raised, or whose node did not answer."""
 
@@ -78,8 +82,8 @@ class Exchange:
         """Carry client messages and wait for the replies.
 
         Returns one reply for each message, in the same order, with an error where the client gave none; and, if
-        `whole_blocks` allows nodes to add up, the sums of those blocks that a node answered as a whole (their
-        clients' replies then have no "arrays").
+        `whole_blocks` allows nodes to add up, the sums of those blocks and groups of blocks, by their clients, that a
+        node answered as a whole (their clients' replies then have no "arrays").
         """
         self.meet()
         by_node: dict[int, list[Message]] = {}
@@ -87,14 +91,14 @@ class Exchange:
             if (node := self.hosts.get(message.metadata.dst_node_id)) in self._nodes and node is not None:
                 by_node.setdefault(node, []).append(message)
         blocks = cut([m.metadata.dst_node_id for m in messages]) if whole_blocks else []
+        runs = [range(i, min(i + GROUP, len(blocks))) for i in range(0, len(blocks), GROUP)]
         requests = {}
         whole: dict[int, dict[int, tuple[int, ...]]] = {}
         for node, theirs in by_node.items():
             # A node may add up the blocks that it hosts as a whole, and no others: those it is held to below.
             whole[node] = {i: b for i, b in enumerate(blocks) if all(self.hosts.get(c) == node for c in b)}
-            packed = pack_requests(
-                [Request(m.metadata.dst_node_id, m.content) for m in theirs], list(whole[node].items())
-            )
+            asks = [Request(m.metadata.dst_node_id, m.content) for m in theirs]
+            packed = pack_requests(asks, list(whole[node].items()), [g for g in runs if whole[node].keys() >= set(g)])
             requests[node] = (theirs[0].metadata.message_type, packed)
         answers: dict[int, RecordDict | str] = {}
         sums: dict[tuple[int, ...], WeightedSum] = {}
@@ -104,7 +108,10 @@ class Exchange:
                 answers |= {m.metadata.dst_node_id: unpacked for m in by_node[node]}
                 continue
             asked = {m.metadata.dst_node_id for m in by_node[node]}
-            sums |= {whole[node][i]: block for i, block in unpacked.sums.items() if i in whole[node]}
+            for i, block in unpacked.sums.items():
+                members = range(i, min(i + GROUP, len(blocks))) if i in unpacked.groups else range(i, i + 1)
+                if whole[node].keys() >= set(members) and (len(members) == 1 or members in runs):
+                    sums[tuple(c for m in members for c in whole[node][m])] = block
             answers |= {
                 a.client: a.error if a.content is None else a.content for a in unpacked.answers if a.client in asked
             }
@@ -120,6 +127,13 @@ class Exchange:
                 raise RunStopped(
                     f"node {node} has another {what} than the server (SHA-256 {roll.get(what)!s:.12}, here {ours:.12}; "
                     f"its versions: {roll.get('versions')!s}): install the same Meadow and the same data on both"
+                )
+        theirs = json.loads(str(roll.get("versions", "{}")))
+        for name in DECISIVE:
+            if _release(theirs.get(name, "missing")) != _release(versions()[name]):
+                raise RunStopped(
+                    f"node {node} has {name} {theirs.get(name, 'missing')}, the server has {versions()[name]}: install the "
+                    "same release on both; another one may speak another protocol, or give other bits"
                 )
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
@@ -142,6 +156,10 @@ class Exchange:
             if waiting and not arrived:
                 time.sleep(_PAUSE)
         return replies
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]
 
 
 def _unpack(reply: Message | None) -> NodeReply | str:

@@ -19,11 +19,6 @@ RUN_ID = 1
 NODE_FAILED = 0
 
 
-MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""Environment of a process that trains: glibc keeps up to 1 GiB that large temporaries gave back, where it would hand it to
-the system and ask for it, zeroed page by page, at the next step. Read when a process starts; elsewhere it means nothing."""
-
-
 def become_server() -> None:
     """Let this process create messages. Flower asks for a task's identity then, and has no public way to set it."""
     TaskIdentity.task_id = TaskIdentity.run_id = RUN_ID

@@ -1,6 +1,5 @@
 """Launching: the same ServerApp and ClientApp on whichever engine the experiment names."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,10 +25,11 @@ class Launch(Protocol):
 
 
 @contextmanager
-def engine(name: str, workers: int = 0, threads: int = 1) -> Iterator[Launch]:
+def engine(name: str, workers: int = 0, threads: int = 1, address: str = "") -> Iterator[Launch]:
     """An engine that is up: `with engine("ray") as launch: launch(experiment, out)`, as often as wanted.
 
     name: inline, ray or processes. workers: Ray actors or SuperNodes; 0: as many as there are cores, or 4 SuperNodes.
+    address: of a Ray cluster to join.
     What was started is stopped at the end, whatever happens.
     """
     if name == "inline":
@@ -44,7 +44,7 @@ def engine(name: str, workers: int = 0, threads: int = 1) -> Iterator[Launch]:
             ray_workers,
         )
 
-        with ray_workers(workers or os.cpu_count() or 1, threads) as pool:
+        with ray_workers(workers, threads, address) as pool:
             yield lambda experiment, out, resume=False: _run_local(
                 RayGrid(experiment, out / "state", pool), experiment, out, resume
             )

@@ -24,8 +24,7 @@ from config.errors import UserError
 from config.identity import ROOT
 from config.load import to_flat
 from config.schema import Experiment
-from simulation.children import Children, children, free_port, tail
-from simulation.grid import MEMORY
+from simulation.children import MEMORY, Children, children, free_port, tail
 
 Value = bool | int | float | str
 

@@ -3,8 +3,6 @@
 Whatever several messages have in common, above all the global model, is put into Ray's object store once.
 """
 
-import logging
-import os
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +14,9 @@ from flwr.app import ArrayRecord, Context, Message, RecordDict
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from config.identity import ROOT
 from config.schema import Experiment
-from simulation.grid import MEMORY, LocalGrid, error_reply, node_context
-
-log = logging.getLogger("meadow.ray")
+from simulation.grid import LocalGrid, error_reply, node_context
+from simulation.ray_start import start_ray, stop_ray
 
 _WAIT = 0.5
 _RETRIES = 2
@@ -57,30 +53,19 @@ class Workers:
 
 
 @contextmanager
-def ray_workers(count: int, threads: int) -> Iterator[Workers]:
-    """Start Ray on this machine, if it does not run yet, with `count` workers; stop what was started."""
-    started = not ray.is_initialized()
-    if started:
-        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        variables = {
-            **MEMORY,
-            "PYTHONPATH": paths,
-            "OMP_NUM_THREADS": str(threads),
-            "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-        }
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(
-            num_cpus=max(count, 1),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": variables},
-        )
+def ray_workers(count: int, threads: int, address: str = "") -> Iterator[Workers]:
+    """`count` workers (0: one for each of Ray's cores), on Ray as `start_ray` has started it, or now starts it; it is
+    stopped at the end."""
+    start_ray(count, threads, address)
     try:
-        yield Workers(count, threads)
+        yield Workers(count or _cores(), threads)
     finally:
-        if started:
-            ray.shutdown()
+        stop_ray()
+
+
+def _cores() -> int:
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(resources.get("CPU", 1))
 
 
 class RayGrid(LocalGrid):

@@ -2,9 +2,9 @@
 
 Floating-point addition is not associative: ((a+b)+c)+d differs from (a+b)+(c+d). If a worker added up whatever it
 happened to train, the result would depend on the number of workers. So the cohort, in ascending order, is cut into
-blocks of `BLOCK` consecutive clients; within a block clients are added in order, then the blocks are added in order,
-all in float64. A node that holds a whole block sends one sum; otherwise the server adds up that block's single replies
-in the same order and gets the same bits.
+blocks of `BLOCK` consecutive clients; within a block clients are added in order, then the blocks of a group, then the
+groups, all in float64. A node that holds a whole block, or all blocks of a group, sends one sum; otherwise the server
+adds up the single replies in the same order and gets the same bits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,8 @@ from strategies.sharing import split_beside
 
 BLOCK = 10
 """Clients a block. Part of the result's definition: another value gives other last bits."""
+GROUP = 10
+"""Blocks a group: a node that holds all of them sends one sum. Part of the result's definition, as `BLOCK`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ def cut(cohort: Sequence[int]) -> list[tuple[int, ...]]:
     """The blocks of a cohort: ascending client ids, `BLOCK` at a time, the last one shorter."""
     ordered = sorted(cohort)
     return [tuple(ordered[i : i + BLOCK]) for i in range(0, len(ordered), BLOCK)]
+
+
+def groups(cohort: Sequence[int]) -> list[tuple[tuple[int, ...], ...]]:
+    """The cohort's groups of `GROUP` consecutive blocks (`cut`), the last one shorter."""
+    blocks = cut(cohort)
+    return [tuple(blocks[i : i + GROUP]) for i in range(0, len(blocks), GROUP)]
 
 
 def fault(
@@ -77,25 +85,21 @@ def weighted_sum(
 ) -> WeightedSum:
     """Add up (weight, arrays) pairs in the order given, in float64. A weight is a number, or one for each name."""
     sums: dict[str, npt.NDArray[np.float64]] = {}
-    terms: dict[str, npt.NDArray[np.float64]] = {}
     totals: dict[str, float] = {}
     for weights, arrays in updates:
         for name, value in arrays.items():
             weight = weights[name] if isinstance(weights, Mapping) else weights
-            if name not in sums:
-                sums[name], totals[name] = value.astype(np.float64), weight
-                sums[name] *= weight
-                continue
-            term = terms.setdefault(name, np.empty(value.shape))
-            term[...] = value
-            term *= weight
-            sums[name] += term
-            totals[name] += weight
+            term = np.multiply(value, weight, dtype=np.float64)
+            if name in sums:
+                sums[name] += term
+                totals[name] += weight
+            else:
+                sums[name], totals[name] = term, weight
     return WeightedSum(sums, totals)
 
 
 def add(blocks: Iterable[WeightedSum]) -> WeightedSum:
-    """The sum over all blocks, in block order."""
+    """The sum over all blocks of a group, or over all groups, in order."""
     sums: dict[str, npt.NDArray[np.float64]] = {}
     weights: dict[str, float] = {}
     for block in blocks:

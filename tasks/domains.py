@@ -1,6 +1,7 @@
 """The source domain of `[adapt]`: labelled samples of another domain, of the same form and with the same targets."""
 
 import functools
+import re
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,10 @@ def _source(experiment: Experiment) -> Data:
     else:
         other = {"dataset": adapt.dataset, "root": adapt.root, "train": adapt.train, "test": "", "client": ""}
         settings = experiment.task.model_copy(update={**other, "targets": names})
-        dataset = open_dataset(settings)
+        try:
+            dataset = open_dataset(settings)
+        except UserError as error:  # where the clients' data has the same setting, it is [adapt] that is meant here
+            raise UserError(re.sub(r"task\.(dataset|root|train|targets)\b", r"adapt.\1", str(error))) from None
         data = dataset.train
         renamed = dict(zip(experiment.task.targets, names, strict=True))
         data = Data(data.x, {name: data.y[renamed[name]] for name in experiment.task.targets})

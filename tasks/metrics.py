@@ -1,16 +1,17 @@
 """Losses for training and scores for reports, for each target of a model.
 
-The scores are scikit-learn's, told not to check its input again: a client is scored thousands of times a run.
+The scores are scikit-learn's, told not to check its input again: a client is scored thousands of times a run. Those of
+classes are counted here, by its formulas, because importing it takes as long as a round of a thousand clients.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import sklearn
 import torch
 import torch.nn.functional as F
-from sklearn import metrics as sk
 from torch import Tensor
 
 from tasks.data import MISSING, Target
@@ -178,30 +179,39 @@ def score(
     Raises ValueError if there is no sample.
     """
     result: dict[str, dict[str, float]] = {}
-    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
-        for target in targets:
-            # In float64: a loss near zero is a small difference of logits.
-            output, truth = outputs[target.name].detach().double(), y[target.name]
-            truth = truth.double() if truth.is_floating_point() else truth
-            if not len(truth):
-                raise ValueError(f"no samples to score {target.name} on")
-            known = target.known(truth)
-            if not known.any():
-                continue
-            if target.kind == "class":
-                metrics = _class_scores(output, truth, known)
-            elif target.kind == "labels":
-                metrics = _labels_scores(output, truth, known)
-            elif target.kind == "value":
-                metrics = _value_scores(target, output, truth, known)
-            else:
-                metrics = _quantile_scores(target, output, truth, known)
-            if thorough:
+    for target in targets:
+        # In float64: a loss near zero is a small difference of logits.
+        output, truth = outputs[target.name].detach().double(), y[target.name]
+        truth = truth.double() if truth.is_floating_point() else truth
+        if not len(truth):
+            raise ValueError(f"no samples to score {target.name} on")
+        known = target.known(truth)
+        if not known.any():
+            continue
+        if target.kind == "class":
+            metrics = _class_scores(output, truth, known)
+        elif target.kind == "labels":
+            metrics = _labels_scores(output, truth, known)
+        elif target.kind == "value":
+            metrics = _value_scores(target, output, truth, known)
+        else:
+            metrics = _quantile_scores(target, output, truth, known)
+        if thorough:
+            with _scikit_learn() as sk:
                 areas = [float(sk.auc(*sk.roc_curve(*asked)[:2])) for _, *asked in _questions(target, output, truth)]
-                metrics |= {"auroc": float(np.mean(areas))} if areas else {}
-            metrics["loss"] = float(_each(target, output, truth, known, None).sum() / known.sum())
-            result[target.name] = {name: value for name, value in metrics.items() if np.isfinite(value)}
+            metrics |= {"auroc": float(np.mean(areas))} if areas else {}
+        metrics["loss"] = float(_each(target, output, truth, known, None).sum() / known.sum())
+        result[target.name] = {name: value for name, value in metrics.items() if np.isfinite(value)}
     return result
+
+
+@contextmanager
+def _scikit_learn() -> Iterator[Any]:
+    """scikit-learn's metrics (a large half of a second to import), told not to check their input."""
+    import sklearn.metrics
+
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+        yield sklearn.metrics
 
 
 def confusion(target: Target, output: Tensor, truth: Tensor) -> Ints:
@@ -210,8 +220,8 @@ def confusion(target: Target, output: Tensor, truth: Tensor) -> Ints:
     if not known.any():
         return np.zeros((target.size, target.size), dtype=np.int64)
     true, predicted = truth[known], output.movedim(1, -1)[known].argmax(1)
-    counts = sk.confusion_matrix(true.numpy(force=True), predicted.numpy(force=True), labels=np.arange(target.size))
-    return np.asarray(counts, dtype=np.int64)
+    counts = np.bincount((true * target.size + predicted).numpy(force=True), minlength=target.size**2)
+    return counts.astype(np.int64, copy=False).reshape(target.size, target.size)
 
 
 def roc(target: Target, output: Tensor, truth: Tensor) -> dict[int, tuple[Floats, Floats, float]]:
@@ -223,22 +233,29 @@ def roc(target: Target, output: Tensor, truth: Tensor) -> dict[int, tuple[Floats
     """
     curves = {}
     for which, positive, rank in _questions(target, output, truth):
-        false, true, _ = sk.roc_curve(positive, rank)
+        with _scikit_learn() as sk:
+            false, true, _ = sk.roc_curve(positive, rank)
+            area = float(sk.auc(false, true))
         keep = np.unique(np.linspace(0, len(false) - 1, min(len(false), MOST_POINTS)).round().astype(int))
-        curves[which] = (false[keep], true[keep], float(sk.auc(false, true)))
+        curves[which] = (false[keep], true[keep], area)
     return curves
 
 
 def _class_scores(output: Tensor, truth: Tensor, known: Tensor) -> dict[str, float]:
     true = truth[known].numpy(force=True)
     predicted = output.movedim(1, -1)[known].argmax(1).numpy(force=True)
-    precision, recall, f1, support = sk.precision_recall_fscore_support(true, predicted, zero_division=0)
+    size = int(max(true.max(), predicted.max())) + 1
+    support, named = np.bincount(true, minlength=size), np.bincount(predicted, minlength=size)
+    there = (support > 0) | (named > 0)
+    support, named = support[there], named[there]
+    hits = np.bincount(true[true == predicted], minlength=size)[there]
+    recall = hits / np.maximum(support, 1)
     return {
         "accuracy": float((true == predicted).mean()),
         "balanced_accuracy": float(recall[support > 0].mean()),
-        "precision": float(precision.mean()),
+        "precision": float((hits / np.maximum(named, 1)).mean()),
         "recall": float(recall.mean()),
-        "f1": float(f1.mean()),
+        "f1": float((2 * hits / (support + named)).mean()),
     }
 
 
@@ -253,7 +270,8 @@ def _labels_scores(output: Tensor, truth: Tensor, known: Tensor) -> dict[str, fl
         # An entry that is not known is neither true nor predicted here, which counts for none of the three. The empty
         # column is there because scikit-learn takes a single one for two classes.
         padded = (F.pad(rows, (0, 1)).numpy(force=True) for rows in (true, predicted))
-        found = sk.precision_recall_fscore_support(*padded, zero_division=0)[:3]
+        with _scikit_learn() as sk:
+            found = sk.precision_recall_fscore_support(*padded, zero_division=0)[:3]
         of_labels = (values[:-1][either.numpy(force=True)] for values in found)
         metrics |= {name: float(v.mean()) for name, v in zip(("precision", "recall", "f1"), of_labels, strict=True)}
     return metrics
@@ -262,19 +280,21 @@ def _labels_scores(output: Tensor, truth: Tensor, known: Tensor) -> dict[str, fl
 def _value_scores(target: Target, output: Tensor, truth: Tensor, known: Tensor) -> dict[str, float]:
     true = truth[known].numpy(force=True)
     predicted = output[known].numpy(force=True) * target.scale + target.offset
-    metrics = {
-        "mae": float(sk.mean_absolute_error(true, predicted)),
-        "rmse": float(sk.root_mean_squared_error(true, predicted)),
-    }
-    if true.min() < true.max() and true.var() > 0:
-        metrics["r2"] = float(sk.r2_score(true, predicted))
+    with _scikit_learn() as sk:
+        metrics = {
+            "mae": float(sk.mean_absolute_error(true, predicted)),
+            "rmse": float(sk.root_mean_squared_error(true, predicted)),
+        }
+        if true.min() < true.max() and true.var() > 0:
+            metrics["r2"] = float(sk.r2_score(true, predicted))
     return metrics
 
 
 def _quantile_scores(target: Target, output: Tensor, truth: Tensor, known: Tensor) -> dict[str, float]:
     true = truth[known].numpy(force=True)
     predicted = output[known].numpy(force=True) * target.scale + target.offset
-    pinball = [sk.mean_pinball_loss(true, predicted[:, i], alpha=q) for i, q in enumerate(target.quantiles)]
+    with _scikit_learn() as sk:
+        pinball = [sk.mean_pinball_loss(true, predicted[:, i], alpha=q) for i, q in enumerate(target.quantiles)]
     coverage = (true[:, None] <= predicted).mean(0)
     return {"pinball": float(np.mean(pinball))} | {
         f"coverage_{level:g}": float(share) for level, share in zip(target.quantiles, coverage, strict=True)

@@ -5,9 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,23 @@ PROJECT = "meadowtest"
 def start_engine() -> None:
     """Have a Docker engine run, or skip the test."""
     script = ROOT.parent / "shared" / "testbed" / "docker-up"
-    if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True).returncode != 0:
-        if not script.exists():
-            pytest.skip("no Docker engine is running, and there is no ../shared/testbed/docker-up to start one")
-        done = subprocess.run([str(script)], capture_output=True, text=True, timeout=600)
-        if done.returncode != 0:
-            pytest.skip(f"no Docker engine can be started here: {(done.stdout + done.stderr).strip()[-300:]}")
+    if engine_answers():
+        return
+    if not script.exists():
+        pytest.skip("no Docker engine is running, and there is no ../shared/testbed/docker-up to start one")
+    with tempfile.TemporaryFile("w+") as said:  # a file: the engine that it starts keeps the streams that it was given
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([str(script)], stdout=said, stderr=said, timeout=600)
+        said.seek(0)
+        if not engine_answers():
+            pytest.skip(f"no Docker engine can be started here: {said.read().strip()[-300:]}")
+
+
+def engine_answers() -> bool:
+    try:
+        return subprocess.run(["docker", "info"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def docker(*words: str, timeout: float = 120) -> str:
@@ -59,14 +71,17 @@ class Stack:
 
     def __init__(self, place: Path, preset: str, rounds: int, *overrides: str) -> None:
         self.place = place
-        self.overrides = [f"run.rounds={rounds}", *overrides]
-        self.preset, self.total = preset, rounds
-        self.run = place / "runs/test"
         self.log = place / "up.log"
-        chosen = {"MEADOW_EXPERIMENT": preset, "MEADOW_OVERRIDES": " ".join(self.overrides), "MEADOW_RUN": "test"}
-        self.environment = os.environ | chosen
+        self.choose("test", preset, rounds, *overrides)
         ignore = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, place, ignore=ignore)
+
+    def choose(self, name: str, preset: str, rounds: int, *overrides: str) -> None:
+        """What the next `up` plays, and the name of its run folder."""
+        self.run, self.preset, self.total = self.place / "runs" / name, preset, rounds
+        self.overrides = [f"run.rounds={rounds}", *overrides]
+        chosen = {"MEADOW_EXPERIMENT": preset, "MEADOW_OVERRIDES": " ".join(self.overrides), "MEADOW_RUN": name}
+        self.environment = os.environ | chosen
 
     def up(self, *files: str) -> None:
         with self.log.open("a") as file:

@@ -28,6 +28,7 @@ from privacy.accounting import epsilon
 from privacy.audit import Check, noise_check, one_run_bound, sampling_checks
 from privacy.dpsgd import Privatiser
 from privacy.ledger import Ledger
+from privacy.noise import Stream
 
 EXAMPLE = (
     "privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.sample_rate=0.1", "local.steps=10",
@@ -73,8 +74,8 @@ def test_what_else_there_is_passes_too(settings: tuple[str, ...]) -> None:
 def scaled(factor: float) -> Callable[..., Any]:
     honest = privacy.dpsgd.gaussian
 
-    def gaussian(parameter: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-        return honest(parameter, deviation * factor, generator)
+    def gaussian(parameter: Tensor, deviation: float, stream: Stream) -> Tensor:
+        return honest(parameter, deviation * factor, stream)
 
     return gaussian
 
@@ -89,12 +90,12 @@ def test_shuffling_sold_as_poisson_sampling_is_found(monkeypatch: pytest.MonkeyP
     """Batches of an epoch that is cut from a permutation: each record once an epoch, every batch of one size."""
     state: dict[int, list[Tensor]] = {}
 
-    def shuffled(n: int, rate: float, generator: torch.Generator) -> Tensor:
+    def shuffled(n: int, rate: float, stream: Stream) -> Tensor:
         if rate < 1e-9:  # the audit's own steps that take nobody
             return torch.zeros(0, dtype=torch.int64)
-        left = state.setdefault(id(generator), [])
+        left = state.setdefault(id(stream), [])
         if not left:
-            left += torch.randperm(n, generator=generator).tensor_split(max(1, round(1 / rate)))
+            left += stream.uniform(n).argsort().tensor_split(max(1, round(1 / rate)))
         return left.pop().sort().values
 
     monkeypatch.setattr(privacy.dpsgd, "poisson", shuffled)
@@ -103,7 +104,7 @@ def test_shuffling_sold_as_poisson_sampling_is_found(monkeypatch: pytest.MonkeyP
 
 def test_a_higher_sampling_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = privacy.dpsgd.poisson
-    monkeypatch.setattr(privacy.dpsgd, "poisson", lambda n, rate, generator: honest(n, min(1, 1.25 * rate), generator))
+    monkeypatch.setattr(privacy.dpsgd, "poisson", lambda n, rate, stream: honest(n, min(1, 1.25 * rate), stream))
     assert "sampling rate" in found(*EXAMPLE)
 
 
@@ -120,7 +121,11 @@ def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.Monk
         return {name: values * (1 + values.detach().mean() - values.mean()) for name, values in each.items()}
 
     monkeypatch.setattr(client.objective, "sample_losses", coupled)
-    assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5")
+    assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=ghost")
+    with pytest.raises(
+        UserError, match="depends on the other samples of its batch"
+    ):  # book-keeping sees it as it trains
+        found(*EXAMPLE, "privacy.clip=0.5")
 
 
 def test_a_ledger_that_drops_an_entry_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +160,8 @@ def test_a_personal_head_without_noise_is_found(monkeypatch: pytest.MonkeyPatch)
     noise = privacy.dpsgd.gaussian
     heads = {torch.Size([10, 64]), torch.Size([10])}
 
-    def silent(parameter: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
-        drawn = noise(parameter, deviation, generator)
+    def silent(parameter: Tensor, deviation: float, stream: Stream) -> Tensor:
+        drawn = noise(parameter, deviation, stream)
         return torch.zeros_like(drawn) if drawn.shape in heads else drawn
 
     with monkeypatch.context() as patch:

@@ -67,6 +67,10 @@ def test_presets_differ_in_axis_values_only() -> None:
         ("evaluate.on=server", ["evaluate.on = ['server']", "clients"]),
         ("local.trainable=head", ['strategy.share = "body"', "never changes"]),
         ("rounds=3", ["rounds=3", "section.key=value"]),
+        ("local.learning_rate=0.1", ["local.learning_rate", "did you mean local.lr?"]),
+        ("run.Rounds=3", ["run.Rounds", "did you mean run.rounds?"]),
+        ("task.channels=rgb", ["task.channels = 'rgb'", 'task.dataset = "digits"', "grey"]),
+        ("task.image_size=32", ["task.image_size = 32", "8 x 8"]),
     ],
 )
 def test_wrong_input_is_named_with_a_way_out(override: str, words: list[str]) -> None:
@@ -92,6 +96,12 @@ def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
     path.write_text("[run\n")
     with pytest.raises(UserError, match="not a TOML file"):
         load(path)
+
+
+def test_a_file_whose_name_no_run_may_have(tmp_path: Path) -> None:
+    path = tmp_path / "my first (try).toml"
+    path.write_text("[run]\nrounds = 3\n")
+    assert load(path).run.name == "my-first-try-"
 
 
 def test_switching_placement_alone_is_enough() -> None:

@@ -1,13 +1,17 @@
 """The containers of docker-compose.yml: who is refused, what they survive, and that the bits are those of inline.
 
 One stack plays one run, and the tests are its story in order: it starts, is stopped with Ctrl-C and goes on, turns strangers
-away, loses a node, a network and its coordinator, and ends by itself. Minutes long, needs Docker with docker-compose (or
+away, loses a node, a network and its coordinator, and ends by itself. Then it plays a private run, and one with a node of
+another version. Minutes long, needs Docker with docker-compose (or
 Compose v2) and root: `pytest -m docker`. What takes longer still is also marked `slow`.
 """
 
+import io
 import json
 import re
 import signal
+import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +20,22 @@ from typing import Any
 import pytest
 from conftest import run_inline
 from flwr.app import RecordDict
-from stack import PROJECT, PROXY, PULL, REFUSED, Stack, ask, container, docker, inspect, kill, playing, start_engine
+from stack import (
+    PROJECT,
+    PROXY,
+    PULL,
+    REFUSED,
+    ROOT,
+    Stack,
+    ask,
+    compose,
+    container,
+    docker,
+    inspect,
+    kill,
+    playing,
+    start_engine,
+)
 
 import client.app
 from client.node import Node
@@ -26,6 +45,8 @@ from strategies.packing import Request
 
 pytestmark = pytest.mark.docker
 CLIENTS = 8
+ROUNDS = 14
+"""Enough that no test of the story comes after the last round."""
 HOSTED = {f"node-{i}": [2 * i, 2 * i + 1] for i in range(4)}
 KILLED, CUT = "node-2", "node-1"
 
@@ -34,7 +55,7 @@ KILLED, CUT = "node-2", "node-1"
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     start_engine()
     place = tmp_path_factory.mktemp("stack") / "meadow"
-    with playing(Stack(place, "fedper", 10, f"partition.clients={CLIENTS}")) as stack:
+    with playing(Stack(place, "fedper", ROUNDS, f"partition.clients={CLIENTS}")) as stack:
         yield stack
 
 
@@ -64,7 +85,17 @@ def test_the_image_is_small_and_holds_no_compiler_and_no_secret(stack: Stack) ->
     secrets = (
         r"find /app /state /own /volumes /home \( -name '*.key' -o -name '*.pub' -o -name '*.secret' -o -name .git \)"
     )
-    assert docker("run", "--rm", "--network", "none", image["Id"], "sh", "-c", f"({find}; {secrets}) 2>/dev/null") == ""
+    inside = ("run", "--rm", "--network", "none", image["Id"])
+    assert docker(*inside, "sh", "-c", f"({find}; {secrets}) 2>/dev/null") == ""
+    pinned = {line.strip() for line in (ROOT / "deploy/requirements.txt").open() if not line.startswith("#")}
+    found = set(docker(*inside, "python3", "-c", PACKAGES).split())
+    assert {line for line in found - pinned if not line.startswith("torch==")} == set()
+
+
+PACKAGES = """
+from importlib.metadata import distributions
+print(*{f"{d.name}=={d.version}" for d in distributions(path=["/opt/packages"])})
+"""
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(stack: Stack) -> None:
@@ -121,26 +152,37 @@ def test_a_node_with_an_unregistered_key_is_refused(stack: Stack) -> None:
 
 
 def test_a_node_that_is_killed_in_a_round_is_back_within_90_seconds(stack: Stack) -> None:
+    before, after = kill_in_a_round(stack)
+    assert any("client-" in path for path in before)
+    assert before.items() <= after.items()  # byte for byte
+
+
+def kill_in_a_round(stack: Stack) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """SIGKILL to a node that has just got its part of a round, and see it back and take part; the clients' files before, and
+    as it found them when it was back."""
     started = docker("logs", container(KILLED)).count("Receiving: train message")
-    stack.until(lambda: docker("logs", container(KILLED)).count("Receiving: train message") > started, 120)
-    state = personal(KILLED)
+    stack.until(lambda: docker("logs", container(KILLED)).count("Receiving: train message") > started, 200)
+    before = files(KILLED)
     kill(KILLED)
     killed = time.monotonic()
     since = len(docker("logs", container(KILLED)))
     stack.until(lambda: "Receiving: " in docker("logs", container(KILLED))[since:], 200)
     took = time.monotonic() - killed
+    after = files(KILLED)
     print(f"{KILLED} was back after {took:.0f} s")
     assert took < 90, took
-    assert state and state.items() <= personal(KILLED).items()  # byte for byte
     stack.until(stack.lost, 200)
     assert {client for _, client in stack.lost()} == set(HOSTED[KILLED])  # the round went on without these
     stack.until(lambda: not stack.rounds()[-1]["failed"], 200)  # and then they took part again
+    return before, after
 
 
-def personal(node: str) -> dict[str, str]:
-    """SHA-256 of each file of the clients' state in a node, personal layers above all."""
-    lines = docker("exec", container(node), "sh", "-c", "find /state/clients -type f | xargs sha256sum").splitlines()
-    return {path: digest for digest, path in (line.split() for line in lines)}
+def files(node: str) -> dict[str, bytes]:
+    """Each file of the clients' state in a node: personal layers, ledgers."""
+    words = ["docker", "exec", container(node), "tar", "-C", "/state/clients", "-c", "."]
+    done = subprocess.run(words, capture_output=True, check=True, timeout=60)
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        return {m.name.removeprefix("./"): archive.extractfile(m).read() for m in archive if m.isfile()}  # type: ignore[union-attr]
 
 
 def cut_off(node: str, seconds: float) -> None:
@@ -217,17 +259,48 @@ def test_logs_are_one_line_an_event(stack: Stack) -> None:
     assert "level=INFO service=run event=round round=1 clients=8 failed=[] " in docker("logs", container("run"))
 
 
+def test_a_ledger_outlives_the_kill_of_its_node(stack: Stack, tmp_path: Path) -> None:
+    """A second run on the same stack, under differential privacy: its noise is secret, so its bits are its own. It also has
+    another CA, another certificate of the server and another secret of the SuperExec than the first."""
+    rotated = [f"/volumes/coordinator/keys/{name}" for name in ("ca.crt", "ca.key", "superexec.secret")]
+    subprocess.run(
+        [*compose(), "run", "--rm", "--no-deps", "setup", "rm", *rotated],
+        cwd=stack.place, env=stack.environment, check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    private = ("privacy.unit=example", "privacy.epsilon=8", "privacy.sample_rate=0.05", f"partition.clients={CLIENTS}")
+    stack.choose("private", "fedper", 4, *private)
+    stack.up()
+    stack.until(stack.rounds, 400)
+    before, _ = kill_in_a_round(stack)
+    while stack.process.poll() is None and not (stack.run / "summary.json").exists():
+        after = files(KILLED)
+        time.sleep(0.5)
+    stack.process.wait(200)
+    assert (found := summary(stack))["status"] == "done"
+    assert 0 < found["privacy"]["epsilon"]["max"] <= 8
+    ledgers = {path: content for path, content in before.items() if path.endswith(".ledger")}
+    assert len(ledgers) == len(HOSTED[KILLED])
+    lost = len({round_ for round_, _ in stack.lost()})
+    for path, content in ledgers.items():
+        assert after[path].startswith(content) and len(after[path]) > len(content)  # nothing rewritten, rounds added
+        entries = after[path].splitlines()[1:]
+        # Every round that counted was charged; so may be one whose release never left.
+        assert stack.total - lost <= len(entries) <= stack.total
+    assert after["ledgers/secret"] == before["ledgers/secret"]
+
+
 def test_a_node_of_another_version_is_refused(stack: Stack) -> None:
     """The last test of the story: the stack is started once more, with other code on a node."""
     (stack.place / "changed.py").write_text("# another version\n")
     volume = "./changed.py:/app/client/__init__.py:ro"
     (stack.place / "changed.yml").write_text(json.dumps({"services": {"node-3": {"volumes": [volume]}}}))
-    stack.environment |= {"MEADOW_RUN": "other"}
+    stack.choose("other", "fedper", 2, f"partition.clients={CLIENTS}")
     stack.up("-f", "docker-compose.yml", "-f", "changed.yml")
     stack.process.wait(300)
     assert inspect("run")["State"]["ExitCode"] == 3
     said = docker("logs", container("run"))
     assert "has another code than the server" in said and "install the same Meadow" in said
+    assert "this node has another Meadow than the coordinator" in docker("logs", container("node-3"))
 
 
 @pytest.mark.slow

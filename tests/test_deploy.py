@@ -1,7 +1,9 @@
 """Deployment without containers: keys, what a node says of itself, who is let in, and the services as plain processes."""
 
+import datetime
 import json
 import os
+import re
 import ssl
 import stat
 import subprocess
@@ -12,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import yaml
+from compose_spec import PyCompose
 from conftest import run_inline
 from cryptography import x509
 
@@ -40,6 +44,27 @@ def test_keys_are_made_once_and_a_new_node_gets_its_own(tmp_path: Path, monkeypa
     server.verify_directly_issued_by(x509.load_pem_x509_certificate(after[tmp_path / "node-1/ca.crt"]))
 
 
+@pytest.mark.parametrize("why", ["another CA", "another name", "it ends soon"])
+def test_what_no_longer_serves_is_made_anew(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys.main(tmp_path, ["node-0"])
+    folder = tmp_path / "coordinator"
+    before = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if why == "another CA":
+        for name in ("ca.crt", "ca.key"):
+            (folder / name).unlink()
+    elif why == "another name":
+        monkeypatch.setenv("MEADOW_SERVER_NAMES", "new.example")
+    else:
+        monkeypatch.setattr(keys, "RENEWAL", datetime.timedelta(days=keys.DAYS + 1))
+    keys.main(tmp_path, ["node-0"])
+    after = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    new = {str(path) for path in after if after[path] != before[path]}
+    server = {"coordinator/server.crt", "coordinator/server.key"}
+    assert new == server | ({"coordinator/ca.crt", "coordinator/ca.key", "node-0/ca.crt"} if "CA" in why else set())
+    certificate = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
+    certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((tmp_path / "node-0/ca.crt").read_bytes()))
+
+
 def test_a_deployed_node_names_the_code_that_is_installed_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.common.config import parse_config_args  # what the SuperNode does with --node-config
 
@@ -50,6 +75,16 @@ def test_a_deployed_node_names_the_code_that_is_installed_on_it(monkeypatch: pyt
     words = service.node()
     facts = parse_config_args([words[words.index("--node-config") + 1]])
     assert facts == {"partition-id": 2, "num-partitions": 4, "state": "/state/clients", "code": code_sha256()}
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "deploy/coordinator.yml", "deploy/node.yml"])
+def test_the_compose_files_are_valid_by_the_compose_specification(name: str) -> None:
+    """docker-compose 1.29 reads them in `tests/test_containers.py`."""
+    set_text = re.sub(r"\$\{\w+(?::-([^}]*)|:\?[^}]*)\}", lambda found: found[1] or "1", (ROOT / name).read_text())
+    merged = yaml.safe_dump(yaml.safe_load(set_text))  # the specification leaves `<<` to YAML
+    PyCompose.from_yaml(merged).validate()
+    with pytest.raises(ValueError, match="read_onli"):
+        PyCompose.from_yaml(merged.replace("read_only", "read_onli"))
 
 
 class Federation:

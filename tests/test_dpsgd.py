@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from config.errors import UserError
 from config.seeds import torch_generator, torch_seeded
 from privacy.dpsgd import Mechanism, Privatiser, chosen_mode, poisson
+from privacy.noise import Stream
 
 N = 7
 
@@ -98,6 +99,43 @@ def conv1d() -> nn.Module:
     )
 
 
+def odd() -> nn.Module:
+    """Every odd form of a covered layer: grouped, dilated, strided, padded by reflection, one bias and one scale frozen."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(2, 1), padding_mode="reflect"),
+        nn.GroupNorm(2, 4),
+        nn.Conv2d(4, 6, 3, groups=2, padding="same"),
+        nn.LayerNorm([6, 6, 8]),
+        nn.ReLU(inplace=True),
+        nn.Flatten(2),
+        nn.Linear(48, 7),
+        nn.LayerNorm(7, bias=False),
+        nn.Flatten(),
+        nn.Linear(42, 3),
+    )
+    model[1].bias.requires_grad_(False)
+    model[6].weight.requires_grad_(False)
+    return model
+
+
+class Again(nn.Module):
+    """A convolution, a linear layer and a norm that are used twice, with unlike numbers of places, and a layer of no use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+        self.norm = nn.GroupNorm(1, 2)
+        self.linear = nn.Linear(2, 2)
+        self.head = nn.Linear(2, 3)
+        self.none = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.none(x.mean((2, 3)))
+        x = self.norm(self.conv(x)).tanh()[:, :, ::2]
+        x = self.norm(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.head(self.linear(self.linear(x).tanh()[:, :9]).mean(1))
+
+
 def frozen_trunk() -> nn.Module:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
     model[:2].requires_grad_(False)
@@ -130,6 +168,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "rnn": (lambda: Recurrent(nn.RNN), lambda: torch.randint(0, 11, (N, 6))),
     "bag": (Bag, lambda: torch.randint(0, 11, (N, 6))),
     "lora": (lora, lambda: torch.randn(N, 6)),
+    "odd": (odd, lambda: torch.randn(N, 3, 9, 8)),
+    "again": (Again, lambda: torch.randn(N, 2, 9, 8)),
     "frozen trunk": (frozen_trunk, lambda: torch.randn(N, 2, 6, 6)),
     "two heads": (TwoHeads, lambda: torch.randn(N, 6)),
     "transposed": (Transposed, lambda: torch.randn(N, 2, 6, 6)),
@@ -179,7 +219,7 @@ def clipped_sum(samples: list[dict[str, Tensor]], clip: float) -> dict[str, Tens
 def private(
     model: nn.Module, losses: Callable[[Tensor], Tensor], index: Tensor, mechanism: Mechanism, mode: str = "auto"
 ) -> dict[str, Tensor]:
-    with Privatiser(model, mechanism, torch_generator(0, "sampling"), torch_generator(0, "noise"), mode) as privatiser:
+    with Privatiser(model, mechanism, Stream(0), Stream(1), mode) as privatiser:
         privatiser.gradients(index, losses)
         result = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert all(p.grad is None or not p.grad.isnan().any() for p in model.parameters())
@@ -190,12 +230,12 @@ def no_noise(clip: float) -> Mechanism:
     return Mechanism(0.5, 0.0, clip, 1.0, 1)
 
 
-MODES = [
-    (family, mode)
-    for family in FAMILIES
-    for mode in ("hooks", "ghost")
-    if mode == "hooks" or family not in ("lstm", "gru", "rnn")
-]
+NOT = {  # Opacus has no ghost norms of recurrent or repeated layers, and errs on odd ones
+    "book": {"lstm", "gru", "rnn", "lora", "transposed"},
+    "ghost": {"lstm", "gru", "rnn", "again", "odd"},
+    "hooks": {"odd"},
+}
+MODES = [(family, mode) for family in FAMILIES for mode, without in NOT.items() if family not in without]
 
 
 @pytest.mark.parametrize(("family", "mode"), MODES)
@@ -223,12 +263,17 @@ def test_without_noise_it_is_the_hand_clipped_sum(family: str, mode: str, clip: 
     assert torch.stack([g.norm() for g in found.values()]).norm() <= clip * len(index)
 
 
+@pytest.mark.parametrize("mode", ["book", "hooks"])
 @pytest.mark.parametrize("family", ["mlp", "cnn", "conv1d", "two heads"])
-def test_clip_and_noise_are_those_of_opacus(family: str) -> None:
-    """Its optimiser as the oracle, given the same generator: the same noise to the bit, the same sum to rounding."""
+def test_clip_and_noise_are_those_of_opacus(family: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its optimiser as the oracle, given the same numbers for noise: the same result to rounding."""
     index, plan = torch.tensor([0, 2, 3, 5, 6]), Mechanism(0.5, 1.3, 0.4, 3.0, 1)
     model, losses = case(family)
-    found = private(model, losses, index, plan, "hooks")
+    drawn = torch_generator(0, "noise")
+    monkeypatch.setattr(
+        "privacy.dpsgd.gaussian", lambda p, deviation, _: torch.normal(0.0, deviation, p.shape, generator=drawn)
+    )
+    found = private(model, losses, index, plan, mode)
     for module in model.modules():
         if hasattr(module, "inplace"):
             module.inplace = False
@@ -244,20 +289,22 @@ def test_clip_and_noise_are_those_of_opacus(family: str) -> None:
     losses(index).sum().backward()
     assert optimizer.pre_step()
     for name, parameter in wrapped._module.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-6)
+        error = (found[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert error <= 1e-6, (name, error)
 
 
-@pytest.mark.parametrize(("family", "mode"), [("mlp", "hooks"), ("mlp", "ghost"), ("cnn", "hooks"), ("lstm", "hooks")])
+@pytest.mark.parametrize(
+    ("family", "mode"), [("mlp", "hooks"), ("mlp", "ghost"), ("mlp", "book"), ("cnn", "book"), ("lstm", "hooks")]
+)
 def test_an_empty_sample_is_noise_alone(family: str, mode: str) -> None:
     model, losses = case(family)
     found = private(model, losses, torch.arange(0), Mechanism(0.5, 2.0, 0.5, 4.0, 1), mode)
-    noise = torch_generator(0, "noise")
+    noise = Stream(1)
     for name, parameter in model.named_parameters():
-        expected = torch.normal(0.0, 1.0, tuple(parameter.shape), generator=noise) / 4
-        assert torch.equal(found[name], expected)
+        assert torch.equal(found[name], noise.normal(parameter.numel()).view_as(parameter) / 4)
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [0, 2])
 def test_a_sample_without_a_finite_gradient_adds_nothing(mode: str, bad: float, where: int) -> None:
@@ -274,7 +321,7 @@ def test_a_sample_without_a_finite_gradient_adds_nothing(mode: str, bad: float, 
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
 def test_adding_one_sample_moves_the_sum_by_the_clip_at_most(mode: str) -> None:
     for family in ("mlp", "cnn", "bag", "two heads"):
         model, losses = case(family)
@@ -307,7 +354,7 @@ def test_a_correction_after_the_noise_acts_in_full() -> None:
     model, losses = case("mlp")
     plan = Mechanism(0.5, 1.0, 0.5, 2.0, 1)
     plain = private(model, losses, torch.arange(N), plan)
-    with Privatiser(model, plan, torch_generator(0, "sampling"), torch_generator(0, "noise")) as privatiser:
+    with Privatiser(model, plan, Stream(0), Stream(1)) as privatiser:
         for p in model.parameters():
             p.grad = torch.full_like(p, 1e6)  # what stood there before is not taken in
         privatiser.gradients(torch.arange(N), losses)
@@ -323,7 +370,7 @@ def test_the_noise_has_the_deviation_that_is_claimed() -> None:
     """Chi-square of 10^5 draws: 4 standard deviations of its own, a false alarm in 16,000 for another seed."""
     model = nn.Linear(1000, 100, bias=False)
     plan = Mechanism(0.5, 1.7, 0.3, 8.0, 1)
-    with Privatiser(model, plan, torch_generator(1, "sampling"), torch_generator(1, "noise")) as privatiser:
+    with Privatiser(model, plan, Stream(2), Stream(3)) as privatiser:
         privatiser.gradients(torch.arange(0), lambda index: index.float())
         assert model.weight.grad is not None
         variance = float(model.weight.grad.double().square().mean())
@@ -333,7 +380,7 @@ def test_the_noise_has_the_deviation_that_is_claimed() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0.001, 1.0), st.integers(0, 400))
 def test_a_poisson_sample_is_a_rising_subset(rate: float, n: int) -> None:
-    index = poisson(n, rate, torch_generator(0, "p"))
+    index = poisson(n, rate, Stream(0))
     assert index.dtype == torch.int64
     assert torch.equal(index, index.unique())
     assert not len(index) or 0 <= int(index.min()) <= int(index.max()) < n
@@ -341,7 +388,7 @@ def test_a_poisson_sample_is_a_rising_subset(rate: float, n: int) -> None:
 
 def test_poisson_sizes_have_the_binomials_mean_and_variance() -> None:
     """2,000 samples of 300 at rate 0.1: mean 30 and variance 27, each within 4 of its own standard deviations."""
-    generator = torch_generator(0, "p")
+    generator = Stream(0)
     samples = [poisson(300, 0.1, generator) for _ in range(2000)]
     sizes = torch.tensor([float(len(s)) for s in samples], dtype=torch.float64)
     assert float(sizes.mean()) == pytest.approx(30, abs=4 * math.sqrt(27 / 2000))
@@ -369,9 +416,7 @@ def test_nothing_is_left_on_the_model() -> None:
 def test_an_exception_in_the_loss_leaves_the_next_step_right() -> None:
     model, losses = case("two heads")
     expected = private(model, losses, torch.arange(N), no_noise(0.5), "hooks")
-    with Privatiser(
-        model, no_noise(0.5), torch_generator(0, "sampling"), torch_generator(0, "noise"), "hooks"
-    ) as privatiser:
+    with Privatiser(model, no_noise(0.5), Stream(0), Stream(1), "hooks") as privatiser:
 
         def fails(index: Tensor) -> Tensor:
             losses(index)
@@ -396,7 +441,7 @@ class Around(nn.Module):
         return F.linear(x, self.layer.weight) + (self.layer(x) if self.half else 0)
 
 
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
 @pytest.mark.parametrize("half", [True, False])
 def test_a_gradient_that_the_hooks_do_not_see_is_refused(mode: str, half: bool) -> None:
     model, x = Around(half), torch.randn(N, 6)
@@ -470,9 +515,15 @@ def test_tied_parameters_are_summed_by_the_hooks() -> None:
 
 
 def test_the_mode_is_chosen_by_where_the_parameters_are() -> None:
-    assert chosen_mode(nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 10))) == "ghost"
-    assert chosen_mode(nn.Sequential(nn.Conv2d(3, 64, 5), nn.Linear(64, 10))) == "hooks"
-    assert chosen_mode(Recurrent(nn.LSTM)) == "hooks"
+    for covered in ("mlp", "cnn", "conv1d", "bag", "frozen trunk", "two heads", "odd", "again"):
+        assert chosen_mode(case(covered)[0]) == "book"
+    bare = nn.ConvTranspose2d(3, 8, 5)
+    assert chosen_mode(nn.Sequential(bare, nn.Linear(1000, 10))) == "ghost"
+    assert chosen_mode(nn.Sequential(bare, nn.Linear(10, 10))) == "hooks"
+    for family in ("lstm", "lora", "transposed"):
+        assert chosen_mode(case(family)[0]) != "book"
+        with pytest.raises(UserError, match=r'write privacy.grad_sample = "auto"'):
+            chosen_mode(case(family)[0], "book")
 
 
 @pytest.mark.parametrize(

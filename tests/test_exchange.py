@@ -1,5 +1,6 @@
 """The exchange: roll call, nodes that fail, restart or lie, and clients that are addressed by their partition id."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -8,14 +9,14 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from config.errors import RunStopped
-from config.identity import code_sha256
+from config.identity import code_sha256, versions
 from server.exchange import Exchange
 from simulation.grid import LocalGrid, become_server, error_reply
 from strategies.blocks import weighted_sum
 from strategies.packing import Answer, NodeReply, pack_replies, unpack_requests
 from strategies.sharing import to_record
 
-ROLL = {"code": code_sha256(), "data": "d", "split": "s", "versions": "{}"}
+ROLL = {"code": code_sha256(), "data": "d", "split": "s", "versions": json.dumps(versions())}
 
 
 class FakeGrid(LocalGrid):
@@ -137,3 +138,15 @@ def test_missing_clients_stop_the_run() -> None:
 def test_a_node_of_another_kind_is_refused(what: str) -> None:
     with pytest.raises(RunStopped, match=f"node 5 has another {what}.*install the same"):
         exchange({5: node([0], **{what: "other"})}, 1).gather()
+
+
+@pytest.mark.parametrize("name", ["flwr", "torch"])
+def test_a_node_with_another_release_of_a_library_is_refused(name: str) -> None:
+    other = json.dumps(versions() | {name: "1.2.3"})
+    with pytest.raises(RunStopped, match=f"node 5 has {name} 1.2.3, the server has .*install the same release"):
+        exchange({5: node([0], versions=other)}, 1).gather()
+
+
+def test_another_build_of_the_same_torch_is_welcome() -> None:
+    build = versions()["torch"].partition("+")[0] + "+cu130"
+    exchange({5: node([0], versions=json.dumps(versions() | {"torch": build}))}, 1).gather()

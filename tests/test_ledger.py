@@ -25,6 +25,7 @@ from privacy.ledger import (
     secret,
     simulated_secret,
 )
+from privacy.noise import Stream
 
 DATA = hashlib.sha256(b"data").hexdigest()
 PART = ((0.1, 1.0, 10),)
@@ -101,8 +102,8 @@ def test_noise_depends_on_secret_release_and_purpose() -> None:
         for purpose in ("noise", "sampling")
     }
     assert len(seeds) == 16  # FIELD: two clients with one seed draw one noise, and it cancels in the difference
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    draws = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    assert all(0 <= seed < 2**256 for seed in seeds) and max(seeds) >= 2**250
+    draws = [Stream(seed).normal(4) for seed in seeds]
     assert not any(torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
 
 
@@ -233,7 +234,7 @@ def play(folder: Path, disk: Dying, out: Disk) -> int:
             refused += 1
             continue
         disk.point()
-        noise = torch.randn(2, generator=torch.Generator().manual_seed(noise_seed(own, charge.sha256)))
+        noise = Stream(noise_seed(own, charge.sha256)).normal(2)
         line = f"{charge.sha256} {noise.tolist()}\n".encode()
         descriptor = os.open(left, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         out.write(descriptor, line)

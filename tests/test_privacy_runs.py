@@ -5,8 +5,14 @@ import csv
 import itertools
 import json
 import math
+import os
+import random
 import shutil
-from collections.abc import Iterator, Mapping
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +24,7 @@ import torch
 from conftest import run_inline, small
 from flwr.app import Message, RecordDict
 from hypothesis import strategies as st
-from test_resume import COMPARED, Killed
+from test_resume import COMPARED
 from torch import nn
 
 import client.app
@@ -32,12 +38,14 @@ from config.algorithms import ALGORITHMS, AVERAGES, PRIVATE
 from config.cohort import participations
 from config.durable import Arrays
 from config.errors import UserError
+from config.load import to_toml
 from config.schema import RELEASES, Experiment
 from experiments.plan import plan
 from experiments.report import write_report
 from privacy.accounting import client_guarantee, epsilon, local_guarantee
 from privacy.dpsgd import Mechanism, Permit, poisson
 from privacy.ledger import noise_seed, simulated_secret
+from privacy.noise import Stream
 from privacy.plan import forecasts
 from server.checkpoints import latest
 from simulation.inline import InlineGrid
@@ -91,10 +99,7 @@ def test_one_step_is_the_hand_clipped_noised_sum(tmp_path: Path) -> None:
     (entry,) = ledgers(tmp_path)[0]
     assert entry["parts"] == [[0.1, 1.0, 1]]
     secret = simulated_secret(0, 0)
-    sampling, noise = (
-        torch.Generator().manual_seed(noise_seed(secret, entry["release"], purpose))
-        for purpose in ("sampling", "noise")
-    )
+    sampling, noise = (Stream(noise_seed(secret, entry["release"], purpose)) for purpose in ("sampling", "noise"))
     task = open_task(experiment)
     model, data = task.new_model(), task.client(0).train
     load_into(model, initial_state(experiment))
@@ -110,7 +115,7 @@ def test_one_step_is_the_hand_clipped_noised_sum(tmp_path: Path) -> None:
             sums[name] += g * min(1.0, 0.3 / norm)
     result = final(tmp_path)
     for name, p in model.named_parameters():
-        drawn = torch.normal(0.0, 0.3, tuple(p.shape), generator=noise)
+        drawn = 0.3 * noise.normal(p.numel()).view(p.shape)
         expected = p.detach() - 0.5 * (sums[name] + drawn) / 20
         assert np.abs(result[name] - expected.numpy()).max() <= 1e-5, name
 
@@ -541,8 +546,7 @@ def test_a_samples_loss_depends_on_it_alone_and_their_mean_is_the_loss() -> None
 
 
 def permit(steps: int = 1) -> Permit:
-    generators = (torch.Generator().manual_seed(seed) for seed in (1, 2))
-    return Permit(Mechanism(0.2, 1.0, 1.0, 16.0, steps), *generators)
+    return Permit(Mechanism(0.2, 1.0, 1.0, 16.0, steps), Stream(1), Stream(2))
 
 
 def test_a_proximal_term_acts_after_clip_and_noise() -> None:
@@ -584,7 +588,7 @@ def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() ->
 def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_are_the_same(
     rounds_paid: int, clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault point before, in the middle of and after each write and sync of a ledger, and at each other write of a run;
+    """A real SIGKILL before, in the middle of and after each write and sync of a ledger, and at each other write of a run;
     with a budget for all rounds, and for the first alone."""
     budget = 1.001 * epsilon([(0.1, 1.0, 3 * rounds_paid)], 1e-5, "rdp")
     experiment = small(
@@ -597,20 +601,18 @@ def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_ar
     )
     expected = run_inline(experiment, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        points, truth = faults(patch, 0)
+        points = faults(patch, 0, tmp_path / "truth")
         run_inline(experiment, tmp_path / "count")
-    assert points[0] >= 20 and len(truth) == clients * rounds_paid
+    assert points[0] >= 20 and len(drawn(tmp_path / "truth")) == clients * rounds_paid
     assert expected["status"] == ("done" if rounds_paid == 2 else "stopped")
     for number in range(1, points[0] + 1):
-        out = tmp_path / str(number)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            _, released = faults(patch, number)
-            run_inline(experiment, out)
+        out, truth = tmp_path / str(number), tmp_path / f"truth of {number}"
+        assert killed(experiment, out, number, truth) == signal.SIGKILL, number
         recorded = set()
         for path in out.rglob("client-*.ledger"):
             whole = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             recorded |= {entry["release"] for entry in whole[1:]}
-        assert released <= recorded, number  # no noise was drawn, so nothing made, that is not written down
+        assert drawn(truth) <= recorded, number  # no noise was drawn, so nothing made, that is not written down
         resumed = run_inline(experiment, out, resume=True)
         assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED], number
         assert resumed["privacy"] == expected["privacy"]
@@ -618,25 +620,41 @@ def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_ar
         assert all(entry["epsilon"] <= budget for entries in ledgers(out).values() for entry in entries)
 
 
-def faults(monkeypatch: pytest.MonkeyPatch, number: int) -> tuple[list[int], set[str]]:
-    """Die at the given point (0: never); the points passed, and every release whose noise was drawn."""
-    count, released = [0], set[str]()
+def killed(experiment: Experiment, out: Path, number: int, truth: Path) -> int:
+    """Run it in a process of its own that ends by SIGKILL at the given fault point; the signal that it ended by."""
+    child = os.fork()
+    if child == 0:
+        try:
+            faults(pytest.MonkeyPatch(), number, truth)
+            run_inline(experiment, out)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WTERMSIG(status)
 
-    def point() -> None:
+
+def drawn(truth: Path) -> set[str]:
+    """Every release whose noise was drawn, also by a process that was killed after it."""
+    return set(truth.read_text().splitlines()) if truth.exists() else set()
+
+
+def faults(monkeypatch: pytest.MonkeyPatch, number: int, truth: Path) -> list[int]:
+    """Die by SIGKILL at the given point (0: never), and note in the file `truth` each release whose noise is drawn; the
+    number of points passed."""
+    count = [0]
+
+    def point(last: Callable[[], object] = lambda: None) -> None:
         count[0] += 1
         if 0 < number <= count[0]:
-            raise Killed
+            last()
+            os.kill(os.getpid(), signal.SIGKILL)
 
     disk, write_bytes, seed = privacy.ledger.Disk, config.durable.write_bytes, client.privately.noise_seed
     honest_write, honest_sync = disk.write, disk.sync
 
     def write(self: Any, descriptor: int, content: bytes) -> None:
         point()
-        try:
-            point()
-        except Killed:
-            honest_write(self, descriptor, content[: len(content) // 2])
-            raise
+        point(lambda: honest_write(self, descriptor, content[: len(content) // 2]))
         honest_write(self, descriptor, content)
         point()
 
@@ -649,7 +667,8 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int) -> tuple[list[int], set
         write_bytes(path, content)
 
     def noise(secret: bytes, release: str, purpose: str = "noise") -> int:
-        released.add(release)
+        with truth.open("a") as file:
+            file.write(f"{release}\n")
         return seed(secret, release, purpose)
 
     monkeypatch.setattr(disk, "write", write)
@@ -657,7 +676,39 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int) -> tuple[list[int], set
     monkeypatch.setattr(client.privately, "noise_seed", noise)
     for module in ("config.durable", "server.folder"):
         monkeypatch.setattr(f"{module}.write_bytes", write_whole)
-    return count, released
+    return count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [EXAMPLE, LOCAL, CLIENT], ids=["example", "local", "client"])
+def test_killed_at_random_moments_epsilon_is_never_below_the_rounds_that_were_made(
+    settings: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The command in a real process, a SIGKILL whenever it falls, until the run gets through."""
+    experiment = small("fedper", *settings, "run.rounds=60", "privacy.accountant=rdp")
+    expected = run_inline(experiment, tmp_path / "whole")
+    out, file = tmp_path / "run", tmp_path / "e.toml"
+    file.write_text(to_toml(experiment))
+    command = [sys.executable, "-m", "experiments", "run", str(file), "--quiet", "--resume", "--out", str(out)]
+    command += ["--engine", "inline"]
+    moments, made = random.Random(6), 0
+    for _ in range(5):
+        process = subprocess.Popen(command)
+        while process.poll() is None and len(lines(out) if (out / "rounds.jsonl").exists() else ()) <= made:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 1))
+        process.kill()
+        process.wait()
+        records = [json.loads(text) for text in (out / "rounds.jsonl").read_text().splitlines(keepends=True)
+                   if text.endswith("\n")]  # fmt: skip
+        made = len(records)
+        if settings != CLIENT:  # the server's noise is by the round, and its cost by the rounds that were begun
+            for number, entries in ledgers(out).items():
+                assert len(entries) >= sum(number in record["cohort"] for record in records)
+    assert subprocess.run(command).returncode == 0
+    resumed = run_inline(experiment, out, resume=True)
+    assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED]
+    assert resumed["privacy"] == expected["privacy"] and ledgers(out) == ledgers(tmp_path / "whole")
 
 
 # ---- whole clients ----
@@ -844,7 +895,7 @@ def test_the_report_shows_what_is_not_protected_in_red(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainable", ["all", "head", "last:1", "gradual", "lora", "adapters", "fisher"])
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
 def test_a_step_without_noise_is_the_naive_clipped_sum_whatever_learns(trainable: str, model: str, mode: Any) -> None:
     """Against a loop of one sample at a time, by autograd alone, to 1e-5: what learns moves by lr / denominator times the
     sum of clipped gradients, what does not learn keeps its bits."""
@@ -855,8 +906,8 @@ def test_a_step_without_noise_is_the_naive_clipped_sum_whatever_learns(trainable
     task = open_task(experiment)
     net, data = task.new_model(), task.client(0).train.take(torch.arange(12))
     load_into(net, initial_state(experiment))
-    bare, made = copy.deepcopy(net), torch.Generator()
-    allowed = Permit(Mechanism(1.0, 0.0, 0.5, 3.0, 1), made.manual_seed(0), made.manual_seed(1), mode)
+    bare = copy.deepcopy(net)
+    allowed = Permit(Mechanism(1.0, 0.0, 0.5, 3.0, 1), Stream(0), Stream(1), mode)
     train(net, data, task, experiment, 1, 0, permit=allowed)
     names = {
         n for n in trained(experiment, net.state_dict(), stage(experiment, 1, 0)) if n in dict(bare.named_parameters())

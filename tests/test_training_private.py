@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import small
 from torch import nn
 
@@ -12,6 +11,7 @@ from client.training import train
 from config.errors import UserError
 from config.load import load
 from privacy.dpsgd import Mechanism, Permit
+from privacy.noise import Stream
 from tasks.evaluation import load_into, state_of
 from tasks.task import initial_state, open_task
 
@@ -49,7 +49,7 @@ def test_without_noise_a_private_step_is_a_full_batch(name: str) -> None:
         permit = None
         if private:
             mechanism = Mechanism(1.0, 0.0, 1e6, len(data), 2)
-            permit = Permit(mechanism, torch.Generator(), torch.Generator())
+            permit = Permit(mechanism, Stream(0), Stream(0))
         assert train(model, data, task, experiment, 2, 0, permit=permit).steps == 2
         states.append(state_of(model))
     start = initial_state(experiment)

@@ -1,0 +1,334 @@
+"""Book-keeping (Bu et al. 2023): the norms of single samples' gradients, and their clipped sum, from one backward pass.
+
+    book = Book(model)
+    values = losses(index)              # each learning layer's inputs are written down
+    norms = book.norms(values)          # backward as far as the layers' outputs; no weight's gradient is made
+    book.add(factors, gradients)        # gradients[name] += sum over samples of factor times the sample's gradient
+
+A layer's gradient for one sample is a product of what went in and what came back. Its norm needs no such gradient where
+two small products do (Goodfellow 2015; Li et al. 2022, "ghost"); where the gradient is smaller than those, as a
+convolution's over many places is, it is made once and used for both norm and sum.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from config.errors import UserError
+
+_AT_ONCE = 2**22
+"""Numbers of a convolution's columns that are made at once; more are taken in pieces."""
+
+
+def covers(model: nn.Module) -> bool:
+    """Whether every parameter that learns belongs to one layer of a covered kind, and to no other."""
+    learning = [
+        (m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p.requires_grad
+    ]
+    if len({id(p) for _, _, p in learning}) < len(learning):
+        return False
+    return all(
+        # A subclass of a layer may compute something else.
+        type(m) in _LAYERS and name in ("weight", "bias") and not (isinstance(m, nn.Embedding) and _unusual(m))
+        for m, name, _ in learning
+    )
+
+
+def _unusual(layer: nn.Embedding) -> bool:
+    """Whether it changes its own weight, or its gradient depends on how often a token occurs in the batch."""
+    return layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
+
+
+def _joined(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+@dataclass
+class _Call:
+    """One use of a layer: its input, the input's version then, and where the gradient of its output will appear."""
+
+    input: Tensor
+    version: int
+    edge: GradientEdge
+
+
+class Book:
+    """Keeps the books of a model that `covers` accepts, until `close`. Its `requires_grad` flags must stay as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = {
+            name: module
+            for name, module in model.named_modules()
+            if any(p.requires_grad for p in module.parameters(recurse=False))
+        }
+        self._held = False
+        self.forget()
+        # Ahead of hooks that add to a layer's output (LoRA, adapters): what is written down is the layer's own.
+        self._handles = [m.register_forward_hook(self._write(n), prepend=True) for n, m in self._layers.items()]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def forget(self) -> None:
+        """Let go of what the last pass left."""
+        self._calls: dict[str, list[_Call]] = {}
+        self._parts: dict[str, dict[str, _Part]] = {}
+
+    def norms(self, values: Tensor) -> Tensor:
+        """The norm of each sample's gradient, float (n,), of losses (n,) that the model has just made.
+
+        The first time it is checked that every use of a parameter was by its own layer, and that no sample's loss
+        touches what another sample's went through. Raises UserError if not.
+        """
+        n = len(values)
+        if values.grad_fn is None:
+            return values.new_zeros(n)
+        nodes, found = _uses(values.grad_fn)
+        uses = {name: [c for c in self._calls.get(name, []) if c.edge.node in nodes] for name in self._layers}
+        for name, layer in self._layers.items():
+            for own, parameter in layer.named_parameters(recurse=False):
+                if parameter.requires_grad and found[id(parameter)] != len(uses[name]):
+                    raise UserError(
+                        "task.model: the layers' books show only a part of the gradient of single samples (of the parameter "
+                        f'"{_joined(name, own)}"): every parameter must be used by the forward() of its own module and '
+                        "nowhere else"
+                    )
+        calls = [call for name in self._layers for call in uses[name]]
+        if not calls:
+            return values.new_zeros(n)
+        for call in calls:
+            if call.input._version != call.version:
+                raise UserError("task.model: the input of a layer is changed in place after its use; leave that out")
+            if call.input.shape[0] != n:
+                raise UserError(
+                    f"task.model: a layer sees {call.input.shape[0]} rows of a batch of {n}, so that single samples "
+                    'cannot be told apart: keep the samples first, or write privacy.grad_sample = "hooks"'
+                )
+        edges = [call.edge for call in calls]
+        hold = not self._held and n > 1
+        backs = torch.autograd.grad(values.sum(), edges, retain_graph=hold)
+        if hold:
+            self._hold_samples_apart(values, edges, backs)
+        squares, at = values.new_zeros(n), 0
+        for name, layer in self._layers.items():
+            if pairs := [(call.input, back) for call, back in zip(uses[name], backs[at:], strict=False)]:
+                self._parts[name] = _LAYERS[type(layer)](layer, pairs)
+                squares += sum(part.squares for part in self._parts[name].values())
+                at += len(pairs)
+        return squares.sqrt()
+
+    def add(self, factors: Tensor, gradients: Mapping[str, Tensor]) -> None:
+        """Add to each gradient, by parameter name, the sum over the samples of their factors, float (n,), times theirs."""
+        for name, parts in self._parts.items():
+            for own, part in parts.items():
+                part.add(factors, gradients[_joined(name, own)])
+
+    def _write(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                x = inputs[0].detach()
+                self._calls.setdefault(name, []).append(_Call(x, x._version, get_gradient_edge(output)))
+
+        return hook
+
+    def _hold_samples_apart(self, values: Tensor, edges: list[GradientEdge], backs: tuple[Tensor, ...]) -> None:
+        """Losses with weights of their own must give each row of what comes back its own weight: else rows are no samples,
+        or samples are coupled."""
+        weights = torch.linspace(1, 2, len(values), dtype=values.dtype, device=values.device)
+        again = torch.autograd.grad((weights * values).sum(), edges)
+        held = True
+        for back, other in zip(backs, again, strict=True):
+            expected = back * weights.reshape(-1, *[1] * (back.ndim - 1))
+            error, size = (other - expected).norm(), expected.norm()
+            if torch.isfinite(size) and error > 1e-3 * size + 1e-6:
+                raise UserError(
+                    "task.model: what the model computes for one sample depends on the other samples of its batch, so "
+                    "that clipping bounds nothing: keep the samples apart, in the first dimension of every layer"
+                )
+            held = held and bool(torch.isfinite(size))
+        self._held = held
+
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""For each use of a layer: its input, and the gradient with respect to its output."""
+
+Add = Callable[[Tensor, Tensor], None]
+"""Adds to a gradient (second, of the parameter's shape) the sum over samples of factors (first, (n,)) times theirs."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One parameter of a layer: the squared norm of each sample's gradient, (n,), and what adds to the gradient."""
+
+    squares: Tensor
+    add: Add
+
+
+def _linear(layer: nn.Linear, pairs: Pairs) -> dict[str, _Part]:
+    if len(pairs) == 1 and pairs[0][0].ndim == 2:
+        ((x, back),) = pairs
+
+        def add(factors: Tensor, gradient: Tensor) -> None:
+            gradient.addmm_((factors[:, None] * back).T, x)
+
+        return _learning(layer, lambda: _Part(_squares(x) * _squares(back), add), lambda: _rows(back))
+    inputs = _one([x.reshape(len(x), -1, layer.in_features) for x, _ in pairs])
+    backs = _one([back.reshape(len(back), -1, layer.out_features) for _, back in pairs])
+    return _learning(layer, lambda: _products(lambda some: inputs[some], backs), lambda: _rows(backs.sum(1)))
+
+
+def _convolution(layer: nn.Conv1d | nn.Conv2d, pairs: Pairs) -> dict[str, _Part]:
+    """A linear layer at each place of the output, of what that place sees of the input (im2col, channels last)."""
+    groups, kernel = layer.groups, (1, *layer.kernel_size)[-2:]
+    views = [_seen(layer, x) for x, _ in pairs]
+    # (n, out, *places) -> (n, places, out), which is no copy where the channels are last already
+    backs = _one([back.flatten(2).transpose(1, 2) for _, back in pairs])
+
+    def columns(some: slice) -> Tensor:
+        parts = [view[some] for view in views]
+        return _one([part.reshape(len(part), groups, -1, math.prod(part.shape[-3:])) for part in parts], 2).flatten(
+            0, 1
+        )
+
+    def weight() -> _Part:
+        grouped = backs.reshape(*backs.shape[:2], groups, -1).transpose(1, 2).flatten(0, 1)
+        part = _products(columns, grouped, groups)
+
+        def add(factors: Tensor, gradient: Tensor) -> None:
+            summed = torch.zeros_like(gradient).reshape(len(gradient), *kernel, -1)
+            part.add(factors, summed)
+            gradient += summed.movedim(-1, 1).reshape(gradient.shape)
+
+        return _Part(part.squares, add)
+
+    return _learning(layer, weight, lambda: _rows(backs.sum(1)))
+
+
+def _embedding(layer: nn.Embedding, pairs: Pairs) -> dict[str, _Part]:
+    tokens = _one([ids.reshape(len(ids), -1) for ids, _ in pairs])
+    backs = _one([back.reshape(len(back), -1, layer.embedding_dim) for _, back in pairs])
+    if layer.padding_idx is not None:  # it learns nothing
+        backs = backs * (tokens != layer.padding_idx)[..., None]
+    same = tokens[:, :, None] == tokens[:, None, :]
+
+    def add(factors: Tensor, gradient: Tensor) -> None:
+        gradient.index_add_(0, tokens.flatten(), (factors[:, None, None] * backs).flatten(0, 1))
+
+    return {"weight": _Part((same * (backs @ backs.mT)).sum((1, 2)), add)}
+
+
+def _norm(layer: nn.GroupNorm | nn.LayerNorm, pairs: Pairs) -> dict[str, _Part]:
+    def summed(values: Tensor) -> Tensor:
+        """Over the places of each sample: (n, numbers of the weight)."""
+        if isinstance(layer, nn.GroupNorm):
+            return values.reshape(*values.shape[:2], -1).sum(2)
+        return values.reshape(len(values), -1, layer.weight.numel()).sum(1)
+
+    def normal(x: Tensor) -> Tensor:
+        if isinstance(layer, nn.GroupNorm):
+            return F.group_norm(x, layer.num_groups, eps=layer.eps)
+        return F.layer_norm(x, layer.normalized_shape, eps=layer.eps)
+
+    return _learning(
+        layer,
+        lambda: _rows(torch.stack([summed(normal(x) * back) for x, back in pairs]).sum(0)),
+        lambda: _rows(torch.stack([summed(back) for _, back in pairs]).sum(0)),
+    )
+
+
+_LAYERS: dict[type[nn.Module], Callable[[Any, Pairs], dict[str, _Part]]] = {
+    nn.Linear: _linear,
+    nn.Conv1d: _convolution,
+    nn.Conv2d: _convolution,
+    nn.Embedding: _embedding,
+    nn.GroupNorm: _norm,
+    nn.LayerNorm: _norm,
+}
+
+
+def _learning(layer: nn.Module, weight: Callable[[], _Part], bias: Callable[[], _Part]) -> dict[str, _Part]:
+    """The parts of the parameters that learn."""
+    return {
+        name: part()
+        for name, part in (("weight", weight), ("bias", bias))
+        if getattr(layer, name) is not None and getattr(layer, name).requires_grad
+    }
+
+
+def _rows(rows: Tensor) -> _Part:
+    """Of single samples' gradients themselves, (n, numbers of the parameter)."""
+
+    def add(factors: Tensor, gradient: Tensor) -> None:
+        gradient += (factors @ rows).view_as(gradient)
+
+    return _Part(_squares(rows), add)
+
+
+def _products(columns: Callable[[slice], Tensor], backs: Tensor, groups: int = 1) -> _Part:
+    """Of gradients that are sums over places of backs x columns: backs (n groups, places, out); columns of some samples,
+    (their number x groups, places, in). By Gram matrices over places (ghost norms) where those are the smaller."""
+    n, places, out = len(backs) // groups, *backs.shape[1:]
+    width = columns(slice(0, 1)).shape[-1]
+    each = max(1, _AT_ONCE // (groups * places * width))
+    some = [slice(begin, min(begin + each, n)) for begin in range(0, n, each)]
+    if groups == 1 and 2 * places * places < out * width:
+        grams = [((c := columns(s)) @ c.mT * (backs[s] @ backs[s].mT)).sum((1, 2)) for s in some]
+
+        def add(factors: Tensor, gradient: Tensor) -> None:
+            for s in some:
+                weighted = factors[s, None, None] * backs[s]
+                gradient.view(out, width).addmm_(weighted.flatten(0, 1).T, columns(s).flatten(0, 1))
+
+        return _Part(torch.cat(grams), add)
+    made = _one([torch.bmm(backs[s.start * groups : s.stop * groups].mT, columns(s)) for s in some], 0)
+    return _rows(made.view(n, -1))
+
+
+def _seen(layer: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """What each place of a convolution's output sees, a view: (n, groups, height, width, *kernel, channels of a group);
+    height and the kernel's first side are 1 if there is one dimension."""
+    one = isinstance(layer, nn.Conv1d)
+    around = layer._reversed_padding_repeated_twice
+    if any(around):
+        x = F.pad(x, around, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    x = (x[:, :, None] if one else x).movedim(1, -1).contiguous()
+    x = x.reshape(*x.shape[:3], layer.groups, -1).movedim(3, 1)
+    sizes = [(1, *side)[-2:] for side in (layer.kernel_size, layer.stride, layer.dilation)]
+    for axis, kernel, stride, dilation in zip((2, 3), *sizes, strict=True):
+        x = x.unfold(axis, (kernel - 1) * dilation + 1, stride)[..., ::dilation]
+    seen: Tensor = x.movedim(4, -1)
+    return seen
+
+
+def _one(parts: list[Tensor], dim: int = 1) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """The squared norm of each row, (n,)."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms.square()
+
+
+def _uses(loss: Node) -> tuple[set[Node], Counter[int]]:
+    """All nodes of the graph that ends in a loss, and how often it uses each parameter, by id."""
+    nodes, todo, found = {loss}, [loss], Counter[int]()
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            if node is None:
+                continue
+            if (variable := getattr(node, "variable", None)) is not None:
+                found[id(variable)] += 1
+            elif node not in nodes:
+                nodes.add(node)
+                todo.append(node)
+    return nodes, found

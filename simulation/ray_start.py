@@ -1,0 +1,77 @@
+"""Starting Ray on this machine, or joining a cluster that runs (`engine.address`). It imports neither torch nor Flower,
+so that a command can start Ray, which is mostly waiting, while another thread imports them and opens the data.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+
+from config.errors import UserError
+from config.identity import ROOT
+from simulation.children import MEMORY
+
+_mine = False
+"""Whether this process started or joined Ray here: what was there before is left alone."""
+
+
+def start_ray(count: int, threads: int, address: str = "") -> None:
+    """Start Ray with room for `count` workers (0: one a core), or join the cluster at `address`.
+
+    Nothing is done if this process is in one already. Raises UserError if nothing answers at `address`.
+    """
+    global _mine
+    if ray.is_initialized():
+        return
+    variables = _environment(threads)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        try:
+            ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(
+                f'engine.address = "{address}": no Ray cluster answers there ({str(error).splitlines()[0]}); start one with '
+                '`ray start --head`, or write engine.address = "" for Ray on this machine alone'
+            ) from None
+    else:
+        # Ray starts workers before they are asked for. They take the variables from it (those of a runtime_env would
+        # mean other workers, and these for nothing) and import the client's code at once.
+        with _variables(variables | {"RAY_preload_python_modules": "client.app"}):
+            ray.init(num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
+    _mine = True
+
+
+def stop_ray() -> None:
+    """Stop what `start_ray` started, or leave the cluster that it joined."""
+    global _mine
+    if _mine:
+        ray.shutdown()
+        _mine = False
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """What a worker needs in its environment before it starts."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return MEMORY | {
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": str(threads),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    }
+
+
+@contextmanager
+def _variables(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            with suppress(KeyError):
+                del os.environ[name]
+            if value is not None:
+                os.environ[name] = value

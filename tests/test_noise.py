@@ -1,0 +1,60 @@
+"""The stream of random numbers: published vectors of the cipher, the laws of its numbers, and how it is cut."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from privacy.noise import Stream
+
+
+def test_the_bits_are_those_of_aes_in_counter_mode() -> None:
+    """NIST SP 800-38A, F.5.1: the keystream is the plaintext xor the ciphertext of the first block."""
+    key, counter = "2b7e151628aed2a6abf7158809cf4f3c", "f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff"
+    plain, cipher = 0x6BC1BEE22E409F96E93D7E117393172A, 0x874D6191B620E3261BEF6864990DB6CE
+    stream = (plain ^ cipher).to_bytes(16, "big")
+    words = [int.from_bytes(stream[i : i + 8], "little") >> 11 for i in (0, 8)]
+    seed = int.from_bytes(bytes.fromhex(key + counter), "little")
+    assert Stream(seed).uniform(2).tolist() == [word / 2**53 for word in words]
+
+
+def test_normal_numbers_have_the_normal_law() -> None:
+    """4 million: moments within 4 of their own deviations, tails to 5 by Poisson's law, the whole by Kolmogorov's test."""
+    n = 4_000_000
+    x = Stream(3).normal(n).double().numpy()
+    for value, deviation in (
+        (x.mean(), 1 / n),
+        (x.var() - 1, 2 / n),
+        (stats.skew(x), 6 / n),
+        (stats.kurtosis(x), 24 / n),
+        ((x[1:] * x[:-1]).mean(), 1 / n),
+        ((x[2**14 :] * x[: -(2**14)]).mean(), 1 / n),  # the two of a pair
+        ((x[2**14 :] ** 2 * x[: -(2**14)] ** 2).mean() - 1, 8 / n),
+    ):
+        assert abs(value) <= 4 * math.sqrt(deviation)
+    assert stats.kstest(x, "norm").pvalue > 1e-4
+    for bound in (3.0, 4.0, 5.0):
+        expected = n * 2 * stats.norm.sf(bound)
+        assert abs(np.sum(np.abs(x) > bound) - expected) <= 4 * math.sqrt(expected)
+    assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("parts", [[1, 5, 100_000, 3], [2**15, 2**15, 1], [70_000, 30_000]])
+def test_how_a_draw_is_cut_changes_nothing(parts: list[int]) -> None:
+    stream = Stream(7)
+    assert torch.equal(torch.cat([stream.normal(n) for n in parts]), Stream(7).normal(sum(parts)))
+
+
+def test_seeds_that_differ_beyond_32_bits_give_other_numbers() -> None:
+    """torch.Generator.manual_seed keeps 32 bits of a seed: whoever has a release could try them all."""
+    for bit in (32, 63, 64, 127, 128, 200, 255):
+        for draw in (Stream.normal, Stream.uniform):
+            assert not torch.equal(draw(Stream(1), 8), draw(Stream(1 + 2**bit), 8))
+
+
+def test_uniform_numbers_are_uniform() -> None:
+    u = Stream(5).uniform(1_000_000).numpy()
+    assert u.min() >= 0 and u.max() < 1
+    assert stats.kstest(u, "uniform").pvalue > 1e-4
