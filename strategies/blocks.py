@@ -85,20 +85,16 @@ def weighted_sum(
 ) -> WeightedSum:
     """Add up (weight, arrays) pairs in the order given, in float64. A weight is a number, or one for each name."""
     sums: dict[str, npt.NDArray[np.float64]] = {}
-    terms: dict[str, npt.NDArray[np.float64]] = {}
     totals: dict[str, float] = {}
     for weights, arrays in updates:
         for name, value in arrays.items():
             weight = weights[name] if isinstance(weights, Mapping) else weights
-            if name not in sums:
-                sums[name], totals[name] = value.astype(np.float64), weight
-                sums[name] *= weight
-                continue
-            term = terms.setdefault(name, np.empty(value.shape))
-            term[...] = value
-            term *= weight
-            sums[name] += term
-            totals[name] += weight
+            term = np.multiply(value, weight, dtype=np.float64)
+            if name in sums:
+                sums[name] += term
+                totals[name] += weight
+            else:
+                sums[name], totals[name] = term, weight
     return WeightedSum(sums, totals)
 
 
