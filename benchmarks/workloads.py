@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.schema import Task
@@ -34,13 +35,60 @@ def one_hidden(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
     return nn.Sequential(*layers), task.hidden
 
 
+def mlp_784() -> nn.Module:
+    """The MLP 784-200-10."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 10))
+
+
+def lenet() -> nn.Module:
+    """LeNet-size CNN, 61,706 parameters, in the order in which it is usually written."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
+def mcmahan() -> nn.Module:
+    """The CNN of McMahan et al. 2017, 1,663,370 parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(), nn.Linear(512, 10),
+    )  # fmt: skip
+
+
+def windows() -> nn.Module:
+    """Meadow's 1-D CNN for sensor windows, in torch's own layers."""
+    layers: list[nn.Module] = []
+    for before, width in ((9, 9), (64, 5), (64, 3)):
+        layers += [nn.Conv1d(before, 64, width, padding=width // 2), nn.GroupNorm(8, 64), nn.ReLU()]
+        layers += [nn.MaxPool1d(2)] if width > 3 else []
+    return nn.Sequential(*layers, networks.MeanAndMaximum(), nn.Linear(128, 6))
+
+
+class Packed(nn.Module):
+    """Meadow's BiLSTM for texts, over packed sequences, as torch's documentation has it."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, 64, padding_idx=0)
+        self.lstm = nn.LSTM(64, 64, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(128, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x != 0).sum(1)
+        packed = pack_padded_sequence(self.embedding(x), lengths, batch_first=True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True, padding_value=-math.inf)
+        return self.head(states.amax(1))  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Workload:
-    """A model and the form of its samples. `trunk` is what Meadow's `task.model` names; a linear head follows it."""
+    """A model and the form of its samples. `model` is what Meadow's `task.model` names; `plain` makes the same function, and
+    the same parameters in the same order, as one writes it in PyTorch."""
 
     title: str
     model: str
-    trunk: Callable[[Task, Inputs], tuple[nn.Module, int]]
+    plain: Callable[[], nn.Module]
     classes: int
     inputs: Inputs
     hidden: int = 64
@@ -51,8 +99,7 @@ class Workload:
     def network(self) -> nn.Module:
         """The model as plain PyTorch."""
         with torch_seeded(0, "benchmark"):
-            trunk, features = self.trunk(Task(model=self.model, hidden=self.hidden), self.inputs)
-            return nn.Sequential(trunk, nn.Linear(features, self.classes))
+            return self.plain()
 
     def samples(self, count: int, purpose: str) -> tuple[Tensor, Tensor]:
         """Random samples and their classes; texts are a quarter to all of the length."""
@@ -81,26 +128,24 @@ class Workload:
 
 WORKLOADS = {
     "mlp": Workload(
-        "MLP 784-200-10", "benchmarks.workloads:one_hidden", one_hidden, 10, Inputs((1, 28, 28)), 200, rounds=40
+        "MLP 784-200-10", "benchmarks.workloads:one_hidden", mlp_784, 10, Inputs((1, 28, 28)), 200, rounds=40
     ),
-    "small-cnn": Workload("LeNet-size CNN (62k)", "lenet", networks.lenet, 10, Inputs((1, 28, 28)), rounds=12),
-    "large-cnn": Workload(
-        "CNN of McMahan et al. (1.66M)", "mcmahan-cnn", networks.mcmahan_cnn, 10, Inputs((1, 28, 28)), rounds=3
-    ),
-    "cnn1d": Workload("1-D CNN of uci_har", "cnn1d", networks.cnn1d, 6, Inputs((9, 128)), rounds=6),
-    "bilstm": Workload("BiLSTM", "bilstm", networks.bilstm, 3, Inputs((32,), 5000), rounds=4),
+    "small-cnn": Workload("LeNet-size CNN (62k)", "lenet", lenet, 10, Inputs((1, 28, 28)), rounds=12),
+    "large-cnn": Workload("CNN of McMahan et al. (1.66M)", "mcmahan-cnn", mcmahan, 10, Inputs((1, 28, 28)), rounds=3),
+    "cnn1d": Workload("1-D CNN of uci_har", "cnn1d", windows, 6, Inputs((9, 128)), rounds=6),
+    "bilstm": Workload("BiLSTM", "bilstm", lambda: Packed(5000), 3, Inputs((32,), 5000), rounds=4),
 }
 
 
 def _dataset(name: str) -> Callable[[Task], Raw]:
     def reader(task: Task) -> Raw:
         work = WORKLOADS[name]
-        parts = []
-        for purpose, count in (("train", CLIENTS * _DEALT), ("test", 100)):
-            x, y = work.samples(count, purpose)
-            parts.append(Part(x, {"label": y.numpy()}))
-        images = len(work.inputs.shape) == 3
-        return Raw(name, *parts, kinds={"label": "class"}, tokens=work.inputs.tokens, images=images)
+        train, test = (
+            Part(x, {"label": y.numpy()})
+            for x, y in (work.samples(CLIENTS * _DEALT, "train"), work.samples(100, "test"))
+        )
+        kinds, images = {"label": "class"}, len(work.inputs.shape) == 3
+        return Raw(name, train, test, kinds=kinds, tokens=work.inputs.tokens, images=images)
 
     return reader
 
@@ -134,7 +179,7 @@ def train_plainly(
     network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, generator: torch.Generator
 ) -> None:
     """One epoch over a client's samples, as one writes it in PyTorch."""
-    for index in torch.randperm(len(x), generator=generator).split(BATCH):
+    for index in torch.split(torch.randperm(len(x), generator=generator), BATCH):
         optimizer.zero_grad()
         F.cross_entropy(network(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
