@@ -33,6 +33,7 @@ from config.load import load
 from config.seeds import one_thread
 from privacy.dpsgd import GradSample, Mechanism, Permit, chosen_mode
 from privacy.noise import Stream
+from tasks.numerics import kernels
 from tasks.task import open_task
 
 _RATE, _STEPS = BATCH / SAMPLES, SAMPLES // BATCH
@@ -57,14 +58,16 @@ def sides(name: str) -> Sides:
         train_plainly(network, optimizer, x, y, torch.Generator().manual_seed(turn))
 
     def meadow(turn: int) -> None:
-        train(model, data, task, experiment, turn, 0)
+        with kernels(model):
+            train(model, data, task, experiment, turn, 0)
 
     def private(mode: GradSample) -> Callable[[int], object]:
         mechanism = Mechanism(_RATE, 1.0, 1.0, BATCH, _STEPS)
 
         def side(turn: int) -> None:
             permit = Permit(mechanism, Stream(2 * turn), Stream(2 * turn + 1), mode)
-            train(model, data, task, experiment, turn, 0, permit=permit)
+            with kernels(model):
+                train(model, data, task, experiment, turn, 0, permit=permit)
 
         return side
 
@@ -146,7 +149,7 @@ def main() -> None:
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lines = [line for name in names for line in measure(name, given.repeats)]
-    table = Table(title="A client's round, three steps: medians", title_justify="left", box=None)
+    table = Table(title="A client's round, three steps: medians of processor time", title_justify="left", box=None)
     for heading in ("workload", "side", "ms", "fastest", "of no privacy", "of plain"):
         table.add_column(heading, justify="left" if heading in ("workload", "side") else "right")
     for line in lines:
