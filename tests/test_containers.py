@@ -269,7 +269,7 @@ def test_a_ledger_outlives_the_kill_of_its_node(stack: Stack, tmp_path: Path) ->
         cwd=stack.place, env=stack.environment, check=True, capture_output=True, timeout=60,
     )  # fmt: skip
     private = ("privacy.unit=example", "privacy.epsilon=8", "privacy.sample_rate=0.05", f"partition.clients={CLIENTS}")
-    stack.choose("private", "fedper", 4, *private)
+    stack.choose("private", "fedper", 6, *private)
     stack.up()
     stack.until(stack.rounds, 400)
     before, _ = kill_in_a_round(stack)
