@@ -497,6 +497,7 @@ class Evaluate(Section):
         ("global", "clients"),
         description="Any of global, clients, and source: the source task, before and after the run, to see forgetting.",
     )
+    sample: int = Field(0, ge=0, description="Clients that are scored at the end, drawn from the seed; 0: all.")
     fine_tune_epochs: int = Field(0, ge=0, description="Score each client's model after this many local epochs too.")
     folds: int = Field(0, ge=0, description="Cross-validation: so many runs, each with another part of every client.")
     fold: int = Field(
@@ -523,6 +524,11 @@ class Engine(Section):
     name: Literal["inline", "ray", "processes"] = "ray"
     workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one a core, or four SuperNodes.")
     threads: int = Field(1, ge=1, description="Threads a worker; two lose against one on a shared machine.")
+    state_memory: int = Field(
+        1024,
+        ge=0,
+        description="Megabytes of clients' states that a machine keeps in memory until the end; more is on disk.",
+    )
     address: str = Field("", description='A Ray cluster to join, as "HOST:6379" or "auto"; "": Ray on this machine.')
 
 
