@@ -1,20 +1,53 @@
-"""What clients cost beside their training: rounds of empty clients, personal state, and populations up to a million."""
+"""What clients cost beside their training: the start of a run, empty clients, personal state, uneven clients, and
+populations up to a million.
 
+    python -m benchmarks.scale [--quick] [--out FILE.csv] [part ...]
+
+Parts: start, empty, state, uneven, population. Each measurement is a run of its own on Ray with two workers, in a fresh
+process. Seconds a round are the median but for the first round. Memory is the peak of the server's resident memory, and
+of the workers' unique memory (USS), looked at five times a second: what they share counts for none of them. `--quick` leaves
+out the populations above 10^4. Figures are appended to `--out`, with machine and versions.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 
-from config.load import resolve
+from config.identity import ROOT, versions
+from config.load import resolve, to_toml
 from config.schema import Experiment, Task
 from config.seeds import numpy_generator
 from strategies.fedavg import FedAvg
 from strategies.local import Algorithm, Half, Outcome, Turn
+from strategies.sharing import beside
 from tasks.data import Part, Raw
 
+WORKERS = 2
 SAMPLES = 4
 """Samples dealt to each client, of which two are for training."""
 FEATURES = 8
+HIDDEN = 496
+"""Of the two hidden layers: with them the model takes 1 MB."""
+STATE = 5 * 2**20
 
 
 @dataclass(frozen=True)
@@ -32,11 +65,20 @@ class Empty(Half):
         return Outcome(turn.received, Nothing())
 
 
+class Remembering(Half):
+    """An empty client that keeps 5 MB of its own: they are read, and written anew, in each round."""
+
+    def train(self, turn: Turn) -> Outcome:
+        state = turn.memory or beside("own", {"state": np.ones(STATE // 4, np.float32)})
+        return Outcome(turn.received, Nothing(), memory=state)
+
+
 empty = Algorithm(FedAvg, Empty())
+remembering = Algorithm(FedAvg, Remembering())
 
 
 def population(task: Task) -> Raw:
-    """Samples for `task.source_samples` clients, four each, of eight numbers."""
+    """Four samples for each of `task.source_samples` clients, of eight numbers, and 100 to test on."""
     draw = numpy_generator(0, "benchmark")
     parts = []
     for count in (SAMPLES * task.source_samples, 100):
@@ -45,20 +87,216 @@ def population(task: Task) -> Raw:
     return Raw("population", parts[0], parts[1], {"label": "class 2"})
 
 
+def uneven(task: Task) -> Raw:
+    """Samples of 100 clients whose sizes are log-normal with sigma 1.5, 40 in the median, 8 at least."""
+    draw = numpy_generator(0, "benchmark", "uneven")
+    sizes = np.maximum(8, np.exp(draw.normal(np.log(40), 1.5, 100))).astype(np.int64)
+    owner = np.repeat(np.arange(100), sizes)
+    x = torch.from_numpy(draw.random((len(owner), 784), dtype=np.float32))
+    train = Part(x, {"label": draw.integers(0, 10, len(owner))}, client=owner.astype(str))
+    return Raw("uneven", train, Part(x[:100], {"label": draw.integers(0, 10, 100)}), {"label": "class 10"})
+
+
 def experiment(clients: int, cohort: int, rounds: int, strategy: str, hidden: int) -> Experiment:
+    """A run of `population`; `strategy` is one of those above."""
     return resolve(
         {
             "run": {"rounds": rounds},
             "task": {
                 "dataset": "benchmarks.scale:population",
                 "targets": ["label"],
-                "source_samples": clients,
+                "source_samples": max(clients, 100),
                 "model": "mlp",
                 "hidden": hidden,
             },
             "partition": {"law": "iid", "clients": clients, "min_size": SAMPLES},
             "cohort": {"size": cohort},
-            "strategy": {"name": f"benchmarks.scale:{strategy}" if strategy in ("empty",) else strategy},
-            "evaluate": {"on": ["clients"], "every": 10**6},
+            "strategy": {"name": f"benchmarks.scale:{strategy}"},
+            "evaluate": {"on": ["clients"], "every": 10**6, "sample": min(100, clients)},
+            "engine": {"name": "ray", "workers": WORKERS, "state_memory": 12_000},
         }
     )
+
+
+def lopsided(rounds: int) -> Experiment:
+    """A run of `uneven`: an MLP of 784-200-200-10, batches of 20, one epoch, all clients in each round."""
+    return resolve(
+        {
+            "run": {"rounds": rounds},
+            "task": {"dataset": "benchmarks.scale:uneven", "targets": ["label"], "model": "mlp", "hidden": 200},
+            "partition": {"law": "natural", "clients": 0, "min_size": 4},
+            "local": {"epochs": 1, "batch_size": 20},
+            "evaluate": {"on": ["clients"], "every": 10**6},
+            "engine": {"name": "ray", "workers": WORKERS},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run: its round records, its peak memory in bytes (server, workers together), and seconds to its first round."""
+
+    rounds: list[dict[str, Any]]
+    server: int
+    workers: int
+    start: float
+
+    @property
+    def seconds(self) -> float:
+        """Of a round, the median but for the first."""
+        return statistics.median([float(r["seconds"]) for r in self.rounds[1:] or self.rounds])
+
+
+def measure(settings: Experiment) -> Measured:
+    """Run `meadow run` on the experiment in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        (place / "e.toml").write_text(to_toml(settings))
+        out = place / "run"
+        command = [sys.executable, "-m", "experiments", "run", str(place / "e.toml"), "--quiet", "--out", str(out)]
+        began = time.time()
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        peaks = [0, 0]
+        watch = threading.Thread(target=_watch, args=(process, peaks))
+        watch.start()
+        if process.wait() != 0:
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+        watch.join()
+        records = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+        oldest = min((out / "checkpoints").glob("*.json"))
+        # A checkpoint is written right after its round.
+        ended = sum(r["seconds"] for r in records if r["round"] <= int(oldest.stem.removeprefix("round-")))
+        return Measured(records, peaks[0], peaks[1], float(oldest.stat().st_mtime - ended - began))
+
+
+def _watch(process: subprocess.Popen[bytes], peaks: list[int]) -> None:
+    """Follow the peaks of the server's resident memory and of the workers' unique memory, until the process ends."""
+    while process.poll() is None:
+        with suppress(OSError):
+            peaks[0] = max(peaks[0], _memory(process.pid, "Rss:"))
+            peaks[1] = max(peaks[1], sum(_memory(w, "Private_") for w in _workers(process.pid)))
+        time.sleep(0.2)
+
+
+def _workers(server: int) -> list[int]:
+    """Ray's workers below the process, out of /proc (Linux)."""
+    parents: dict[int, int] = {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdecimal():
+            with suppress(OSError):
+                parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+    below = [server]
+    for found in below:
+        below += [child for child, parent in parents.items() if parent == found]
+    return [p for p in below if "ray::NodeActor" in Path(f"/proc/{p}/cmdline").read_text()]
+
+
+def _memory(process: int, kind: str) -> int:
+    """Bytes of a process's memory of the kinds whose names in /proc begin so."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+Row = dict[str, Any]
+
+
+def start() -> Iterator[Row]:
+    """From `meadow run` to the first round."""
+    found = [measure(resolve({"run": {"rounds": 1}, "engine": {"name": "ray", "workers": WORKERS}})) for _ in range(3)]
+    yield {"what": "from `meadow run` to the first round", "seconds": statistics.median(m.start for m in found)}
+
+
+def empties() -> Iterator[Row]:
+    """Rounds of empty clients of a 1 MB model."""
+    for clients in (100, 1000):
+        found = measure(experiment(clients, clients, 8, "empty", HIDDEN))
+        yield _row("empty clients, 1 MB model", clients, clients, found)
+
+
+def states() -> Iterator[Row]:
+    """What 5 MB of a client's own add to a round."""
+    clients = 200
+    without = measure(experiment(clients, clients, 16, "empty", 8))
+    with_state = measure(experiment(clients, clients, 16, "remembering", 8))
+    yield _row("empty clients, small model", clients, clients, without)
+    each = (with_state.seconds - without.seconds) / clients
+    yield _row("the same with 5 MB of state each", clients, clients, with_state) | {"ms a client": 1000 * each}
+
+
+def lopsidedness() -> Iterator[Row]:
+    """Idle share of the workers with log-normal sizes."""
+    found = measure(lopsided(10))
+    idle = statistics.median(r["idle"] for r in found.rounds[1:])
+    yield _row("log-normal sizes, sigma 1.5: MLP", 100, 100, found) | {"idle": idle}
+
+
+def populations(most: int) -> Iterator[Row]:
+    """Cohorts of 1,000 out of ever more clients."""
+    clients = 1000
+    while clients <= most:
+        yield _row("population, empty clients", clients, 1000, measure(experiment(clients, 1000, 4, "empty", 64)))
+        clients *= 10
+
+
+def _row(what: str, clients: int, cohort: int, found: Measured) -> Row:
+    memory = {"server MB": found.server / 2**20, "workers MB": found.workers / 2**20}
+    return {"what": what, "population": clients, "cohort": cohort, "seconds": found.seconds, **memory}
+
+
+COLUMNS = ("what", "population", "cohort", "seconds", "ms a client", "idle", "server MB", "workers MB")
+_FORMS: Mapping[str, str] = {"population": ",d", "cohort": ",d", "seconds": ".3f", "ms a client": ".2f", "idle": ".1%"}
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows, for people."""
+    shown = Table(title="What clients cost beside their training", title_justify="left", box=None)
+    for column in COLUMNS:
+        shown.add_column(column, justify="left" if column == "what" else "right")
+    for row in rows:
+        cells = [format(row[c], _FORMS.get(c, "" if c == "what" else ".0f")) if c in row else "" for c in COLUMNS]
+        shown.add_row(*cells)
+    return shown
+
+
+def append(rows: list[Row], out: Path) -> None:
+    """Add the rows to a CSV file, with the time, the machine and the versions."""
+    about = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "system": platform.platform(),
+        **versions(),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*COLUMNS, *about], restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(row | about for row in rows)
+
+
+def main() -> None:
+    """Measure, print, and append to the CSV file."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=(__doc__ or "").partition("\n")[0])
+    parts: dict[str, Callable[[], Iterator[Row]]] = {
+        "start": start,
+        "empty": empties,
+        "state": states,
+        "uneven": lopsidedness,
+    }
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(parts)}, population")
+    parser.add_argument("--quick", action="store_true", help="no population above 10^4")
+    parser.add_argument("--out", type=Path, help="the CSV file to append to")
+    given = parser.parse_args()
+    parts["population"] = lambda: populations(10**4 if given.quick else 10**6)
+    if wrong := set(given.parts) - parts.keys():
+        parser.error(f"no such part: {', '.join(sorted(wrong))}")
+    rows = [row for name, part in parts.items() if name in (given.parts or parts) for row in part()]
+    Console(width=140).print(table(rows))
+    if given.out:
+        append(rows, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,12 +6,14 @@ train and evaluate: answer for each client in the pack.
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.node import add_up, answer, evaluate_client, hosted_here, open_node, train_client
+from client.node import add_up, answer, evaluate_client, hosted_here, open_node, store_of, train_client
 from client.store import Store
 from client.together import train_blocks
 from config.identity import code_sha256, versions
@@ -34,7 +36,9 @@ def join(message: Message, context: Context) -> Message:
     run_id = str(message.content.config_records["config"]["run"])
     if base := from_record(message.content.array_records["base"]):
         Store(node.state_root, run_id).put_base(base)
-    clients = list(hosted_here(context, node.experiment.partition.clients))
+    here = hosted_here(context, node.experiment.partition.clients)
+    told = allowed(node.experiment, "samples")
+    sizes = node.task.split.sizes[here.start : here.stop, 0] if told else np.ones(len(here), dtype=np.int64)
     # A deployed node names the Meadow that is installed on it, whatever code the bundle brought.
     installed = str(context.node_config.get("code") or code_sha256())
     if installed != code_sha256():
@@ -46,9 +50,9 @@ def join(message: Message, context: Context) -> Message:
         )
     roll = ConfigRecord(
         {
-            "clients": clients,
+            "clients": [here.start, here.stop],
             "simulated": node.keeper.simulated,
-            "sizes": [len(node.task.client(c).train) if allowed(node.experiment, "samples") else 1 for c in clients],
+            "sizes": sizes.astype("<i8").tobytes(),
             "code": installed,
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
@@ -62,6 +66,7 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
+    began = time.perf_counter()
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
     with kernels(node.model):
@@ -74,6 +79,7 @@ def train(message: Message, context: Context) -> Message:
     _tell("trained", sorted(requests, key=lambda request: request.client), answers)
     whole = NodeReply(answers, together.sums | reply.sums)
     add_groups(whole, whole_groups(message.content))
+    whole.seconds = time.perf_counter() - began if node.keeper.simulated else None
     return Message(pack_replies(whole), reply_to=message)
 
 
@@ -84,6 +90,8 @@ def evaluate(message: Message, context: Context) -> Message:
     node = open_node(context)
     with kernels(node.model):
         answers = answer(node, requests, evaluate_client)
+    if requests[0].config["thorough"]:  # at a run's end
+        store_of(node, str(requests[0].config["run"])).settle(hosted_here(context, node.experiment.partition.clients))
     _tell("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 

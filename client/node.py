@@ -17,7 +17,7 @@ from torch import nn
 from client.anchors import teaches
 from client.fast import Fast, fast, told
 from client.privately import Exhausted, Keeper, charge, noised_update
-from client.store import Store
+from client.store import SHARED_MEMORY, Store
 from client.training import LOOP, Beside, train
 from client.turn import ClientTurn, with_wrong_labels
 from config.durable import Arrays
@@ -65,6 +65,9 @@ class Node:
     keeper: Keeper
     fast: Fast | str
     """What trains in the training loop's place under `engine.exact = false`, or why nothing does."""
+    memory: int = 0
+    """Bytes of clients' states that this process may keep in shared memory."""
+    _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -76,11 +79,12 @@ class Node:
 def open_node(context: Context) -> Node:
     """The node of this process for the experiment in the run configuration; made once a process."""
     simulated = bool(context.node_config.get("simulated", False))
-    return _open_node(json.dumps(to_flat(from_flat(context.run_config))), _state_root(context), simulated)
+    nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
+    return _open_node(json.dumps(to_flat(from_flat(context.run_config))), _state_root(context), simulated, nodes)
 
 
 @functools.lru_cache(maxsize=8)
-def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
+def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int) -> Node:
     experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
@@ -88,7 +92,10 @@ def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper, fast(experiment, seen))
+    # Deployed clients keep their states on disk; so do those of a cluster, whose machines share no memory.
+    in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
+    memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper, fast(experiment, seen), memory)
 
 
 def _state_root(context: Context) -> Path:
@@ -320,7 +327,14 @@ def _size(node: Node, client: int) -> int:
 
 
 def _store(node: Node, request: Request) -> Store:
-    return Store(node.state_root, str(request.config["run"]))
+    return store_of(node, str(request.config["run"]))
+
+
+def store_of(node: Node, run: str) -> Store:
+    """The node's store of a run; made once, because it counts what it keeps in memory."""
+    if run not in node._stores:
+        node._stores[run] = Store(node.state_root, run, node.memory)
+    return node._stores[run]
 
 
 def _base(node: Node, store: Store) -> Arrays:

@@ -1,22 +1,50 @@
-"""The client's store: personal layers on disk, by run, client and round. They never travel.
+"""The client's store: personal layers by run, client and round, on disk or in this machine's memory. They never travel.
 
 Flower's `Context.state` is lost when a SuperNode restarts, so state lives in files. Each is written before the reply
 leaves, under the round that made it. A resumed server may go back to any checkpoint that it still holds, and a client
 must then start from the state of that round; so states newer than the server's oldest checkpoint are kept.
+
+A disk takes longer over a state than a small client over its training. So a simulation may keep states in files of shared
+memory (`engine.state_memory`): they outlive every process, however it ends, and are moved to disk when the run has ended.
+Only a restart of the machine loses them. A mark on disk says that they were there, and who finds it without them refuses
+to go on. What does not fit goes to disk.
 """
 
-from collections.abc import Collection
+import json
+import os
+import shutil
+import time
+from collections.abc import Collection, Container
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from config.durable import Arrays, read_arrays, write_arrays
+import numpy as np
+
+from config.durable import Arrays, DamagedFile, read_arrays, write_arrays, write_bytes
+
+SHARED_MEMORY = Path("/dev/shm")
+_ALIGNED = 64
+_PATTERN = "round-*.safetensors"
+_MARK = "in-memory"
+_FRESH = 600.0
+"""Seconds in which a run may have marked its memory and not yet its folder."""
+
+Key = tuple[int, int]
+"""The round and the attempt at it that made a state."""
 
 
+@dataclass
 class Store:
-    """State files of one run below `root`: what arrived once for all (base), and each client's personal arrays."""
+    """State files of one run below `root`: what arrived once for all (base), and each client's personal arrays.
 
-    def __init__(self, root: Path, run_id: str) -> None:
-        self.run = run_id
-        self._folder = root / run_id
+    `memory`: bytes of states that this process may keep in shared memory; 0: all go to disk.
+    """
+
+    root: Path
+    run: str
+    memory: int = 0
+    _used: int = field(default=0, repr=False)
+    _marked: bool = field(default=False, repr=False)
 
     def put_base(self, arrays: Arrays) -> None:
         """Keep the arrays that every client starts from and that do not travel in the rounds."""
@@ -31,10 +59,15 @@ class Store:
 
         `void`: attempts at rounds that did not count, "ROUND.ATTEMPT"; what they left is as if it were not there, and so is
         what an attempt after the one that counted left (a server was stopped in it, and began the round anew). Raises
-        DamagedFile if the file is torn or changed: training on would silently lose what the client learned.
+        DamagedFile if the file is torn or changed, or was in memory that is lost: training on would silently lose what the
+        client learned.
         """
-        kept = [key for key in self._keys(client) if key[0] < before and _counts(key, void)]
-        return read_arrays(self._path(client, *kept[-1])) if kept else {}
+        files = self._files(client)
+        kept = [key for key in sorted(files) if key[0] < before and _counts(key, void)]
+        if not kept:
+            return {}
+        path = files[kept[-1]]
+        return read_arrays(path) if path.is_relative_to(self._folder) else _read(path)
 
     def save(
         self,
@@ -49,25 +82,166 @@ class Store:
 
         `keep_from`: the round of the server's oldest checkpoint. The newest state not after it must stay as well.
         """
-        write_arrays(self._path(client, round_, attempt), arrays)
-        past = [key for key in self._keys(client) if key[0] <= keep_from]
-        counting = [key for key in past if _counts(key, void)]
-        for old in past:
-            if old not in counting[-1:]:
-                self._path(client, *old).unlink(missing_ok=True)
+        files, key = self._files(client), (round_, attempt)
+        past = sorted(k for k in {*files, key} if k[0] <= keep_from)
+        counting = [k for k in past if _counts(k, void)]
+        gone = [files.pop(k) for k in past if k not in counting[-1:] and k in files]
+        spare = next((path for path in gone if not path.is_relative_to(self._folder)), None)
+        size = sum(value.nbytes for value in arrays.values())
+        freed = spare.stat().st_size if spare else 0
+        on_disk, in_memory = self._on_disk(client) / _name(key), self._in_memory / str(client) / _name(key)
+        if self.memory and self._used - freed + size <= self.memory and self._mark():
+            self._used += _write(in_memory, arrays, spare) - freed
+            on_disk.unlink(missing_ok=True)
+            gone = [path for path in gone if path != spare]
+        else:
+            write_arrays(on_disk, arrays)
+            if self._marked:
+                in_memory.unlink(missing_ok=True)
+        for path in gone:
+            self._used -= 0 if path.is_relative_to(self._folder) else path.stat().st_size
+            path.unlink()
 
-    def _path(self, client: int, round_: int, attempt: int = 1) -> Path:
-        again = f"-{attempt}" if attempt > 1 else ""
-        return self._folder / "clients" / str(client) / f"round-{round_:08d}{again}.safetensors"
+    def settle(self, clients: Container[int]) -> None:
+        """Move the clients' states from memory to disk: the run has ended, and the machine may be restarted."""
+        for folder in _clients_in(self._in_memory):
+            if int(folder.name) not in clients:
+                continue
+            for path in sorted(folder.glob(_PATTERN)):
+                write_arrays(self._on_disk(int(folder.name)) / path.name, _read(path))
+            shutil.rmtree(folder)
+        if self._in_memory.exists() and not _clients_in(self._in_memory):  # other nodes have settled theirs
+            (self._folder / _MARK).unlink(missing_ok=True)
+            shutil.rmtree(self._in_memory, ignore_errors=True)
+            self._used, self._marked = 0, False
 
-    def _keys(self, client: int) -> list[tuple[int, int]]:
-        """(round, attempt) of each file, in order."""
-        folder = self._folder / "clients" / str(client)
-        parts = [p.stem.removeprefix("round-").split("-") for p in folder.glob("round-*.safetensors")]
-        return sorted((int(part[0]), int(part[1]) if len(part) > 1 else 1) for part in parts)
+    @property
+    def _folder(self) -> Path:
+        return self.root / self.run
+
+    def _on_disk(self, client: int) -> Path:
+        return self._folder / "clients" / str(client)
+
+    @property
+    def _in_memory(self) -> Path:
+        return SHARED_MEMORY / f"meadow-{os.getuid()}" / self.run
+
+    def _files(self, client: int) -> dict[Key, Path]:
+        """The client's states, wherever they are. One that is in both places is whole in both, and the same."""
+        self._check()
+        places = [self._on_disk(client)]
+        if self._marked:
+            places.append(self._in_memory / str(client))
+        return {_key(path): path for place in places for path in place.glob(_PATTERN)}
+
+    def _mark(self) -> bool:
+        """Say on disk that states are in memory, before the first is; false if the memory is somebody else's."""
+        if self._marked:
+            return True
+        place = self._in_memory.parent
+        place.mkdir(exist_ok=True, mode=0o700)
+        if place.stat().st_uid != os.getuid():
+            return False
+        _tidy(place)
+        self._in_memory.mkdir(exist_ok=True, mode=0o700)
+        (self._in_memory / _MARK).write_text(str(self._folder.resolve()))
+        write_bytes(self._folder / _MARK, str(self._in_memory).encode())
+        self._adopt()
+        return True
+
+    def _check(self) -> None:
+        if self._marked or not (self._folder / _MARK).exists():
+            return
+        if not (self._in_memory / _MARK).exists():
+            raise DamagedFile(
+                f"{self._folder}: clients' states were in this machine's memory and are lost (was it restarted?): start the "
+                "run anew; engine.state_memory = 0 keeps them on disk"
+            )
+        self._adopt()
+
+    def _adopt(self) -> None:
+        """Count what an earlier process left, though some of it may be of other nodes: the limit is kept all the same."""
+        self._marked = True
+        self._used = sum(path.stat().st_size for c in _clients_in(self._in_memory) for path in c.glob(_PATTERN))
 
 
-def _counts(key: tuple[int, int], void: Collection[str]) -> bool:
+def _clients_in(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.name.isdecimal()] if place.exists() else []
+
+
+def _tidy(place: Path) -> None:
+    """Free the memory of runs whose folders are gone."""
+    for run in place.iterdir():
+        mark = run / _MARK
+        if (
+            mark.exists()
+            and time.time() - mark.stat().st_mtime > _FRESH
+            and not (Path(mark.read_text()) / _MARK).exists()
+        ):
+            shutil.rmtree(run, ignore_errors=True)
+
+
+def _name(key: Key) -> str:
+    again = f"-{key[1]}" if key[1] > 1 else ""
+    return f"round-{key[0]:08d}{again}.safetensors"
+
+
+def _key(path: Path) -> Key:
+    round_, _, attempt = path.stem.removeprefix("round-").partition("-")
+    return int(round_), int(attempt or 1)
+
+
+def _write(path: Path, arrays: Arrays, spare: Path | None) -> int:
+    """Write arrays to shared memory, whole or not at all whenever this process ends; returns the bytes that it takes.
+
+    `spare`: a file that is not needed any more; its memory is used again, five times as fast as new memory. The form is
+    that of safetensors but for the order of what its first line says: a length, JSON, then the arrays' bytes, aligned.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if spare is not None:
+        spare.replace(temporary)
+    parts: list[bytes | memoryview] = []
+    about, offset = [], 0
+    for name, value in arrays.items():
+        whole = np.ascontiguousarray(value)
+        about.append([name, whole.dtype.str, list(value.shape), offset])
+        gap = -whole.nbytes % _ALIGNED
+        parts += [whole.reshape(-1).view(np.uint8).data, bytes(gap)]
+        offset += whole.nbytes + gap
+    header = json.dumps(about).encode()
+    header += b" " * (-(len(header) + 8) % _ALIGNED)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        total = 0
+        for part in (len(header).to_bytes(8, "little"), header, *parts):
+            view = memoryview(part)
+            while len(view):
+                written = os.write(descriptor, view)
+                view, total = view[written:], total + written
+        os.ftruncate(descriptor, total)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+    return total
+
+
+def _read(path: Path) -> Arrays:
+    """What `_write` wrote. Raises DamagedFile if it cannot be read."""
+    try:
+        content = np.fromfile(path, np.uint8)
+        begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
+        arrays: Arrays = {}
+        for name, kind, shape, offset in json.loads(content[8:begin].tobytes()):
+            dtype = np.dtype(kind)
+            count = int(np.prod(shape, dtype=np.int64))
+            arrays[name] = content[begin + offset :][: count * dtype.itemsize].view(dtype).reshape(shape)
+        return arrays
+    except (OSError, ValueError, TypeError) as error:
+        raise DamagedFile(f"{path}: {error}") from None
+
+
+def _counts(key: Key, void: Collection[str]) -> bool:
     """Whether a (round, attempt) is the one that counted: the first after all that did not."""
     round_, attempt = key
     return attempt == 1 + sum(entry.startswith(f"{round_}.") for entry in void)

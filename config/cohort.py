@@ -5,6 +5,9 @@ import functools
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from config.schema import Experiment
 from config.seeds import numpy_generator
 
@@ -13,6 +16,8 @@ from config.seeds import numpy_generator
 def unseen(experiment: Experiment) -> frozenset[int]:
     """The clients that no cohort ever has: `evaluate.unseen` of all, rounded, drawn from the seed."""
     clients = experiment.partition.clients
+    if experiment.participants == clients:
+        return frozenset()
     order = numpy_generator(experiment.run.seed, "unseen").permutation(clients)
     return frozenset(int(c) for c in order[: clients - experiment.participants])
 
@@ -20,7 +25,7 @@ def unseen(experiment: Experiment) -> frozenset[int]:
 def draw_cohort(
     experiment: Experiment,
     round_: int,
-    sizes: Sequence[int] = (),
+    sizes: Sequence[int] | npt.NDArray[np.int64] = (),
     schedule: Sequence[Sequence[int]] = (),
     attempt: int = 1,
     secret: int | None = None,
@@ -35,20 +40,31 @@ def draw_cohort(
     """
     if experiment.run.placement == "pooled":
         return [0]
-    cohort, hidden = experiment.cohort, unseen(experiment)
-    everyone = [c for c in range(experiment.partition.clients) if c not in hidden]
+    cohort, everyone = experiment.cohort, _participants(experiment)
     if cohort.sampling == "schedule":
         return sorted(schedule[round_ - 1])
     path = (round_,) if attempt == 1 else (round_, attempt)
     wanted = min(len(everyone), math.ceil(experiment.cohort_size * (1 + cohort.over_selection)))
     if wanted == len(everyone):
-        return everyone
+        return [int(c) for c in everyone]
     draw = numpy_generator(experiment.run.seed if secret is None else secret, "cohort", *path)
     if cohort.sampling == "poisson":
         chance = experiment.cohort_size / len(everyone)
-        return [c for c, u in zip(everyone, draw.random(len(everyone)).tolist(), strict=True) if u < chance]
-    shares = [sizes[c] / sum(sizes[c] for c in everyone) for c in everyone] if cohort.sampling == "size" else None
-    return sorted(int(c) for c in draw.choice(everyone, wanted, replace=False, p=shares))
+        return [int(everyone[int(i)]) for i in np.flatnonzero(draw.random(len(everyone)) < chance)]
+    shares = None
+    if cohort.sampling == "size":
+        own = np.asarray(sizes)[np.asarray(everyone)]
+        shares = own / own.sum()
+    # Of many clients few are drawn without a list of all: NumPy's choice of few out of many (Floyd) takes the few's memory.
+    return sorted(int(everyone[int(i)]) for i in draw.choice(len(everyone), wanted, replace=False, p=shares))
+
+
+@functools.lru_cache(maxsize=2)
+def _participants(experiment: Experiment) -> Sequence[int] | npt.NDArray[np.int64]:
+    """The clients that a cohort may have, ascending."""
+    everyone = range(experiment.partition.clients)
+    hidden = unseen(experiment)
+    return np.delete(np.asarray(everyone), sorted(hidden)) if hidden else everyone
 
 
 @functools.lru_cache(maxsize=8)

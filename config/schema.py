@@ -497,6 +497,7 @@ class Evaluate(Section):
         ("global", "clients"),
         description="Any of global, clients, and source: the source task, before and after the run, to see forgetting.",
     )
+    sample: int = Field(0, ge=0, description="Clients that are scored at the end, drawn from the seed; 0: all.")
     fine_tune_epochs: int = Field(0, ge=0, description="Score each client's model after this many local epochs too.")
     folds: int = Field(0, ge=0, description="Cross-validation: so many runs, each with another part of every client.")
     fold: int = Field(
@@ -530,6 +531,11 @@ class Engine(Section):
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where those kernels run.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the products on a GPU; parameters and their steps are float32."
+    )
+    state_memory: int = Field(
+        1024,
+        ge=0,
+        description="Megabytes of clients' states that a machine keeps in memory until the end; more is on disk.",
     )
     address: str = Field("", description='A Ray cluster to join, as "HOST:6379" or "auto"; "": Ray on this machine.')
 

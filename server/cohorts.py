@@ -4,6 +4,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from config.cohort import draw_cohort, unseen
 from config.errors import UserError
 from config.schema import Experiment
@@ -29,7 +32,7 @@ class Call:
 def call(
     experiment: Experiment,
     round_: int,
-    sizes: Sequence[int],
+    sizes: Sequence[int] | npt.NDArray[np.int64],
     schedule: Sequence[Sequence[int]] = (),
     attempt: int = 1,
     secret: int | None = None,

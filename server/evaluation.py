@@ -16,7 +16,9 @@ Scores = Mapping[str, float]
 """One client's or one model's scores, "target/metric" -> value."""
 
 
-def over_clients(scores: Mapping[int, Scores], samples: Mapping[int, int]) -> dict[str, dict[str, dict[str, float]]]:
+def over_clients(
+    scores: Mapping[int, Scores], samples: Mapping[int, int] | Ints
+) -> dict[str, dict[str, dict[str, float]]]:
     """Summarise clients' scores: {target: {metric: {mean, weighted, std, p10, worst_decile, min}}}.
 
     mean and std (population) count every client once; weighted counts it by its test samples; p10 is the tenth

@@ -8,11 +8,14 @@ message for each node, and the replies unpacked and matched.
 
 import json
 import logging
+import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
+import numpy.typing as npt
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -27,6 +30,8 @@ from strategies.sharing import to_record
 log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
+EVEN = 0.03
+"""Share of the mean by which the last worker may end later before blocks next to each other are parted."""
 DECISIVE = ("flwr", "torch")
 """The libraries of which server and nodes need the same release; its build (+cpu, +cu130) may differ."""
 CLIENT_FAILED = 1
@@ -45,24 +50,41 @@ class Exchange:
     """What every node must have in common with the server: "data" and "split", as hashes."""
     clients: int
     timeout: float
-    hosts: dict[int, int] = field(default_factory=dict)
-    sizes: dict[int, int] = field(default_factory=dict)
-    """Training samples that each client declared at roll call: the cap of its weight."""
+    movable: bool = False
+    """Whether any simulated node may train any client: all have the data, and the clients' states are on one machine."""
+    sizes: npt.NDArray[np.int64] = field(init=False)
+    """Training samples that each client declared at roll call, int64 (clients,): the cap of its weight."""
+    idle: float | None = None
+    """In the last exchange the share of the nodes' time in which they had nothing to do; None if they do not say."""
     simulated: bool = True
     """Whether every node so far has said that it is simulated: its secrets are then none."""
     training: set[str] = field(default_factory=set)
     """What trains on the nodes (`client.node.Node.training`)."""
     _nodes: set[int] = field(default_factory=set)
+    _known: list[int] = field(default_factory=list)
+    _hosts: npt.NDArray[np.int32] = field(init=False)
+    """Each client's place in `_known`, -1 where it has none: four bytes a client, however many there are."""
+    _rates: dict[int, float] = field(default_factory=dict)
+    """Seconds that a node took for a unit of work, of late."""
+
+    def __post_init__(self) -> None:
+        self.sizes = np.zeros(self.clients, dtype=np.int64)
+        self._hosts = np.full(self.clients, -1, dtype=np.int32)
+
+    def host(self, client: int) -> int | None:
+        """The node that hosts a client, if one does that is there."""
+        place = int(self._hosts[client])
+        return self._known[place] if place >= 0 and self._known[place] in self._nodes else None
 
     def gather(self) -> None:
         """Wait until every client is hosted by some node. Raises RunStopped after the time limit."""
         end = time.monotonic() + self.timeout
         while True:
             self.meet()
-            if len(self.hosts) == self.clients:
+            missing = np.flatnonzero(self._hosts < 0)
+            if not len(missing):
                 return
             if time.monotonic() > end:
-                missing = sorted(set(range(self.clients)) - self.hosts.keys())
                 raise RunStopped(
                     f"{len(missing)} of {self.clients} clients are hosted by no node after {self.timeout:.0f} s, "
                     f"the first of them client {missing[0]}: start their nodes, or raise cohort.timeout"
@@ -79,9 +101,12 @@ class Exchange:
                 self._enter(node, reply)
 
     def send(
-        self, messages: Sequence[Message], whole_blocks: bool = False
+        self, messages: Sequence[Message], whole_blocks: bool = False, work: Mapping[int, float] | None = None
     ) -> tuple[list[Message], dict[tuple[int, ...], WeightedSum]]:
         """Carry client messages and wait for the replies.
+
+        `work`: what each client is expected to take, in any unit; blocks are then dealt to the nodes by it, if they are
+        `movable`, and else go where their clients are hosted.
 
         Returns one reply for each message, in the same order, with an error where the client gave none; and, if
         `whole_blocks` allows nodes to add up, the sums of those blocks and groups of blocks, by their clients, that a
@@ -89,26 +114,36 @@ class Exchange:
         """
         self.meet()
         by_node: dict[int, list[Message]] = {}
+        blocks = cut([m.metadata.dst_node_id for m in messages])
+        dealt = self._deal(blocks, work) if work is not None and self.movable and self.simulated else {}
+        where: dict[int, int] = {}
         for message in messages:
-            if (node := self.hosts.get(message.metadata.dst_node_id)) in self._nodes and node is not None:
+            client = message.metadata.dst_node_id
+            if (node := dealt[client] if dealt else self.host(client)) is not None:
+                where[client] = node
                 by_node.setdefault(node, []).append(message)
-        blocks = cut([m.metadata.dst_node_id for m in messages]) if whole_blocks else []
+        blocks = blocks if whole_blocks else []
         runs = [range(i, min(i + GROUP, len(blocks))) for i in range(0, len(blocks), GROUP)]
         requests = {}
         whole: dict[int, dict[int, tuple[int, ...]]] = {}
         for node, theirs in by_node.items():
             # A node may add up the blocks that it hosts as a whole, and no others: those it is held to below.
-            whole[node] = {i: b for i, b in enumerate(blocks) if all(self.hosts.get(c) == node for c in b)}
+            whole[node] = {i: b for i, b in enumerate(blocks) if all(where.get(c) == node for c in b)}
             asks = [Request(m.metadata.dst_node_id, m.content) for m in theirs]
             packed = pack_requests(asks, list(whole[node].items()), [g for g in runs if whole[node].keys() >= set(g)])
             requests[node] = (theirs[0].metadata.message_type, packed)
         answers: dict[int, RecordDict | str] = {}
         sums: dict[tuple[int, ...], WeightedSum] = {}
-        for node, reply in self._carry(requests, self.timeout).items():
+        began, busy = time.perf_counter(), {}
+        replies = self._carry(requests, self.timeout)
+        span = time.perf_counter() - began
+        for node, reply in replies.items():
             unpacked = _unpack(reply)
             if isinstance(unpacked, str):
                 answers |= {m.metadata.dst_node_id: unpacked for m in by_node[node]}
                 continue
+            if unpacked.seconds is not None:
+                busy[node] = min(max(unpacked.seconds, 0.0), span)
             asked = {m.metadata.dst_node_id for m in by_node[node]}
             for i, block in unpacked.sums.items():
                 members = range(i, min(i + GROUP, len(blocks))) if i in unpacked.groups else range(i, i + 1)
@@ -117,7 +152,20 @@ class Exchange:
             answers |= {
                 a.client: a.error if a.content is None else a.content for a in unpacked.answers if a.client in asked
             }
+        self.idle = 1 - sum(busy.values()) / (span * len(self._nodes)) if busy and self.simulated else None
+        if work is not None:
+            for node, seconds in busy.items():
+                amount = sum(work[m.metadata.dst_node_id] for m in by_node[node])
+                self._rates[node] = (self._rates.get(node, seconds / amount) + seconds / amount) / 2
         return [_reply(m, answers.get(m.metadata.dst_node_id, "no node answered for it")) for m in messages], sums
+
+    def _deal(self, blocks: Sequence[tuple[int, ...]], work: Mapping[int, float]) -> dict[int, int]:
+        """The node of each client: whole blocks by what they are expected to take on each node."""
+        nodes = sorted(self._nodes)
+        usual = statistics.fmean(self._rates.values()) if self._rates else 1.0
+        rates = [self._rates.get(node, usual) for node in nodes]
+        places = deal([sum(work[c] for c in block) for block in blocks], rates)
+        return {client: nodes[place] for block, place in zip(blocks, places, strict=True) for client in block}
 
     def _enter(self, node: int, reply: Message | None) -> None:
         if reply is None or reply.has_error():
@@ -140,9 +188,14 @@ class Exchange:
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
         self.training.add(str(roll.get("training", "loop")))
-        for client, size in zip(cast(list[int], roll["clients"]), cast(list[int], roll["sizes"]), strict=True):
-            self.hosts[client] = node
-            self.sizes[client] = size
+        if node not in self._known:
+            self._known.append(node)
+        sizes, taken = np.frombuffer(cast(bytes, roll["sizes"]), dtype="<i8"), 0
+        bounds = cast(list[int], roll["clients"])
+        for first, stop in zip(bounds[::2], bounds[1::2], strict=True):
+            self._hosts[first:stop] = self._known.index(node)
+            self.sizes[first:stop] = sizes[taken : taken + stop - first]
+            taken += stop - first
 
     def _carry(self, contents: dict[int, tuple[str, RecordDict]], timeout: float) -> dict[int, Message | None]:
         """One message to each node; the reply of each, None where the time limit passed. Matched by message id."""
@@ -159,6 +212,29 @@ class Exchange:
             if waiting and not arrived:
                 time.sleep(_PAUSE)
         return replies
+
+
+def deal(work: Sequence[float], rates: Sequence[float]) -> list[int]:
+    """Which of several workers (0..len(rates)-1) does each of several pieces of `work`, so that they end together.
+
+    `rates`: the time that each worker takes for a unit. Pieces next to each other stay together (a worker then adds up
+    whole groups of blocks) as long as the last worker ends at most EVEN later than the mean; if that cannot be, the longest
+    piece comes first and each goes to the worker that ends first with it (Graham 1969), which is at most 4/3 of the
+    shortest possible.
+    """
+    speeds = np.array([1 / rate for rate in rates])
+    amount = np.array(work, dtype=np.float64)
+    middle = (np.cumsum(amount) - amount / 2) / amount.sum()
+    places = np.minimum(np.searchsorted(np.cumsum(speeds) / speeds.sum(), middle, side="right"), len(speeds) - 1)
+    ends = np.bincount(places, amount, len(speeds)) / speeds
+    if ends.max() <= (1 + EVEN) * ends.mean():
+        return [int(place) for place in places]
+    ends = np.zeros(len(speeds))
+    for piece in np.argsort(-amount, kind="stable"):
+        place = int(np.argmin(ends + amount[piece] / speeds))
+        ends[place] += amount[piece] / speeds[place]
+        places[piece] = place
+    return [int(place) for place in places]
 
 
 def _release(version: str) -> str:

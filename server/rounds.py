@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -19,6 +20,7 @@ from config.cohort import unseen
 from config.durable import Arrays
 from config.errors import RunStopped, UserError
 from config.schema import Experiment
+from config.seeds import numpy_generator
 from privacy.releases import allowed
 from server import checkpoints
 from server.admission import Verdict, admit
@@ -32,7 +34,7 @@ from strategies import algorithm, make_strategy
 from strategies.attacks import attack, attackers
 from strategies.blocks import WeightedSum, add, groups, weighted_sum
 from strategies.fedavg import FedAvg
-from strategies.local import Setup
+from strategies.local import Setup, steps_of
 from strategies.packing import block_message
 from strategies.replies import arrays_fault, metrics_of, weight_fault
 from strategies.sharing import HEADS, Roles, from_record, name_weights, nbytes, roles_of, to_record
@@ -43,6 +45,9 @@ from tasks.numerics import keeps_float32, kernels
 from tasks.task import Task, initial_state, open_task
 
 log = logging.getLogger("meadow.server")
+
+MOST_ROWS = 100_000
+"""Clients of which `split.json` has a row each."""
 
 
 @dataclass
@@ -61,7 +66,7 @@ class Session:
     model: nn.Module
     view: View
     protection: Protection
-    sizes: list[int]
+    sizes: npt.NDArray[np.int64]
     schedule: list[list[int]]
     void: list[str] = field(default_factory=list)
     """Attempts at rounds that did not count, "ROUND.ATTEMPT": clients forget what those left them."""
@@ -94,11 +99,14 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     run_id = folder.manifest()["run_id"]
     own = tuple(start) if half.own_start else parts.personal + parts.fixed
     base = {n: start[n] for n in own} if experiment.task.pretrained else {}
-    exchange = Exchange(grid, run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
+    # Ledgers stay with their nodes; so does a state that only one of a cluster's machines has.
+    movable = experiment.privacy.unit not in ("example", "local") and not experiment.engine.address
+    clients, timeout = experiment.partition.clients, experiment.cohort.timeout
+    exchange = Exchange(grid, run_id, base, hashes, clients, timeout, movable=movable)
     arrays = {n: start[n] for n in parts.shared}
     seen = view(task, model, frozen=parts.trunk_is_frozen)
     strategy = make_strategy(setup(experiment, task, parts))
-    sizes, schedule = [len(c.train) for c in task.split.clients], read_schedule(experiment)
+    sizes, schedule = task.split.sizes[:, 0], read_schedule(experiment)
     session = Session(
         experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard, sizes, schedule
     )
@@ -133,7 +141,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
 def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
     """What the strategy is made with. A head is trained by the clients that hold its target; unseen ones train nothing."""
     holders = dict.fromkeys(parts.shared, experiment.participants)
-    held = task.held[[c for c in range(experiment.partition.clients) if c not in unseen(experiment)]]
+    held = np.delete(task.held, sorted(unseen(experiment)), axis=0)
     for target in task.targets:
         count = int(held[:, experiment.task.targets.index(target.name)].sum())
         holders |= {name: count for name in parts.shared if name.startswith(f"{HEADS}{target.name}.")}
@@ -188,6 +196,7 @@ def play_round(session: Session, round_: int) -> None:
         "failed": _failed(verdict),
         **({"void": void} if void else {}),
         "seconds": 0.0,
+        "idle": session.exchange.idle,
         **{key: value + sum(v[key] for v in void) for key, value in traffic.items()},
         **_training(session.task, [metrics_of(m.content) for m in verdict.admitted]),
         "global": score_globally(session)
@@ -250,9 +259,14 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
     sent = from_record(messages[0].content.array_records["arrays"]) if messages else session.arrays
     sums_only, attacked = bool(getattr(strategy, "needs_sums_only", False)), attackers(experiment)
     whole = sums_only and not attacked and experiment.privacy.unit != "client"
-    replies, sums = session.exchange.send(messages, whole_blocks=whole)
+    # What a client takes grows with its steps; one more stands for all that does not.
+    work = {
+        c: 1.0 + called.work.get(c, 1.0) * steps_of(experiment.local, max(1, int(session.sizes[c])))
+        for c in called.trained
+    }
+    replies, sums = session.exchange.send(messages, whole_blocks=whole, work=None if pooled else work)
     left = guard.read(replies, round_)
-    sizes = session.exchange.sizes
+    sizes = {c: int(session.exchange.sizes[c]) for c in called.trained}
     if pooled:
         sizes = {0: len(session.task.pool()) if allowed(experiment, "samples") else 1}
     if attacked and experiment.attack.kind != "label-flip":
@@ -376,7 +390,10 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
 
     `last`: thoroughly, and, if that is set, after local fine-tuning too.
     """
-    everyone = range(session.experiment.partition.clients)
+    everyone: Sequence[int] = range(session.experiment.partition.clients)
+    if last and 0 < (sample := session.experiment.evaluate.sample) < len(everyone):
+        draw = numpy_generator(session.experiment.run.seed, "evaluate")
+        everyone = sorted(int(c) for c in draw.choice(len(everyone), sample, replace=False))
     fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
     config = ConfigRecord(
         {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
@@ -407,11 +424,12 @@ def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
     """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles;
     under DP neither, unless privacy.release lets them out.
 
-    "holds", where clients hold part of the targets: the clients that hold each. For law = natural "left_out", how many
-    of the data's own clients are too small and how many samples they have, and "names", each client's name in the data.
+    Of more than MOST_ROWS clients none of these. "holds", where clients hold part of the targets: the clients that hold
+    each. For law = natural "left_out", how many of the data's own clients are too small and how many samples they have,
+    and "names", each client's name in the data.
     """
     table: dict[str, Any] = {"target": experiment.task.targets[0]}
-    if counted := allowed(experiment, "labels"):
+    if (counted := allowed(experiment, "labels")) and experiment.partition.clients <= MOST_ROWS:
         table |= {"sizes": task.split.sizes.tolist(), "labels": task.label_counts().tolist()}
     if experiment.partition.holds:
         columns = zip(experiment.task.targets, task.held.T, strict=True)

@@ -3,9 +3,12 @@
 import hashlib
 import math
 import resource
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from config.cohort import unseen
 from config.durable import Arrays
@@ -34,10 +37,10 @@ class ClientScores:
     confusion: Mapping[str, Ints]
 
 
-def test_sizes(experiment: Experiment, task: Task) -> dict[int, int]:
-    """Test samples of each client; 1 where they may not be told."""
-    told = allowed(experiment, "labels")
-    return {client: len(parts.test) if told else 1 for client, parts in enumerate(task.split.clients)}
+def test_sizes(experiment: Experiment, task: Task) -> Ints:
+    """Test samples of each client, int64 (clients,); 1 where they may not be told."""
+    sizes = task.split.sizes[:, 2]
+    return sizes if allowed(experiment, "labels") else np.ones_like(sizes)
 
 
 def used(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, Scores]:
@@ -84,7 +87,7 @@ def summarise(
         **forgetting(experiment, task, scores),
         "clients": {
             "total": experiment.partition.clients,
-            "never_sampled": len(_never_sampled(records, experiment.partition.clients))
+            "never_sampled": experiment.partition.clients - len(_sampled(records))
             if experiment.run.placement != "pooled"
             else 0,
             "untrained_head": sum(not s.trained for s in scores.values()) if _personal_heads(experiment) else 0,
@@ -101,9 +104,7 @@ def summarise(
     }
 
 
-def _beside(
-    experiment: Experiment, scores: Mapping[int, ClientScores], samples: Mapping[int, int]
-) -> dict[str, dict[str, Any]]:
+def _beside(experiment: Experiment, scores: Mapping[int, ClientScores], samples: Ints) -> dict[str, dict[str, Any]]:
     """What is measured beside "clients" if it is asked for: "finetuned", each client's model after local fine-tuning, and
     "unseen", "unseen_finetuned": the same over the clients alone that were held out of training."""
     hidden = {c: s for c, s in scores.items() if c in unseen(experiment)}
@@ -140,17 +141,22 @@ def client_rows(
     epsilons: Mapping[int, float],
 ) -> list[dict[str, Any]]:
     """The rows of `clients.csv`: client, samples, rounds it took part in, its epsilon, and the metrics of each model of
-    its. Samples that may not be told stay empty."""
+    its. Samples that may not be told stay empty. With evaluate.sample, of the clients alone that took part or were
+    scored."""
     told = allowed(experiment, "labels")
-    rounds = [_took_part(r) for r in folder.rounds()]
+    rounds = Counter(client for record in folder.rounds() for client in _took_part(record))
+    clients: Iterable[int] = range(experiment.partition.clients)
+    if experiment.evaluate.sample:
+        clients = sorted(rounds.keys() | scores.keys())
     rows = []
-    for client, parts in enumerate(task.split.clients):
+    for client in clients:
+        parts = task.split.clients[client]
         row: dict[str, Any] = {
             "client": client,
             "train_samples": len(parts.train) if told else "",
             "validation_samples": len(parts.validation) if told else "",
             "test_samples": len(parts.test) if told else "",
-            "rounds": sum(client in r for r in rounds),
+            "rounds": rounds[client],
             "epsilon": epsilons.get(client, ""),
         }
         if client in scores:
@@ -185,8 +191,8 @@ def _took_part(record: Mapping[str, Any]) -> set[int]:
     return set(record["cohort"]) - {failure["client"] for failure in record["failed"]}
 
 
-def _never_sampled(records: Sequence[Mapping[str, Any]], clients: int) -> set[int]:
-    return set(range(clients)).difference(*(record["cohort"] for record in records))
+def _sampled(records: Sequence[Mapping[str, Any]]) -> set[int]:
+    return set().union(*(record["cohort"] for record in records))
 
 
 def _personal_sha256(scores: Mapping[int, ClientScores]) -> str:

@@ -13,6 +13,7 @@ import ray
 from flwr.app import ArrayRecord, Context, Message, RecordDict
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from config.schema import Experiment
 from simulation.grid import LocalGrid, error_reply, node_context
@@ -44,10 +45,12 @@ class Workers:
     def __init__(self, count: int, threads: int) -> None:
         self.actors: list[ActorHandle[Any]] = []
         remote: Any = ray.remote(NodeActor)
-        for _ in range(count):
+        for home in _homes(count):
             # A killed worker comes back (Flower's engine puts it back in its pool dead) and answers what it was asked
             # again: a client's answer is a function of the message and of its stored state, so the bits are the same.
-            options = remote.options(num_cpus=0, max_restarts=-1, max_task_retries=_RETRIES)
+            # If its machine is lost, it comes back on another one.
+            where = NodeAffinitySchedulingStrategy(home, soft=True)
+            options = remote.options(num_cpus=0, max_restarts=-1, max_task_retries=_RETRIES, scheduling_strategy=where)
             self.actors.append(options.remote())
         self.threads = threads
 
@@ -58,14 +61,26 @@ def ray_workers(count: int, threads: int, address: str = "") -> Iterator[Workers
     stopped at the end."""
     start_ray(count, threads, address)
     try:
-        yield Workers(count or _cores(), threads)
+        yield Workers(count or sum(_machines().values()), threads)
     finally:
         stop_ray()
 
 
-def _cores() -> int:
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return int(resources.get("CPU", 1))
+def _machines() -> dict[str, int]:
+    """The cores of each machine that is there, by its id in Ray."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    cores = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]}
+    return {node: count for node, count in cores.items() if count} or dict.fromkeys(cores, 1)
+
+
+def _homes(count: int) -> list[str]:
+    """The machine of each of `count` workers, in proportion to the machines' cores; a machine's workers are next to each
+    other, as their clients are."""
+    cores = _machines()
+    taken = dict.fromkeys(cores, 0)
+    for _ in range(count):
+        taken[min(cores, key=lambda node: ((taken[node] + 1) / cores[node], node))] += 1
+    return [node for node, workers in taken.items() for _ in range(workers)]
 
 
 class RayGrid(LocalGrid):

@@ -56,6 +56,8 @@ class NodeReply:
     sums: dict[int, WeightedSum] = field(default_factory=dict)
     groups: set[int] = field(default_factory=set)
     """Of `sums` those that are a whole group's, by the index of its first block."""
+    seconds: float | None = None
+    """How long the node worked on it."""
 
 
 def pack_requests(
@@ -134,6 +136,7 @@ def pack_replies(reply: NodeReply) -> RecordDict:
             "clients": [a.client for a in reply.answers],
             "summed": [a.client for a in reply.answers if a.summed],
             "groups": sorted(reply.groups),
+            **({} if reply.seconds is None else {"seconds": reply.seconds}),
         }
     )
     return packed
@@ -160,7 +163,9 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
             answers.append(Answer(client, error=str(error["reason"])))
         else:
             answers.append(Answer(client, content, summed=client in summed))
-    return NodeReply(answers, sums, set(cast(list[int], plan["groups"])))
+    seconds = plan.get("seconds")
+    groups = set(cast(list[int], plan["groups"]))
+    return NodeReply(answers, sums, groups, float(seconds) if isinstance(seconds, int | float) else None)
 
 
 def block_message(block: WeightedSum, reply_to: Message) -> Message:

@@ -32,6 +32,9 @@ from tasks.pipeline import Pipeline, image_pipeline
 from tasks.stitch import COLUMNS
 from tasks.weights import TRUNK, pretrained_trunk
 
+_KEPT = 10_000
+"""Clients whose gathered data a process keeps: of a large population those that came last."""
+
 
 @dataclass(frozen=True)
 class ClientData:
@@ -80,6 +83,8 @@ class Task:
             if self.noise:
                 variance = self.noise * (pid + 1) / len(self.split.clients)
                 parts = _with_noise(parts, indices, variance, numpy_generator(self.seed, "feature-shift", pid))
+            while len(self._clients) >= _KEPT:
+                del self._clients[next(iter(self._clients))]
             self._clients[pid] = ClientData(*parts)
         return self._clients[pid]
 

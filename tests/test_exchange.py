@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
 
 from config.errors import RunStopped
 from config.identity import code_sha256, versions
-from server.exchange import Exchange
+from server.exchange import Exchange, deal
 from simulation.grid import LocalGrid, become_server, error_reply
 from strategies.blocks import weighted_sum
 from strategies.packing import Answer, NodeReply, pack_replies, unpack_requests
@@ -52,8 +54,9 @@ def node(clients: Sequence[int], fault: str = "", **roll: Any) -> Callable[[Mess
 
     def answer(message: Message) -> RecordDict:
         if message.metadata.message_type == "query":
-            sizes = [10] * len(clients)
-            return RecordDict({"roll": ConfigRecord(ROLL | {"clients": list(clients), "sizes": sizes} | roll)})
+            sizes = np.full(len(clients), 10, dtype="<i8").tobytes()
+            ranges = [bound for client in clients for bound in (client, client + 1)]
+            return RecordDict({"roll": ConfigRecord(ROLL | {"clients": ranges, "sizes": sizes} | roll)})
         if fault == "silent":
             raise TimeoutError
         if fault == "raises":
@@ -150,3 +153,23 @@ def test_a_node_with_another_release_of_a_library_is_refused(name: str) -> None:
 def test_another_build_of_the_same_torch_is_welcome() -> None:
     build = versions()["torch"].partition("+")[0] + "+cu130"
     exchange({5: node([0], versions=json.dumps(versions() | {"torch": build}))}, 1).gather()
+
+
+@given(
+    st.lists(st.floats(0.1, 1000), min_size=1, max_size=40),
+    st.lists(st.floats(0.5, 2), min_size=1, max_size=5),
+)
+def test_work_is_dealt_so_that_the_last_worker_ends_early(work: list[float], rates: list[float]) -> None:
+    """No later than the mean by 3%, or else than when the last worker was free and took its last piece (Graham 1969)."""
+    places = deal(work, rates)
+    assert len(places) == len(work) and set(places) <= set(range(len(rates)))
+    ends = [rates[k] * sum(w for w, p in zip(work, places, strict=True) if p == k) for k in range(len(rates))]
+    level = sum(work) / sum(1 / r for r in rates)  # if all ended together
+    mean = sum(ends) / len(ends)
+    assert max(ends) <= max(1.03 * mean + 1e-9, level + max(work) * max(rates))
+
+
+def test_equal_work_stays_together_and_uneven_work_is_parted() -> None:
+    assert deal([1.0] * 10, [1.0, 1.0]) == [0] * 5 + [1] * 5
+    assert deal([5.0, 1.0, 1.0, 4.0, 1.0], [1.0, 1.0]) in ([0, 0, 1, 1, 1], [0, 1, 0, 1, 1], [0, 1, 1, 1, 0])
+    assert deal([1.0, 1.0, 1.0], [1.0, 0.5]) == [0, 1, 1]

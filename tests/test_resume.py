@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from conftest import run_inline, small
 
+import client.store
 import config.durable
+from config.durable import Arrays
 from config.errors import UserError
 from config.load import to_toml
 from config.schema import Experiment
@@ -38,8 +40,22 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
             raise Killed
         honest(path, content)
 
-    for module in ("config.durable", "server.folder"):
+    in_memory = client.store._write
+
+    def write_in_memory(path: Path, arrays: Arrays, spare: Path | None) -> int:
+        count[0] += 1
+        if count[0] == number:  # what it is written over is an old state's memory, which is torn by then
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.with_name(f".{path.name}.tmp")
+            spare.replace(torn) if spare else None
+            torn.write_bytes(b"half")
+        if count[0] >= number:
+            raise Killed
+        return in_memory(path, arrays, spare)
+
+    for module in ("config.durable", "server.folder", "client.store"):
         monkeypatch.setattr(f"{module}.write_bytes", write)
+    monkeypatch.setattr("client.store._write", write_in_memory)
     return count
 
 
@@ -53,7 +69,11 @@ def writes_of(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch
 PLATEAU = ("local.schedule=plateau", "local.schedule_patience=0", "local.lr=0.3")
 
 
-@pytest.mark.parametrize("method", [("fedper",), ("local",), ("fedavg", *PLATEAU)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [("fedper",), ("fedper", "engine.state_memory=0"), ("local", "engine.state_memory=0"), ("fedavg", *PLATEAU)],
+    ids=str,
+)
 def test_killed_at_any_write_and_resumed_gives_the_same_bits(
     method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
