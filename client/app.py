@@ -17,8 +17,9 @@ from client.together import train_blocks
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
-from strategies.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
+from strategies.packing import Answer, NodeReply, Request, add_groups, pack_replies, unpack_requests, whole_groups
 from strategies.sharing import from_record
+from tasks.numerics import kernels
 
 log = logging.getLogger("meadow.client")
 
@@ -63,27 +64,32 @@ def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
-    together, others = train_blocks(node, requests, blocks)
-    sent = from_record(requests[0].content.array_records["arrays"])
-    one_by_one = [block for block in blocks if block[0] not in together.sums]
-    reply = add_up(node, answer(node, others, train_client), sent, one_by_one)
+    with kernels(node.model):
+        together, others = train_blocks(node, requests, blocks)
+        one_by_one = answer(node, others, train_client)
+    sent = from_record(requests[0].arrays)
+    reply = add_up(node, one_by_one, sent, [block for block in blocks if block[0] not in together.sums])
     answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
     _tell("trained", sorted(requests, key=lambda request: request.client), answers)
-    return Message(pack_replies(NodeReply(answers, together.sums | reply.sums)), reply_to=message)
+    reply = NodeReply(answers, together.sums | reply.sums)
+    add_groups(reply, whole_groups(message.content))
+    return Message(pack_replies(reply), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the clients in the pack."""
     requests, _ = unpack_requests(message.content)
-    answers = answer(open_node(context), requests, evaluate_client)
+    node = open_node(context)
+    with kernels(node.model):
+        answers = answer(node, requests, evaluate_client)
     _tell("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 
 
 def _tell(done: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
     for request, given in zip(requests, answers, strict=True):
-        which = {"round": request.content.config_records["config"]["round"], "client": given.client}
+        which = {"round": request.config["round"], "client": given.client}
         if given.content is None:
             log.error("failed: %s", given.error.strip().splitlines()[-1], extra=which)
         else:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from client.fast import Fast
-from client.optimisers import make_optimizer, scheduled
+from client.optimisers import Optimizer, make_optimizer, scheduled
 from client.training import LOOP, Beside, Correction, Trained, train
 from config import schema
 from config.durable import Arrays
@@ -125,7 +125,7 @@ class ClientTurn:
     def batch(self) -> Batch:
         return Data(self.task.prepare(self.data.x), self.data.y)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module) -> Optimizer:
         parameters = dict(model.named_parameters())
         return make_optimizer(
             parameters, self.local, {name: rate / self.local.lr for name, rate in self._rates.items()}

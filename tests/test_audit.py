@@ -15,8 +15,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import client.node
+import client.objective
 import client.privately
-import client.training
 import privacy.client_level
 import privacy.dpsgd
 import privacy.ledger
@@ -114,13 +114,13 @@ def test_no_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = client.training.sample_losses
+    honest = client.objective.sample_losses
 
     def coupled(*args: Any) -> dict[str, Tensor]:
         each = honest(*args)
         return {name: values * (1 + values.detach().mean() - values.mean()) for name, values in each.items()}
 
-    monkeypatch.setattr(client.training, "sample_losses", coupled)
+    monkeypatch.setattr(client.objective, "sample_losses", coupled)
     assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=ghost")
     with pytest.raises(
         UserError, match="depends on the other samples of its batch"
