@@ -6,6 +6,7 @@ which prints the seconds of the rounds after the warm-up as a JSON list in its l
 """
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -91,7 +92,7 @@ def _plain_worker(pipe: Connection, name: str, clients: range) -> None:
         pipe.send_bytes(total.numpy().tobytes())
 
 
-def meadow(name: str, rounds: int) -> list[float]:
+def meadow(name: str, rounds: int, exact: bool = True) -> list[float]:
     """`meadow run` on Ray. A round lasts from one record in rounds.jsonl to the next, so its checkpoint counts."""
     from experiments import api
     from server.folder import RunFolder
@@ -104,7 +105,7 @@ def meadow(name: str, rounds: int) -> list[float]:
         stamps.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(RunFolder, "append", stamped):
-        engine = {"engine.name": "ray", "engine.workers": PROCESSES, "engine.threads": 1}
+        engine = {"engine.name": "ray", "engine.workers": PROCESSES, "engine.threads": 1, "engine.exact": exact}
         overrides: dict[str, Any] = settings(name, WARM_UP + rounds + 1) | engine
         api.run("fedavg", out=Path(folder) / "run", **overrides)
     return _between(stamps[:-1])
@@ -164,6 +165,7 @@ def _between(stamps: Sequence[float]) -> list[float]:
 SIDES = {
     "plain": Side("plain PyTorch loop, 2 processes", plain),
     "meadow": Side("Meadow", meadow),
+    "meadow-fast": Side("Meadow, engine.exact = false", functools.partial(meadow, exact=False)),
     "flower": Side("Flower's own Ray engine", flower),
     "pfl": Side("pfl-research, 2 processes", pfl),
 }

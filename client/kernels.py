@@ -131,9 +131,11 @@ def network(
         if number == 0 and isinstance(module, nn.Flatten):
             continue
         if type(module) in _ACTIVATIONS:
-            if not layers or layers[-1].activation or layers[-1].kind not in ("linear", "conv", "norm"):
+            # The maximum of a window after ReLU is ReLU of its maximum, and where both are 0 no gradient passes.
+            of = -2 if len(layers) > 1 and layers[-1].kind == "pool" and type(module) is nn.ReLU else -1
+            if not layers or layers[of].activation or layers[of].kind not in ("linear", "conv", "norm"):
                 raise Unknown(f"{place} does not follow a linear layer, a convolution or a normalisation")
-            layers[-1] = replace(layers[-1], activation=_ACTIVATIONS[type(module)])
+            layers[of] = replace(layers[of], activation=_ACTIVATIONS[type(module)])
             continue
         layer = _layer(module, at, place, image)
         weight, bias = (f"{place}.{n}" if getattr(module, n, None) is not None else "" for n in ("weight", "bias"))

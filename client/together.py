@@ -67,11 +67,9 @@ def _train(
 ) -> Sequence[tuple[list[Answer], WeightedSum] | None]:
     """The blocks' answers and sums; None of a block if its clients are asked different things, or anything is not finite."""
     requests = [request for block in blocks for request in block]
-    record, config = requests[0].content.array_records["arrays"], requests[0].content.config_records["config"]
+    record, config = requests[0].arrays, requests[0].config
     received = from_record(record)
-    same = all(
-        r.content.array_records["arrays"] is record and r.content.config_records["config"] is config for r in requests
-    )
+    same = all(request.arrays is record and request.config is config for request in requests)
     if not same or "work" in config or received.keys() != fast.kernels.network.shapes.keys():
         return [None] * len(blocks)
     round_, local = int(cast(int, config["round"])), node.experiment.local
