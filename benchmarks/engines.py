@@ -121,17 +121,25 @@ def table(lines: Iterable[dict[str, object]], rate: float) -> Table:
 
 
 def write(path: Path, lines: Sequence[dict[str, object]], rate: float) -> None:
-    """The rows as CSV, with machine, versions and date in each."""
+    """The rows as CSV, with machine, versions and date in each; rows of workloads that were not measured now stay."""
     about = {
         "gflops_rate": round(rate / 1e9),
         "machine": f"{_processor()}, {multiprocessing.cpu_count()} cores",
         "versions": " ".join(f"{name}={version}" for name, version in versions().items()),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+    now = {line["workload"] for line in lines}
+    kept: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [dict(row) for row in csv.DictReader(file) if row["workload"] not in now]
+    every = sorted(
+        [*kept, *({**line, **about} for line in lines)], key=lambda r: list(WORKLOADS).index(str(r["workload"]))
+    )
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*lines[0], *about], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**line, **about} for line in lines)
+        writer.writerows(every)
 
 
 def _processor() -> str:
