@@ -122,24 +122,24 @@ def table(lines: Iterable[dict[str, object]], rate: float) -> Table:
 
 def write(path: Path, lines: Sequence[dict[str, object]], rate: float) -> None:
     """The rows as CSV, with machine, versions and date in each; rows of workloads that were not measured now stay."""
-    about = {
-        "gflops_rate": round(rate / 1e9),
+    where, now = {"gflops_rate": round(rate / 1e9), **about()}, {line["workload"] for line in lines}
+    rows: list[dict[str, object]] = [{**line, **where} for line in lines]
+    if path.exists():
+        with path.open(newline="") as file:
+            rows += [dict(row) for row in csv.DictReader(file) if row["workload"] not in now]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*lines[0], *where], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: list(WORKLOADS).index(str(row["workload"]))))
+
+
+def about() -> dict[str, str]:
+    """The machine, the versions and the date, for each row of a CSV."""
+    return {
         "machine": f"{_processor()}, {multiprocessing.cpu_count()} cores",
         "versions": " ".join(f"{name}={version}" for name, version in versions().items()),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
-    now = {line["workload"] for line in lines}
-    kept: list[dict[str, object]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [dict(row) for row in csv.DictReader(file) if row["workload"] not in now]
-    every = sorted(
-        [*kept, *({**line, **about} for line in lines)], key=lambda r: list(WORKLOADS).index(str(r["workload"]))
-    )
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*lines[0], *about], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(every)
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from client.node import add_up, answer, evaluate_client, hosted_here, open_node, train_client
 from client.store import Store
+from client.together import train_blocks
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
@@ -52,6 +53,7 @@ def join(message: Message, context: Context) -> Message:
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
+            "training": node.training,
         }
     )
     return Message(RecordDict({"roll": roll}), reply_to=message)
@@ -63,12 +65,16 @@ def train(message: Message, context: Context) -> Message:
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
     with kernels(node.model):
-        answers = answer(node, requests, train_client)
-    _tell("trained", requests, answers)
+        together, others = train_blocks(node, requests, blocks)
+        alone = answer(node, others, train_client)
     sent = from_record(requests[0].arrays)
-    reply = add_up(node, answers, sent, blocks)
-    add_groups(reply, whole_groups(message.content))
-    return Message(pack_replies(reply), reply_to=message)
+    one_by_one = [block for block in blocks if block[0] not in together.sums]
+    reply = add_up(node, alone, sent, one_by_one)
+    answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
+    _tell("trained", sorted(requests, key=lambda request: request.client), answers)
+    whole = NodeReply(answers, together.sums | reply.sums)
+    add_groups(whole, whole_groups(message.content))
+    return Message(pack_replies(whole), reply_to=message)
 
 
 @app.evaluate()

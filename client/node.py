@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDic
 from torch import nn
 
 from client.anchors import teaches
+from client.fast import Fast, fast, told
 from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import Store
 from client.training import LOOP, Beside, train
@@ -62,7 +63,14 @@ class Node:
     half: Half
     state_root: Path
     keeper: Keeper
+    fast: Fast | str
+    """What trains in the training loop's place under `engine.exact = false`, or why nothing does."""
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def training(self) -> str:
+        """What trains here (`client.fast.told`)."""
+        return told(self.experiment, self.fast)
 
 
 def open_node(context: Context) -> Node:
@@ -80,7 +88,7 @@ def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper)
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper, fast(experiment, seen))
 
 
 def _state_root(context: Context) -> Path:
@@ -158,7 +166,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
         attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
         store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
     known = turn.permit is not None or allowed(experiment, "samples")
-    metrics: dict[str, Any] = {**_samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
+    metrics: dict[str, Any] = {**samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
     metrics |= outcome.metrics
     weights = name_weights(metrics, sent | outcome.extra)
     everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
@@ -168,7 +176,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     return reply
 
 
-def _samples(node: Node, client: int, data: Data) -> dict[str, int]:
+def samples(node: Node, client: int, data: Data) -> dict[str, int]:
     """The training samples, in all and of each target; where they are nobody's business, 1 and which targets are held."""
     if allowed(node.experiment, "samples"):
         return {"num-examples": len(data)} | {
@@ -248,6 +256,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         work=float(cast(float, config.get("work", 1.0))),
         validation=_validation(node, client),
         source=_source(node, client),
+        fast=None if isinstance(node.fast, str) else node.fast,
     )
     turn.load(turn.start())
     data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)

@@ -50,6 +50,8 @@ class Exchange:
     """Training samples that each client declared at roll call: the cap of its weight."""
     simulated: bool = True
     """Whether every node so far has said that it is simulated: its secrets are then none."""
+    training: set[str] = field(default_factory=set)
+    """What trains on the nodes (`client.node.Node.training`)."""
     _nodes: set[int] = field(default_factory=set)
 
     def gather(self) -> None:
@@ -137,6 +139,7 @@ class Exchange:
                 )
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
+        self.training.add(str(roll.get("training", "loop")))
         for client, size in zip(cast(list[int], roll["clients"]), cast(list[int], roll["sizes"]), strict=True):
             self.hosts[client] = node
             self.sizes[client] = size

@@ -125,6 +125,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         counts = add_confusion([s.confusion for s in scores.values()], task.targets)
         folder.write_evaluation({"global": shared, "clients": counts})
     summary = summarise(folder, experiment, task, session.arrays, scores, status, reason, guard)
+    summary["engine"] = {"exact": experiment.engine.exact, "training": sorted(exchange.training)}
     folder.write_summary(summary)
     return summary
 

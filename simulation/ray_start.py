@@ -55,7 +55,8 @@ def stop_ray() -> None:
 def _environment(threads: int) -> dict[str, str]:
     """What a worker needs in its environment before it starts."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return MEMORY | {
+    return {
+        **MEMORY,
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": str(threads),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
