@@ -121,12 +121,16 @@ def table(lines: Iterable[dict[str, object]], rate: float) -> Table:
 
 
 def write(path: Path, lines: Sequence[dict[str, object]], rate: float) -> None:
-    """The rows as CSV, with machine, versions and date in each."""
-    where = {"gflops_rate": round(rate / 1e9), **about()}
+    """The rows as CSV, with machine, versions and date in each; rows of workloads that were not measured now stay."""
+    where, now = {"gflops_rate": round(rate / 1e9), **about()}, {line["workload"] for line in lines}
+    rows: list[dict[str, object]] = [{**line, **where} for line in lines]
+    if path.exists():
+        with path.open(newline="") as file:
+            rows += [dict(row) for row in csv.DictReader(file) if row["workload"] not in now]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*lines[0], *where], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({**line, **where} for line in lines)
+        writer.writerows(sorted(rows, key=lambda row: list(WORKLOADS).index(str(row["workload"]))))
 
 
 def about() -> dict[str, str]:

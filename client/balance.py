@@ -35,9 +35,9 @@ class Balance:
         the batch, and of `rest`, which counts as it is."""
         balanced = self.balanced({name: value for name, value in each.items() if name in present})
         # A target that is not present has loss 0: it gives its head a gradient of zeros, not none.
-        total = sum((balanced.get(name, value) for name, value in each.items()), torch.zeros(()))
-        if rest is not None:
-            total = total + rest
+        terms = [balanced.get(name, value) for name, value in each.items()]
+        terms += [rest] if rest is not None else []
+        total = sum(terms[1:], start=terms[0])
         total.backward()  # type: ignore[no-untyped-call]
 
     def balanced(self, each: Losses) -> Losses:

@@ -1,6 +1,7 @@
 """What a step of training goes down: the data's loss on a batch, with what the settings of `[local]`, `[anchor]` and
 `[adapt]` and an algorithm's own term add to it. It also keeps the mean losses that are reported."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -81,9 +82,11 @@ class Objective:
         """Each target's mean loss over all samples so far; empty if there were none."""
         if not self._seen:
             return {}
-        counts = torch.tensor([count for count, _ in self._seen], dtype=torch.float64)
-        columns = {t.name: torch.stack([parts[t.name] for _, parts in self._seen]).cpu() for t in self.task.targets}
-        return {name: float(counts @ column.double() / counts.sum()) for name, column in columns.items()}
+        samples = sum(count for count, _ in self._seen)
+        return {
+            t.name: math.fsum(count * float(parts[t.name]) for count, parts in self._seen) / samples
+            for t in self.task.targets
+        }
 
     def _outputs(self, batch: Data, done: float) -> tuple[Mapping[str, Tensor], Tensor | None]:
         """The model's outputs, and all that is added to the data's loss, if anything is."""
