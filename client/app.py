@@ -15,11 +15,13 @@ from flwr.clientapp import ClientApp
 
 from client.node import add_up, answer, evaluate_client, hosted_here, open_node, store_of, train_client
 from client.store import Store
+from client.together import train_blocks
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
 from strategies.packing import Answer, NodeReply, Request, add_groups, pack_replies, unpack_requests, whole_groups
 from strategies.sharing import from_record
+from tasks.numerics import kernels
 
 log = logging.getLogger("meadow.client")
 
@@ -55,6 +57,7 @@ def join(message: Message, context: Context) -> Message:
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
+            "training": node.training,
         }
     )
     return Message(RecordDict({"roll": roll}), reply_to=message)
@@ -66,13 +69,18 @@ def train(message: Message, context: Context) -> Message:
     began = time.perf_counter()
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
-    answers = answer(node, requests, train_client)
-    _tell("trained", requests, answers)
+    with kernels(node.model):
+        together, others = train_blocks(node, requests, blocks)
+        alone = answer(node, others, train_client)
     sent = from_record(requests[0].arrays)
-    reply = add_up(node, answers, sent, blocks)
-    add_groups(reply, whole_groups(message.content))
-    reply.seconds = time.perf_counter() - began if node.keeper.simulated else None
-    return Message(pack_replies(reply), reply_to=message)
+    one_by_one = [block for block in blocks if block[0] not in together.sums]
+    reply = add_up(node, alone, sent, one_by_one)
+    answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
+    _tell("trained", sorted(requests, key=lambda request: request.client), answers)
+    whole = NodeReply(answers, together.sums | reply.sums)
+    add_groups(whole, whole_groups(message.content))
+    whole.seconds = time.perf_counter() - began if node.keeper.simulated else None
+    return Message(pack_replies(whole), reply_to=message)
 
 
 @app.evaluate()
@@ -80,7 +88,8 @@ def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the clients in the pack."""
     requests, _ = unpack_requests(message.content)
     node = open_node(context)
-    answers = answer(node, requests, evaluate_client)
+    with kernels(node.model):
+        answers = answer(node, requests, evaluate_client)
     if requests[0].config["thorough"]:  # at a run's end
         store_of(node, str(requests[0].config["run"])).settle(hosted_here(context, node.experiment.partition.clients))
     _tell("evaluated", requests, answers)

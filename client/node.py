@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDic
 from torch import nn
 
 from client.anchors import teaches
+from client.fast import Fast, fast, told
 from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import SHARED_MEMORY, Store
 from client.training import LOOP, Beside, train
@@ -42,7 +43,7 @@ from strategies.sharing import (
 )
 from tasks.data import Data, concatenate
 from tasks.domains import source_samples
-from tasks.evaluation import evaluate, examine
+from tasks.evaluation import evaluate, examine, hold_still
 from tasks.features import View, view
 from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle, source_data
@@ -62,10 +63,17 @@ class Node:
     half: Half
     state_root: Path
     keeper: Keeper
+    fast: Fast | str
+    """What trains in the training loop's place under `engine.exact = false`, or why nothing does."""
     memory: int = 0
     """Bytes of clients' states that this process may keep in shared memory."""
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def training(self) -> str:
+        """What trains here (`client.fast.told`)."""
+        return told(self.experiment, self.fast)
 
 
 def open_node(context: Context) -> Node:
@@ -80,14 +88,14 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int) -> Node
     experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    model = task.new_model()
+    model = hold_still(task.new_model())
     parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
     # Deployed clients keep their states on disk; so do those of a cluster, whose machines share no memory.
     in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper, memory)
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper, fast(experiment, seen), memory)
 
 
 def _state_root(context: Context) -> Path:
@@ -165,7 +173,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
         attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
         store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
     known = turn.permit is not None or allowed(experiment, "samples")
-    metrics: dict[str, Any] = {**_samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
+    metrics: dict[str, Any] = {**samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
     metrics |= outcome.metrics
     weights = name_weights(metrics, sent | outcome.extra)
     everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
@@ -175,7 +183,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     return reply
 
 
-def _samples(node: Node, client: int, data: Data) -> dict[str, int]:
+def samples(node: Node, client: int, data: Data) -> dict[str, int]:
     """The training samples, in all and of each target; where they are nobody's business, 1 and which targets are held."""
     if allowed(node.experiment, "samples"):
         return {"num-examples": len(data)} | {
@@ -255,6 +263,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         work=float(cast(float, config.get("work", 1.0))),
         validation=_validation(node, client),
         source=_source(node, client),
+        fast=None if isinstance(node.fast, str) else node.fast,
     )
     turn.load(turn.start())
     data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)

@@ -519,7 +519,8 @@ class Evaluate(Section):
 
 
 class Engine(Section):
-    """`[engine]`: how the run is launched. Nothing here changes the result, but that `threads` changes its last bits."""
+    """`[engine]`: how the run is launched. Nothing here changes the result, but that `threads`, `exact` and `device` change
+    its last bits, and `precision` more."""
 
     name: Literal["inline", "ray", "processes"] = "ray"
     workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one a core, or four SuperNodes.")
@@ -528,6 +529,13 @@ class Engine(Section):
         1024,
         ge=0,
         description="Megabytes of clients' states that a machine keeps in memory until the end; more is on disk.",
+    )
+    exact: bool = Field(
+        True, description="Each client by the training loop; false: by faster kernels where they fit (docs/speed.md)."
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where those kernels run.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the products on a GPU; parameters and their steps are float32."
     )
     address: str = Field("", description='A Ray cluster to join, as "HOST:6379" or "auto"; "": Ray on this machine.')
 

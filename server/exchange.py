@@ -58,6 +58,8 @@ class Exchange:
     """In the last exchange the share of the nodes' time in which they had nothing to do; None if they do not say."""
     simulated: bool = True
     """Whether every node so far has said that it is simulated: its secrets are then none."""
+    training: set[str] = field(default_factory=set)
+    """What trains on the nodes (`client.node.Node.training`)."""
     _nodes: set[int] = field(default_factory=set)
     _known: list[int] = field(default_factory=list)
     _hosts: npt.NDArray[np.int32] = field(init=False)
@@ -185,6 +187,7 @@ class Exchange:
                 )
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
+        self.training.add(str(roll.get("training", "loop")))
         if node not in self._known:
             self._known.append(node)
         sizes, taken = np.frombuffer(cast(bytes, roll["sizes"]), dtype="<i8"), 0

@@ -41,6 +41,7 @@ from strategies.sharing import HEADS, Roles, from_record, name_weights, nbytes, 
 from tasks.evaluation import load_into, predict
 from tasks.features import View, view
 from tasks.metrics import score
+from tasks.numerics import keeps_float32, kernels
 from tasks.task import Task, initial_state, open_task
 
 log = logging.getLogger("meadow.server")
@@ -89,7 +90,8 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     guard = protection(experiment, task, parts)
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     split = {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
-    folder = open_folder(out, experiment, resume, {"data_sha256": task.dataset.sha256, "split": split})
+    about = {"large_products": "float32 by oneDNN" if keeps_float32() else "float32 by torch's default"}
+    folder = open_folder(out, experiment, resume, {"data_sha256": task.dataset.sha256, "split": split}, about)
     if (before := folder.summary()) and before["status"] == "done":
         return before
     folder.forget_summary()
@@ -131,6 +133,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         counts = add_confusion([s.confusion for s in scores.values()], task.targets)
         folder.write_evaluation({"global": shared, "clients": counts})
     summary = summarise(folder, experiment, task, session.arrays, scores, status, reason, guard)
+    summary["engine"] = {"exact": experiment.engine.exact, "training": sorted(exchange.training)}
     folder.write_summary(summary)
     return summary
 
@@ -378,7 +381,8 @@ def predict_globally(session: Session) -> dict[str, Tensor]:
         return {}
     load_into(session.model, session.start | session.arrays)
     seen = session.view
-    return predict(seen.model, seen.data("test", session.task.dataset.test).x, seen.task.prepare)
+    with kernels(session.model):
+        return predict(seen.model, seen.data("test", session.task.dataset.test).x, seen.task.prepare)
 
 
 def score_clients(session: Session, round_: int, last: bool) -> dict[int, ClientScores]:

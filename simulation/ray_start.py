@@ -12,6 +12,7 @@ import ray
 
 from config.errors import UserError
 from config.identity import ROOT
+from simulation.children import MEMORY
 
 _mine = False
 """Whether this process started or joined Ray here: what was there before is left alone."""
@@ -39,7 +40,7 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
         # Ray starts workers before they are asked for. They take the variables from it (those of a runtime_env would
         # mean other workers, and these for nothing) and import the client's code at once.
         with _variables(variables | {"RAY_preload_python_modules": "client.app"}):
-            ray.init(num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
     _mine = True
 
 
@@ -55,6 +56,7 @@ def _environment(threads: int) -> dict[str, str]:
     """What a worker needs in its environment before it starts."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {
+        **MEMORY,
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": str(threads),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
