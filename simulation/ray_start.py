@@ -40,7 +40,7 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
         # Ray starts workers before they are asked for. They take the variables from it (those of a runtime_env would
         # mean other workers, and these for nothing) and import the client's code at once.
         with _variables(variables | {"RAY_preload_python_modules": "client.app"}):
-            ray.init(num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
     _mine = True
 
 

