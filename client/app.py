@@ -13,11 +13,13 @@ from flwr.clientapp import ClientApp
 
 from client.node import add_up, answer, evaluate_client, hosted_here, open_node, train_client
 from client.store import Store
+from client.together import train_blocks
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
-from strategies.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
+from strategies.packing import Answer, NodeReply, Request, add_groups, pack_replies, unpack_requests, whole_groups
 from strategies.sharing import from_record
+from tasks.numerics import kernels
 
 log = logging.getLogger("meadow.client")
 
@@ -51,6 +53,7 @@ def join(message: Message, context: Context) -> Message:
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
+            "training": node.training,
         }
     )
     return Message(RecordDict({"roll": roll}), reply_to=message)
@@ -61,24 +64,33 @@ def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
-    answers = answer(node, requests, train_client)
-    _tell("trained", requests, answers)
-    sent = from_record(requests[0].content.array_records["arrays"])
-    return Message(pack_replies(add_up(node, answers, sent, blocks)), reply_to=message)
+    with kernels(node.model):
+        together, others = train_blocks(node, requests, blocks)
+        alone = answer(node, others, train_client)
+    sent = from_record(requests[0].arrays)
+    one_by_one = [block for block in blocks if block[0] not in together.sums]
+    reply = add_up(node, alone, sent, one_by_one)
+    answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
+    _tell("trained", sorted(requests, key=lambda request: request.client), answers)
+    whole = NodeReply(answers, together.sums | reply.sums)
+    add_groups(whole, whole_groups(message.content))
+    return Message(pack_replies(whole), reply_to=message)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the clients in the pack."""
     requests, _ = unpack_requests(message.content)
-    answers = answer(open_node(context), requests, evaluate_client)
+    node = open_node(context)
+    with kernels(node.model):
+        answers = answer(node, requests, evaluate_client)
     _tell("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 
 
 def _tell(done: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
     for request, given in zip(requests, answers, strict=True):
-        which = {"round": request.content.config_records["config"]["round"], "client": given.client}
+        which = {"round": request.config["round"], "client": given.client}
         if given.content is None:
             log.error("failed: %s", given.error.strip().splitlines()[-1], extra=which)
         else:

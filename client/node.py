@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
 from torch import nn
 
 from client.anchors import teaches
+from client.fast import Fast, fast, told
 from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import Store
 from client.training import LOOP, Beside, train
@@ -29,7 +30,7 @@ from strategies.attacks import ON_LABELS, attackers
 from strategies.blocks import WeightedSum, weighted_sum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
-from strategies.replies import arrays_fault, weight_fault
+from strategies.replies import arrays_fault, metrics_of, weight_fault
 from strategies.sharing import (
     Roles,
     arrays_sha256,
@@ -42,7 +43,7 @@ from strategies.sharing import (
 )
 from tasks.data import Data, concatenate
 from tasks.domains import source_samples
-from tasks.evaluation import evaluate, examine
+from tasks.evaluation import evaluate, examine, hold_still
 from tasks.features import View, view
 from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle, source_data
@@ -62,7 +63,14 @@ class Node:
     half: Half
     state_root: Path
     keeper: Keeper
+    fast: Fast | str
+    """What trains in the training loop's place under `engine.exact = false`, or why nothing does."""
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def training(self) -> str:
+        """What trains here (`client.fast.told`)."""
+        return told(self.experiment, self.fast)
 
 
 def open_node(context: Context) -> Node:
@@ -76,11 +84,11 @@ def _open_node(flat: str, state_root: Path, simulated: bool) -> Node:
     experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    model = task.new_model()
+    model = hold_still(task.new_model())
     parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper)
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper, fast(experiment, seen))
 
 
 def _state_root(context: Context) -> Path:
@@ -129,7 +137,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     client's ledger then holds; if the budget does not allow the release, that is all, with "exhausted", the reason. What
     else is in a reply under DP is what `privacy.releases.allowed` lets out; each client weighs 1.
     """
-    config = request.content.config_records["config"]
+    config = request.config
     round_, store = int(cast(int, config["round"])), _store(node, request)
     client, seen, experiment = request.client, node.view, node.experiment
     turn = open_turn(node, request, before=round_, pooled=experiment.run.placement == "pooled")
@@ -158,7 +166,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
         attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
         store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
     known = turn.permit is not None or allowed(experiment, "samples")
-    metrics: dict[str, Any] = {**_samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
+    metrics: dict[str, Any] = {**samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
     metrics |= outcome.metrics
     weights = name_weights(metrics, sent | outcome.extra)
     everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
@@ -168,7 +176,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     return reply
 
 
-def _samples(node: Node, client: int, data: Data) -> dict[str, int]:
+def samples(node: Node, client: int, data: Data) -> dict[str, int]:
     """The training samples, in all and of each target; where they are nobody's business, 1 and which targets are held."""
     if allowed(node.experiment, "samples"):
         return {"num-examples": len(data)} | {
@@ -188,7 +196,7 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
     `privacy.releases.allowed` lets out.
     """
-    config = request.content.config_records["config"]
+    config = request.config
     round_ = int(cast(int, config["round"]))
     turn = open_turn(node, request, before=round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
@@ -226,9 +234,9 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
 
     `pooled`: its data is that of all clients. The received model is in place when this returns.
     """
-    config, client, seen = request.content.config_records["config"], request.client, node.view
+    config, client, seen = request.config, request.client, node.view
     store = _store(node, request)
-    received, extra = split_beside(from_record(request.content.array_records["arrays"]))
+    received, extra = split_beside(from_record(request.arrays))
     void = cast(list[str], config.get("void", []))
     personal, memory = split_beside(store.load(client, before, void))
     turn = ClientTurn(
@@ -248,6 +256,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         work=float(cast(float, config.get("work", 1.0))),
         validation=_validation(node, client),
         source=_source(node, client),
+        fast=None if isinstance(node.fast, str) else node.fast,
     )
     turn.load(turn.start())
     data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)
@@ -267,12 +276,12 @@ def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tup
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
         for client in clients:
             content, size = contents[client].content, _size(node, client)
-            if content is None or weight_fault(content.metric_records.get("metrics"), size):
+            if content is None or weight_fault(metrics_of(content), size):
                 break
             if arrays_fault(content, sent, node.experiment.cohort.max_norm):
                 break
-            weights = name_weights(content.metric_records["metrics"], sent, node.experiment.equal_weights)
-            updates.append((weights, from_record(content.array_records["arrays"])))
+            weights = name_weights(metrics_of(content), sent, node.experiment.equal_weights)
+            updates.append((weights, from_record(cast(ArrayRecord, content["arrays"]))))
         else:
             sums[index] = weighted_sum(updates)
             for client in clients:
@@ -311,7 +320,7 @@ def _size(node: Node, client: int) -> int:
 
 
 def _store(node: Node, request: Request) -> Store:
-    return Store(node.state_root, str(request.content.config_records["config"]["run"]))
+    return Store(node.state_root, str(request.config["run"]))
 
 
 def _base(node: Node, store: Store) -> Arrays:

@@ -12,7 +12,7 @@ from client.fisher import empirical_fisher
 from config.schema import Experiment
 from config.seeds import one_thread
 from strategies.trainable import HEADS
-from tasks.evaluation import load_into
+from tasks.evaluation import load_into, once
 from tasks.task import initial_state, open_task, source_data, source_model
 
 
@@ -23,19 +23,38 @@ def freeze(model: nn.Module, learns: Collection[str], statistics: str = "batch")
     own alone: a frozen normalisation's statistics do not move, a frozen trunk drops nothing out. `statistics`: as
     `local.statistics`; with "kept" every batch normalisation is in `eval()`, though its weight and bias learn.
     """
-    model.train()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in learns)
+    key = frozenset(learns), statistics
+    flags = once(model, key, lambda: _flags(model, *key))
+    for parameter, learning in flags.learns:
+        parameter.requires_grad = learning
+    for module, training in flags.training:
+        module.training = training
+    return dict(flags.learning)
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """What `freeze` sets of a model, and what it returns."""
+
+    learns: tuple[tuple[nn.Parameter, bool], ...]
+    training: tuple[tuple[nn.Module, bool], ...]
+    learning: Mapping[str, nn.Parameter]
+
+
+def _flags(model: nn.Module, learns: frozenset[str], statistics: str) -> _Flags:
+    named = tuple((p, name in learns) for name, p in model.named_parameters())
+    flag = {id(p): learning for p, learning in named}
+    still: set[int] = set()
     for place, module in model.named_modules():
         parameters = list(module.parameters())
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        if parameters and not any(p.requires_grad for p in parameters):
-            module.eval()
+        frozen = parameters and not any(flag[id(p)] for p in parameters)
+        if frozen or (statistics == "kept" and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            still |= {id(inner) for inner in module.modules()}
         elif own and not any((f"{place}.{name}" if place else name) in learns for name, _ in own):
-            module.training = False
-        if statistics == "kept" and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+            still.add(id(module))
+    training = tuple((module, id(module) not in still) for module in model.modules())
+    return _Flags(named, training, {name: p for name, p in model.named_parameters() if name in learns})
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
 
 What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
-(`trainable.py`), the optimiser and its rates (`optimisers.py`), when to stop (`validation.py`), what holds the model near
-another one (`anchors.py`), what each of several targets counts (`balance.py`), samples of another domain (`adaptation.py`).
+(`trainable.py`), the optimiser and its rates (`optimisers.py`), the loss (`objective.py`), when to stop
+(`validation.py`), what holds the model near another one (`anchors.py`), what each of several targets counts
+(`balance.py`), samples of another domain (`adaptation.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -15,17 +16,18 @@ from torch import Tensor, nn
 from client import anchors
 from client.adaptation import adaptation
 from client.balance import make_balance
-from client.optimisers import make_optimizer, plateau, scheduled
+from client.objective import Objective, Term
+from client.optimisers import Optimizer, make_optimizer, plateau, scheduled
 from client.trainable import freeze, mask
 from client.validation import Watch, validation_loss
 from config.durable import Arrays
 from config.errors import UserError
-from config.schema import Experiment
+from config.schema import Experiment, Local
 from config.seeds import torch_generator, torch_seeded
-from privacy.dpsgd import Permit, Privatiser
+from privacy.dpsgd import Permit
 from strategies.trainable import rate_factors, stage, trained
 from tasks.data import Data
-from tasks.metrics import class_weights, losses, sample_losses
+from tasks.evaluation import names_of, once
 from tasks.task import Task
 
 
@@ -55,8 +57,8 @@ LOOP = "loop"
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
 """Changes the gradients of the parameters that learn, by name, after they are final (clipped and noised, if private)."""
 
-Term = Callable[[nn.Module, Data, Mapping[str, Tensor]], Tensor]
-"""A term beside the data's loss for a batch: of the model, the prepared batch and the model's outputs on it, a scalar."""
+_NUMBERS_AT_ONCE = 2**22
+"""Numbers of samples that are gathered at once."""
 
 
 def train(
@@ -91,15 +93,11 @@ def train(
             f'strategy.name = "{experiment.strategy.name}" with privacy.unit = "example": its local rule adds to the loss '
             "of a whole batch, so no sample's share of it can be clipped; use another strategy"
         )
-    plan, seed, beside = experiment.local, experiment.run.seed, beside or Beside()
+    plan, beside = experiment.local, beside or Beside()
     memory = dict(beside.memory)
-    size = len(data) if plan.batch_size == 0 else min(plan.batch_size, len(data))
-    steps_an_epoch = -(-len(data) // size)
-    total = epochs * steps_an_epoch if epochs else plan.steps or plan.epochs * steps_an_epoch
-    if permit is not None:
-        total = permit.mechanism.steps
+    size, an_epoch, total = length(plan, len(data), epochs)
+    total = total if permit is None else permit.mechanism.steps
     adapting = adaptation(experiment, task, beside.source, data, round_, client, memory)
-    weights = class_weights(task.targets, adapting.labels if adapting else data.y)
     rate = scheduled(plan, round_, experiment.run.rounds)
     watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
     if plan.schedule == "plateau" and beside.validation:
@@ -107,80 +105,103 @@ def train(
     balance = make_balance(plan, task.targets, memory)
     held = mask(model, experiment, client)
     pull, teacher = anchors.pull(model, experiment), anchors.teacher(model, task, experiment)
-    share = 1 - teacher.distill if teacher else 1.0
-    corrections = [correct, pull.correct if pull else None, held.correct if held else None]
-    names = list(model.state_dict())
-    factors = rate_factors(plan, names)
+    changes = [change for change in (correct, pull and pull.correct, held and held.correct) if change]
     extra = [*balance.parameters, *(adapting.open(model) if adapting else ())]
-    sums: dict[str, Tensor] = {t.name: torch.zeros(()) for t in task.targets}
-    seen, steps, at = 0, 0, -1
-    private: Privatiser | None = None
-
-    def each(index: Tensor) -> Tensor:
-        nonlocal seen
-        batch = data.take(index)
-        batch = Data(task.prepare(batch.x, training=True), batch.y)
-        outputs = model(batch.x)
-        parts = sample_losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
-        seen += len(index)
-        for name, values in parts.items():
-            sums[name] += values.detach().sum()
-        data_loss = torch.stack([w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)]).sum(0)
-        return data_loss if teacher is None else share * data_loss + teacher.each(batch, outputs)
-
-    with torch_seeded(seed, "train", round_, client), ExitStack() as opened:
+    objective = Objective(model, data, task, plan, balance, adapting, teacher, term)
+    learner = Learner(model, experiment, round_, rate, learns, extra)
+    steps, private = 0, None
+    with torch_seeded(experiment.run.seed, "train", round_, client), ExitStack() as opened:
         while steps < total:
-            epoch, position = divmod(steps, steps_an_epoch)
-            if position == 0 and private is None:
-                order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", round_, client, epoch))
-                stage_before, at = at, stage(experiment, round_, epoch)
-                now = {n for n in trained(experiment, names, at) if learns is None or learns(n)}
-                learning = freeze(model, now, plan.statistics)
-                if at != stage_before:
-                    slower = rate / plan.gradual_divide**at
-                    rates = {n: f * slower for n, f in factors.items()}
-                    optimizer = make_optimizer(learning, plan, rates, extra)
+            epoch, position = divmod(steps, an_epoch)
             if permit is not None:
-                private = private or opened.enter_context(permit.on(model))
-                private.gradients(permit.sample(len(data)), each)
+                if private is None:
+                    learner.begin(epoch)
+                    private = opened.enter_context(permit.on(model))
+                private.gradients(permit.sample(len(data)), objective.each)
             else:
-                index = batch_at(order, position, size, at_least_two=any(map(_normalises_batches, model.modules())))
-                batch = data.take(index)
-                if adapting is not None:
-                    batch = adapting.batch(index, batch)
-                batch = Data(task.prepare(batch.x, training=True), batch.y)
-                outputs, aligned = (
-                    adapting.outputs(model, batch.x, steps / total) if adapting else (model(batch.x), None)
-                )
-                parts = losses(outputs, batch.y, task.targets, weights, plan.label_smoothing)
-                rest = teacher.each(batch, outputs).mean() if teacher else None
-                for more in (aligned, term(model, batch, outputs) if term else None):
-                    if more is not None:
-                        rest = more if rest is None else rest + more
-                shares = {t.name: share * w * parts[t.name] for w, t in zip(task.weights, task.targets, strict=True)}
-                present = {t.name for t in task.targets if t.labelled(batch.y[t.name])}
-                optimizer.zero_grad(set_to_none=True)
-                balance.backward(shares, present, rest, learning)
-                seen += len(batch)
-                for name, value in parts.items():
-                    sums[name] += value.detach() * len(batch)
+                if position == 0:
+                    learner.begin(epoch)
+                    order = torch.randperm(
+                        len(data), generator=torch_generator(experiment.run.seed, "shuffle", round_, client, epoch)
+                    )
+                    batches = taken(objective.samples, order, size, at_least_two=learner.normalises)
+                learner.optimizer.zero_grad()
+                objective.backward(*next(batches), learner.learning, steps / total)
             if plan.clip_norm:
-                nn.utils.clip_grad_norm_(learning.values(), plan.clip_norm)
-            for change in corrections:
-                if change is not None:
-                    change(learning)
-            optimizer.step()
+                nn.utils.clip_grad_norm_(learner.learning.values(), plan.clip_norm)
+            for change in changes:
+                change(learner.learning)
+            learner.optimizer.step()
             if held is not None:
-                held.restore(learning)
+                held.restore(learner.learning)
             steps += 1
-            if position == steps_an_epoch - 1 or steps == total:
+            if position == an_epoch - 1 or steps == total:
                 balance.epoch_ends()
-            if watch is not None and position == steps_an_epoch - 1 and watch.ends(model):
+            if watch is not None and position == an_epoch - 1 and watch.ends(model):
                 break
     if watch is not None:
         watch.restore(model)
     memory |= balance.remember() | (adapting.remember() if adapting else {})
-    return Trained(steps, {name: float(value) / seen for name, value in sums.items()} if seen else {}, memory)
+    return Trained(steps, objective.means(), memory)
+
+
+class Learner:
+    """What learns in a round, and its optimiser, which is made anew where trainable = "gradual" comes to another stage."""
+
+    learning: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    normalises: bool
+    """Whether some module that learns normalises over the batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        experiment: Experiment,
+        round_: int,
+        rate: float,
+        learns: Callable[[str], bool] | None,
+        extra: Sequence[nn.Parameter],
+    ) -> None:
+        self.model, self.experiment, self.round, self.rate = model, experiment, round_, rate
+        self.learns, self.extra, self.stage = learns, extra, -1
+        self.names = names_of(model)
+
+    def begin(self, epoch: int) -> None:
+        """Set the flags and modes of the model for an epoch (from 0)."""
+        plan, before = self.experiment.local, self.stage
+        self.stage = stage(self.experiment, self.round, epoch)
+        now = trained(self.experiment, self.names, self.stage)
+        if self.learns is not None:
+            now = frozenset(filter(self.learns, now))
+        self.learning = freeze(self.model, now, plan.statistics)
+        if self.stage != before:
+            slower = self.rate / plan.gradual_divide**self.stage
+            rates = {n: f * slower for n, f in rate_factors(plan, self.names).items()}
+            self.optimizer = make_optimizer(self.learning, plan, rates, self.extra)
+            self.normalises = any(
+                map(_normalises_batches, once(self.model, "modules", lambda: [*self.model.modules()]))
+            )
+
+
+def length(plan: Local, samples: int, epochs: int = 0) -> tuple[int, int, int]:
+    """Of training on so many samples: the batch size, the steps of an epoch, and all steps of the round (or of `epochs`)."""
+    size = samples if plan.batch_size == 0 else min(plan.batch_size, samples)
+    an_epoch = -(-samples // size)
+    return size, an_epoch, epochs * an_epoch if epochs else plan.steps or plan.epochs * an_epoch
+
+
+def taken(samples: Data, order: Tensor, size: int, at_least_two: bool) -> Iterator[tuple[Tensor, Data]]:
+    """The batches of an epoch over `order`, each with its indices, gathered many at once; `at_least_two`: as `batch_at`."""
+    indices = [batch_at(order, i, size, at_least_two) for i in range(-(-len(order) // size))]
+    at_once = max(1, _NUMBERS_AT_ONCE // max(1, size * samples.x[0].numel()))
+    for first in range(0, len(indices), at_once):
+        some = indices[first : first + at_once]
+        gathered = samples.take(torch.cat(some))
+        begin = 0
+        for index in some:
+            end = begin + len(index)
+            yield index, Data(gathered.x[begin:end], {name: y[begin:end] for name, y in gathered.y.items()})
+            begin = end
 
 
 def batch_at(order: Tensor, position: int, size: int, at_least_two: bool) -> Tensor:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from client.optimisers import make_optimizer, scheduled
+from client.fast import Fast
+from client.optimisers import Optimizer, make_optimizer, scheduled
 from client.training import LOOP, Beside, Correction, Trained, train
 from config import schema
 from config.durable import Arrays
@@ -25,6 +26,7 @@ from tasks.task import Task
 class ClientTurn:
     """One client in one round. `whole` is the complete model, of which `model`, the one that learns, may be a view.
 
+    fast: what trains plain local steps in the loop's place (`engine.exact = false`).
     work: the share of its steps that the client gets through (1, but for a simulated straggler). permit: what makes its
     one training of this turn private. remembered: what the loop must be given back in the next turn; `fit` fills it.
     """
@@ -47,6 +49,7 @@ class ClientTurn:
     source: Data | None = None
     permit: Permit | None = None
     remembered: Arrays = field(default_factory=dict)
+    fast: Fast | None = None
 
     @property
     def settings(self) -> schema.Strategy:
@@ -90,6 +93,11 @@ class ClientTurn:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
             plan = plan.model_copy(update={"steps": steps * repeat})
             experiment, epochs = experiment.model_copy(update={"local": plan}), 0
+        if self.fast is not None and correct is None and term is None and self.permit is None:
+            member = self.fast.member(self.data, self.round, self.client, plan, epochs)
+            done = self.fast.kernels.train(state_of(self.model), [[member]], self.fast.rates(self.round, plan, learns))
+            load_into(self.model, done.arrays[0])
+            return self.fast.trained(member, done.losses[0])
         trained = train(
             self.model,
             self.data,
@@ -117,7 +125,7 @@ class ClientTurn:
     def batch(self) -> Batch:
         return Data(self.task.prepare(self.data.x), self.data.y)
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module) -> Optimizer:
         parameters = dict(model.named_parameters())
         return make_optimizer(
             parameters, self.local, {name: rate / self.local.lr for name, rate in self._rates.items()}

@@ -40,8 +40,23 @@ def check(experiment: Experiment) -> None:
     if not unknown:
         _defence(experiment)
     _adapt(experiment)
+    _engine(experiment)
     if faults := _privacy_faults(experiment):
         raise ValueError("; ".join(faults))
+
+
+def _engine(experiment: Experiment) -> None:
+    engine = experiment.engine
+    if engine.exact and engine.device != "cpu":
+        raise ValueError(
+            f'engine.device = "{engine.device}" with engine.exact = true: the training loop runs on the CPU, where its '
+            "bits are the same everywhere; write engine.exact = false"
+        )
+    if engine.precision != "float32" and engine.device == "cpu":
+        raise ValueError(
+            f'engine.precision = "{engine.precision}" with engine.device = "cpu": half precision is for a GPU; write '
+            'engine.device = "cuda" and engine.exact = false, or engine.precision = "float32"'
+        )
 
 
 def _trainable(experiment: Experiment) -> None:

@@ -518,11 +518,19 @@ class Evaluate(Section):
 
 
 class Engine(Section):
-    """`[engine]`: how the run is launched. Nothing here changes the result, but that `threads` changes its last bits."""
+    """`[engine]`: how the run is launched. Nothing here changes the result, but that `threads`, `exact` and `device` change
+    its last bits, and `precision` more."""
 
     name: Literal["inline", "ray", "processes"] = "ray"
     workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one a core, or four SuperNodes.")
     threads: int = Field(1, ge=1, description="Threads a worker; two lose against one on a shared machine.")
+    exact: bool = Field(
+        True, description="Each client by the training loop; false: by faster kernels where they fit (docs/speed.md)."
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where those kernels run.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the products on a GPU; parameters and their steps are float32."
+    )
     address: str = Field("", description='A Ray cluster to join, as "HOST:6379" or "auto"; "": Ray on this machine.')
 
 

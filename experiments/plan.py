@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from client.fast import fast, told
 from config.cohort import draw_cohort
 from config.schema import Experiment
 from experiments.folds import fold_runs
@@ -13,6 +14,7 @@ from server.rounds import setup
 from strategies import algorithm, make_strategy
 from strategies.fedavg import FedAvg
 from strategies.sharing import nbytes, roles_of
+from tasks.features import view
 from tasks.task import initial_state, open_task, settle
 
 
@@ -30,7 +32,8 @@ def plan(experiment: Experiment) -> dict[str, Any]:
 
 def _plan(experiment: Experiment) -> dict[str, Any]:
     task, start = open_task(experiment), initial_state(experiment)
-    parts, half = roles_of(experiment, task.new_model()), algorithm(experiment.strategy.name)
+    model = task.new_model()
+    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
     pooled = experiment.run.placement == "pooled"
     sizes = [len(task.pool())] if pooled else [len(c.train) for c in task.split.clients]
     schedule = read_schedule(experiment)
@@ -58,6 +61,7 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
         "steps": sum(steps[c] for cohort in cohorts for c in cohort),
         "bytes_up": shared * asked,
         "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
+        "training": told(experiment, fast(experiment, view(task, model, parts.trunk_is_frozen))),
         "privacy": _privacy(experiment),
     }
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,13 @@ from config.errors import UserError
 _AT_ONCE = 2**22
 """Numbers of a convolution's columns that are made at once; more are taken in pieces."""
 
+_HELD: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+"""Models that have been seen to keep samples apart, each with the layers that learned then."""
+
 
 def covers(model: nn.Module) -> bool:
     """Whether every parameter that learns belongs to one layer of a covered kind, and to no other."""
-    learning = [
-        (m, name, p) for m in model.modules() for name, p in m.named_parameters(recurse=False) if p.requires_grad
-    ]
+    learning = [(module, name, p) for module in model.modules() for name, p in _own(module).items()]
     if len({id(p) for _, _, p in learning}) < len(learning):
         return False
     return all(
@@ -41,13 +43,14 @@ def covers(model: nn.Module) -> bool:
     )
 
 
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters that learn, by name; `named_parameters` takes several times as long."""
+    return {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+
+
 def _unusual(layer: nn.Embedding) -> bool:
     """Whether it changes its own weight, or its gradient depends on how often a token occurs in the batch."""
     return layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
-
-
-def _joined(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
 
 
 @dataclass
@@ -63,12 +66,16 @@ class Book:
     """Keeps the books of a model that `covers` accepts, until `close`. Its `requires_grad` flags must stay as they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {
-            name: module
-            for name, module in model.named_modules()
-            if any(p.requires_grad for p in module.parameters(recurse=False))
-        }
-        self._held = False
+        self._layers: dict[str, nn.Module] = {}
+        self._owners: dict[int, tuple[str, str]] = {}
+        for place, module in model.named_modules():
+            own = _own(module)
+            if own:
+                self._layers[place] = module
+                self._owners |= {id(p): (place, f"{place}.{name}" if place else name) for name, p in own.items()}
+        self._kind = tuple(self._layers)
+        self._held = self._kind in _HELD.setdefault(model, set())
+        self._model = model
         self.forget()
         # Ahead of hooks that add to a layer's output (LoRA, adapters): what is written down is the layer's own.
         self._handles = [m.register_forward_hook(self._write(n), prepend=True) for n, m in self._layers.items()]
@@ -81,28 +88,27 @@ class Book:
     def forget(self) -> None:
         """Let go of what the last pass left."""
         self._calls: dict[str, list[_Call]] = {}
-        self._parts: dict[str, dict[str, _Part]] = {}
+        self._parts: dict[str, _Part] = {}
 
     def norms(self, values: Tensor) -> Tensor:
         """The norm of each sample's gradient, float (n,), of losses (n,) that the model has just made.
 
-        The first time it is checked that every use of a parameter was by its own layer, and that no sample's loss
-        touches what another sample's went through. Raises UserError if not.
+        The first time that these layers of the model learn it is checked that every use of a parameter was by its own
+        layer, and that no sample's loss touches what another sample's went through. Raises UserError if not.
         """
         n = len(values)
         if values.grad_fn is None:
             return values.new_zeros(n)
-        nodes, found = _uses(values.grad_fn)
-        uses = {name: [c for c in self._calls.get(name, []) if c.edge.node in nodes] for name in self._layers}
-        for name, layer in self._layers.items():
-            for own, parameter in layer.named_parameters(recurse=False):
-                if parameter.requires_grad and found[id(parameter)] != len(uses[name]):
+        uses = {place: self._calls.get(place, []) for place in self._layers}
+        if not self._held:
+            nodes, found = _uses(values.grad_fn)
+            for key, (place, name) in self._owners.items():
+                if found[key] != sum(call.edge.node in nodes for call in uses[place]):
                     raise UserError(
                         "task.model: the layers' books show only a part of the gradient of single samples (of the parameter "
-                        f'"{_joined(name, own)}"): every parameter must be used by the forward() of its own module and '
-                        "nowhere else"
+                        f'"{name}"): every parameter must be used by the forward() of its own module and nowhere else'
                     )
-        calls = [call for name in self._layers for call in uses[name]]
+        calls = [call for place in uses.values() for call in place]
         if not calls:
             return values.new_zeros(n)
         for call in calls:
@@ -115,22 +121,23 @@ class Book:
                 )
         edges = [call.edge for call in calls]
         hold = not self._held and n > 1
-        backs = torch.autograd.grad(values.sum(), edges, retain_graph=hold)
+        backs = torch.autograd.grad(values.sum(), edges, retain_graph=hold, allow_unused=True)
         if hold:
-            self._hold_samples_apart(values, edges, backs)
-        squares, at = values.new_zeros(n), 0
-        for name, layer in self._layers.items():
-            if pairs := [(call.input, back) for call, back in zip(uses[name], backs[at:], strict=False)]:
-                self._parts[name] = _LAYERS[type(layer)](layer, pairs)
-                squares += sum(part.squares for part in self._parts[name].values())
-                at += len(pairs)
-        return squares.sqrt()
+            self._hold_samples_apart(values, edges)
+        squares, at = [values.new_zeros(n)], 0
+        for place, layer in self._layers.items():
+            seen = zip(uses[place], backs[at : at + len(uses[place])], strict=True)
+            at += len(uses[place])
+            if pairs := [(call.input, back) for call, back in seen if back is not None]:
+                for name, part in _LAYERS[type(layer)](layer, pairs).items():
+                    self._parts[f"{place}.{name}" if place else name] = part
+                    squares.append(part.squares)
+        return torch.stack(squares).sum(0).sqrt_()
 
     def add(self, factors: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Add to each gradient, by parameter name, the sum over the samples of their factors, float (n,), times theirs."""
-        for name, parts in self._parts.items():
-            for own, part in parts.items():
-                part.add(factors, gradients[_joined(name, own)])
+        for name, part in self._parts.items():
+            part.add(factors, gradients[name])
 
     def _write(self, name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -140,22 +147,22 @@ class Book:
 
         return hook
 
-    def _hold_samples_apart(self, values: Tensor, edges: list[GradientEdge], backs: tuple[Tensor, ...]) -> None:
-        """Losses with weights of their own must give each row of what comes back its own weight: else rows are no samples,
-        or samples are coupled."""
-        weights = torch.linspace(1, 2, len(values), dtype=values.dtype, device=values.device)
-        again = torch.autograd.grad((weights * values).sum(), edges)
-        held = True
-        for back, other in zip(backs, again, strict=True):
-            expected = back * weights.reshape(-1, *[1] * (back.ndim - 1))
-            error, size = (other - expected).norm(), expected.norm()
-            if torch.isfinite(size) and error > 1e-3 * size + 1e-6:
-                raise UserError(
-                    "task.model: what the model computes for one sample depends on the other samples of its batch, so "
-                    "that clipping bounds nothing: keep the samples apart, in the first dimension of every layer"
-                )
-            held = held and bool(torch.isfinite(size))
-        self._held = held
+    def _hold_samples_apart(self, values: Tensor, edges: list[GradientEdge]) -> None:
+        """From the losses of every other sample nothing may come back to the others' rows."""
+        some = torch.zeros_like(values)
+        some[::2] = 1
+        backs = torch.autograd.grad(values, edges, some, allow_unused=True)
+        size = sum(
+            float(back[1::2].abs().sum()) for back in backs if back is not None
+        )  # not a number if a loss is not finite
+        if size > 0:
+            raise UserError(
+                "task.model: what the model computes for one sample depends on the other samples of its batch, so that "
+                "clipping bounds nothing: keep the samples apart, in the first dimension of every layer"
+            )
+        if size == 0:
+            self._held = True
+            _HELD[self._model].add(self._kind)
 
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -177,10 +184,12 @@ def _linear(layer: nn.Linear, pairs: Pairs) -> dict[str, _Part]:
     if len(pairs) == 1 and pairs[0][0].ndim == 2:
         ((x, back),) = pairs
 
+        bias = _rows(back)
+
         def add(factors: Tensor, gradient: Tensor) -> None:
             gradient.addmm_((factors[:, None] * back).T, x)
 
-        return _learning(layer, lambda: _Part(_squares(x) * _squares(back), add), lambda: _rows(back))
+        return _learning(layer, lambda: _Part(_squares(x) * bias.squares, add), lambda: bias)
     inputs = _one([x.reshape(len(x), -1, layer.in_features) for x, _ in pairs])
     backs = _one([back.reshape(len(back), -1, layer.out_features) for _, back in pairs])
     return _learning(layer, lambda: _products(lambda some: inputs[some], backs), lambda: _rows(backs.sum(1)))
@@ -315,8 +324,8 @@ def _one(parts: list[Tensor], dim: int = 1) -> Tensor:
 
 def _squares(rows: Tensor) -> Tensor:
     """The squared norm of each row, (n,)."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms.square()
+    squares: Tensor = torch.linalg.vecdot(rows, rows)
+    return squares
 
 
 def _uses(loss: Node) -> tuple[set[Node], Counter[int]]:

@@ -72,10 +72,12 @@ def poisson(n: int, rate: float, stream: Stream) -> Tensor:
     return torch.nonzero(stream.uniform(n) < rate).flatten()
 
 
-def gaussian(parameter: Tensor, deviation: float, stream: Stream) -> Tensor:
-    """Gaussian noise of a parameter's shape, dtype and device, drawn on the CPU so that it is the same on every device."""
-    drawn = stream.normal(parameter.numel()).view(parameter.shape).mul_(deviation)
-    return drawn.to(parameter.device, parameter.dtype)
+def gaussian(out: Tensor, deviation: float, stream: Stream) -> None:
+    """Fill a contiguous tensor with Gaussian noise, drawn on the CPU in float32 so that it is the same on every device."""
+    if out.device.type == "cpu" and out.dtype == torch.float32:
+        stream.fill(out.view(-1).numpy(), deviation)
+    else:
+        out.copy_(stream.normal(out.numel()).mul_(deviation).view(out.shape))
 
 
 def refuse_what_mixes_samples(model: nn.Module) -> None:
@@ -153,6 +155,8 @@ class Privatiser:
             raise UserError("local.trainable: nothing of the model learns, so there is nothing to make private")
         self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self._mode = chosen_mode(self.model, self.grad_sample)
+        # Made once, as fresh memory for every step would cost more than the noise.
+        self._shares = {n: torch.empty(p.shape, dtype=p.dtype, device=p.device) for n, p in self._learning.items()}
         try:
             self._prepare()
         except BaseException:
@@ -186,21 +190,28 @@ class Privatiser:
         of its piece is not finite, twice. Raises TypeError if it does not give one loss for each sample, and UserError
         if the hooks miss a part of the gradient, because a parameter is used outside of its own module.
         """
-        plan = self.mechanism
-        deviation = plan.noise_multiplier * plan.clip / plan.denominator
-        shares = {
-            name: gaussian(p, deviation, self.noise) if deviation > 0 else torch.zeros_like(p)
-            for name, p in self._learning.items()
-        }
+        self._drawn = False
         # With Opacus the first sample goes alone: of one sample, autograd knows the true gradient.
         first = [] if self._checked or self._mode == "book" or not len(index) else [index[:1]]
         for piece in [*first, *torch.split(index[len(first) :], self._piece)]:
             if len(piece):
-                self._add_clipped(piece, losses, shares)
-        for name, parameter in self._learning.items():
-            parameter.grad = shares[name]
+                self._add_clipped(piece, losses)
+        for name, share in self._noisy().items():
+            self._learning[name].grad = share
 
-    def _add_clipped(self, piece: Tensor, losses: Losses, shares: dict[str, Tensor]) -> None:
+    def _noisy(self) -> dict[str, Tensor]:
+        """What becomes of the gradients, with this step's noise in it: drawn late, so that it is still in the cache."""
+        plan = self.mechanism
+        deviation = plan.noise_multiplier * plan.clip / plan.denominator
+        for share in () if self._drawn else self._shares.values():
+            if deviation > 0:
+                gaussian(share, deviation, self.noise)
+            else:
+                share.zero_()
+        self._drawn = True
+        return self._shares
+
+    def _add_clipped(self, piece: Tensor, losses: Losses) -> None:
         self._forget()
         values = losses(piece)
         if values.shape != (len(piece),):
@@ -208,24 +219,23 @@ class Privatiser:
                 f"losses gave shape {tuple(values.shape)} for {len(piece)} samples: one loss each is needed"
             )
         if self._mode == "book":
-            self._add_from_book(piece, values, losses, shares)
+            self._add_from_book(piece, values, losses)
         else:
             values.sum().backward(retain_graph=self._mode == "ghost")  # type: ignore[no-untyped-call]
             if self._mode == "hooks":
-                self._add_from_hooks(shares)
+                self._add_from_hooks()
             else:
-                self._add_from_norms(piece, values, losses, shares)
+                self._add_from_norms(piece, values, losses)
         self._forget()
 
-    def _add_from_book(self, piece: Tensor, values: Tensor, losses: Losses, shares: dict[str, Tensor]) -> None:
+    def _add_from_book(self, piece: Tensor, values: Tensor, losses: Losses) -> None:
         norms = self._book.norms(values)
-        finite = torch.isfinite(norms)
-        if finite.all():
-            self._book.add(self._weights(norms), shares)
-        elif finite.any():
-            self._add_clipped(piece[finite.to(piece.device)], losses, shares)
+        if math.isfinite(norms.sum()):
+            self._book.add(self._weights(norms), self._noisy())
+        elif (finite := torch.isfinite(norms)).any():
+            self._add_clipped(piece[finite.to(piece.device)], losses)
 
-    def _add_from_hooks(self, shares: dict[str, Tensor]) -> None:
+    def _add_from_hooks(self) -> None:
         samples = {}
         for name, parameter in self._taking_part("grad_sample"):
             samples[name] = parameter.grad_sample
@@ -240,9 +250,9 @@ class Privatiser:
         for name, sample in samples.items():
             if not finite.all():
                 sample = sample[finite]
-            shares[name] += torch.einsum("i,i...", factors[finite].to(sample.dtype), sample)
+            self._noisy()[name] += torch.einsum("i,i...", factors[finite].to(sample.dtype), sample)
 
-    def _add_from_norms(self, piece: Tensor, values: Tensor, losses: Losses, shares: dict[str, Tensor]) -> None:
+    def _add_from_norms(self, piece: Tensor, values: Tensor, losses: Losses) -> None:
         norms = [p._norm_sample for _, p in self._taking_part("_norm_sample")]
         if not norms:
             return
@@ -250,7 +260,7 @@ class Privatiser:
         finite = torch.isfinite(norm)
         if not finite.all():
             if finite.any():
-                self._add_clipped(piece[finite.to(piece.device)], losses, shares)
+                self._add_clipped(piece[finite.to(piece.device)], losses)
             return
         if len(piece) == 1 and not self._checked:
             true = torch.stack([p.grad.norm() for p in self._learning.values() if p.grad is not None]).norm()
@@ -265,7 +275,7 @@ class Privatiser:
             self._hooks.enable_hooks()
         for name, parameter in self._learning.items():
             if parameter.grad is not None:
-                shares[name] += parameter.grad
+                self._noisy()[name] += parameter.grad
 
     def _weights(self, norms: Tensor) -> Tensor:
         """What each sample's gradient counts in the result."""

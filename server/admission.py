@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+import numpy.typing as npt
+from flwr.app import ConfigRecord, Message
 
 from config.durable import Arrays
-from strategies.blocks import WeightedSum, fault
-from strategies.replies import arrays_fault, weight_fault
+from strategies.blocks import WeightedSum, cut, fault
+from strategies.replies import arrays_fault, metrics_of, weight_fault
 from strategies.sharing import name_weights
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
@@ -53,18 +54,23 @@ def admit(
         size = sizes.get(client, 0)
         reason = _reason(reply, sent, size, client in inside, max_norm)
         if not reason and judge is not None:
-            reason = judge(reply.content.metric_records["metrics"], size)
+            reason = judge(metrics_of(reply.content), size)
         if reason:
             refused[client] = reason
     weights = {
-        m.metadata.src_node_id: name_weights(m.content.metric_records["metrics"], sent, equal)
+        m.metadata.src_node_id: name_weights(metrics_of(m.content), sent, equal)
         for m in replies
         if m.metadata.src_node_id not in refused
     }
     good = {}
+    doubles = {name: value.astype(np.float64) for name, value in sent.items()} if sums else {}
     for block, total in sums.items():
         wrong = [c for c in block if c in refused]
-        reason = f"client {wrong[0]} is refused" if wrong else _sum_reason(total, sent, [weights[c] for c in block])
+        reason = (
+            f"client {wrong[0]} is refused"
+            if wrong
+            else _sum_reason(total, doubles, [[weights[c] for c in part] for part in cut(block)])
+        )
         if reason:
             refused |= {
                 c: f"its arrays are inside a block's sum that does not count: {reason}" for c in weights if c in block
@@ -78,16 +84,18 @@ def _reason(reply: Message, sent: Arrays, size: int, inside: bool, max_norm: flo
     if reply.has_error():
         return str(reply.error.reason)
     content = reply.content
-    ledger = content.config_records.get("ledger")
-    if ledger is not None and "exhausted" in ledger:
+    ledger = content.get("ledger")
+    if isinstance(ledger, ConfigRecord) and "exhausted" in ledger:
         return str(ledger["exhausted"])
-    if reason := weight_fault(content.metric_records.get("metrics"), size):
+    if reason := weight_fault(metrics_of(content), size):
         return reason
     return "" if inside else arrays_fault(content, sent, max_norm)
 
 
-def _sum_reason(total: WeightedSum, sent: Arrays, clients: Sequence[Mapping[str, float]]) -> str:
-    weights = {name: sum(client[name] for client in clients) for name in sent}
+def _sum_reason(
+    total: WeightedSum, sent: Mapping[str, npt.NDArray[np.float64]], blocks: Sequence[Sequence[Mapping[str, float]]]
+) -> str:
+    weights = {name: sum(sum(client[name] for client in block) for block in blocks) for name in sent}
     if total.weights != {name: weight for name, weight in weights.items() if weight > 0}:
         return "the sum's weight is not that of its clients"
-    return fault(total.sums, {name: value.astype(np.float64) for name, value in sent.items()}, weights)
+    return fault(total.sums, sent, weights)

@@ -20,7 +20,7 @@ from flwr.supercore.run import Run
 from config.durable import Arrays
 from config.errors import RunStopped
 from config.identity import code_sha256, versions
-from strategies.blocks import WeightedSum, cut
+from strategies.blocks import GROUP, WeightedSum, cut
 from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
 from strategies.sharing import to_record
 
@@ -50,6 +50,8 @@ class Exchange:
     """Training samples that each client declared at roll call: the cap of its weight."""
     simulated: bool = True
     """Whether every node so far has said that it is simulated: its secrets are then none."""
+    training: set[str] = field(default_factory=set)
+    """What trains on the nodes (`client.node.Node.training`)."""
     _nodes: set[int] = field(default_factory=set)
 
     def gather(self) -> None:
@@ -82,8 +84,8 @@ class Exchange:
         """Carry client messages and wait for the replies.
 
         Returns one reply for each message, in the same order, with an error where the client gave none; and, if
-        `whole_blocks` allows nodes to add up, the sums of those blocks that a node answered as a whole (their
-        clients' replies then have no "arrays").
+        `whole_blocks` allows nodes to add up, the sums of those blocks and groups of blocks, by their clients, that a
+        node answered as a whole (their clients' replies then have no "arrays").
         """
         self.meet()
         by_node: dict[int, list[Message]] = {}
@@ -91,14 +93,14 @@ class Exchange:
             if (node := self.hosts.get(message.metadata.dst_node_id)) in self._nodes and node is not None:
                 by_node.setdefault(node, []).append(message)
         blocks = cut([m.metadata.dst_node_id for m in messages]) if whole_blocks else []
+        runs = [range(i, min(i + GROUP, len(blocks))) for i in range(0, len(blocks), GROUP)]
         requests = {}
         whole: dict[int, dict[int, tuple[int, ...]]] = {}
         for node, theirs in by_node.items():
             # A node may add up the blocks that it hosts as a whole, and no others: those it is held to below.
             whole[node] = {i: b for i, b in enumerate(blocks) if all(self.hosts.get(c) == node for c in b)}
-            packed = pack_requests(
-                [Request(m.metadata.dst_node_id, m.content) for m in theirs], list(whole[node].items())
-            )
+            asks = [Request(m.metadata.dst_node_id, m.content) for m in theirs]
+            packed = pack_requests(asks, list(whole[node].items()), [g for g in runs if whole[node].keys() >= set(g)])
             requests[node] = (theirs[0].metadata.message_type, packed)
         answers: dict[int, RecordDict | str] = {}
         sums: dict[tuple[int, ...], WeightedSum] = {}
@@ -108,7 +110,10 @@ class Exchange:
                 answers |= {m.metadata.dst_node_id: unpacked for m in by_node[node]}
                 continue
             asked = {m.metadata.dst_node_id for m in by_node[node]}
-            sums |= {whole[node][i]: block for i, block in unpacked.sums.items() if i in whole[node]}
+            for i, block in unpacked.sums.items():
+                members = range(i, min(i + GROUP, len(blocks))) if i in unpacked.groups else range(i, i + 1)
+                if whole[node].keys() >= set(members) and (len(members) == 1 or members in runs):
+                    sums[tuple(c for m in members for c in whole[node][m])] = block
             answers |= {
                 a.client: a.error if a.content is None else a.content for a in unpacked.answers if a.client in asked
             }
@@ -134,6 +139,7 @@ class Exchange:
                 )
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
+        self.training.add(str(roll.get("training", "loop")))
         for client, size in zip(cast(list[int], roll["clients"]), cast(list[int], roll["sizes"]), strict=True):
             self.hosts[client] = node
             self.sizes[client] = size

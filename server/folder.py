@@ -111,8 +111,11 @@ def _worthless(path: Path) -> bool:
     return path.name.startswith(".") or path.name in ("logs", "flower")
 
 
-def open_folder(path: Path, experiment: Experiment, resume: bool, facts: Mapping[str, Any]) -> RunFolder:
-    """Create the run folder, or open it to resume. `facts` (data and split hashes) go into the manifest.
+def open_folder(
+    path: Path, experiment: Experiment, resume: bool, facts: Mapping[str, Any], about: Mapping[str, Any] | None = None
+) -> RunFolder:
+    """Create the run folder, or open it to resume. `facts` (data and split hashes), which a resumed run must have in common
+    with it, go into the manifest, and so does what is told `about` the machine.
 
     The manifest is written last: a folder without one holds nothing worth keeping, and is begun afresh.
     """
@@ -138,6 +141,7 @@ def open_folder(path: Path, experiment: Experiment, resume: bool, facts: Mapping
             "git_commit": _git_commit(),
             "code_sha256": code_sha256(),
             "versions": versions(),
+            **(about or {}),
             **facts,
         }
         write_json(path / "manifest.json", manifest)

@@ -30,15 +30,16 @@ from server.protection import Protection, protection
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from strategies import algorithm, make_strategy
 from strategies.attacks import attack, attackers
-from strategies.blocks import cut, weighted_sum
+from strategies.blocks import WeightedSum, add, groups, weighted_sum
 from strategies.fedavg import FedAvg
 from strategies.local import Setup
 from strategies.packing import block_message
-from strategies.replies import arrays_fault, weight_fault
+from strategies.replies import arrays_fault, metrics_of, weight_fault
 from strategies.sharing import HEADS, Roles, from_record, name_weights, nbytes, roles_of, to_record
 from tasks.evaluation import load_into, predict
 from tasks.features import View, view
 from tasks.metrics import score
+from tasks.numerics import keeps_float32, kernels
 from tasks.task import Task, initial_state, open_task
 
 log = logging.getLogger("meadow.server")
@@ -84,7 +85,8 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     guard = protection(experiment, task, parts)
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     split = {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
-    folder = open_folder(out, experiment, resume, {"data_sha256": task.dataset.sha256, "split": split})
+    about = {"large_products": "float32 by oneDNN" if keeps_float32() else "float32 by torch's default"}
+    folder = open_folder(out, experiment, resume, {"data_sha256": task.dataset.sha256, "split": split}, about)
     if (before := folder.summary()) and before["status"] == "done":
         return before
     folder.forget_summary()
@@ -123,6 +125,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         counts = add_confusion([s.confusion for s in scores.values()], task.targets)
         folder.write_evaluation({"global": shared, "clients": counts})
     summary = summarise(folder, experiment, task, session.arrays, scores, status, reason, guard)
+    summary["engine"] = {"exact": experiment.engine.exact, "training": sorted(exchange.training)}
     folder.write_summary(summary)
     return summary
 
@@ -186,7 +189,7 @@ def play_round(session: Session, round_: int) -> None:
         **({"void": void} if void else {}),
         "seconds": 0.0,
         **{key: value + sum(v[key] for v in void) for key, value in traffic.items()},
-        **_training(session.task, [m.content.metric_records["metrics"] for m in verdict.admitted]),
+        **_training(session.task, [metrics_of(m.content) for m in verdict.admitted]),
         "global": score_globally(session)
         if round_ % experiment.evaluate.every == 0 or round_ == experiment.run.rounds
         else {},
@@ -292,7 +295,7 @@ def _attack(
     updates = {
         client: from_record(content.array_records["arrays"])
         for client, content in came.items()
-        if not weight_fault(content.metric_records.get("metrics"), sizes[client]) and not arrays_fault(content, sent)
+        if not weight_fault(metrics_of(content), sizes[client]) and not arrays_fault(content, sent)
     }
     for client, arrays in attack(updates, bad, sent, experiment.attack, experiment.run.seed, round_).items():
         came[client]["arrays"] = to_record(arrays)
@@ -329,18 +332,27 @@ def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
 
 
 def combine_order(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> list[Message]:
-    """The round's blocks in order, one message each: a node's sum, or the sum of the single replies, made here."""
+    """The round's groups of blocks in order, one message each: a node's sum, or that of its blocks or single replies, made
+    here."""
     admitted = {m.metadata.src_node_id: m for m in verdict.admitted}
     messages = []
-    for block in cut(cohort):
-        if present := [admitted[c] for c in block if c in admitted]:
-            total = verdict.sums.get(block) or weighted_sum(
-                (name_weights(m.content.metric_records["metrics"], arrays, equal), arrays)
-                for m in present
-                for arrays in [from_record(m.content.array_records["arrays"])]
-            )
-            messages.append(block_message(total, present[0]))
+    for group in groups(cohort):
+        clients = tuple(c for block in group for c in block)
+        total = verdict.sums.get(clients)
+        present = [block for block in group if any(c in admitted for c in block)]
+        if total is None and present:
+            total = add(verdict.sums.get(block) or _block_sum(block, admitted, equal) for block in present)
+        if total is not None:
+            messages.append(block_message(total, next(admitted[c] for c in clients if c in admitted)))
     return messages
+
+
+def _block_sum(block: Sequence[int], admitted: Mapping[int, Message], equal: bool) -> WeightedSum:
+    return weighted_sum(
+        (name_weights(metrics_of(m.content), arrays, equal), arrays)
+        for m in (admitted[c] for c in block if c in admitted)
+        for arrays in [from_record(m.content.array_records["arrays"])]
+    )
 
 
 def score_globally(session: Session) -> dict[str, dict[str, float]]:
@@ -355,7 +367,8 @@ def predict_globally(session: Session) -> dict[str, Tensor]:
         return {}
     load_into(session.model, session.start | session.arrays)
     seen = session.view
-    return predict(seen.model, seen.data("test", session.task.dataset.test).x, seen.task.prepare)
+    with kernels(session.model):
+        return predict(seen.model, seen.data("test", session.task.dataset.test).x, seen.task.prepare)
 
 
 def score_clients(session: Session, round_: int, last: bool) -> dict[int, ClientScores]:
@@ -427,7 +440,9 @@ def _recover(session: Session) -> int:
 
 def _scores(message: Message) -> dict[str, float]:
     """The scores in a reply that are finite numbers."""
-    record = message.content.metric_records.get("evaluation") or MetricRecord()
+    record = message.content.get("evaluation")
+    if not isinstance(record, MetricRecord):
+        return {}
     return {key: value for key in record if (value := _scalar(record, key)) is not None}
 
 

@@ -23,6 +23,10 @@ STOP_GRACE = 5.0
 PORTS = range(15000, 32000)
 """Below the range from which Linux and macOS take the ports of outgoing connections, so none is lost to one."""
 
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+"""Environment of a process that trains: glibc keeps up to 1 GiB that large temporaries gave back, where it would hand it to
+the system and ask for it, zeroed page by page, at the next step. Read when a process starts; elsewhere it means nothing."""
+
 # Reads "+GROUP" and "-GROUP" lines until its input ends, however our process ends; then it kills what is left.
 _WATCHDOG = """
 import os, signal, sys, time

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from client.fast import check_device
 from config.errors import UserError
 from config.schema import Experiment
 from server.app import app
@@ -61,6 +62,7 @@ def engine(name: str, workers: int = 0, threads: int = 1, address: str = "") -> 
 
 
 def _run_local(grid: LocalGrid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
+    check_device(experiment)
     check_folder(out, experiment, resume)
     become_server()
     threads = torch.get_num_threads()

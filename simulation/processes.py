@@ -24,7 +24,7 @@ from config.errors import UserError
 from config.identity import ROOT
 from config.load import to_flat
 from config.schema import Experiment
-from simulation.children import Children, children, free_port, tail
+from simulation.children import MEMORY, Children, children, free_port, tail
 
 Value = bool | int | float | str
 
@@ -82,7 +82,7 @@ def environment(home: Path) -> dict[str, str]:
     kept = {key: text for key, text in os.environ.items() if not key.startswith("FLWR_") and key != "PYTHONPATH"}
     # Flower's processes start each other by name, so its commands must be found in this interpreter's folder first.
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
-    return kept | _SETTINGS | {"PATH": path, "FLWR_HOME": str(home)}
+    return MEMORY | kept | _SETTINGS | {"PATH": path, "FLWR_HOME": str(home)}
 
 
 def command(name: str) -> str:

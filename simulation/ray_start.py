@@ -12,6 +12,7 @@ import ray
 
 from config.errors import UserError
 from config.identity import ROOT
+from simulation.children import MEMORY
 
 _mine = False
 """Whether this process started or joined Ray here: what was there before is left alone."""
@@ -55,6 +56,7 @@ def _environment(threads: int) -> dict[str, str]:
     """What a worker needs in its environment before it starts."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {
+        **MEMORY,
         "PYTHONPATH": paths,
         "OMP_NUM_THREADS": str(threads),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -2,9 +2,9 @@
 
 Floating-point addition is not associative: ((a+b)+c)+d differs from (a+b)+(c+d). If a worker added up whatever it
 happened to train, the result would depend on the number of workers. So the cohort, in ascending order, is cut into
-blocks of `BLOCK` consecutive clients; within a block clients are added in order, then the blocks are added in order,
-all in float64. A node that holds a whole block sends one sum; otherwise the server adds up that block's single replies
-in the same order and gets the same bits.
+blocks of `BLOCK` consecutive clients; within a block clients are added in order, then the blocks of a group, then the
+groups, all in float64. A node that holds a whole block, or all blocks of a group, sends one sum; otherwise the server
+adds up the single replies in the same order and gets the same bits.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +18,8 @@ from strategies.sharing import split_beside
 
 BLOCK = 10
 """Clients a block. Part of the result's definition: another value gives other last bits."""
+GROUP = 10
+"""Blocks a group: a node that holds all of them sends one sum. Part of the result's definition, as `BLOCK`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,12 @@ def cut(cohort: Sequence[int]) -> list[tuple[int, ...]]:
     """The blocks of a cohort: ascending client ids, `BLOCK` at a time, the last one shorter."""
     ordered = sorted(cohort)
     return [tuple(ordered[i : i + BLOCK]) for i in range(0, len(ordered), BLOCK)]
+
+
+def groups(cohort: Sequence[int]) -> list[tuple[tuple[int, ...], ...]]:
+    """The cohort's groups of `GROUP` consecutive blocks (`cut`), the last one shorter."""
+    blocks = cut(cohort)
+    return [tuple(blocks[i : i + GROUP]) for i in range(0, len(blocks), GROUP)]
 
 
 def fault(
@@ -59,11 +67,17 @@ def fault(
             return f"{name} has shape {value.shape}, not {sent[name].shape}"
         if value.dtype != sent[name].dtype:
             return f"{name} has dtype {value.dtype}, not {sent[name].dtype}"
-        if not np.isfinite(value).all():
+        if not _finite(value):
             return f"{name} has values that are not finite"
     if max_norm and (moved := length(split_beside(arrays)[0], sent)) > max_norm:
         return f"its update is {moved:.6g} long, more than cohort.max_norm = {max_norm:.6g}"
     return ""
+
+
+def _finite(value: npt.NDArray[np.generic]) -> bool:
+    """Whether all numbers are finite. Where their squares have a finite sum they are; that is quicker to see."""
+    flat = value.ravel(order="K")
+    return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(value).all())
 
 
 def weighted_sum(
@@ -75,7 +89,7 @@ def weighted_sum(
     for weights, arrays in updates:
         for name, value in arrays.items():
             weight = weights[name] if isinstance(weights, Mapping) else weights
-            term = value.astype(np.float64) * weight
+            term = np.multiply(value, weight, dtype=np.float64)
             if name in sums:
                 sums[name] += term
                 totals[name] += weight
@@ -85,7 +99,7 @@ def weighted_sum(
 
 
 def add(blocks: Iterable[WeightedSum]) -> WeightedSum:
-    """The sum over all blocks, in block order."""
+    """The sum over all blocks of a group, or over all groups, in order."""
     sums: dict[str, npt.NDArray[np.float64]] = {}
     weights: dict[str, float] = {}
     for block in blocks:

@@ -52,7 +52,7 @@ class Client(Half):
             nonlocal balanced
             sums = {f"model.{n}": p.detach() + q for n, p in turn.model.named_parameters() for q in own.of(n)}
             both = partial(functional_call, _OnFeatures(turn.model), sums)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             balanced = False
             found = turn.loss(lambda _: both((features[-1],)), batches[-1])
             balanced = True

@@ -7,9 +7,8 @@ evaluation. A half has no state of its own: what must last goes into `Outcome.me
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
@@ -41,6 +40,13 @@ Correction = Callable[[Mapping[str, nn.Parameter]], None]
 
 Term = Callable[[nn.Module, Batch, Mapping[str, Tensor]], Tensor]
 """A term beside the loss of a batch: of the model, the batch and the model's outputs on it, a scalar."""
+
+
+class Optimizer(Protocol):
+    """An optimiser, as far as an algorithm uses it."""
+
+    def zero_grad(self) -> None: ...
+    def step(self) -> Any: ...
 
 
 class Turn(Protocol):
@@ -118,7 +124,7 @@ class Turn(Protocol):
         """All training samples of the client, prepared."""
         ...
 
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def optimizer(self, model: nn.Module) -> Optimizer:
         """A fresh optimiser of `[local]` over a model with the same names."""
         ...
 

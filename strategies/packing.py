@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from strategies.blocks import WeightedSum
+from strategies.blocks import WeightedSum, add
 from strategies.sharing import from_record, to_record
 
 
@@ -23,6 +23,16 @@ class Request:
 
     client: int
     content: RecordDict
+
+    @property
+    def config(self) -> ConfigRecord:
+        """The message's settings. (Flower's `content.config_records` builds a dictionary at each call.)"""
+        return cast(ConfigRecord, self.content["config"])
+
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The arrays that the client is sent."""
+        return cast(ArrayRecord, self.content["arrays"])
 
 
 @dataclass
@@ -44,10 +54,17 @@ class NodeReply:
 
     answers: list[Answer]
     sums: dict[int, WeightedSum] = field(default_factory=dict)
+    groups: set[int] = field(default_factory=set)
+    """Of `sums` those that are a whole group's, by the index of its first block."""
 
 
-def pack_requests(requests: Sequence[Request], whole_blocks: Sequence[tuple[int, Sequence[int]]] = ()) -> RecordDict:
-    """One content for a node. `whole_blocks`: (index, clients) of blocks that the node may answer with one sum."""
+def pack_requests(
+    requests: Sequence[Request],
+    whole_blocks: Sequence[tuple[int, Sequence[int]]] = (),
+    whole_groups: Sequence[Sequence[int]] = (),
+) -> RecordDict:
+    """One content for a node. `whole_blocks`: (index, clients) of blocks that the node may answer with one sum;
+    `whole_groups`: of groups of them, each the indices of its blocks."""
     packed = RecordDict()
     seen: dict[int, str] = {}
     lines: list[str] = []
@@ -63,6 +80,7 @@ def pack_requests(requests: Sequence[Request], whole_blocks: Sequence[tuple[int,
         {
             "requests": lines,
             "blocks": [" ".join(map(str, (index, *clients))) for index, clients in whole_blocks],
+            "groups": [" ".join(map(str, indices)) for indices in whole_groups],
         }
     )
     return packed
@@ -70,16 +88,33 @@ def pack_requests(requests: Sequence[Request], whole_blocks: Sequence[tuple[int,
 
 def unpack_requests(packed: RecordDict) -> tuple[list[Request], list[tuple[int, tuple[int, ...]]]]:
     """The inverse of `pack_requests`: the requests, and the blocks that may be answered with one sum."""
-    plan = packed.config_records["pack"]
+    plan = cast(ConfigRecord, packed["pack"])
     requests = []
+    contents: dict[str, RecordDict] = {}  # most clients are sent the same
     for line in cast(list[str], plan["requests"]):
-        client, *names = line.split(" ")
-        requests.append(Request(int(client), RecordDict({name.partition(".")[2]: packed[name] for name in names})))
+        client, _, names = line.partition(" ")
+        if names not in contents:
+            contents[names] = RecordDict({name.partition(".")[2]: packed[name] for name in names.split(" ")})
+        requests.append(Request(int(client), contents[names]))
     blocks = []
     for line in cast(list[str], plan["blocks"]):
         index, *clients = map(int, line.split(" "))
         blocks.append((index, tuple(clients)))
     return requests, blocks
+
+
+def whole_groups(packed: RecordDict) -> list[tuple[int, ...]]:
+    """Of a packed request, the groups that may be answered with one sum: the indices of their blocks."""
+    lines = cast(list[str], cast(ConfigRecord, packed["pack"])["groups"])
+    return [tuple(map(int, line.split(" "))) for line in lines]
+
+
+def add_groups(reply: NodeReply, groups: Sequence[Sequence[int]]) -> None:
+    """Put one sum, under the first block's index, in the place of those of a group's blocks where all are there."""
+    for first, *rest in groups:
+        if rest and all(index in reply.sums for index in (first, *rest)):
+            reply.sums[first] = add([reply.sums[first], *(reply.sums.pop(index) for index in rest)])
+            reply.groups.add(first)
 
 
 def pack_replies(reply: NodeReply) -> RecordDict:
@@ -95,14 +130,18 @@ def pack_replies(reply: NodeReply) -> RecordDict:
         packed[f"sum-{index}.arrays"] = to_record(block.sums)
         packed[f"sum-{index}.weights"] = MetricRecord(dict(block.weights))
     packed["pack"] = ConfigRecord(
-        {"clients": [a.client for a in reply.answers], "summed": [a.client for a in reply.answers if a.summed]}
+        {
+            "clients": [a.client for a in reply.answers],
+            "summed": [a.client for a in reply.answers if a.summed],
+            "groups": sorted(reply.groups),
+        }
     )
     return packed
 
 
 def unpack_replies(packed: RecordDict) -> NodeReply:
     """The inverse of `pack_replies`. Raises KeyError, TypeError or ValueError if the content is not a packed reply."""
-    plan = packed.config_records["pack"]
+    plan = cast(ConfigRecord, packed["pack"])
     contents = {client: RecordDict() for client in cast(list[int], plan["clients"])}
     sums: dict[int, WeightedSum] = {}
     for name, record in packed.items():
@@ -110,17 +149,18 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
         if owner.isdecimal():
             contents[int(owner)][key] = record
         elif key == "arrays" and isinstance(record, ArrayRecord):
-            weights = {k: float(cast(float, v)) for k, v in packed.metric_records[f"{owner}.weights"].items()}
+            weights = {k: float(cast(float, v)) for k, v in cast(MetricRecord, packed[f"{owner}.weights"]).items()}
             arrays = cast(dict[str, npt.NDArray[np.float64]], from_record(record))
             sums[int(owner.partition("-")[2])] = WeightedSum(arrays, weights)
     summed = set(cast(list[int], plan["summed"]))
     answers = []
     for client, content in contents.items():
-        if "error" in content.config_records:
-            answers.append(Answer(client, error=str(content.config_records["error"]["reason"])))
+        error = content.get("error")
+        if isinstance(error, ConfigRecord):
+            answers.append(Answer(client, error=str(error["reason"])))
         else:
             answers.append(Answer(client, content, summed=client in summed))
-    return NodeReply(answers, sums)
+    return NodeReply(answers, sums, set(cast(list[int], plan["groups"])))
 
 
 def block_message(block: WeightedSum, reply_to: Message) -> Message:

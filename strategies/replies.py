@@ -5,11 +5,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from config.durable import Arrays
 from strategies.blocks import fault
 from strategies.sharing import from_record, name_weights
+
+
+def metrics_of(content: RecordDict) -> MetricRecord:
+    """A reply's metrics; empty if it has none. (Flower's `content.metric_records` builds a dictionary at each call.)"""
+    record = content.get("metrics")
+    return record if isinstance(record, MetricRecord) else MetricRecord()
 
 
 def weight_fault(metrics: Mapping[str, Any] | None, size: int) -> str:
@@ -27,11 +33,11 @@ def weight_fault(metrics: Mapping[str, Any] | None, size: int) -> str:
 
 def arrays_fault(content: RecordDict, sent: Arrays, max_norm: float = 0) -> str:
     """Why a reply's arrays cannot count, or "" (`strategies.blocks.fault`). Its weights must be without fault."""
-    record = content.array_records.get("arrays")
-    if record is None:
+    record = content.get("arrays")
+    if not isinstance(record, ArrayRecord):
         return "its reply has no arrays"
     try:
-        return fault(from_record(record), sent, name_weights(content.metric_records["metrics"], sent), max_norm)
+        return fault(from_record(record), sent, name_weights(metrics_of(content), sent), max_norm)
     except (TypeError, ValueError) as error:
         return f"its arrays cannot be read: {error}"
 

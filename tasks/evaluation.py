@@ -1,6 +1,7 @@
 """Models and arrays: loading named arrays into a model in place, taking them out, and scoring a model on data."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,22 +13,54 @@ from tasks.data import Data
 from tasks.metrics import MOST_CLASSES, Ints, confusion, score
 from tasks.task import Task
 
+T = TypeVar("T")
+_FOUND = "found_once"
+
+
+def hold_still(model: nn.Module) -> nn.Module:
+    """Declare that the model keeps its modules and tensors from now on, so that what is often asked of it (`once`) is found
+    once: for a small model that takes as long as training it on a client's samples. Copies are as the model was."""
+    model.__dict__[_FOUND] = {}
+    return model
+
+
+def once(model: nn.Module, what: Hashable, find: Callable[[], T]) -> T:
+    """What `find` finds of a model's modules and tensors, under the name `what`; kept for a model that holds still."""
+    found: dict[Hashable, T] | None = model.__dict__.get(_FOUND)
+    if found is None:
+        return find()
+    if what not in found:
+        found[what] = find()
+    return found[what]
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state by name, in state_dict order: its own tensors."""
+    return once(model, "state", lambda: dict(model.state_dict(keep_vars=True)))
+
+
+def names_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the model's state, in state_dict order."""
+    return tuple(_state(model))
+
 
 def load_into(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
     """Copy arrays into the model's state in place. Raises ValueError unless names and shapes are exactly the model's."""
-    state = model.state_dict()
+    state = _state(model)
     if state.keys() != arrays.keys():
         raise ValueError(f"the arrays are not the model's: {sorted(state.keys() ^ arrays.keys())}")
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if tuple(tensor.shape) != arrays[name].shape:
-                raise ValueError(f"{name} has shape {arrays[name].shape}, the model's is {tuple(tensor.shape)}")
-            tensor.copy_(torch.from_numpy(arrays[name]))
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != arrays[name].shape:
+            raise ValueError(f"{name} has shape {arrays[name].shape}, the model's is {tuple(tensor.shape)}")
+        if tensor.device.type == "cpu":
+            np.copyto(tensor.detach().numpy(), arrays[name], casting="same_kind")
+        else:
+            tensor.detach().copy_(torch.from_numpy(arrays[name]))
 
 
 def state_of(model: nn.Module) -> Arrays:
     """A copy of the model's state, in state_dict order."""
-    return {name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()}
+    return {name: tensor.numpy(force=True).copy() for name, tensor in _state(model).items()}
 
 
 _NUMBERS_AT_ONCE = 2**23

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.data import Data
-from tasks.evaluation import chunks
+from tasks.evaluation import chunks, hold_still
 from tasks.models import Multihead
 from tasks.task import Task
 
@@ -61,5 +61,5 @@ class View:
 def view(task: Task, model: nn.Module, frozen: bool) -> View:
     """The view of a model. `frozen`: local training does not change the trunk."""
     if frozen and not task.settings.augment and isinstance(model, Multihead):
-        return View(Heads(model), replace(task, pipeline=None), model.trunk, task.prepare)
+        return View(hold_still(Heads(model)), replace(task, pipeline=None), model.trunk, task.prepare)
     return View(model, task)

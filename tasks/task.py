@@ -25,6 +25,7 @@ from tasks.holds import held
 from tasks.laws import Ints
 from tasks.metrics import loss
 from tasks.models import build, inputs, with_domains
+from tasks.numerics import laid_out
 from tasks.partition import Split, deal, label_counts, strata
 from tasks.peft import Added, added, extend
 from tasks.pipeline import Pipeline, image_pipeline
@@ -103,12 +104,17 @@ class Task:
     def new_model(self) -> nn.Module:
         """A new model with the random start of the run's seed; `initial_state` is where training starts."""
         model = extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
-        return with_domains(model) if self.two_domains else model
+        return laid_out(with_domains(model) if self.two_domains else model)
 
     def plain_model(self) -> nn.Module:
         """A new model with one trunk and nothing added: what a source model and a file of weights fit."""
         settings = self.settings.model_copy(update={"trunks": "shared"})
         return build(settings, self.targets, inputs(self.dataset), self.seed)
+
+    @property
+    def augments(self) -> bool:
+        """Whether `prepare` draws: whether a training sample looks different each time."""
+        return self.pipeline is not None and bool(self.pipeline.steps)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
         """Samples as the model takes them, from samples as they are stored (`tasks.data.Data`), of the same shape.

@@ -15,8 +15,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import client.node
+import client.objective
 import client.privately
-import client.training
 import privacy.client_level
 import privacy.dpsgd
 import privacy.ledger
@@ -74,8 +74,8 @@ def test_what_else_there_is_passes_too(settings: tuple[str, ...]) -> None:
 def scaled(factor: float) -> Callable[..., Any]:
     honest = privacy.dpsgd.gaussian
 
-    def gaussian(parameter: Tensor, deviation: float, stream: Stream) -> Tensor:
-        return honest(parameter, deviation * factor, stream)
+    def gaussian(out: Tensor, deviation: float, stream: Stream) -> None:
+        honest(out, deviation * factor, stream)
 
     return gaussian
 
@@ -114,17 +114,16 @@ def test_no_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = client.training.sample_losses
+    honest = client.objective.sample_losses
 
     def coupled(*args: Any) -> dict[str, Tensor]:
         each = honest(*args)
         return {name: values * (1 + values.detach().mean() - values.mean()) for name, values in each.items()}
 
-    monkeypatch.setattr(client.training, "sample_losses", coupled)
+    monkeypatch.setattr(client.objective, "sample_losses", coupled)
     assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=ghost")
-    with pytest.raises(
-        UserError, match="depends on the other samples of its batch"
-    ):  # book-keeping sees it as it trains
+    # Book-keeping sees it as it trains.
+    with pytest.raises(UserError, match="depends on the other samples of its batch"):
         found(*EXAMPLE, "privacy.clip=0.5")
 
 
@@ -160,9 +159,10 @@ def test_a_personal_head_without_noise_is_found(monkeypatch: pytest.MonkeyPatch)
     noise = privacy.dpsgd.gaussian
     heads = {torch.Size([10, 64]), torch.Size([10])}
 
-    def silent(parameter: Tensor, deviation: float, stream: Stream) -> Tensor:
-        drawn = noise(parameter, deviation, stream)
-        return torch.zeros_like(drawn) if drawn.shape in heads else drawn
+    def silent(out: Tensor, deviation: float, stream: Stream) -> None:
+        noise(out, deviation, stream)
+        if out.shape in heads:
+            out.zero_()
 
     with monkeypatch.context() as patch:
         patch.setattr(privacy.dpsgd, "gaussian", silent)

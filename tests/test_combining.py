@@ -1,11 +1,12 @@
 """Sharing, blocks, packing and admission: sums by hand, equal bits however they are grouped, and what is turned away."""
 
+import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config.durable import Arrays
@@ -16,19 +17,20 @@ from server.exchange import Cohort
 from server.rounds import combine_order
 from simulation.grid import become_server
 from strategies import make_strategy
-from strategies.blocks import BLOCK, average, cut, fault, weighted_sum
+from strategies.blocks import BLOCK, GROUP, add, average, cut, fault, groups, weighted_sum
 from strategies.local import Setup
 from strategies.packing import (
     Answer,
     NodeReply,
     Request,
+    add_groups,
     block_of,
     pack_replies,
     pack_requests,
     unpack_replies,
     unpack_requests,
 )
-from strategies.sharing import Roles, arrays_sha256, from_record, roles, to_record
+from strategies.sharing import Kept, Roles, arrays_sha256, from_record, roles, to_record
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 
@@ -120,6 +122,50 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
         assert mean is not None
         results.add(arrays_sha256(from_record(mean)))
     assert len(results) == 1
+
+
+@given(st.integers(101, 260), st.integers(0, 5))
+@settings(max_examples=20)
+def test_bits_do_not_depend_on_who_adds_up_groups(clients: int, seed: int) -> None:
+    """A node that adds up all blocks of a group gives the bits of a server that is sent each client's arrays."""
+    become_server()
+    draw = np.random.default_rng(seed)
+    updates = [{"w": (draw.normal(size=3) * 10.0 ** draw.integers(-6, 6)).astype(np.float32)} for _ in range(clients)]
+    sizes = [float(draw.random() + 0.1) for _ in range(clients)]
+    blocks, sent = cut(range(clients)), {"w": np.zeros(3, np.float32)}
+    runs = [range(i, min(i + GROUP, len(blocks))) for i in range(0, len(blocks), GROUP)]
+    assert [block for group in groups(range(clients)) for block in group] == blocks
+    results = set()
+    for kept in (0.0, 0.5, 1.0):  # the share of blocks that are summed at all
+        single = {
+            i: weighted_sum((sizes[c], updates[c]) for c in b) for i, b in enumerate(blocks) if draw.random() <= kept
+        }
+        node = NodeReply([], single)
+        add_groups(node, runs)
+        assert kept < 1 or sorted(node.sums) == [run[0] for run in runs]
+        members = {i: range(i, min(i + GROUP, len(blocks))) if i in node.groups else [i] for i in node.sums}
+        sums = {tuple(c for m in members[i] for c in blocks[m]): total for i, total in node.sums.items()}
+        inside = {c for b in sums for c in b}
+        replies = [reply(c, None if c in inside else updates[c], **{"num-examples": sizes[c]}) for c in range(clients)]
+        verdict = admit(replies, sums, sent, dict(enumerate([2.0] * clients)))
+        assert not verdict.refused
+        total = add(map(block_of, combine_order(range(clients), verdict)))
+        results.add((arrays_sha256(total.sums), total.weights["w"]))
+    assert len(results) == 1
+
+
+def test_a_kept_array_is_flowers_on_the_wire_and_itself_in_memory() -> None:
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    kept, plain = Kept(value), Array(value)
+    assert kept.numpy() is value
+    assert (kept.dtype, kept.shape, kept.stype, kept.data) == (plain.dtype, plain.shape, plain.stype, plain.data)
+    assert kept.object_id == plain.object_id and list(kept.children) == list(plain.children)
+    buffers: list[pickle.PickleBuffer] = []
+    small = pickle.dumps(kept, protocol=5, buffer_callback=buffers.append)
+    assert len(buffers) == 1 and len(small) < 500
+    frozen = np.frombuffer(bytes(buffers[0].raw()), np.float32)  # what lies in shared memory is read-only
+    back = pickle.loads(small, buffers=[frozen.data])
+    assert np.array_equal(back.numpy(), value) and back.numpy().flags.writeable
 
 
 def test_packing_round_trip() -> None:

@@ -153,7 +153,8 @@ def test_a_node_with_an_unregistered_key_is_refused(stack: Stack) -> None:
 
 def test_a_node_that_is_killed_in_a_round_is_back_within_90_seconds(stack: Stack) -> None:
     before, after = kill_in_a_round(stack)
-    assert any("client-" in path for path in before)
+    personal = {path for path in before if "/clients/" in path}
+    assert {int(path.split("/")[2]) for path in personal} == set(HOSTED[KILLED])
     assert before.items() <= after.items()  # byte for byte
 
 

@@ -20,7 +20,7 @@ from stack import ROOT, docker, start_engine
 from config.load import load
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
-OVERRIDES = ["run.rounds=2", "partition.clients=4", "cohort.quorum=0.5"]
+OVERRIDES = ["run.rounds=2", "partition.clients=4"]
 PORT = 19092
 RUN = ("run", "--rm", "run", "python3", "-m", "deploy.control")
 

@@ -1,0 +1,172 @@
+"""What DP-SGD costs over the same training without privacy, by how clipped gradients are had, and what Opacus takes for it.
+
+    python -m benchmarks.dp [--out FILE.csv] [--repeats N] [workload ...]
+
+One client of `benchmarks/workloads.py` after another, in this process, on one thread: 60 samples and three steps with an
+expected batch of 20 (Poisson rate 1/3), noise multiplier 1. The sides take turns; a figure is the median over all turns
+but the first of the thread's own processor time, to which other processes on the machine add little. "Meadow" is
+`client.training.train` as a node calls it; "make_private" is Opacus as its tutorial has it, once a client, because a
+client's data is its own.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from opacus import PrivacyEngine
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.engines import about
+from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
+from client.training import train
+from config.load import load
+from config.seeds import one_thread
+from privacy.dpsgd import GradSample, Mechanism, Permit, chosen_mode
+from privacy.noise import Stream
+from tasks.task import open_task
+
+_RATE, _STEPS = BATCH / SAMPLES, SAMPLES // BATCH
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+"""Keeps freed memory, as a worker does: what the C library gives back to the system costs a fault a page to have again."""
+
+Sides = dict[str, Callable[[int], object]]
+"""What trains the client of a number once, by name."""
+
+
+def sides(name: str) -> Sides:
+    """The ways to train a client of a workload."""
+    work = WORKLOADS[name]
+    experiment = load("fedavg", [f"{key}={_text(value)}" for key, value in settings(name, 1).items()])
+    task = open_task(experiment)
+    model, data = task.new_model(), task.client(0).train
+    network = work.network()
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+    x, y = work.client(0)
+
+    def plain(turn: int) -> None:
+        train_plainly(network, optimizer, x, y, torch.Generator().manual_seed(turn))
+
+    def meadow(turn: int) -> None:
+        train(model, data, task, experiment, turn, 0)
+
+    def private(mode: GradSample) -> Callable[[int], object]:
+        mechanism = Mechanism(_RATE, 1.0, 1.0, BATCH, _STEPS)
+
+        def side(turn: int) -> None:
+            permit = Permit(mechanism, Stream(2 * turn), Stream(2 * turn + 1), mode)
+            train(model, data, task, experiment, turn, 0, permit=permit)
+
+        return side
+
+    def opacus(turn: int) -> None:
+        own = work.network()
+        loader = DataLoader(TensorDataset(x, y), batch_size=BATCH)
+        made, stepper, batches = PrivacyEngine().make_private(
+            module=own,
+            optimizer=torch.optim.SGD(own.parameters(), lr=LR),
+            data_loader=loader,
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            noise_generator=torch.Generator().manual_seed(turn),
+        )
+        for some, classes in batches:
+            stepper.zero_grad()
+            if len(some):
+                F.cross_entropy(made(some), classes).backward()  # type: ignore[no-untyped-call]
+            stepper.step()
+
+    chosen = chosen_mode(task.new_model())
+    opacus_modes: list[GradSample] = ["ghost", "hooks"]
+    modes = [chosen, *(mode for mode in opacus_modes if mode != chosen)]
+    found: Sides = {"plain PyTorch loop": plain, "Meadow, no privacy": meadow}
+    for mode in modes:
+        title = f"Meadow, DP ({mode})"
+        try:
+            private(mode)(0)
+        except Exception as error:
+            print(f"{work.title}: {title} is left out: {error}", file=sys.stderr)
+            continue
+        found[title] = private(mode)
+    try:
+        opacus(0)
+        found["Opacus, make_private"] = opacus
+    except Exception as error:
+        print(f"{work.title}: Opacus by itself is left out: {error}".splitlines()[0], file=sys.stderr)
+    return found
+
+
+def measure(name: str, repeats: int) -> list[dict[str, object]]:
+    """A row for each side of a workload."""
+    found: dict[str, list[float]] = {}
+    every = sides(name)
+    for turn in range(1, repeats + 2):
+        for side, once in every.items():
+            once(2 * turn)  # leaves the caches as a worker's are, which trains client after client
+            began = time.thread_time()
+            once(2 * turn + 1)
+            if turn > 1:
+                found.setdefault(side, []).append(time.thread_time() - began)
+    base = statistics.median(found["Meadow, no privacy"])
+    return [
+        {
+            "workload": name,
+            "side": side,
+            "turns": len(times),
+            "milliseconds": round(1000 * statistics.median(times), 3),
+            "fastest": round(1000 * min(times), 3),
+            "of_no_privacy": round(statistics.median(times) / base, 2),
+            "of_plain": round(statistics.median(times) / statistics.median(found["plain PyTorch loop"]), 2),
+        }
+        for side, times in found.items()
+    ]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)}; default: all")
+    parser.add_argument("--out", type=Path, help="a CSV file to write")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each side (7)")
+    given = parser.parse_args()
+    names = given.workloads or list(WORKLOADS)
+    if unknown := [name for name in names if name not in WORKLOADS]:
+        parser.error(f"there is no workload {unknown[0]}; there are {', '.join(WORKLOADS)}")
+    if any(os.environ.get(key) != value for key, value in _MEMORY.items()):  # read when a process begins
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.dp", *sys.argv[1:]], os.environ | _MEMORY)
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lines = [line for name in names for line in measure(name, given.repeats)]
+    table = Table(title="A client's round, three steps: medians", title_justify="left", box=None)
+    for heading in ("workload", "side", "ms", "fastest", "of no privacy", "of plain"):
+        table.add_column(heading, justify="left" if heading in ("workload", "side") else "right")
+    for line in lines:
+        table.add_row(
+            WORKLOADS[str(line["workload"])].title,
+            str(line["side"]),
+            *(f"{line[key]:.2f}" for key in ("milliseconds", "fastest", "of_no_privacy", "of_plain")),
+        )
+    Console(width=120).print(table)
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        with given.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*lines[0], *about()], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**line, **about()} for line in lines)
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""`engine.exact = false`: which clients faster kernels train than the training loop, and what they are given.
+
+On a CPU that is compiled code which trains one client after another (`client/fused.py`), on a GPU all clients of a block at
+once on stacked parameters (`client/stacked.py`). Both take the samples in the loop's order and differ from it in the order
+of sums alone; tests/test_fast.py says by how much. What they do not cover, the loop trains, and `why_not` says why.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from client.fused import Fused
+from client.kernels import Kernels, Member, Network, Unknown, network
+from client.optimisers import scheduled
+from client.stacked import Stacked
+from client.training import Trained
+from config.errors import UserError
+from config.schema import Experiment, Local
+from config.seeds import torch_generator
+from strategies.local import steps_of
+from strategies.trainable import rate_factors, trained
+from tasks.data import Data
+from tasks.features import View
+from tasks.metrics import class_weights
+from tasks.task import Task
+
+LARGEST_CONVOLUTION = 2_000_000
+"""Multiplications of a sample in one convolution up to which `fused.c` is faster than the loop on a CPU: above, the
+products are large enough for oneDNN, and a framework's step costs little beside them."""
+
+
+def why_not(experiment: Experiment) -> str:
+    """Why the settings leave all training to the loop, or ""."""
+    local, anchor = experiment.local, experiment.anchor
+    if experiment.engine.exact:
+        return "engine.exact = true"
+    checks = {
+        f'privacy.unit = "{experiment.privacy.unit}"': experiment.privacy.unit == "example",
+        f'local.optimizer = "{local.optimizer}"': local.optimizer != "sgd",
+        f'local.balance = "{local.balance}"': local.balance != "fixed",
+        f'local.trainable = "{local.trainable}"': local.trainable in ("gradual", "lora", "adapters", "fisher"),
+        f'local.schedule = "{local.schedule}"': local.schedule == "plateau",
+        f'adapt.method = "{experiment.adapt.method}"': experiment.adapt.method != "none",
+        "anchor.l2, ewc, kl or distill": bool(anchor.l2 or anchor.ewc or anchor.kl or anchor.distill),
+        "task.augment": bool(experiment.task.augment),
+        f"local.batch_size = {local.batch_size}": not 0 < local.batch_size <= 512,
+        f"local.clip_norm = {local.clip_norm}": bool(local.clip_norm),
+        f"local.patience = {local.patience}": bool(local.patience),
+        f"local.label_smoothing = {local.label_smoothing}": bool(local.label_smoothing),
+    }
+    return next((setting for setting, holds in checks.items() if holds), "")
+
+
+def check_device(experiment: Experiment) -> None:
+    """Raise UserError for a device that this machine has not."""
+    if experiment.engine.device == "cuda" and not torch.cuda.is_available():
+        raise UserError('engine.device = "cuda": torch finds no GPU here; write engine.device = "cpu"')
+
+
+def fast(experiment: Experiment, seen: View) -> "Fast | str":
+    """What trains this view's model faster, or why nothing does. Raises UserError for a device that is not there."""
+    check_device(experiment)
+    if reason := why_not(experiment):
+        return reason
+    task = seen.task
+    try:
+        if seen.trunk is not None:
+            raise Unknown("the trunk is frozen, and the heads cost little")
+        found = network(seen.model, tuple(task.dataset.test.x.shape[1:]), task.targets, task.weights)
+        if experiment.engine.device == "cuda":
+            return Fast(experiment, task, Stacked(found, experiment.local, experiment.engine))
+        if reason := too_large(found):
+            return reason
+        return Fast(experiment, task, Fused(found, experiment.local))
+    except Unknown as fault:
+        return str(fault)
+
+
+def told(experiment: Experiment, found: "Fast | str") -> str:
+    """What trains: "loop", "fused" or "stacked"; the loop with the reason, if faster kernels were asked for."""
+    if experiment.engine.exact:
+        return "loop"
+    return f"loop: {found}" if isinstance(found, str) else found.kernels.title
+
+
+def too_large(found: Network) -> str:
+    """The convolution that is too large for `fused.c` to be faster, or ""."""
+    for layer in found.layers:
+        (c, *_), (oc, h, w), (kh, kw) = layer.before, layer.after, layer.kernel
+        if layer.kind == "conv" and c * oc * h * w * kh * kw > LARGEST_CONVOLUTION:
+            return f"{layer.weight.removesuffix('.weight')} is large enough for the loop"
+    return ""
+
+
+@dataclass(frozen=True)
+class Fast:
+    """Kernels for one experiment's model, and the clients' samples as they take them."""
+
+    experiment: Experiment
+    task: Task
+    kernels: Kernels
+    _kept: dict[int, tuple[Data, Data, Sequence[torch.Tensor | None]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def member(self, data: Data, round_: int, client: int, plan: Local, epochs: int = 0) -> Member:
+        """A client for one training, as long as `plan` says or for so many epochs: the loop's batches in its order."""
+        steps, size = steps_of(plan, len(data), epochs), min(plan.batch_size, len(data))
+        rounds = -(-steps // -(-len(data) // size))
+        seed = self.experiment.run.seed
+        draws = (torch_generator(seed, "shuffle", round_, client, epoch) for epoch in range(rounds))
+        order = torch.stack([torch.randperm(len(data), generator=draw) for draw in draws])
+        if client not in self._kept or self._kept[client][0] is not data:
+            weights = class_weights(self.task.targets, data.y)
+            prepared = Data(self.task.prepare(data.x).contiguous(), data.y)
+            self._kept[client] = data, prepared, [weights.get(t.name) for t in self.task.targets]
+        _, own, by_class = self._kept[client]
+        return Member(client, own.x, [own.y[t.name] for t in self.task.targets], by_class, order, size, steps)
+
+    def rates(self, round_: int, plan: Local, learns: Callable[[str], bool] | None = None) -> dict[str, float]:
+        """The learning rate of each array that learns in a round."""
+        names = list(self.kernels.network.shapes)
+        now = plan.lr * scheduled(plan, round_, self.experiment.run.rounds)
+        factors = rate_factors(plan, names)
+        learning = trained(self.experiment, names)
+        return {n: now * factors[n] for n in names if n in learning and (learns is None or learns(n))}
+
+    def trained(self, member: Member, losses: Sequence[float]) -> Trained:
+        """What the loop would report of a member's training."""
+        samples, per = len(member.x), -(-len(member.x) // member.batch)
+        whole, rest = divmod(member.steps, per)
+        seen = whole * samples + min(rest * member.batch, samples)
+        names = [t.name for t in self.task.targets]
+        return Trained(member.steps, {name: loss / seen for name, loss in zip(names, losses, strict=True)})

@@ -1,0 +1,252 @@
+"""Training on a CPU without a framework: a network's layers handed to `fused.c`, which trains a client in one call.
+
+Where networks are small, a framework's step costs more than its arithmetic. The C file is compiled at first use by the
+machine's own compiler (`cc`; some seconds), and kept in `~/.cache/meadow` under a hash of source, compiler and processor.
+A client's result does not depend on the others: they are trained one after another.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from client.kernels import Layer, Member, Network, Outcome, Sums, Unknown
+from config.durable import Arrays
+from config.schema import Local
+
+LANES = 16
+SOURCE = Path(__file__).with_name("fused.c")
+FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros")
+"""None of them lets the compiler reorder sums: the order is that of the source."""
+
+_NUMBERS = (
+    "kind", "act", "c", "h", "w", "oc", "oh", "ow", "kh", "kw", "ph", "pw", "groups", "weight", "bias"
+)  # fmt: skip
+_KINDS = ("linear", "conv", "pool", "norm", "bounded", "flatten")
+_ACTIVATIONS = ("", "relu", "tanh")
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        *((name, ctypes.c_double) for name in ("rate_w", "rate_b", "eps", "scale")),
+    )
+
+
+class _Head(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("kind", "size", "features", "weight", "bias")),
+        *((name, ctypes.c_double) for name in ("rate_w", "rate_b", "importance", "offset", "spread")),
+    )
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("layers", "heads", "parameters", "batch", "flat_input")),
+        *((name, ctypes.c_double) for name in ("momentum", "weight_decay")),
+        ("nesterov", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where an array stands in the flat vector: from `begin` on; rows of a linear weight are `row` floats apart."""
+
+    begin: int
+    shape: tuple[int, ...]
+    row: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + (self.shape[0] * self.row if len(self.shape) == 2 else math.prod(self.shape))
+
+    def of(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array as a view of the flat vector."""
+        part = flat[self.begin : self.end]
+        if len(self.shape) == 2:
+            return part.reshape(self.shape[0], self.row)[:, : self.shape[1]]
+        return part.reshape(self.shape)
+
+
+class Fused:
+    """`client.kernels.Kernels` for a CPU. Raises Unknown where `fused.c` cannot be compiled."""
+
+    title = "fused"
+    blocks_at_once = 1
+
+    def __init__(self, network: Network, plan: Local) -> None:
+        self.network, self._plan, self._library = network, plan, library()
+        self._slots: dict[str, Slot] = {}
+        size = 0
+        for name, shape in network.shapes.items():
+            slot = self._slots[name] = Slot(size, shape, _padded(shape[1]) if len(shape) == 2 else 0)
+            size = _padded(slot.end)
+        self._start, self._work = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        self._net: int | None = None
+        self._batch = 0
+
+    def train(
+        self,
+        start: Arrays,
+        blocks: Sequence[Sequence[Member]],
+        rates: Mapping[str, float],
+        weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
+    ) -> Outcome:
+        """As `client.kernels.Kernels.train`."""
+        for name, slot in self._slots.items():
+            slot.of(self._start)[...] = start[name]
+        self._open(max(member.batch for block in blocks for member in block))
+        names = [n for layer in self.network.layers for n in (layer.weight, layer.bias)]
+        names += [n for pair in self.network.heads for n in pair]
+        given = np.array([rates.get(name, 0.0) for name in names])
+        self._library.fused_rates(self._net, given.ctypes.data)
+        losses, arrays, totals = list[list[float]](), list[Arrays](), list[Sums | None]()
+        for number, block in enumerate(blocks):
+            total, finite = np.zeros(len(self._work)), True
+            for place, member in enumerate(block):
+                self._work[:] = self._start
+                loss, is_finite = self._member(member)
+                losses.append(loss)
+                finite = finite and is_finite
+                if weights is None:
+                    arrays.append({name: slot.of(self._work).copy() for name, slot in self._slots.items()})
+                else:
+                    self._add(total, weights[number][place])
+            if weights is not None:
+                totals.append({name: slot.of(total) for name, slot in self._slots.items()} if finite else None)
+        return Outcome(losses, arrays, totals)
+
+    def _member(self, member: Member) -> tuple[list[float], bool]:
+        """Train `_work` in place; each target's loss, summed over the samples seen, and whether all is finite."""
+        heads = len(self.network.targets)
+        losses = np.zeros(heads)
+        truths = (ctypes.c_void_p * heads)(*(each.data_ptr() for each in member.y))
+        weights = (ctypes.c_void_p * heads)(*(None if each is None else each.data_ptr() for each in member.weights))
+        finite = self._library.fused_train(
+            self._net,
+            self._work.ctypes.data,
+            member.x.data_ptr(),
+            math.prod(self.network.shape),
+            truths,
+            weights,
+            member.order.data_ptr(),
+            len(member.x),
+            member.batch,
+            member.steps,
+            losses.ctypes.data,
+        )
+        return losses.tolist(), bool(finite)
+
+    def _add(self, total: npt.NDArray[np.float64], weights: Mapping[str, float]) -> None:
+        """total += weight times what was trained, in one piece for neighbours of the same weight."""
+        slots = list(self._slots.items())
+        begin = 0
+        for number, (name, _) in enumerate(slots):
+            last = number == len(slots) - 1
+            if last or weights[slots[number + 1][0]] != weights[name]:
+                end = len(total) if last else slots[number + 1][1].begin
+                out, what = total.ctypes.data + 8 * begin, self._work.ctypes.data + 4 * begin
+                self._library.fused_add(out, what, weights[name], end - begin)
+                begin = end
+
+    def _open(self, batch: int) -> None:
+        """Room for batches of this size."""
+        if batch <= self._batch:
+            return
+        self.__del__()
+        plan, network = self._plan, self.network
+        layers, heads = len(network.layers), len(network.heads)
+        begin = {name: slot.begin for name, slot in self._slots.items()} | {"": -1}
+        about = _Plan(
+            layers, heads, len(self._work), batch, not network.image, plan.momentum, plan.weight_decay, plan.nesterov
+        )
+        tops = [
+            _Head(
+                int(target.kind == "value"), target.size, network.features, begin[weight], begin[bias], 0, 0, importance,
+                target.offset, target.scale,
+            )
+            for target, importance, (weight, bias) in zip(
+                network.targets, network.importance, network.heads, strict=True
+            )
+        ]  # fmt: skip
+        self._net = self._library.fused_open(
+            ctypes.byref(about),
+            (_Layer * layers)(*(_described(layer, begin) for layer in network.layers)),
+            (_Head * heads)(*tops),
+            math.prod(network.shape),
+        )
+        if not self._net:
+            raise MemoryError(f"no memory for batches of {batch} samples")
+        self._batch = batch
+
+    def __del__(self) -> None:
+        if getattr(self, "_net", None):
+            self._library.fused_close(self._net)
+            self._net = None
+
+
+def _described(layer: Layer, begin: Mapping[str, int]) -> _Layer:
+    return _Layer(
+        _KINDS.index(layer.kind), _ACTIVATIONS.index(layer.activation), *layer.before, *layer.after, *layer.kernel,
+        *layer.padding, layer.groups, begin[layer.weight], begin[layer.bias], 0, 0, layer.eps, layer.scale,
+    )  # fmt: skip
+
+
+def _padded(count: int) -> int:
+    return -(-count // LANES) * LANES
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled `fused.c`. Raises Unknown where it cannot be compiled."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise Unknown("there is no C compiler (cc)")
+    about = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    key = hashlib.sha256(SOURCE.read_bytes() + about + repr((FLAGS, _processor())).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meadow"
+    built = folder / f"fused-{key}.so"
+    try:
+        if not built.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            made = built.with_suffix(f".{os.getpid()}")
+            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise Unknown(f"fused.c does not compile here: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
+            made.replace(built)  # several workers may compile it at once; each result is whole
+        found = ctypes.CDLL(str(built))
+    except OSError as error:
+        raise Unknown(f"fused.c cannot be built or loaded here: {error}") from error
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    declare = {
+        "open": (pointer, [pointer, pointer, pointer, count]),
+        "close": (None, [pointer]),
+        "rates": (None, [pointer, pointer]),
+        "train": (ctypes.c_int, [pointer] * 3 + [count] + [pointer] * 3 + [count] * 3 + [pointer]),
+        "add": (None, [pointer, pointer, ctypes.c_double, count]),
+    }
+    for name, (result, arguments) in declare.items():
+        function = getattr(found, f"fused_{name}")
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))

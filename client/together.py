@@ -1,0 +1,105 @@
+"""Whole blocks under `engine.exact = false`: faster kernels train their clients, and what leaves is one sum.
+
+Only where a client's turn is nothing but plain local training of a model that it shares whole: FedAvg, and every strategy
+that differs from it at the server alone. All other turns go through `client.node.train_client`, one client after another.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+from flwr.app import MetricRecord, RecordDict
+
+from client.fast import Fast
+from client.node import Node, samples
+from strategies.blocks import WeightedSum
+from strategies.local import Half
+from strategies.packing import Answer, NodeReply, Request
+from strategies.sharing import from_record, name_weights
+from tasks.evaluation import evaluate, load_into
+
+log = logging.getLogger("meadow.client")
+
+
+def train_blocks(
+    node: Node, requests: Sequence[Request], blocks: Sequence[tuple[int, Sequence[int]]]
+) -> tuple[NodeReply, list[Request]]:
+    """Train those of the whole blocks that can be trained together; returns what came of them, and the other requests.
+
+    A block with a client that fails, or whose arrays are not finite, is among the others: there each is judged alone.
+    """
+    done = NodeReply([])
+    if not isinstance(node.fast, Fast) or not _plain(node):
+        return done, list(requests)
+    asked, left = {request.client: request for request in requests}, {request.client for request in requests}
+    at_once = node.fast.kernels.blocks_at_once
+    for begin in range(0, len(blocks), at_once):
+        part = blocks[begin : begin + at_once]
+        try:
+            found = _train(node, node.fast, [[asked[client] for client in clients] for _, clients in part])
+        except Exception:  # whatever a client's data does, it is met again one by one
+            log.debug("blocks %s go one by one", [index for index, _ in part], exc_info=True)
+            continue
+        for (index, clients), answered in zip(part, found, strict=True):
+            if answered is not None:
+                done.answers.extend(answered[0])
+                done.sums[index] = answered[1]
+                left -= set(clients)
+    return done, [request for request in requests if request.client in left]
+
+
+def _plain(node: Node) -> bool:
+    """Whether every client's turn is plain local training from what it received, and it keeps nothing."""
+    experiment, half = node.experiment, type(node.half)
+    return (
+        half.train is Half.train
+        and half.used is Half.used
+        and experiment.run.placement == "federated"
+        and experiment.privacy.unit == "none"
+        and experiment.attack.kind == "none"
+        and not experiment.cohort.max_norm
+        and not (node.roles.personal or node.roles.fixed)
+    )
+
+
+def _train(
+    node: Node, fast: Fast, blocks: Sequence[Sequence[Request]]
+) -> Sequence[tuple[list[Answer], WeightedSum] | None]:
+    """The blocks' answers and sums; None of a block if its clients are asked different things, or anything is not finite."""
+    requests = [request for block in blocks for request in block]
+    record, config = requests[0].content.array_records["arrays"], requests[0].content.config_records["config"]
+    received = from_record(record)
+    same = all(
+        r.content.array_records["arrays"] is record and r.content.config_records["config"] is config for r in requests
+    )
+    if not same or "work" in config or received.keys() != fast.kernels.network.shapes.keys():
+        return [None] * len(blocks)
+    round_, local = int(cast(int, config["round"])), node.experiment.local
+    contents = {request.client: RecordDict() for request in requests}
+    if config["evaluate"]:
+        load_into(node.model, received)
+        for client, content in contents.items():
+            data = node.view.data(f"{client}/test", node.task.client(client).test)
+            content["evaluation"] = MetricRecord(dict(evaluate(node.view.model, data, node.view.task)))
+    clients = [[request.client for request in block] for block in blocks]
+    own = {client: node.task.client(client).train for client in contents}
+    known = {client: samples(node, client, data) for client, data in own.items()}
+    members = [[fast.member(own[client], round_, client, local) for client in block] for block in clients]
+    counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}
+    outcome = fast.kernels.train(
+        received, members, fast.rates(round_, local), [[counts[client] for client in block] for block in clients]
+    )
+    losses = iter(outcome.losses)
+    found = list[tuple[list[Answer], WeightedSum] | None]()
+    for block, total in zip(members, outcome.totals, strict=True):
+        answers = []
+        for member in block:
+            trained = fast.trained(member, next(losses))
+            metrics: dict[str, Any] = {**known[member.client], "steps": trained.steps}
+            metrics |= {f"loss/{target}": value for target, value in trained.losses.items()}
+            contents[member.client]["metrics"] = MetricRecord(metrics)
+            answers.append(Answer(member.client, contents[member.client], summed=True))
+        weights = {name: sum(counts[m.client][name] for m in block) for name in received}
+        whole = all(counts[m.client][name] > 0 for m in block for name in received)
+        found.append((answers, WeightedSum(total, weights)) if total is not None and whole else None)
+    return found
