@@ -239,6 +239,8 @@ class Privatiser:
         samples = {}
         for name, parameter in self._taking_part("grad_sample"):
             samples[name] = parameter.grad_sample
+            if parameter in self._order:
+                samples[name] = samples[name][self._order[parameter]]
             if parameter in self._padding:
                 samples[name][:, self._padding[parameter]] = 0  # Opacus gives padding a gradient, autograd none
         if not samples:
@@ -330,8 +332,12 @@ class Privatiser:
         self._undo.append(lambda: quiet.__exit__(None, None, None))
         # The first layer's input needs no gradient; its parameters' are right all the same, as the tests hold.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        self._order: dict[nn.Parameter, Tensor] = {}
+        self._passed: set[nn.Parameter] = set()
         for parent, name, layer in list(_recurrent(self.model)):
-            setattr(parent, name, _opacus_recurrent(layer))
+            new = _opacus_recurrent(layer)
+            new.register_forward_pre_hook(self._note_order)
+            setattr(parent, name, new)
             self._undo.append(functools.partial(setattr, parent, name, layer))
         for name, module in self.model.named_modules():
             if isinstance(module, nn.MultiheadAttention) and any(p.requires_grad for p in module.parameters()):
@@ -357,6 +363,23 @@ class Privatiser:
             ) from None
         self._undo.append(self._hooks.cleanup)
 
+    def _note_order(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Opacus leaves the samples of a packed sequence in the order of their lengths, all other layers in the batch's.
+
+        Left so, a sample would be clipped by parts of other samples' norms, and one record more would move all of them.
+        """
+        order = getattr(inputs[0], "unsorted_indices", None)
+        for parameter in layer.parameters():
+            known = self._order.get(parameter)
+            if parameter in self._passed and not _same(known, order):
+                raise UserError(
+                    "task.model: a recurrent layer is used twice with samples in another order, so Opacus would mix them "
+                    "up: pack once, or use a layer for each"
+                )
+            self._passed.add(parameter)
+            if order is not None:
+                self._order[parameter] = order
+
     def _restore(self) -> None:
         if hasattr(self, "_hooks") or hasattr(self, "_book"):
             self._forget()
@@ -368,6 +391,8 @@ class Privatiser:
         if self._mode == "book":
             self._book.forget()
             return
+        self._order.clear()
+        self._passed.clear()
         for module in self.model.modules():
             for name in ("activations", "max_batch_len"):
                 if hasattr(module, name):
@@ -421,6 +446,10 @@ def _recurrent(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.RNNBase]]:
         for name, child in parent.named_children():
             if isinstance(child, nn.RNNBase) and any(p.requires_grad for p in child.parameters()):
                 yield parent, name, child
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _opacus_recurrent(layer: nn.RNNBase) -> nn.Module:

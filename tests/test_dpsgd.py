@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from config.errors import UserError
 from config.seeds import torch_generator, torch_seeded
@@ -57,6 +58,27 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + x @ self.a.T @ self.b.T
+
+
+class Packed(nn.Module):
+    """Texts of unlike lengths, packed, so that the recurrent layer has them in another order than the layers around it."""
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 5, padding_idx=0)
+        self.lstm = nn.LSTM(5, 4, num_layers=2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(8, 3)
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * (torch.arange(x.shape[1]) <= x[:, :1] % x.shape[1])
+        total = self.states(x)
+        return self.head(total + self.states(x.flip(0)).flip(0) if self.twice else total)
+
+    def states(self, x: Tensor) -> Tensor:
+        lengths = (x != 0).sum(1).clamp(min=1)
+        packed = pack_padded_sequence(self.embedding(x), lengths, batch_first=True, enforce_sorted=False)
+        return pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0].sum(1)
 
 
 class TwoHeads(nn.Module):
@@ -166,6 +188,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "lstm": (lambda: Recurrent(nn.LSTM), lambda: torch.randint(0, 11, (N, 6))),
     "gru": (lambda: Recurrent(nn.GRU), lambda: torch.randint(0, 11, (N, 6))),
     "rnn": (lambda: Recurrent(nn.RNN), lambda: torch.randint(0, 11, (N, 6))),
+    "packed": (Packed, lambda: torch.randint(0, 11, (N, 6))),
     "bag": (Bag, lambda: torch.randint(0, 11, (N, 6))),
     "lora": (lora, lambda: torch.randn(N, 6)),
     "odd": (odd, lambda: torch.randn(N, 3, 9, 8)),
@@ -231,8 +254,8 @@ def no_noise(clip: float) -> Mechanism:
 
 
 NOT = {  # Opacus has no ghost norms of recurrent or repeated layers, and errs on odd ones
-    "book": {"lstm", "gru", "rnn", "lora", "transposed"},
-    "ghost": {"lstm", "gru", "rnn", "again", "odd"},
+    "book": {"lstm", "packed", "gru", "rnn", "lora", "transposed"},
+    "ghost": {"lstm", "packed", "gru", "rnn", "again", "odd"},
     "hooks": {"odd"},
 }
 MODES = [(family, mode) for family in FAMILIES for mode, without in NOT.items() if family not in without]
@@ -498,6 +521,13 @@ def test_what_cannot_be_done_is_refused_with_a_way_out() -> None:
     for wrong in (lambda i: losses(i).mean(), lambda i: losses(i)[:, None]):
         with pytest.raises(TypeError, match="one loss each"):
             private(model, wrong, torch.arange(N), no_noise(1.0))
+
+
+def test_a_recurrent_layer_that_has_the_samples_in_two_orders_is_refused() -> None:
+    with torch_seeded(0, "test"):
+        model, x = Packed(twice=True), torch.randint(1, 11, (N, 6))
+    with pytest.raises(UserError, match="used twice with samples in another order"):
+        private(model, lambda i: model(x[i]).square().sum(1), torch.arange(N), no_noise(1.0), "hooks")
 
 
 def test_tied_parameters_are_summed_by_the_hooks() -> None:

@@ -1,6 +1,5 @@
 """Runs under DP, whole: what is charged is what leaves, budgets hold, a replay is one release, and nothing else leaves."""
 
-import copy
 import csv
 import itertools
 import json
@@ -32,7 +31,6 @@ import client.privately
 import client.turn
 import config.durable
 import privacy.ledger
-from client.trainable import freeze, mask
 from client.training import train
 from config.algorithms import ALGORITHMS, AVERAGES, PRIVATE
 from config.cohort import participations
@@ -51,7 +49,6 @@ from server.checkpoints import latest
 from simulation.inline import InlineGrid
 from simulation.launch import Launch, engine
 from strategies.sharing import Roles, arrays_sha256, from_record
-from strategies.trainable import stage, trained
 from tasks.data import Target
 from tasks.evaluation import load_into, state_of
 from tasks.metrics import losses, sample_losses
@@ -891,45 +888,6 @@ def test_the_report_shows_what_is_not_protected_in_red(tmp_path: Path) -> None:
         assert red == (["training loss"] if release else [])
         assert "(unit: one example of a client; adjacency: add or remove one; accountant: pld)" in page
         assert "DP-SGD (Poisson rate 0.1, gradients clipped to 1, Gaussian noise)" in page
-
-
-@pytest.mark.parametrize("trainable", ["all", "head", "last:1", "gradual", "lora", "adapters", "fisher"])
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
-@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
-def test_a_step_without_noise_is_the_naive_clipped_sum_whatever_learns(trainable: str, model: str, mode: Any) -> None:
-    """Against a loop of one sample at a time, by autograd alone, to 1e-5: what learns moves by lr / denominator times the
-    sum of clipped gradients, what does not learn keeps its bits."""
-    experiment = small(
-        "multitask", "task.pretrained=source", f"local.trainable={trainable}", f"task.model={model}",
-        "local.momentum=0", "local.lr=1", "local.steps=1", "local.clip_norm=0",
-    )  # fmt: skip
-    task = open_task(experiment)
-    net, data = task.new_model(), task.client(0).train.take(torch.arange(12))
-    load_into(net, initial_state(experiment))
-    bare = copy.deepcopy(net)
-    allowed = Permit(Mechanism(1.0, 0.0, 0.5, 3.0, 1), Stream(0), Stream(1), mode)
-    train(net, data, task, experiment, 1, 0, permit=allowed)
-    names = {
-        n for n in trained(experiment, net.state_dict(), stage(experiment, 1, 0)) if n in dict(bare.named_parameters())
-    }
-    kept = mask(bare, experiment, 0)
-    learning = freeze(bare, names)
-    sums = {name: torch.zeros_like(p) for name, p in learning.items()}
-    for i in range(len(data)):
-        one = data.take(torch.tensor([i]))
-        parts = losses(bare(task.prepare(one.x, training=True)), one.y, task.targets)
-        gradient = torch.autograd.grad(sum(parts.values()), list(learning.values()))  # type: ignore[arg-type]
-        norm_ = math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
-        for name, g in zip(learning, gradient, strict=True):
-            sums[name] += g * min(1.0, 0.5 / norm_)
-    assert names
-    for name, parameter in net.named_parameters():
-        before = dict(bare.named_parameters())[name]
-        move = sums.get(name, torch.zeros_like(before)) / 3
-        if kept is not None and name in kept.entries:
-            move = torch.where(kept.entries[name], move, 0.0)
-        error = float((parameter - (before - move)).detach().abs().max())
-        assert error <= (1e-5 if name in names else 0.0), (name, error)
 
 
 def test_another_share_of_the_steps_is_another_release(tmp_path: Path) -> None:
