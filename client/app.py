@@ -20,7 +20,7 @@ from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
 from strategies.packing import Answer, NodeReply, Request, add_groups, pack_replies, unpack_requests, whole_groups
-from strategies.sharing import from_record
+from strategies.records import from_record
 from tasks.numerics import kernels
 
 log = logging.getLogger("meadow.client")
@@ -79,7 +79,8 @@ def train(message: Message, context: Context) -> Message:
     _tell("trained", sorted(requests, key=lambda request: request.client), answers)
     whole = NodeReply(answers, together.sums | reply.sums)
     add_groups(whole, whole_groups(message.content))
-    whole.seconds = time.perf_counter() - began if node.keeper.simulated else None
+    if node.keeper.simulated and node.experiment.privacy.unit == "none":  # how long it took may tell of the samples
+        whole.seconds = time.perf_counter() - began
     return Message(pack_replies(whole), reply_to=message)
 
 

@@ -30,17 +30,9 @@ from strategies.attacks import ON_LABELS, attackers
 from strategies.blocks import WeightedSum, weighted_sum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
+from strategies.records import from_record, to_record
 from strategies.replies import arrays_fault, metrics_of, weight_fault
-from strategies.sharing import (
-    Roles,
-    arrays_sha256,
-    from_record,
-    name_weights,
-    of_kind,
-    roles_of,
-    split_beside,
-    to_record,
-)
+from strategies.sharing import Roles, arrays_sha256, name_weights, of_kind, roles_of, split_beside
 from tasks.data import Data, concatenate
 from tasks.domains import source_samples
 from tasks.evaluation import evaluate, examine, hold_still

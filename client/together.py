@@ -15,7 +15,8 @@ from client.node import Node, samples
 from strategies.blocks import WeightedSum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
-from strategies.sharing import from_record, name_weights
+from strategies.records import from_record
+from strategies.sharing import name_weights
 from tasks.evaluation import evaluate, load_into
 
 log = logging.getLogger("meadow.client")

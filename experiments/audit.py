@@ -47,7 +47,8 @@ from server.folder import RunFolder
 from server.protection import Protection, adaptive, protection
 from simulation.grid import become_server
 from simulation.launch import engine
-from strategies.sharing import roles_of, to_record
+from strategies.records import to_record
+from strategies.sharing import roles_of
 from tasks.data import Data, Target
 from tasks.evaluation import load_into, state_of
 from tasks.task import Task, initial_state, open_task, settle

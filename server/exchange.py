@@ -25,7 +25,7 @@ from config.errors import RunStopped
 from config.identity import code_sha256, versions
 from strategies.blocks import GROUP, WeightedSum, cut
 from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
-from strategies.sharing import to_record
+from strategies.records import to_record
 
 log = logging.getLogger("meadow.server")
 

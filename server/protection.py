@@ -23,7 +23,8 @@ from privacy.dpsgd import chosen_mode, refuse_what_mixes_samples
 from privacy.ledger import noise_seed, secret, simulated_secret
 from privacy.releases import releases
 from server.accounts import Account, account_of, over_accounts, remind, require_budget
-from strategies.sharing import Roles, arrays_sha256, from_record
+from strategies.records import from_record
+from strategies.sharing import Roles, arrays_sha256
 from tasks.task import Task
 
 _SERVER = -1

@@ -36,8 +36,9 @@ from strategies.blocks import WeightedSum, add, groups, weighted_sum
 from strategies.fedavg import FedAvg
 from strategies.local import Setup, steps_of
 from strategies.packing import block_message
+from strategies.records import from_record, to_record
 from strategies.replies import arrays_fault, metrics_of, weight_fault
-from strategies.sharing import HEADS, Roles, from_record, name_weights, nbytes, roles_of, to_record
+from strategies.sharing import HEADS, Roles, name_weights, nbytes, roles_of
 from tasks.evaluation import load_into, predict
 from tasks.features import View, view
 from tasks.metrics import score

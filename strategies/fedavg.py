@@ -21,7 +21,7 @@ from config.durable import Arrays
 from strategies.blocks import WeightedSum, add, as_before, mean
 from strategies.local import Algorithm, Setup
 from strategies.packing import block_of
-from strategies.sharing import from_record, to_record
+from strategies.records import from_record, to_record
 
 Changes = Mapping[str, npt.NDArray[np.float64]]
 

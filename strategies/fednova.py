@@ -17,7 +17,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord
 
 from strategies.fedavg import FedAvg
 from strategies.local import Algorithm, steps_of
-from strategies.sharing import from_record, name_weights, to_record
+from strategies.records import from_record, to_record
+from strategies.sharing import name_weights
 
 
 def normaliser(steps: int, momentum: float) -> float:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from strategies.blocks import WeightedSum, add
-from strategies.sharing import from_record, to_record
+from strategies.records import from_record, to_record
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from config.durable import Arrays
 from strategies.blocks import fault
-from strategies.sharing import from_record, name_weights
+from strategies.records import from_record
+from strategies.sharing import name_weights
 
 
 def metrics_of(content: RecordDict) -> MetricRecord:

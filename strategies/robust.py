@@ -29,7 +29,8 @@ from config.schema import Strategy as Settings
 from config.seeds import numpy_generator
 from strategies.fedavg import FedAvg
 from strategies.local import Algorithm, Setup
-from strategies.sharing import doubles, from_record, name_weights, split_beside, to_record
+from strategies.records import from_record, to_record
+from strategies.sharing import doubles, name_weights, split_beside
 
 log = logging.getLogger("meadow.server")
 logging.getLogger("flwr").addFilter(lambda line: "Received %s results" not in str(line.msg))  # at each of our calls

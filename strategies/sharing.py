@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord
 from torch import nn
 
 from config.durable import Arrays
@@ -170,51 +169,6 @@ def split_beside(arrays: Mapping[str, npt.NDArray[np.generic]]) -> tuple[Arrays,
 def doubles(arrays: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.float64]]:
     """The arrays in float64, in which everything is combined."""
     return {name: value.astype(np.float64) for name, value in arrays.items()}
-
-
-class Kept(Array):
-    """Flower's Array that keeps the NumPy array it was made of, and serialises it only where bytes are asked for: on a
-    deployment's wire. Pickled with protocol 5, as Ray does, its numbers travel out of band, without a copy."""
-
-    value: npt.NDArray[np.generic]
-
-    def __init__(self, value: npt.NDArray[np.generic]) -> None:
-        self.__dict__.update(value=value, dtype=value.dtype.name, shape=value.shape, stype="numpy.ndarray")
-
-    @property
-    def data(self) -> bytes:  # type: ignore[override]
-        """The array as NumPy saves it."""
-        return Array.from_numpy_ndarray(self.value).data
-
-    def numpy(self) -> npt.NDArray[np.generic]:
-        """The array itself: not to be written to."""
-        return self.value
-
-    def deflate(self) -> bytes:
-        """As a plain Array: that is what the other side knows."""
-        return Array(self.dtype, self.shape, self.stype, self.data).deflate()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _revived, (self.value,)
-
-
-def _revived(value: npt.NDArray[np.generic]) -> Kept:
-    """What lies in Ray's shared memory is copied out of it: torch warns of arrays that are read-only, and what is left
-    there could not be freed."""
-    return Kept(value if value.flags.writeable else value.copy())
-
-
-def to_record(arrays: Mapping[str, npt.NDArray[np.generic]]) -> ArrayRecord:
-    """Named arrays as Flower's ArrayRecord, in the given order, without a copy. Zero-dimensional arrays keep their shape."""
-    record = ArrayRecord()
-    for name, value in arrays.items():
-        record[name] = Kept(np.asarray(value))
-    return record
-
-
-def from_record(record: ArrayRecord) -> Arrays:
-    """The inverse of `to_record`. The arrays are not to be written to: others may hold the same."""
-    return {name: value.numpy() for name, value in record.items()}
 
 
 def arrays_sha256(arrays: Mapping[str, npt.NDArray[np.generic]]) -> str:

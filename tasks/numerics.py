@@ -17,8 +17,13 @@ LARGE = 2**18
 
 def laid_out(model: nn.Module) -> nn.Module:
     """The model with the weights of 2-D convolutions by pixels, not by channels (`channels_last`), in which oneDNN's
-    convolutions and torch's pooling are vectorised; activations follow them."""
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    convolutions and torch's pooling are vectorised; activations follow them.
+
+    A model with a GroupNorm stays as it is: torch 2.13 ends the process with a segmentation fault where a GroupNorm learns
+    behind frozen layers, on activations that lie by pixels (`native_group_norm_backward` without the input's gradient).
+    """
+    modules = list(model.modules())
+    if any(isinstance(m, nn.Conv2d) for m in modules) and not any(isinstance(m, nn.GroupNorm) for m in modules):
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
     return model
 

@@ -30,7 +30,8 @@ from strategies.packing import (
     unpack_replies,
     unpack_requests,
 )
-from strategies.sharing import Kept, Roles, arrays_sha256, from_record, roles, to_record
+from strategies.records import Kept, from_record, to_record
+from strategies.sharing import Roles, arrays_sha256, roles
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 

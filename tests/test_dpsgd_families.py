@@ -30,7 +30,9 @@ def made(x: Tensor, tokens: int = 0, images: bool = False, each: bool = False) -
     """A data set of these samples with labels of three classes; each: one at every token, missing (-1) behind the end."""
     y = (np.arange(len(x)) * 7 % 5 % 3).astype(np.int64)
     if each:
-        return Raw("made", Part(x, {"y": np.where(x.numpy() > 0, x.numpy(), -1)}), None, {"y": f"class {tokens}"}, tokens)
+        return Raw(
+            "made", Part(x, {"y": np.where(x.numpy() > 0, x.numpy(), -1)}), None, {"y": f"class {tokens}"}, tokens
+        )
     return Raw("made", Part(x, {"y": y}), None, {"y": "class 3"}, tokens, images)
 
 

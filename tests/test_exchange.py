@@ -16,7 +16,7 @@ from server.exchange import Exchange, deal
 from simulation.grid import LocalGrid, become_server, error_reply
 from strategies.blocks import weighted_sum
 from strategies.packing import Answer, NodeReply, pack_replies, unpack_requests
-from strategies.sharing import to_record
+from strategies.records import to_record
 
 ROLL = {"code": code_sha256(), "data": "d", "split": "s", "versions": json.dumps(versions())}
 

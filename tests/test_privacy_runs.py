@@ -48,7 +48,8 @@ from privacy.plan import forecasts
 from server.checkpoints import latest
 from simulation.inline import InlineGrid
 from simulation.launch import Launch, engine
-from strategies.sharing import Roles, arrays_sha256, from_record
+from strategies.records import from_record
+from strategies.sharing import Roles, arrays_sha256
 from tasks.data import Target
 from tasks.evaluation import load_into, state_of
 from tasks.metrics import losses, sample_losses
@@ -332,6 +333,11 @@ def records(replies: list[Message]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def declared_sizes(left: dict[str, dict[str, Any]]) -> set[int]:
+    """The sizes of clients in what came to the roll call: int64, as bytes."""
+    return {size for sizes in left["roll"]["sizes"] for size in np.frombuffer(sizes, "<i8").tolist()}
+
+
 @pytest.mark.parametrize("settings", [EXAMPLE, LOCAL, CLIENT], ids=["example", "local", "client"])
 def test_by_default_nothing_leaves_but_arrays_and_public_constants(
     settings: tuple[str, ...], tmp_path: Path, replies: list[Message]
@@ -339,7 +345,7 @@ def test_by_default_nothing_leaves_but_arrays_and_public_constants(
     experiment = small("multitask", "run.placement=federated", *settings, "partition.law=quantity")
     summary = run_inline(experiment, tmp_path)
     left = records(replies)
-    assert set(left["roll"]["sizes"][0]) == {1}
+    assert declared_sizes(left) == {1}
     metrics = {key: set(values) for key, values in left["metrics"].items()}
     steps = {3} if settings == EXAMPLE else {0}
     assert metrics == {"num-examples": {1}, "num-examples/digit": {1}, "num-examples/slant": {1}, "steps": steps}
@@ -368,7 +374,7 @@ def test_each_switch_lets_out_what_it_says_and_nothing_else(
     summary = run_inline(experiment, tmp_path)
     left, split = records(replies), json.loads((tmp_path / "split.json").read_text())
     out = {
-        "samples": set(left["roll"]["sizes"][0]) != {1} and set(left["metrics"]["num-examples"]) != {1},
+        "samples": declared_sizes(left) != {1} and set(left["metrics"]["num-examples"]) != {1},
         "loss": "loss/digit" in left["metrics"],
         "metrics": "evaluation" in left,
         "labels": "labels" in split and column(tmp_path, "train_samples")[0] != "",
@@ -420,8 +426,7 @@ OBSERVED = {
     "model arrays": lambda left, split, rows: any("@" not in name for name in left.get("arrays", ())),
     "control variates": lambda left, split, rows: any("@" in name for name in left.get("arrays", ())),
     "number of training samples": lambda left, split, rows: (
-        set(left.get("metrics", {}).get("num-examples", [1])) != {1}
-        or any(size != 1 for size in left["roll"]["sizes"][0])
+        set(left.get("metrics", {}).get("num-examples", [1])) != {1} or declared_sizes(left) != {1}
     ),
     "training loss": lambda left, split, rows: any(key.startswith("loss/") for key in left.get("metrics", ())),
     "metrics on the test part": lambda left, split, rows: bool(left.get("evaluation")),
@@ -437,10 +442,10 @@ OBSERVED = {
 """What can be seen to leave, by the beginning of its declaration: in the replies, split.json and clients.csv."""
 
 KNOWN = {
-    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions"},
+    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions", "training"},
     "ledger": {"entries", "sha256", "epsilon", "secret"},
     "identity": {"personal", "trained"},
-    "pack": {"clients", "summed"},
+    "pack": {"clients", "summed", "groups", "seconds"},
     "error": {"reason"},
 }
 
@@ -517,6 +522,7 @@ def test_no_accepted_file_releases_what_it_does_not_declare(
             continue  # "the trained model, out of that place"
         if seen(left, split, rows):
             assert any(what.startswith(beginning) for what in declared), (beginning, overrides)
+    assert experiment.privacy.unit == "none" or "seconds" not in left["pack"]
     for kind, keys in KNOWN.items():
         assert set(left.get(kind, ())) <= keys | ({"exhausted"} if kind == "ledger" else set())
     assert {key.partition("/")[0] for key in left.get("metrics", ())} <= {"num-examples", "steps", "loss"}

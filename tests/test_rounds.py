@@ -20,7 +20,8 @@ from config.errors import UserError
 from config.load import load
 from config.schema import Experiment
 from server.checkpoints import latest
-from strategies.sharing import arrays_sha256, from_record, roles, to_record
+from strategies.records import from_record, to_record
+from strategies.sharing import arrays_sha256, roles
 from tasks.evaluation import load_into, state_of
 from tasks.metrics import losses
 from tasks.task import initial_state, open_task

@@ -16,7 +16,7 @@ import server.rounds
 from config.algorithms import ALGORITHMS
 from config.durable import Arrays
 from server.checkpoints import latest
-from strategies.sharing import from_record, to_record
+from strategies.records import from_record, to_record
 
 HONEST = 4
 
