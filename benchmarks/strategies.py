@@ -58,11 +58,11 @@ class Study:
 
 STUDIES = {
     "label-skew": Study(
-        "Fashion-MNIST, 10 clients, Dirichlet .5, all take part, LeNet, E=10, B=64, 12 rounds",
+        "Fashion-MNIST, 10 clients, Dirichlet .5, all take part, LeNet, E=10, B=64, half the samples, 8 rounds",
         "global",
         (*FASHION, "task.model=lenet", "partition.clients=10", "partition.law=dirichlet-balanced", "partition.alpha=0.5",
-         "partition.parts=0.98,0.01,0.01", "run.rounds=12", "local.epochs=10", "local.batch_size=64", "local.lr=0.01",
-         "evaluate.every=3", "evaluate.on=global"),
+         "partition.parts=0.5,0.01,0.49", "run.rounds=8", "local.epochs=10", "local.batch_size=64", "local.lr=0.01",
+         "evaluate.every=4", "evaluate.on=global"),
         {"FedAvg": ("fedavg",), "FedProx": ("fedprox", "strategy.mu=0.01"), "SCAFFOLD": ("scaffold",)},
         {"FedAvg": "88.09", "FedProx": "88.15", "SCAFFOLD": "88.44"},
         "Flower niid_bench, 50 rounds",

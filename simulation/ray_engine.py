@@ -20,6 +20,9 @@ from simulation.grid import LocalGrid, error_reply, node_context
 from simulation.ray_start import start_ray, stop_ray
 
 _WAIT = 0.5
+_SOME = 0.001
+"""Cores that a worker asks Ray for: hardly any, for how many there are is ours to say; but one that asks for nothing is put
+on any machine, wherever it was sent (measured with Ray 2.55.1)."""
 _RETRIES = 2
 """Times that a message is given again to a worker that died of it; then its clients count as failed."""
 
@@ -50,7 +53,9 @@ class Workers:
             # again: a client's answer is a function of the message and of its stored state, so the bits are the same.
             # If its machine is lost, it comes back on another one.
             where = NodeAffinitySchedulingStrategy(home, soft=True)
-            options = remote.options(num_cpus=0, max_restarts=-1, max_task_retries=_RETRIES, scheduling_strategy=where)
+            options = remote.options(
+                num_cpus=_SOME, max_restarts=-1, max_task_retries=_RETRIES, scheduling_strategy=where
+            )
             self.actors.append(options.remote())
         self.threads = threads
 

@@ -4,6 +4,7 @@ so that a command can start Ray, which is mostly waiting, while another thread i
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,6 +15,8 @@ from config.errors import UserError
 from config.identity import ROOT
 from simulation.children import MEMORY
 
+_PATIENCE = 10.0
+"""Seconds in which a cluster must take a connection."""
 _mine = False
 """Whether this process started or joined Ray here: what was there before is left alone."""
 
@@ -29,9 +32,12 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
     variables = _environment(threads)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
+        host, _, port = address.rpartition(":")
         try:
+            if port.isdecimal():  # Ray would try for minutes
+                socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
             ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f'engine.address = "{address}": no Ray cluster answers there ({str(error).splitlines()[0]}); start one with '
                 '`ray start --head`, or write engine.address = "" for Ray on this machine alone'
