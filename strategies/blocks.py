@@ -77,7 +77,9 @@ def fault(
 def _finite(value: npt.NDArray[np.generic]) -> bool:
     """Whether all numbers are finite. Where their squares have a finite sum they are; that is quicker to see."""
     flat = value.ravel(order="K")
-    return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(value).all())
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.dot(flat, flat)
+    return bool(np.isfinite(squares)) or bool(np.isfinite(value).all())
 
 
 def weighted_sum(
