@@ -19,7 +19,7 @@ from client.together import train_blocks
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
-from strategies.packing import Answer, NodeReply, Request, add_groups, pack_replies, unpack_requests, whole_groups
+from strategies.packing import Answer, NodeReply, Request, add_spans, pack_replies, unpack_requests, whole_spans
 from strategies.records import from_record
 from tasks.numerics import kernels
 
@@ -73,12 +73,12 @@ def train(message: Message, context: Context) -> Message:
         together, others = train_blocks(node, requests, blocks)
         alone = answer(node, others, train_client)
     sent = from_record(requests[0].arrays)
-    one_by_one = [block for block in blocks if block[0] not in together.sums]
+    one_by_one = [block for block in blocks if (block[0], block[0] + 1) not in together.sums]
     reply = add_up(node, alone, sent, one_by_one)
     answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
     _tell("trained", sorted(requests, key=lambda request: request.client), answers)
     whole = NodeReply(answers, together.sums | reply.sums)
-    add_groups(whole, whole_groups(message.content))
+    add_spans(whole, whole_spans(message.content))
     if node.keeper.simulated and node.experiment.privacy.unit == "none":  # how long it took may tell of the samples
         whole.seconds = time.perf_counter() - began
     return Message(pack_replies(whole), reply_to=message)

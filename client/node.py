@@ -27,7 +27,7 @@ from privacy.ledger import LedgerFault
 from privacy.releases import allowed
 from strategies import algorithm
 from strategies.attacks import ON_LABELS, attackers
-from strategies.blocks import WeightedSum, weighted_sum
+from strategies.blocks import Span, WeightedSum, weighted_sum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
 from strategies.records import from_record, to_record
@@ -270,7 +270,7 @@ def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tup
     Such a block goes to the server client by client, where each reply is judged alone.
     """
     contents = {a.client: a for a in answers}
-    sums: dict[int, WeightedSum] = {}
+    sums: dict[Span, WeightedSum] = {}
     for index, clients in blocks:
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
         for client in clients:
@@ -282,7 +282,7 @@ def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tup
             weights = name_weights(metrics_of(content), sent, node.experiment.equal_weights)
             updates.append((weights, from_record(cast(ArrayRecord, content["arrays"]))))
         else:
-            sums[index] = weighted_sum(updates)
+            sums[index, index + 1] = weighted_sum(updates)
             for client in clients:
                 contents[client].summed = True
                 cast(RecordDict, contents[client].content).pop("arrays")

@@ -44,7 +44,7 @@ def train_blocks(
         for (index, clients), answered in zip(part, found, strict=True):
             if answered is not None:
                 done.answers.extend(answered[0])
-                done.sums[index] = answered[1]
+                done.sums[index, index + 1] = answered[1]
                 left -= set(clients)
     return done, [request for request in requests if request.client in left]
 

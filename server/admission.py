@@ -9,7 +9,7 @@ import numpy.typing as npt
 from flwr.app import ConfigRecord, Message
 
 from config.durable import Arrays
-from strategies.blocks import WeightedSum, cut, fault
+from strategies.blocks import Span, WeightedSum, cut, fault, total
 from strategies.replies import arrays_fault, metrics_of, weight_fault
 from strategies.sharing import name_weights
 
@@ -64,19 +64,19 @@ def admit(
     }
     good = {}
     doubles = {name: value.astype(np.float64) for name, value in sent.items()} if sums else {}
-    for block, total in sums.items():
+    for block, found in sums.items():
         wrong = [c for c in block if c in refused]
         reason = (
             f"client {wrong[0]} is refused"
             if wrong
-            else _sum_reason(total, doubles, [[weights[c] for c in part] for part in cut(block)])
+            else _sum_reason(found, doubles, [[weights[c] for c in part] for part in cut(block)])
         )
         if reason:
             refused |= {
                 c: f"its arrays are inside a block's sum that does not count: {reason}" for c in weights if c in block
             }
         else:
-            good[block] = total
+            good[block] = found
     return Verdict([m for m in replies if m.metadata.src_node_id not in refused], good, refused)
 
 
@@ -93,9 +93,16 @@ def _reason(reply: Message, sent: Arrays, size: int, inside: bool, max_norm: flo
 
 
 def _sum_reason(
-    total: WeightedSum, sent: Mapping[str, npt.NDArray[np.float64]], blocks: Sequence[Sequence[Mapping[str, float]]]
+    found: WeightedSum, sent: Mapping[str, npt.NDArray[np.float64]], blocks: Sequence[Sequence[Mapping[str, float]]]
 ) -> str:
-    weights = {name: sum(sum(client[name] for client in block) for block in blocks) for name in sent}
-    if total.weights != {name: weight for name, weight in weights.items() if weight > 0}:
+    def of_block(span: Span) -> dict[str, float] | None:
+        return _added([dict(client) for client in blocks[span[0]]]) if span[1] - span[0] == 1 else None
+
+    weights = total((0, len(blocks)), of_block, _added) or {}
+    if found.weights != {name: weight for name, weight in weights.items() if weight > 0}:
         return "the sum's weight is not that of its clients"
-    return fault(total.sums, sent, weights)
+    return fault(found.sums, sent, weights)
+
+
+def _added(weights: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(each[name] for each in weights) for name in weights[0]}

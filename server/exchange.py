@@ -23,7 +23,7 @@ from flwr.supercore.run import Run
 from config.durable import Arrays
 from config.errors import RunStopped
 from config.identity import code_sha256, versions
-from strategies.blocks import GROUP, WeightedSum, cut
+from strategies.blocks import Span, WeightedSum, cut, spans
 from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
 from strategies.records import to_record
 
@@ -109,7 +109,7 @@ class Exchange:
         `movable`, and else go where their clients are hosted.
 
         Returns one reply for each message, in the same order, with an error where the client gave none; and, if
-        `whole_blocks` allows nodes to add up, the sums of those blocks and groups of blocks, by their clients, that a
+        `whole_blocks` allows nodes to add up, the sums of those blocks and spans of blocks, by their clients, that a
         node answered as a whole (their clients' replies then have no "arrays").
         """
         self.meet()
@@ -123,14 +123,17 @@ class Exchange:
                 where[client] = node
                 by_node.setdefault(node, []).append(message)
         blocks = blocks if whole_blocks else []
-        runs = [range(i, min(i + GROUP, len(blocks))) for i in range(0, len(blocks), GROUP)]
+        possible = spans(len(blocks))
         requests = {}
-        whole: dict[int, dict[int, tuple[int, ...]]] = {}
+        whole: dict[int, dict[Span, tuple[int, ...]]] = {}
         for node, theirs in by_node.items():
-            # A node may add up the blocks that it hosts as a whole, and no others: those it is held to below.
-            whole[node] = {i: b for i, b in enumerate(blocks) if all(where.get(c) == node for c in b)}
+            # A node may add up the blocks and spans that it hosts as a whole, and no others: those it is held to below.
+            own = {i: b for i, b in enumerate(blocks) if all(where.get(c) == node for c in b)}
+            held = [span for span in possible if own.keys() >= set(range(*span))]
+            whole[node] = {(i, i + 1): block for i, block in own.items()}
+            whole[node] |= {span: tuple(c for i in range(*span) for c in own[i]) for span in held}
             asks = [Request(m.metadata.dst_node_id, m.content) for m in theirs]
-            packed = pack_requests(asks, list(whole[node].items()), [g for g in runs if whole[node].keys() >= set(g)])
+            packed = pack_requests(asks, list(own.items()), held)
             requests[node] = (theirs[0].metadata.message_type, packed)
         answers: dict[int, RecordDict | str] = {}
         sums: dict[tuple[int, ...], WeightedSum] = {}
@@ -145,10 +148,7 @@ class Exchange:
             if unpacked.seconds is not None:
                 busy[node] = min(max(unpacked.seconds, 0.0), span)
             asked = {m.metadata.dst_node_id for m in by_node[node]}
-            for i, block in unpacked.sums.items():
-                members = range(i, min(i + GROUP, len(blocks))) if i in unpacked.groups else range(i, i + 1)
-                if whole[node].keys() >= set(members) and (len(members) == 1 or members in runs):
-                    sums[tuple(c for m in members for c in whole[node][m])] = block
+            sums |= {whole[node][span]: total for span, total in unpacked.sums.items() if span in whole[node]}
             answers |= {
                 a.client: a.error if a.content is None else a.content for a in unpacked.answers if a.client in asked
             }

@@ -32,7 +32,7 @@ from server.protection import Protection, protection
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from strategies import algorithm, make_strategy
 from strategies.attacks import attack, attackers
-from strategies.blocks import WeightedSum, add, groups, weighted_sum
+from strategies.blocks import Span, WeightedSum, add, cut, total, weighted_sum
 from strategies.fedavg import FedAvg
 from strategies.local import Setup, steps_of
 from strategies.packing import block_message
@@ -347,19 +347,18 @@ def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
 
 
 def combine_order(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> list[Message]:
-    """The round's groups of blocks in order, one message each: a node's sum, or that of its blocks or single replies, made
-    here."""
-    admitted = {m.metadata.src_node_id: m for m in verdict.admitted}
-    messages = []
-    for group in groups(cohort):
-        clients = tuple(c for block in group for c in block)
-        total = verdict.sums.get(clients)
-        present = [block for block in group if any(c in admitted for c in block)]
-        if total is None and present:
-            total = add(verdict.sums.get(block) or _block_sum(block, admitted, equal) for block in present)
-        if total is not None:
-            messages.append(block_message(total, next(admitted[c] for c in clients if c in admitted)))
-    return messages
+    """The round's sum as the one message that strategies built on sums take: of what nodes have added up, and of single
+    replies, added up here; no message if there are none."""
+    admitted, blocks = {m.metadata.src_node_id: m for m in verdict.admitted}, cut(cohort)
+
+    def known(span: Span) -> WeightedSum | None:
+        found = verdict.sums.get(tuple(c for block in blocks[slice(*span)] for c in block))
+        if found is None and span[1] - span[0] == 1 and any(c in admitted for c in blocks[span[0]]):
+            return _block_sum(blocks[span[0]], admitted, equal)
+        return found
+
+    whole = total((0, len(blocks)), known, add) if blocks else None
+    return [block_message(whole, verdict.admitted[0])] if whole is not None else []
 
 
 def _block_sum(block: Sequence[int], admitted: Mapping[int, Message], equal: bool) -> WeightedSum:

@@ -2,13 +2,14 @@
 
 Floating-point addition is not associative: ((a+b)+c)+d differs from (a+b)+(c+d). If a worker added up whatever it
 happened to train, the result would depend on the number of workers. So the cohort, in ascending order, is cut into
-blocks of `BLOCK` consecutive clients; within a block clients are added in order, then the blocks of a group, then the
-groups, all in float64. A node that holds a whole block, or all blocks of a group, sends one sum; otherwise the server
-adds up the single replies in the same order and gets the same bits.
+blocks of `BLOCK` consecutive clients; within a block clients are added in order, then the blocks of each span of `FAN`
+blocks, then the spans of each span of `FAN` spans, and so on up to the whole cohort, all in float64. A node that holds a
+whole block or span sends one sum for it; otherwise the server adds up what there is in the same order, to the same bits.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,15 @@ import numpy.typing as npt
 from config.durable import Arrays
 from strategies.sharing import split_beside
 
+T = TypeVar("T")
+
 BLOCK = 10
 """Clients a block. Part of the result's definition: another value gives other last bits."""
-GROUP = 10
-"""Blocks a group: a node that holds all of them sends one sum. Part of the result's definition, as `BLOCK`."""
+FAN = 5
+"""Parts that a span of blocks is made of. Part of the result's definition, as `BLOCK`."""
+
+Span = tuple[int, int]
+"""Consecutive blocks of a cohort, by the index of the first and of the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,38 @@ def cut(cohort: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(ordered[i : i + BLOCK]) for i in range(0, len(ordered), BLOCK)]
 
 
-def groups(cohort: Sequence[int]) -> list[tuple[tuple[int, ...], ...]]:
-    """The cohort's groups of `GROUP` consecutive blocks (`cut`), the last one shorter."""
-    blocks = cut(cohort)
-    return [tuple(blocks[i : i + GROUP]) for i in range(0, len(blocks), GROUP)]
+def parts(span: Span) -> Iterator[Span]:
+    """What a span of more than one block is the sum of, in order: at most FAN of equal length, the last one shorter."""
+    first, stop = span
+    width = 1
+    while width * FAN < stop - first:
+        width *= FAN
+    return ((at, min(at + width, stop)) for at in range(first, stop, width))
+
+
+def spans(count: int) -> list[Span]:
+    """Of a cohort of `count` blocks all spans of more than one block, each behind its parts; the last one is the whole."""
+    found: list[Span] = []
+
+    def visit(span: Span) -> None:
+        if span[1] - span[0] > 1:
+            for part in parts(span):
+                visit(part)
+            found.append(span)
+
+    if count:
+        visit((0, count))
+    return found
+
+
+def total(span: Span, known: Callable[[Span], T | None], together: Callable[[list[T]], T]) -> T | None:
+    """The sum over a span in the order that defines its bits. `known` gives the sums that there are; it is asked for a span
+    before its parts, and for a single block last. `together` adds up. None where there is nothing to add up."""
+    found = known(span)
+    if found is None and span[1] - span[0] > 1:
+        there = [part for part in (total(part, known, together) for part in parts(span)) if part is not None]
+        found = together(there) if there else None
+    return found
 
 
 def fault(
@@ -101,12 +135,19 @@ def weighted_sum(
 
 
 def add(blocks: Iterable[WeightedSum]) -> WeightedSum:
-    """The sum over all blocks of a group, or over all groups, in order."""
+    """The sum of the parts of a span, in order."""
     sums: dict[str, npt.NDArray[np.float64]] = {}
     weights: dict[str, float] = {}
+    ours = set()
     for block in blocks:
         for name, value in block.sums.items():
-            sums[name] = sums[name] + value if name in sums else value
+            if name not in sums:
+                sums[name] = value
+            elif name in ours:
+                sums[name] += value
+            else:
+                sums[name] = sums[name] + value
+                ours.add(name)
             weights[name] = weights.get(name, 0.0) + block.weights[name]
     return WeightedSum(sums, weights)
 

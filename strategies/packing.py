@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from strategies.blocks import WeightedSum, add
+from strategies.blocks import Span, WeightedSum, add, parts
 from strategies.records import from_record, to_record
 
 
@@ -50,12 +50,10 @@ class Answer:
 
 @dataclass
 class NodeReply:
-    """All answers of one node, and the sums of those blocks (by index) that it holds as a whole."""
+    """All answers of one node, and the sums of those blocks and spans of blocks that it holds as a whole."""
 
     answers: list[Answer]
-    sums: dict[int, WeightedSum] = field(default_factory=dict)
-    groups: set[int] = field(default_factory=set)
-    """Of `sums` those that are a whole group's, by the index of its first block."""
+    sums: dict[Span, WeightedSum] = field(default_factory=dict)
     seconds: float | None = None
     """How long the node worked on it."""
 
@@ -63,10 +61,10 @@ class NodeReply:
 def pack_requests(
     requests: Sequence[Request],
     whole_blocks: Sequence[tuple[int, Sequence[int]]] = (),
-    whole_groups: Sequence[Sequence[int]] = (),
+    whole_spans: Sequence[Span] = (),
 ) -> RecordDict:
     """One content for a node. `whole_blocks`: (index, clients) of blocks that the node may answer with one sum;
-    `whole_groups`: of groups of them, each the indices of its blocks."""
+    `whole_spans`: spans of them for which it may, each behind its parts."""
     packed = RecordDict()
     seen: dict[int, str] = {}
     lines: list[str] = []
@@ -82,7 +80,7 @@ def pack_requests(
         {
             "requests": lines,
             "blocks": [" ".join(map(str, (index, *clients))) for index, clients in whole_blocks],
-            "groups": [" ".join(map(str, indices)) for indices in whole_groups],
+            "spans": [f"{first} {stop}" for first, stop in whole_spans],
         }
     )
     return packed
@@ -105,18 +103,18 @@ def unpack_requests(packed: RecordDict) -> tuple[list[Request], list[tuple[int, 
     return requests, blocks
 
 
-def whole_groups(packed: RecordDict) -> list[tuple[int, ...]]:
-    """Of a packed request, the groups that may be answered with one sum: the indices of their blocks."""
-    lines = cast(list[str], cast(ConfigRecord, packed["pack"])["groups"])
-    return [tuple(map(int, line.split(" "))) for line in lines]
+def whole_spans(packed: RecordDict) -> list[Span]:
+    """Of a packed request, the spans that may be answered with one sum."""
+    lines = cast(list[str], cast(ConfigRecord, packed["pack"])["spans"])
+    return [(int(first), int(stop)) for first, _, stop in (line.partition(" ") for line in lines)]
 
 
-def add_groups(reply: NodeReply, groups: Sequence[Sequence[int]]) -> None:
-    """Put one sum, under the first block's index, in the place of those of a group's blocks where all are there."""
-    for first, *rest in groups:
-        if rest and all(index in reply.sums for index in (first, *rest)):
-            reply.sums[first] = add([reply.sums[first], *(reply.sums.pop(index) for index in rest)])
-            reply.groups.add(first)
+def add_spans(reply: NodeReply, spans: Sequence[Span]) -> None:
+    """Put one sum in the place of those of a span's parts where all are there; `spans`: each behind its parts."""
+    for span in spans:
+        there = list(parts(span))
+        if all(part in reply.sums for part in there):
+            reply.sums[span] = add([reply.sums.pop(part) for part in there])
 
 
 def pack_replies(reply: NodeReply) -> RecordDict:
@@ -128,14 +126,13 @@ def pack_replies(reply: NodeReply) -> RecordDict:
             continue
         for key, record in answer.content.items():
             packed[f"{answer.client}.{key}"] = record
-    for index, block in reply.sums.items():
-        packed[f"sum-{index}.arrays"] = to_record(block.sums)
-        packed[f"sum-{index}.weights"] = MetricRecord(dict(block.weights))
+    for (first, stop), block in reply.sums.items():
+        packed[f"sum-{first}-{stop}.arrays"] = to_record(block.sums)
+        packed[f"sum-{first}-{stop}.weights"] = MetricRecord(dict(block.weights))
     packed["pack"] = ConfigRecord(
         {
             "clients": [a.client for a in reply.answers],
             "summed": [a.client for a in reply.answers if a.summed],
-            "groups": sorted(reply.groups),
             **({} if reply.seconds is None else {"seconds": reply.seconds}),
         }
     )
@@ -146,7 +143,7 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
     """The inverse of `pack_replies`. Raises KeyError, TypeError or ValueError if the content is not a packed reply."""
     plan = cast(ConfigRecord, packed["pack"])
     contents = {client: RecordDict() for client in cast(list[int], plan["clients"])}
-    sums: dict[int, WeightedSum] = {}
+    sums: dict[Span, WeightedSum] = {}
     for name, record in packed.items():
         owner, _, key = name.partition(".")
         if owner.isdecimal():
@@ -154,7 +151,8 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
         elif key == "arrays" and isinstance(record, ArrayRecord):
             weights = {k: float(cast(float, v)) for k, v in cast(MetricRecord, packed[f"{owner}.weights"]).items()}
             arrays = cast(dict[str, npt.NDArray[np.float64]], from_record(record))
-            sums[int(owner.partition("-")[2])] = WeightedSum(arrays, weights)
+            _, first, stop = owner.split("-")
+            sums[int(first), int(stop)] = WeightedSum(arrays, weights)
     summed = set(cast(list[int], plan["summed"]))
     answers = []
     for client, content in contents.items():
@@ -164,8 +162,7 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
         else:
             answers.append(Answer(client, content, summed=client in summed))
     seconds = plan.get("seconds")
-    groups = set(cast(list[int], plan["groups"]))
-    return NodeReply(answers, sums, groups, float(seconds) if isinstance(seconds, int | float) else None)
+    return NodeReply(answers, sums, float(seconds) if isinstance(seconds, int | float) else None)
 
 
 def block_message(block: WeightedSum, reply_to: Message) -> Message:

@@ -1,5 +1,6 @@
 """Sharing, blocks, packing and admission: sums by hand, equal bits however they are grouped, and what is turned away."""
 
+import itertools
 import pickle
 from typing import Any
 
@@ -17,13 +18,13 @@ from server.exchange import Cohort
 from server.rounds import combine_order
 from simulation.grid import become_server
 from strategies import make_strategy
-from strategies.blocks import BLOCK, GROUP, add, average, cut, fault, groups, weighted_sum
+from strategies.blocks import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
 from strategies.local import Setup
 from strategies.packing import (
     Answer,
     NodeReply,
     Request,
-    add_groups,
+    add_spans,
     block_of,
     pack_replies,
     pack_requests,
@@ -127,32 +128,44 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
 
 @given(st.integers(101, 260), st.integers(0, 5))
 @settings(max_examples=20)
-def test_bits_do_not_depend_on_who_adds_up_groups(clients: int, seed: int) -> None:
-    """A node that adds up all blocks of a group gives the bits of a server that is sent each client's arrays."""
+def test_bits_do_not_depend_on_who_adds_up_spans(clients: int, seed: int) -> None:
+    """A node that adds up all blocks of a span gives the bits of a server that is sent each client's arrays."""
     become_server()
     draw = np.random.default_rng(seed)
     updates = [{"w": (draw.normal(size=3) * 10.0 ** draw.integers(-6, 6)).astype(np.float32)} for _ in range(clients)]
     sizes = [float(draw.random() + 0.1) for _ in range(clients)]
     blocks, sent = cut(range(clients)), {"w": np.zeros(3, np.float32)}
-    runs = [range(i, min(i + GROUP, len(blocks))) for i in range(0, len(blocks), GROUP)]
-    assert [block for group in groups(range(clients)) for block in group] == blocks
     results = set()
     for kept in (0.0, 0.5, 1.0):  # the share of blocks that are summed at all
         single = {
-            i: weighted_sum((sizes[c], updates[c]) for c in b) for i, b in enumerate(blocks) if draw.random() <= kept
+            (i, i + 1): weighted_sum((sizes[c], updates[c]) for c in b)
+            for i, b in enumerate(blocks)
+            if draw.random() <= kept
         }
         node = NodeReply([], single)
-        add_groups(node, runs)
-        assert kept < 1 or sorted(node.sums) == [run[0] for run in runs]
-        members = {i: range(i, min(i + GROUP, len(blocks))) if i in node.groups else [i] for i in node.sums}
-        sums = {tuple(c for m in members[i] for c in blocks[m]): total for i, total in node.sums.items()}
+        add_spans(node, spans(len(blocks)))
+        assert kept < 1 or [*node.sums] == [(0, len(blocks))]
+        sums = {tuple(c for m in range(*span) for c in blocks[m]): total for span, total in node.sums.items()}
         inside = {c for b in sums for c in b}
         replies = [reply(c, None if c in inside else updates[c], **{"num-examples": sizes[c]}) for c in range(clients)]
         verdict = admit(replies, sums, sent, dict(enumerate([2.0] * clients)))
         assert not verdict.refused
-        total = add(map(block_of, combine_order(range(clients), verdict)))
+        (total,) = map(block_of, combine_order(range(clients), verdict))
         results.add((arrays_sha256(total.sums), total.weights["w"]))
     assert len(results) == 1
+
+
+@given(st.integers(0, 700))
+def test_spans_are_sums_of_their_parts(count: int) -> None:
+    """Every span stands behind its parts, at most FAN, which lie next to each other and fill it; the whole comes last."""
+    found = spans(count)
+    known = {(i, i + 1) for i in range(count)}
+    for span in found:
+        of = list(parts(span))
+        assert 2 <= len(of) <= FAN and known >= set(of)
+        assert (of[0][0], of[-1][1]) == span and all(a[1] == b[0] for a, b in itertools.pairwise(of))
+        known.add(span)
+    assert len(found) == len(set(found)) and (count < 2 or found[-1] == (0, count))
 
 
 def test_a_kept_array_is_flowers_on_the_wire_and_itself_in_memory() -> None:
@@ -188,11 +201,11 @@ def test_packing_round_trip() -> None:
     block = weighted_sum([(2.0, arrays_of(0)), (3.0, arrays_of(1))])
     metrics = RecordDict({"metrics": MetricRecord({"num-examples": 2})})
     node = unpack_replies(
-        pack_replies(NodeReply([Answer(2, metrics, summed=True), Answer(5, error="why")], {4: block}))
+        pack_replies(NodeReply([Answer(2, metrics, summed=True), Answer(5, error="why")], {(4, 5): block}))
     )
     assert [(a.client, a.error, a.summed) for a in node.answers] == [(2, "", True), (5, "why", False)]
-    assert node.sums[4].weights == block.weights
-    assert all(np.array_equal(node.sums[4].sums[k], block.sums[k]) for k in block.sums)
+    assert node.sums[4, 5].weights == block.weights
+    assert all(np.array_equal(node.sums[4, 5].sums[k], block.sums[k]) for k in block.sums)
 
 
 POISON: dict[str, dict[str, Any]] = {

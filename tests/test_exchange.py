@@ -68,7 +68,7 @@ def node(clients: Sequence[int], fault: str = "", **roll: Any) -> Callable[[Mess
         if fault == "lies":
             extra = weighted_sum([(1e6, {"w": np.float32([666])})])
             answers.append(Answer(0, reply_content(666)))
-            return pack_replies(NodeReply(answers, {0: extra, 7: extra}))
+            return pack_replies(NodeReply(answers, {(0, 1): extra, (0, 2): extra, (7, 8): extra}))
         return pack_replies(NodeReply(answers))
 
     return answer
