@@ -1,8 +1,9 @@
-"""`engine.exact = false`: which clients faster kernels train than the training loop, and what they are given.
+"""Which clients kernels train that are faster than the training loop, and what these are given.
 
-On a CPU that is compiled code which trains one client after another (`client/fused.py`), on a GPU all clients of a block at
-once on stacked parameters (`client/stacked.py`). Both take the samples in the loop's order and differ from it in the order
-of sums alone; tests/test_fast.py says by how much. What they do not cover, the loop trains, and `why_not` says why.
+With `engine.exact` they have the loop's bits (`client/direct.py`). Without it, on a CPU compiled code trains one client
+after another (`client/fused.py`), on a GPU all clients of a block train at once on stacked parameters (`client/stacked.py`):
+both take the samples in the loop's order and differ from it in the order of sums alone; tests/test_fast.py says by how
+much. What no kernel covers, the loop trains, and `why_not` says why.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from client.direct import Direct
 from client.fused import Fused
 from client.kernels import Kernels, Member, Network, Unknown, network
 from client.optimisers import scheduled
@@ -33,8 +35,6 @@ products are large enough for oneDNN, and a framework's step costs little beside
 def why_not(experiment: Experiment) -> str:
     """Why the settings leave all training to the loop, or ""."""
     local, anchor = experiment.local, experiment.anchor
-    if experiment.engine.exact:
-        return "engine.exact = true"
     checks = {
         f'privacy.unit = "{experiment.privacy.unit}"': experiment.privacy.unit == "example",
         f'local.optimizer = "{local.optimizer}"': local.optimizer != "sgd",
@@ -68,6 +68,8 @@ def fast(experiment: Experiment, seen: View) -> "Fast | str":
         if seen.trunk is not None:
             raise Unknown("the trunk is frozen, and the heads cost little")
         found = network(seen.model, tuple(task.dataset.test.x.shape[1:]), task.targets, task.weights)
+        if experiment.engine.exact:
+            return Fast(experiment, task, Direct(found, seen.model, experiment.local))
         if experiment.engine.device == "cuda":
             return Fast(experiment, task, Stacked(found, experiment.local, experiment.engine))
         if reason := too_large(found):
@@ -78,10 +80,10 @@ def fast(experiment: Experiment, seen: View) -> "Fast | str":
 
 
 def told(experiment: Experiment, found: "Fast | str") -> str:
-    """What trains: "loop", "fused" or "stacked"; the loop with the reason, if faster kernels were asked for."""
-    if experiment.engine.exact:
-        return "loop"
-    return f"loop: {found}" if isinstance(found, str) else found.kernels.title
+    """What trains: "loop", "direct", "fused" or "stacked"; the loop with the reason, if other bits were allowed."""
+    if isinstance(found, Fast):
+        return found.kernels.title
+    return "loop" if experiment.engine.exact else f"loop: {found}"
 
 
 def too_large(found: Network) -> str:
@@ -104,6 +106,12 @@ class Fast:
         default_factory=dict, repr=False, compare=False
     )
 
+    def covers(self, data: Data) -> bool:
+        """Whether a client with these labels can be trained."""
+        weights = class_weights(self.task.targets, data.y)
+        names = [t.name for t in self.task.targets]
+        return self.kernels.covers([data.y[name] for name in names], [weights.get(name) for name in names])
+
     def member(self, data: Data, round_: int, client: int, plan: Local, epochs: int = 0) -> Member:
         """A client for one training, as long as `plan` says or for so many epochs: the loop's batches in its order."""
         steps, size = steps_of(plan, len(data), epochs), min(plan.batch_size, len(data))
@@ -111,11 +119,15 @@ class Fast:
         seed = self.experiment.run.seed
         draws = (torch_generator(seed, "shuffle", round_, client, epoch) for epoch in range(rounds))
         order = torch.stack([torch.randperm(len(data), generator=draw) for draw in draws])
-        if client not in self._kept or self._kept[client][0] is not data:
+        if client in self._kept and self._kept[client][0] is data:
+            _, own, by_class = self._kept[client]
+        else:
             weights = class_weights(self.task.targets, data.y)
-            prepared = Data(self.task.prepare(data.x).contiguous(), data.y)
-            self._kept[client] = data, prepared, [weights.get(t.name) for t in self.task.targets]
-        _, own, by_class = self._kept[client]
+            by_class = [weights.get(t.name) for t in self.task.targets]
+            own = Data(self.task.prepare(data.x), data.y)
+            if self.kernels.keeps_samples:
+                own = Data(own.x.contiguous(), data.y)
+                self._kept[client] = data, own, by_class
         return Member(client, own.x, [own.y[t.name] for t in self.task.targets], by_class, order, size, steps)
 
     def rates(self, round_: int, plan: Local, learns: Callable[[str], bool] | None = None) -> dict[str, float]:

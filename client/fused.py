@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from client.kernels import Layer, Member, Network, Outcome, Sums, Unknown
 from config.durable import Arrays
@@ -84,6 +85,7 @@ class Fused:
 
     title = "fused"
     blocks_at_once = 1
+    keeps_samples = True
 
     def __init__(self, network: Network, plan: Local) -> None:
         self.network, self._plan, self._library = network, plan, library()
@@ -95,6 +97,10 @@ class Fused:
         self._start, self._work = np.zeros(size, np.float32), np.zeros(size, np.float32)
         self._net: int | None = None
         self._batch = 0
+
+    def covers(self, labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
+        """All clients."""
+        return True
 
     def train(
         self,

@@ -44,6 +44,8 @@ class Layer:
     groups: int = 1
     eps: float = 0.0
     scale: float = 1.0
+    ceil: bool = False
+    """Of a pooling: windows that reach over the edge count."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,12 @@ class Kernels(Protocol):
     title: str
     network: Network
     blocks_at_once: int
+    keeps_samples: bool
+    """Whether a client's samples are best prepared once and kept."""
+
+    def covers(self, labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
+        """Whether clients with these labels and weights of classes, of each target, can be trained."""
+        ...
 
     def train(
         self,
@@ -186,7 +194,9 @@ def _layer(module: nn.Module, before: tuple[int, int, int], place: str, image: b
         if _pair(module.stride) != kernel or _pair(module.padding) != (0, 0) or _pair(module.dilation) != (1, 1):
             raise Unknown(f"{place} has windows that overlap, or padding")
         whole = math.ceil if module.ceil_mode else math.floor
-        return Layer("pool", before, (c, whole(h / kernel[0]), whole(w / kernel[1])), kernel=kernel)
+        return Layer(
+            "pool", before, (c, whole(h / kernel[0]), whole(w / kernel[1])), kernel=kernel, ceil=module.ceil_mode
+        )
     if type(module) is nn.GroupNorm and image and module.affine:
         return Layer("norm", before, before, groups=module.num_groups, eps=module.eps)
     if type(module) is BoundedFeatures and not image:

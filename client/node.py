@@ -56,7 +56,7 @@ class Node:
     state_root: Path
     keeper: Keeper
     fast: Fast | str
-    """What trains in the training loop's place under `engine.exact = false`, or why nothing does."""
+    """What trains plain local steps in the training loop's place, or why nothing does."""
     memory: int = 0
     """Bytes of clients' states that this process may keep in shared memory."""
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)

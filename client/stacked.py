@@ -48,6 +48,7 @@ class Stacked:
 
     title = "stacked"
     blocks_at_once = 10
+    keeps_samples = True
 
     def __init__(self, network: Network, plan: Local, engine: Engine) -> None:
         self.network, self._plan = network, plan
@@ -57,6 +58,10 @@ class Stacked:
         self._y: list[Tensor] = []
         self._places: dict[int, tuple[Tensor, int]] = {}
         self._kept: dict[tuple[int, int, bool], tuple[Step, Callable[[], None]]] = {}
+
+    def covers(self, labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
+        """All clients."""
+        return True
 
     def train(
         self,

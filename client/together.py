@@ -1,4 +1,4 @@
-"""Whole blocks under `engine.exact = false`: faster kernels train their clients, and what leaves is one sum.
+"""Whole blocks where faster kernels train their clients (`client/fast.py`), and what leaves is one sum.
 
 Only where a client's turn is nothing but plain local training of a model that it shares whole: FedAvg, and every strategy
 that differs from it at the server alone. All other turns go through `client.node.train_client`, one client after another.
@@ -82,6 +82,8 @@ def _train(
             content["evaluation"] = MetricRecord(dict(evaluate(node.view.model, data, node.view.task)))
     clients = [[request.client for request in block] for block in blocks]
     own = {client: node.task.client(client).train for client in contents}
+    if not all(map(fast.covers, own.values())):
+        return [None] * len(blocks)
     known = {client: samples(node, client, data) for client, data in own.items()}
     members = [[fast.member(own[client], round_, client, local) for client in block] for block in clients]
     counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}

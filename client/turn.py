@@ -26,7 +26,7 @@ from tasks.task import Task
 class ClientTurn:
     """One client in one round. `whole` is the complete model, of which `model`, the one that learns, may be a view.
 
-    fast: what trains plain local steps in the loop's place (`engine.exact = false`).
+    fast: what trains plain local steps in the loop's place.
     work: the share of its steps that the client gets through (1, but for a simulated straggler). permit: what makes its
     one training of this turn private. remembered: what the loop must be given back in the next turn; `fit` fills it.
     """
@@ -93,7 +93,8 @@ class ClientTurn:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
             plan = plan.model_copy(update={"steps": steps * repeat})
             experiment, epochs = experiment.model_copy(update={"local": plan}), 0
-        if self.fast is not None and correct is None and term is None and self.permit is None:
+        plain = correct is None and term is None and self.permit is None
+        if self.fast is not None and plain and self.fast.covers(self.data):
             member = self.fast.member(self.data, self.round, self.client, plan, epochs)
             done = self.fast.kernels.train(state_of(self.model), [[member]], self.fast.rates(self.round, plan, learns))
             load_into(self.model, done.arrays[0])

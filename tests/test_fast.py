@@ -174,7 +174,7 @@ def test_blocks_and_single_clients_give_the_same_bits(
     assert exact["model_sha256"] != whole["model_sha256"]
     assert (whole["engine"], exact["engine"]) == (
         {"exact": False, "training": ["fused"]},
-        {"exact": True, "training": ["loop"]},
+        {"exact": True, "training": ["direct"]},
     )
 
 
@@ -287,7 +287,8 @@ def test_the_gpu_benchmark_trains_the_same_on_both_sides() -> None:
 
 
 def test_the_plan_says_what_trains() -> None:
-    assert plan(small("fedavg"))["training"] == "loop"
+    assert plan(small("fedavg"))["training"] == "direct"
+    assert plan(small("fedavg", "local.optimizer=adam"))["training"] == "loop"
     assert plan(small("fedavg", "engine.exact=false"))["training"] == "fused"
     adam = plan(small("fedavg", "engine.exact=false", "local.optimizer=adam"))
     assert adam["training"] == 'loop: local.optimizer = "adam"'

@@ -1,0 +1,147 @@
+"""The loop without its tape against the loop: the same bits, whatever the layers, the optimiser and the clients' sizes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_inline, small
+from torch import Tensor, nn
+
+from client import node, together
+from client.direct import Direct, operations
+from client.fast import Fast, fast
+from client.kernels import Unknown, network
+from client.training import train
+from config.load import load
+from config.seeds import torch_generator, torch_seeded
+from strategies.blocks import weighted_sum
+from tasks import networks
+from tasks.data import MISSING, Data, Inputs, Target
+from tasks.evaluation import load_into, state_of
+from tasks.features import View
+from tasks.models import Multihead
+from tasks.numerics import kernels, laid_out
+from tasks.task import Task, open_task
+
+DIGIT = Target("digit", "class", 10)
+SIZES = (37, 20, 1, 8, 23)
+"""Training samples of the clients: whole batches and not, fewer than a batch, one."""
+
+
+def relu_first(task: object, inputs: Inputs) -> tuple[nn.Module, int]:
+    """ReLU in front of the pooling, as it is usually written; no bias; an edge that pooling leaves out."""
+    trunk = nn.Sequential(
+        nn.Conv2d(inputs.shape[0], 4, (3, 5), padding=(1, 2), bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d((2, 3)),
+        nn.Sequential(nn.Conv2d(4, 5, 3), nn.Tanh(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        nn.Linear(5 * 2 * 1, 7),
+        nn.ReLU(),
+    )
+    return trunk, 7
+
+
+def wide(task: object, inputs: Inputs) -> tuple[nn.Module, int]:
+    """A layer so large that oneDNN multiplies (`tasks.numerics.LARGE`)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 300), nn.ReLU()), 300
+
+
+CASES = {
+    "mlp": (networks.mlp, (1, 8, 8), ()),
+    "flat": (networks.mlp, (21,), ("local.momentum=0.9", "local.weight_decay=0.01")),
+    "cnn": (networks.cnn, (1, 9, 10), ("local.momentum=0.9", "local.nesterov=true")),
+    "lenet": (networks.lenet, (3, 14, 16), ("local.lr_factors=trunk.conv1 0.1",)),
+    "mcmahan": (networks.mcmahan_cnn, (1, 28, 28), ("local.momentum=0.5",)),
+    "wide": (wide, (1, 32, 32), ()),
+    "relu first": (relu_first, (2, 12, 12), ("local.momentum=0.5", "local.weight_decay=0.1")),
+    "last layers": (networks.cnn, (1, 8, 8), ("local.trainable=last:1", "local.momentum=0.9")),
+    "head": (networks.lenet, (1, 14, 14), ("local.trainable=head",)),
+    "steps": (networks.mlp, (1, 8, 8), ("local.steps=5",)),
+}
+
+
+def setting(case: str) -> tuple[Fast, Task, nn.Module, list[Data]]:
+    make, shape, settings = CASES[case]
+    plan = ("local.epochs=3", "local.batch_size=8", "local.momentum=0", "task.hidden=16")
+    experiment = load("fedavg", [*plan, *settings])
+    with torch_seeded(1, "test"):
+        trunk, features = make(experiment.task, Inputs(shape))
+        model = laid_out(Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False}))
+    template = open_task(experiment)
+    task = Task(template.dataset, template.split, (DIGIT,), (0.7,), experiment.task, 0, template.held)
+    found = Direct(network(model, shape, task.targets, task.weights), model, experiment.local)
+    return Fast(experiment, task, found), task, model, [samples(shape, size) for size in SIZES]
+
+
+def samples(shape: tuple[int, ...], size: int) -> Data:
+    draw = torch_generator(size, "samples")
+    return Data(torch.randn(size, *shape, generator=draw), {"digit": torch.randint(10, (size,), generator=draw)})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_are_the_loops(case: str) -> None:
+    """Arrays and losses of each client, and the sum of a block, which `weighted_sum` defines."""
+    faster, task, model, clients = setting(case)
+    start, by_loop, plan = state_of(model), [], faster.experiment.local
+    with kernels(model):
+        for number, data in enumerate(clients):
+            load_into(model, start)
+            told = train(model, data, task, faster.experiment, 2, number)
+            by_loop.append((state_of(model), told))
+        members = [faster.member(data, 2, number, plan) for number, data in enumerate(clients)]
+        done = faster.kernels.train(start, [members], faster.rates(2, plan))
+        for arrays, losses, member, (expected, told) in zip(done.arrays, done.losses, members, by_loop, strict=True):
+            assert any(not np.array_equal(expected[n], start[n]) for n in start)
+            assert all(arrays[n].tobytes() == expected[n].tobytes() for n in start)
+            assert faster.trained(member, losses) == told
+        weights = [{n: float(i + 2 + (n == next(iter(start)))) for n in start} for i in range(len(clients))]
+        (total,) = faster.kernels.train(start, [members], faster.rates(2, plan), [weights]).totals
+    expected = weighted_sum((w, arrays) for w, (arrays, _) in zip(weights, by_loop, strict=True)).sums
+    assert total is not None and all(total[n].tobytes() == expected[n].tobytes() for n in start)
+
+
+def test_a_block_with_infinite_numbers_has_no_sum() -> None:
+    faster, _, model, clients = setting("mlp")
+    clients[1].x[3] = float("inf")
+    members = [faster.member(data, 1, number, faster.experiment.local) for number, data in enumerate(clients)]
+    weights = [[dict.fromkeys(state_of(model), 1.0)] * 2, [dict.fromkeys(state_of(model), 1.0)] * 3]
+    rates = faster.rates(1, faster.experiment.local)
+    totals = faster.kernels.train(state_of(model), [members[:2], members[2:]], rates, weights).totals
+    assert totals[0] is None and totals[1] is not None
+
+
+@pytest.mark.parametrize("preset", ["fedavg", "fedadam", "krum", "fedper", "ditto"])
+def test_runs_have_the_bits_of_the_loop(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether blocks are trained and added up as one, clients one by one, or all by the loop."""
+    experiment = small(preset, "partition.clients=23", "partition.min_size=3", "evaluate.every=2")
+    blocks = run_inline(experiment, tmp_path / "blocks")
+    monkeypatch.setattr(together, "_plain", lambda node: False)
+    single = run_inline(experiment, tmp_path / "single")
+    monkeypatch.setattr(node, "fast", lambda *_: "none")
+    loop = run_inline(experiment, tmp_path / "loop")
+    for run in (blocks, single):
+        assert [run[key] for key in ("model_sha256", "metrics")] == [loop[key] for key in ("model_sha256", "metrics")]
+    assert (blocks["engine"]["training"], loop["engine"]["training"]) == (["direct"], ["loop"])
+
+
+def test_what_the_loop_alone_can_do_is_left_to_it() -> None:
+    """Missing labels, weights of classes, several targets, values."""
+    faster, *_ = setting("mlp")
+    y = torch.tensor([1, 2])
+    assert faster.kernels.covers([y], [None])
+    assert not faster.kernels.covers([torch.tensor([1, MISSING])], [None])
+    assert not faster.kernels.covers([y], [torch.ones(10)])
+    for learned in ("all", "slant"):
+        experiment = load("fedavg", [f"task.learn={learned}"])
+        task = open_task(experiment)
+        assert fast(experiment, View(task.new_model(), task)) == "there is not one target of classes"
+
+
+def test_relu_comes_after_the_pooling_that_follows_its_layer() -> None:
+    trunk, features = relu_first(None, Inputs((2, 12, 12)))
+    model = Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False})
+    found = operations(network(model, (2, 12, 12), [DIGIT], [1.0]))
+    kinds = ["conv", "pool", "relu", "conv", "tanh", "pool", "flatten", "linear", "relu", "linear"]
+    assert [kind for kind, _ in found] == kinds
