@@ -6,7 +6,6 @@ train and evaluate: answer for each client in the pack.
 
 import json
 import logging
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,12 +65,13 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
-    began = time.perf_counter()
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
+    node.clock.start("open")
     with kernels(node.model):
         together, others = train_blocks(node, requests, blocks)
         alone = answer(node, others, train_client)
+    node.clock.now("reduce")
     sent = from_record(requests[0].arrays)
     one_by_one = [block for block in blocks if (block[0], block[0] + 1) not in together.sums]
     reply = add_up(node, alone, sent, one_by_one)
@@ -80,7 +80,7 @@ def train(message: Message, context: Context) -> Message:
     whole = NodeReply(answers, together.sums | reply.sums)
     add_spans(whole, whole_spans(message.content))
     if node.keeper.simulated and node.experiment.privacy.unit == "none":  # how long it took may tell of the samples
-        whole.seconds = time.perf_counter() - began
+        whole.times = node.clock.read()
     return Message(pack_replies(whole), reply_to=message)
 
 

@@ -20,6 +20,7 @@ from client.privately import Exhausted, Keeper, charge, noised_update
 from client.store import SHARED_MEMORY, Store
 from client.training import LOOP, Beside, train
 from client.turn import ClientTurn, with_wrong_labels
+from config.clock import Clock
 from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
@@ -59,6 +60,8 @@ class Node:
     """What trains plain local steps in the training loop's place, or why nothing does."""
     memory: int = 0
     """Bytes of clients' states that this process may keep in shared memory."""
+    clock: Clock = field(default_factory=Clock, repr=False, compare=False)
+    """Where the time of the message in hand goes."""
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
@@ -72,7 +75,13 @@ def open_node(context: Context) -> Node:
     """The node of this process for the experiment in the run configuration; made once a process."""
     simulated = bool(context.node_config.get("simulated", False))
     nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
-    return _open_node(json.dumps(to_flat(from_flat(context.run_config))), _state_root(context), simulated, nodes)
+    return _open_node(_resolved(json.dumps(dict(context.run_config))), _state_root(context), simulated, nodes)
+
+
+@functools.lru_cache(maxsize=8)
+def _resolved(flat: str) -> str:
+    """The whole experiment, however it was given, with all defaults."""
+    return json.dumps(to_flat(from_flat(json.loads(flat))))
 
 
 @functools.lru_cache(maxsize=8)
@@ -139,6 +148,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     config = request.config
     round_, store = int(cast(int, config["round"])), _store(node, request)
     client, seen, experiment = request.client, node.view, node.experiment
+    node.clock.now("open")
     turn = open_turn(node, request, before=round_, pooled=experiment.run.placement == "pooled")
     reply, release = RecordDict(), None
     if experiment.privacy.unit in ("example", "local"):
@@ -150,11 +160,14 @@ def train_client(node: Node, request: Request) -> RecordDict:
         reply["ledger"] = release.state
         turn = replace(turn, permit=release.permit)
     if config["evaluate"] and allowed(experiment, "metrics"):
+        node.clock.now("evaluate")
         turn.load(node.half.used(turn))
         data = seen.data(f"{client}/test", node.task.client(client).test)
         reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
         turn.load(turn.start())
+    node.clock.now("train")
     outcome = node.half.train(turn)
+    node.clock.now("write")
     sent = {name: outcome.model[name] for name in node.roles.shared}
     if release and experiment.privacy.unit == "local":
         own = [name for name in sent if name in node.roles.trained]
@@ -164,6 +177,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
     if lasting:
         attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
         store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
+    node.clock.now("reduce")
     known = turn.permit is not None or allowed(experiment, "samples")
     metrics: dict[str, Any] = {**samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
     metrics |= outcome.metrics

@@ -76,10 +76,12 @@ def _train(
     round_, local = int(cast(int, config["round"])), node.experiment.local
     contents = {request.client: RecordDict() for request in requests}
     if config["evaluate"]:
+        node.clock.now("evaluate")
         load_into(node.model, received)
         for client, content in contents.items():
             data = node.view.data(f"{client}/test", node.task.client(client).test)
             content["evaluation"] = MetricRecord(dict(evaluate(node.view.model, data, node.view.task)))
+    node.clock.now("open")
     clients = [[request.client for request in block] for block in blocks]
     own = {client: node.task.client(client).train for client in contents}
     if not all(map(fast.covers, own.values())):
@@ -87,9 +89,11 @@ def _train(
     known = {client: samples(node, client, data) for client, data in own.items()}
     members = [[fast.member(own[client], round_, client, local) for client in block] for block in clients]
     counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}
+    node.clock.now("train")
     outcome = fast.kernels.train(
         received, members, fast.rates(round_, local), [[counts[client] for client in block] for block in clients]
     )
+    node.clock.now("reduce")
     losses = iter(outcome.losses)
     found = list[tuple[list[Answer], WeightedSum] | None]()
     for block, total in zip(members, outcome.totals, strict=True):

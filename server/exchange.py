@@ -31,7 +31,7 @@ log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
 EVEN = 0.03
-"""Share of the mean by which the last worker may end later before blocks next to each other are parted."""
+"""Share of the time by which the last worker may end later before blocks next to each other are parted."""
 DECISIVE = ("flwr", "torch")
 """The libraries of which server and nodes need the same release; its build (+cpu, +cu130) may differ."""
 CLIENT_FAILED = 1
@@ -56,6 +56,9 @@ class Exchange:
     """Training samples that each client declared at roll call, int64 (clients,): the cap of its weight."""
     idle: float | None = None
     """In the last exchange the share of the nodes' time in which they had nothing to do; None if they do not say."""
+    times: dict[str, float] = field(default_factory=dict)
+    """In the last exchange the seconds, by phase (`config.clock`), of the node that took longest; all of it counts as
+    training where nodes do not say."""
     simulated: bool = True
     """Whether every node so far has said that it is simulated: its secrets are then none."""
     training: set[str] = field(default_factory=set)
@@ -137,7 +140,8 @@ class Exchange:
             requests[node] = (theirs[0].metadata.message_type, packed)
         answers: dict[int, RecordDict | str] = {}
         sums: dict[tuple[int, ...], WeightedSum] = {}
-        began, busy = time.perf_counter(), {}
+        began, busy = time.perf_counter(), dict[int, float]()
+        times: dict[int, dict[str, float]] = {}
         replies = self._carry(requests, self.timeout)
         span = time.perf_counter() - began
         for node, reply in replies.items():
@@ -145,13 +149,14 @@ class Exchange:
             if isinstance(unpacked, str):
                 answers |= {m.metadata.dst_node_id: unpacked for m in by_node[node]}
                 continue
-            if unpacked.seconds is not None:
-                busy[node] = min(max(unpacked.seconds, 0.0), span)
+            if 0 < (seconds := sum(unpacked.times.values())) < span and min(unpacked.times.values()) >= 0:
+                busy[node], times[node] = seconds, unpacked.times
             asked = {m.metadata.dst_node_id for m in by_node[node]}
             sums |= {whole[node][span]: total for span, total in unpacked.sums.items() if span in whole[node]}
             answers |= {
                 a.client: a.error if a.content is None else a.content for a in unpacked.answers if a.client in asked
             }
+        self.times = times[max(busy, key=busy.__getitem__)] if busy else {"train": span}
         self.idle = 1 - sum(busy.values()) / (span * len(self._nodes)) if busy and self.simulated else None
         if work is not None:
             for node, seconds in busy.items():
@@ -217,24 +222,21 @@ class Exchange:
 def deal(work: Sequence[float], rates: Sequence[float]) -> list[int]:
     """Which of several workers (0..len(rates)-1) does each of several pieces of `work`, so that they end together.
 
-    `rates`: the time that each worker takes for a unit. Pieces next to each other stay together (a worker then adds up
-    whole groups of blocks) as long as the last worker ends at most EVEN later than the mean; if that cannot be, the longest
-    piece comes first and each goes to the worker that ends first with it (Graham 1969), which is at most 4/3 of the
-    shortest possible.
+    `rates`: the time that each worker takes for a unit. The longest piece comes first and each goes to the worker that ends
+    first with it (Graham 1969): that takes at most 4/3 of the shortest time possible. But where pieces next to each other
+    can stay together (a worker then adds up whole spans of blocks) and the last worker ends at most EVEN later, they do.
     """
     speeds = np.array([1 / rate for rate in rates])
     amount = np.array(work, dtype=np.float64)
     middle = (np.cumsum(amount) - amount / 2) / amount.sum()
-    places = np.minimum(np.searchsorted(np.cumsum(speeds) / speeds.sum(), middle, side="right"), len(speeds) - 1)
-    ends = np.bincount(places, amount, len(speeds)) / speeds
-    if ends.max() <= (1 + EVEN) * ends.mean():
-        return [int(place) for place in places]
-    ends = np.zeros(len(speeds))
+    together = np.minimum(np.searchsorted(np.cumsum(speeds) / speeds.sum(), middle), len(speeds) - 1)
+    end = (np.bincount(together, amount, len(speeds)) / speeds).max()
+    ends, parted = np.zeros(len(speeds)), np.zeros(len(amount), dtype=np.int64)
     for piece in np.argsort(-amount, kind="stable"):
         place = int(np.argmin(ends + amount[piece] / speeds))
         ends[place] += amount[piece] / speeds[place]
-        places[piece] = place
-    return [int(place) for place in places]
+        parted[piece] = place
+    return [int(place) for place in (together if end <= (1 + EVEN) * ends.max() else parted)]
 
 
 def _release(version: str) -> str:

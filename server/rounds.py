@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
+from config.clock import Clock
 from config.cohort import unseen
 from config.durable import Arrays
 from config.errors import RunStopped, UserError
@@ -30,6 +30,7 @@ from server.exchange import Cohort, Exchange
 from server.folder import RunFolder, open_folder
 from server.protection import Protection, protection
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
+from server.writer import Writer
 from strategies import algorithm, make_strategy
 from strategies.attacks import attack, attackers
 from strategies.blocks import Span, WeightedSum, add, cut, total, weighted_sum
@@ -69,6 +70,9 @@ class Session:
     protection: Protection
     sizes: npt.NDArray[np.int64]
     schedule: list[list[int]]
+    writer: Writer
+    clock: Clock = field(default_factory=Clock)
+    """Where the time of the round in hand goes."""
     void: list[str] = field(default_factory=list)
     """Attempts at rounds that did not count, "ROUND.ATTEMPT": clients forget what those left them."""
 
@@ -109,15 +113,21 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     strategy = make_strategy(setup(experiment, task, parts))
     sizes, schedule = task.split.sizes[:, 0], read_schedule(experiment)
     session = Session(
-        experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard, sizes, schedule
-    )
+        experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard, sizes, schedule,
+        Writer(folder),
+    )  # fmt: skip
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}
     try:
         exchange.gather()
         guard.begin(exchange.simulated, out)
-        for round_ in range(_recover(session) + 1, experiment.run.rounds + 1):
-            play_round(session, round_)
+        first = _recover(session) + 1
+        session.clock.start("broadcast")
+        try:
+            for round_ in range(first, experiment.run.rounds + 1):
+                play_round(session, round_)
+        finally:
+            session.writer.wait()
         scores = score_clients(session, experiment.run.rounds, last=True)
     except RunStopped as stop:
         status, reason = "stopped", str(stop)
@@ -156,7 +166,7 @@ def play_round(session: Session, round_: int) -> None:
     A round with fewer good replies than the quorum is void, and tried again with a new cohort, `cohort.attempts` times
     in all. Raises RunStopped if none of them counts.
     """
-    experiment, began = session.experiment, time.perf_counter()
+    experiment, clock = session.experiment, session.clock
     pooled = experiment.run.placement == "pooled"
     on_clients = "clients" in experiment.evaluate.on
     guard = session.protection
@@ -189,6 +199,7 @@ def play_round(session: Session, round_: int) -> None:
         m.metadata.src_node_id: _scores(m) for m in verdict.admitted if "evaluation" in m.content
     }
     clients_round = round_ - 1
+    clock.now("evaluate")
     if pooled and on_clients and allowed(experiment, "metrics") and round_ % experiment.evaluate.every == 0:
         received, clients_round = used(score_clients(session, round_, last=False)), round_
     record = {
@@ -197,6 +208,7 @@ def play_round(session: Session, round_: int) -> None:
         "failed": _failed(verdict),
         **({"void": void} if void else {}),
         "seconds": 0.0,
+        "times": {},
         "idle": session.exchange.idle,
         **{key: value + sum(v[key] for v in void) for key, value in traffic.items()},
         **_training(session.task, [metrics_of(m.content) for m in verdict.admitted]),
@@ -207,11 +219,14 @@ def play_round(session: Session, round_: int) -> None:
         "clients_round": clients_round,
         "epsilon": guard.epsilon() if experiment.privacy.unit != "none" else None,
     }
-    record["seconds"] = time.perf_counter() - began
-    session.folder.append(record)
     kept = session.strategy.state() if isinstance(session.strategy, FedAvg) else {}
     checkpoint = checkpoints.Checkpoint(round_, session.arrays, kept, guard.state())
-    checkpoints.save(session.folder.checkpoints, checkpoint)
+    record["times"] = clock.read()
+    record["seconds"] = sum(record["times"].values())
+    clock.start("write")
+    session.writer.begin(record, checkpoint)
+    if experiment.privacy.unit != "none":  # what leaves next presumes that this round has been
+        session.writer.wait()
 
 
 @dataclass(frozen=True)
@@ -233,6 +248,7 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
     experiment, strategy = session.experiment, session.strategy
     pooled = experiment.run.placement == "pooled"
     guard, private = session.protection, experiment.privacy.unit != "none"
+    session.clock.now("broadcast")
     guard.require(round_)
     called = call(experiment, round_, session.sizes, session.schedule, attempt, guard.cohort_secret, without=guard.left)
     config = ConfigRecord(
@@ -266,6 +282,10 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
         for c in called.trained
     }
     replies, sums = session.exchange.send(messages, whole_blocks=whole, work=None if pooled else work)
+    session.clock.part("broadcast", session.exchange.times)
+    session.clock.now("write")
+    session.writer.wait()
+    session.clock.now("reduce")
     left = guard.read(replies, round_)
     sizes = {c: int(session.exchange.sizes[c]) for c in called.trained}
     if pooled:

@@ -1,11 +1,14 @@
 """The Ray engine: actors as nodes. Each hosts an even share of the clients, who always come back to it.
 
-Whatever several messages have in common, above all the global model, is put into Ray's object store once.
+Whatever several messages have in common, above all the global model, is handed over once: through shared memory to workers
+on this machine (`simulation/mailbox.py`), through Ray's object store to those of a cluster.
 """
 
+import os
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from config.schema import Experiment
 from simulation.grid import LocalGrid, error_reply, node_context
+from simulation.mailbox import Address, Letter, Slot, Slots
 from simulation.ray_start import start_ray, stop_ray
 
 _WAIT = 0.5
@@ -28,7 +32,30 @@ _RETRIES = 2
 
 
 class NodeActor:
-    """What runs in a worker: the ClientApp, given messages whose shared records arrive as separate arguments."""
+    """What runs in a worker: the ClientApp, given messages whose shared records arrive beside them."""
+
+    def __init__(self) -> None:
+        self._slots: dict[int, Slot] = {}
+
+    def handle_here(
+        self,
+        message: Message,
+        context: Context,
+        names: dict[str, int],
+        letters: list[Letter],
+        sent: Address,
+        reply: Address,
+    ) -> Letter:
+        """`handle`, where the records of these `names` are letters in the slot `sent`, and the reply goes into `reply`."""
+        slot = self._slot(sent)
+        records = [slot.read(letters[i]) for i in names.values()]
+        (letter,) = self._slot(reply).write([self.handle(message, context, list(names), *records)])
+        return letter
+
+    def _slot(self, address: Address) -> Slot:
+        if address.number not in self._slots:
+            self._slots[address.number] = Slot(address)
+        return self._slots[address.number]
 
     def handle(self, message: Message, context: Context, names: list[str], *records: ArrayRecord) -> Message:
         """Answer a message, with the records put back under their names."""
@@ -45,7 +72,7 @@ class NodeActor:
 class Workers:
     """Ray actors that outlive a run, so that the runs of a comparison share them."""
 
-    def __init__(self, count: int, threads: int) -> None:
+    def __init__(self, count: int, threads: int, on_this_machine: bool) -> None:
         self.actors: list[ActorHandle[Any]] = []
         remote: Any = ray.remote(NodeActor)
         for home in _homes(count):
@@ -58,6 +85,25 @@ class Workers:
             )
             self.actors.append(options.remote())
         self.threads = threads
+        self.slots = Slots() if on_this_machine and hasattr(os, "memfd_create") else None
+
+
+@dataclass
+class Sent:
+    """A message on its way: what Ray answers for it, and the slots that are its own and its round's."""
+
+    reference: Any
+    message: Message
+    reply: Slot | None = None
+    batch: "Batch | None" = None
+
+
+@dataclass
+class Batch:
+    """Messages that were sent together: the slot of what they have in common, and how many are not answered yet."""
+
+    slot: Slot
+    waiting: int
 
 
 @contextmanager
@@ -66,7 +112,7 @@ def ray_workers(count: int, threads: int, address: str = "") -> Iterator[Workers
     stopped at the end."""
     start_ray(count, threads, address)
     try:
-        yield Workers(count or sum(_machines().values()), threads)
+        yield Workers(count or sum(_machines().values()), threads, on_this_machine=not address)
     finally:
         stop_ray()
 
@@ -96,32 +142,54 @@ class RayGrid(LocalGrid):
         super().__init__(nodes)
         self._actors = dict(zip(self._node_ids, workers.actors, strict=True))
         self._contexts = {n: node_context(experiment, i, nodes, state) for i, n in enumerate(self._node_ids)}
-        self._running: dict[str, tuple[Any, Message]] = {}
+        self._running: dict[str, Sent] = {}
+        self._slots = workers.slots
 
     def start(self, messages: Sequence[Message]) -> None:
-        """Hand each message to its worker; array records go through the object store, each once."""
-        stored: dict[int, Any] = {}
+        """Hand each message to its worker; array records are handed over once for all of them."""
+        shared = []
         for message in messages:
-            node, content = message.metadata.dst_node_id, message.content
-            shared = {name: record for name, record in content.items() if isinstance(record, ArrayRecord)}
-            for record in shared.values():
-                if id(record) not in stored:
-                    stored[id(record)] = ray.put(record)
-            message.content = RecordDict({name: r for name, r in content.items() if name not in shared})
-            records = [stored[id(record)] for record in shared.values()]
-            reference: Any = self._actors[node].handle.remote(message, self._contexts[node], list(shared), *records)
-            self._running[message.metadata.message_id] = (reference, message)
+            content = message.content
+            shared.append({name: record for name, record in content.items() if isinstance(record, ArrayRecord)})
+            message.content = RecordDict({name: r for name, r in content.items() if name not in shared[-1]})
+        records = list({id(record): record for each in shared for record in each.values()}.values())
+        number = {id(record): i for i, record in enumerate(records)}
+        if self._slots is None:
+            stored = [ray.put(record) for record in records]
+            for message, own in zip(messages, shared, strict=True):
+                node, theirs = message.metadata.dst_node_id, [stored[number[id(record)]] for record in own.values()]
+                reference: Any = self._actors[node].handle.remote(message, self._contexts[node], list(own), *theirs)
+                self._running[message.metadata.message_id] = Sent(reference, message)
+            return
+        batch = Batch(self._slots.take(), len(messages))
+        letters = batch.slot.write(records)
+        for message, own in zip(messages, shared, strict=True):
+            node, reply = message.metadata.dst_node_id, self._slots.take()
+            names = {name: number[id(record)] for name, record in own.items()}
+            places = batch.slot.address, reply.address
+            reference = self._actors[node].handle_here.remote(message, self._contexts[node], names, letters, *places)
+            self._running[message.metadata.message_id] = Sent(reference, message, reply, batch)
 
     def collect(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that are there; waits up to half a second for the first."""
-        waiting = {self._running[i][0]: i for i in message_ids if i in self._running}
+        waiting = {self._running[i].reference: i for i in message_ids if i in self._running}
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=_WAIT) if waiting else ([], [])
         more, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if done else ([], [])
         replies = []
         for reference in more:
-            _, message = self._running.pop(waiting[reference])
-            try:
-                replies.append(ray.get(reference))
-            except RayError as error:
-                replies.append(error_reply(message, f"the worker was lost: {type(error).__name__}"))
+            replies.append(self._reply(self._running.pop(waiting[reference])))
         return replies
+
+    def _reply(self, sent: Sent) -> Message:
+        """The reply that is there; its slots may be used again then. Those of a message that nobody asks for are not."""
+        try:
+            answer = ray.get(sent.reference)
+            reply: Message = answer if sent.reply is None else sent.reply.read(answer)
+        except RayError as error:
+            reply = error_reply(sent.message, f"the worker was lost: {type(error).__name__}")
+        if self._slots is not None and sent.reply is not None and sent.batch is not None:
+            self._slots.give_back(sent.reply)
+            sent.batch.waiting -= 1
+            if not sent.batch.waiting:
+                self._slots.give_back(sent.batch.slot)
+        return reply

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
+from config.clock import PHASES
 from strategies.blocks import Span, WeightedSum, add, parts
 from strategies.records import from_record, to_record
 
@@ -54,8 +55,8 @@ class NodeReply:
 
     answers: list[Answer]
     sums: dict[Span, WeightedSum] = field(default_factory=dict)
-    seconds: float | None = None
-    """How long the node worked on it."""
+    times: dict[str, float] = field(default_factory=dict)
+    """How long the node worked on it, in seconds by phase (`config.clock`); empty if that is nobody's business."""
 
 
 def pack_requests(
@@ -133,7 +134,7 @@ def pack_replies(reply: NodeReply) -> RecordDict:
         {
             "clients": [a.client for a in reply.answers],
             "summed": [a.client for a in reply.answers if a.summed],
-            **({} if reply.seconds is None else {"seconds": reply.seconds}),
+            **({"times": [reply.times[phase] for phase in PHASES]} if reply.times else {}),
         }
     )
     return packed
@@ -161,8 +162,8 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
             answers.append(Answer(client, error=str(error["reason"])))
         else:
             answers.append(Answer(client, content, summed=client in summed))
-    seconds = plan.get("seconds")
-    return NodeReply(answers, sums, float(seconds) if isinstance(seconds, int | float) else None)
+    times = [float(seconds) for seconds in cast(list[float], plan.get("times", []))]
+    return NodeReply(answers, sums, dict(zip(PHASES, times, strict=True)) if times else {})
 
 
 def block_message(block: WeightedSum, reply_to: Message) -> Message:

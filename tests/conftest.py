@@ -1,7 +1,7 @@
 """What tests share: quick experiments, and a way to run them without a command line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from config.load import load
 from config.schema import Experiment
 from config.seeds import one_thread
 from simulation.launch import engine
+from strategies.packing import NodeReply
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("untimed", deadline=None)
@@ -37,3 +38,9 @@ def run_inline(experiment: Experiment, out: Path, resume: bool = False) -> dict[
     """Run on the inline engine; the summary."""
     with engine("inline") as launch:
         return launch(experiment, out, resume)
+
+
+def clients_answer(monkeypatch: pytest.MonkeyPatch, how: Callable[..., Any]) -> None:
+    """Let each client answer to training by `how`, in the place of `client.node.train_client`; none as part of a block."""
+    monkeypatch.setattr("client.app.train_blocks", lambda node, requests, blocks: (NodeReply([]), list(requests)))
+    monkeypatch.setattr("client.app.train_client", how)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_inline, small
+from conftest import clients_answer, run_inline, small
 
 import client.node
 from client.store import Store
@@ -147,7 +147,7 @@ def test_stragglers_make_part_of_their_steps(tmp_path: Path, monkeypatch: pytest
         steps[request.client] = reply.metric_records["metrics"]["steps"]
         return reply
 
-    monkeypatch.setattr("client.app.train_client", watched)
+    clients_answer(monkeypatch, watched)
     run_inline(experiment, tmp_path)
     assert 0 < len(called.work) < 8
     assert steps == {c: max(1, int(20 * called.work.get(c, 1.0))) for c in range(8)}
@@ -184,7 +184,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
             raise OSError("the line is cut")
         return reply
 
-    monkeypatch.setattr("client.app.train_client", train)
+    clients_answer(monkeypatch, train)
 
 
 @pytest.mark.parametrize("strategy", [("fedper", "fedavg"), ("fedavg", "scaffold"), ("fedavg", "ditto")])

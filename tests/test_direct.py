@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
-from torch import Tensor, nn
+from torch import nn
 
 from client import node, together
 from client.direct import Direct, operations
 from client.fast import Fast, fast
-from client.kernels import Unknown, network
+from client.kernels import network
 from client.training import train
 from config.load import load
 from config.seeds import torch_generator, torch_seeded

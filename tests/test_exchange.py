@@ -170,6 +170,6 @@ def test_work_is_dealt_so_that_the_last_worker_ends_early(work: list[float], rat
 
 
 def test_equal_work_stays_together_and_uneven_work_is_parted() -> None:
-    assert deal([1.0] * 10, [1.0, 1.0]) == [0] * 5 + [1] * 5
+    assert deal([1.0] * 10, [1.0, 1.0]) == deal([1.0] * 10, [1.0, 1.1]) == [0] * 5 + [1] * 5
     assert deal([5.0, 1.0, 1.0, 4.0, 1.0], [1.0, 1.0]) in ([0, 0, 1, 1, 1], [0, 1, 0, 1, 1], [0, 1, 1, 1, 0])
     assert deal([1.0, 1.0, 1.0], [1.0, 0.5]) == [0, 1, 1]

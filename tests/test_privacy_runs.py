@@ -445,7 +445,7 @@ KNOWN = {
     "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions", "training"},
     "ledger": {"entries", "sha256", "epsilon", "secret"},
     "identity": {"personal", "trained"},
-    "pack": {"clients", "summed", "groups", "seconds"},
+    "pack": {"clients", "summed", "times"},
     "error": {"reason"},
 }
 
@@ -522,7 +522,7 @@ def test_no_accepted_file_releases_what_it_does_not_declare(
             continue  # "the trained model, out of that place"
         if seen(left, split, rows):
             assert any(what.startswith(beginning) for what in declared), (beginning, overrides)
-    assert experiment.privacy.unit == "none" or "seconds" not in left["pack"]
+    assert experiment.privacy.unit == "none" or "times" not in left["pack"]
     for kind, keys in KNOWN.items():
         assert set(left.get(kind, ())) <= keys | ({"exhausted"} if kind == "ledger" else set())
     assert {key.partition("/")[0] for key in left.get("metrics", ())} <= {"num-examples", "steps", "loss"}

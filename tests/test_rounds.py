@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_inline, small
+from conftest import clients_answer, run_inline, small
 from flwr.app import MetricRecord
 
 import client.node
@@ -178,8 +178,7 @@ def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pyt
             raise OSError("the disk of client three is full")
         return honest(node, request)
 
-    monkeypatch.setattr(client.node, "train_client", failing)
-    monkeypatch.setattr("client.app.train_client", failing)
+    clients_answer(monkeypatch, failing)
     summary = run_inline(small("fedavg"), tmp_path)
     assert summary["status"] == "done"
     for line in (tmp_path / "rounds.jsonl").read_text().splitlines():
@@ -207,9 +206,9 @@ def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: py
             reply["arrays"] = to_record(bad)
         return reply
 
-    monkeypatch.setattr("client.app.train_client", without)
+    clients_answer(monkeypatch, without)
     expected = run_inline(small("fedavg"), tmp_path / "without")
-    monkeypatch.setattr("client.app.train_client", poisoned)
+    clients_answer(monkeypatch, poisoned)
     summary = run_inline(small("fedavg"), tmp_path / "poisoned")
     assert summary["model_sha256"] == expected["model_sha256"]
     records = [json.loads(line) for line in (tmp_path / "poisoned" / "rounds.jsonl").read_text().splitlines()]
@@ -257,7 +256,7 @@ def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: 
         return reply
 
     expected = run_inline(small("fedavg"), tmp_path / "honest")
-    monkeypatch.setattr("client.app.train_client", boasting)
+    clients_answer(monkeypatch, boasting)
     summary = run_inline(small("fedavg"), tmp_path / "boasting")
     assert summary["model_sha256"] == expected["model_sha256"]
     record = json.loads((tmp_path / "boasting" / "rounds.jsonl").read_text().splitlines()[0])
@@ -269,7 +268,7 @@ def test_too_few_good_replies_stop_the_run(tmp_path: Path, monkeypatch: pytest.M
     def failing(node: Any, request: Any) -> Any:
         raise OSError("no disk")
 
-    monkeypatch.setattr("client.app.train_client", failing)
+    clients_answer(monkeypatch, failing)
     summary = run_inline(small("fedavg"), tmp_path)
     assert summary["status"] == "stopped"
     assert "cohort.quorum = 1" in summary["reason"] and "no disk" in summary["reason"]

@@ -124,6 +124,7 @@ def phases(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tupl
         return trained
 
     monkeypatch.setattr(client.turn, "train", watched)
+    monkeypatch.setattr("client.node.fast", lambda *_: "the loop is watched")
     return seen
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import run_inline, small
+from conftest import clients_answer, run_inline, small
 from flwr.app import Array, ArrayRecord, RecordDict
 
 import client.node
@@ -95,9 +95,9 @@ def poisoned_runs(
             kinds[request.client](reply)
         return reply
 
-    monkeypatch.setattr("client.app.train_client", absent)
+    clients_answer(monkeypatch, absent)
     expected = run_inline(experiment, out / "without")
-    monkeypatch.setattr("client.app.train_client", poisoned)
+    clients_answer(monkeypatch, poisoned)
     summary = run_inline(experiment, out / "poisoned")
     assert expected["status"] == summary["status"] == "done"
     for line in (out / "poisoned" / "rounds.jsonl").read_text().splitlines():

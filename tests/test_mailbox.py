@@ -1,0 +1,77 @@
+"""Messages through shared memory: what is read is what was written, slots grow, and end with their command."""
+
+import multiprocessing
+import sys
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+
+from simulation.mailbox import SMALL, Address, Letter, Slot, Slots
+from strategies.records import from_record, to_record
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
+
+
+def content(seed: int, numbers: int) -> RecordDict:
+    draw = np.random.default_rng(seed)
+    arrays = {"w": draw.normal(size=(numbers, 2)).astype(np.float32), "b": draw.normal(size=3), "n": np.array(seed)}
+    return RecordDict({"arrays": to_record(arrays), "config": ConfigRecord({"round": seed})})
+
+
+def same(a: RecordDict, b: RecordDict) -> bool:
+    ours, theirs = (from_record(c.array_records["arrays"]) for c in (a, b))
+    equal = all(ours[n].tobytes() == theirs[n].tobytes() and ours[n].dtype == theirs[n].dtype for n in ours)
+    return equal and ours.keys() == theirs.keys() and a.config_records == b.config_records
+
+
+def echo(pipe: Connection, sent: Address, back: Address) -> None:
+    """Another process: read each letter of one slot and write it to the other one."""
+    here, there = Slot(sent), Slot(back)
+    while letters := pipe.recv():
+        pipe.send(there.write([here.read(letter) for letter in letters]))
+
+
+def test_two_processes_exchange_what_grows_and_shrinks() -> None:
+    fresh = multiprocessing.get_context("spawn")
+    ours, theirs = fresh.Pipe()
+    slots = Slots()
+    sent, back = slots.take(), slots.take()
+    other = fresh.Process(target=echo, args=(theirs, sent.address, back.address))
+    other.start()
+    for seed, numbers in enumerate((1, 5000, 10, 300_000, 2000)):
+        several = [content(seed, numbers), content(seed + 50, 1), content(seed + 100, numbers + 3)]
+        ours.send(sent.write(several))
+        answers: list[Letter] = ours.recv()
+        assert all(same(back.read(letter), whole) for letter, whole in zip(answers, several, strict=True))
+    ours.send(None)
+    other.join()
+    assert other.exitcode == 0
+
+
+def test_large_arrays_are_outside_their_letter_and_stay_when_the_slot_is_used_again() -> None:
+    slot = Slots().take()
+    first = content(1, SMALL)
+    (letter,) = slot.write([first])
+    assert len(letter[0]) < SMALL and [size for _, size in letter[1]] == [8 * SMALL]
+    read = slot.read(letter)
+    slot.write([content(2, SMALL)])
+    assert same(read, first)
+
+
+def test_a_slot_is_used_again_once_it_is_given_back() -> None:
+    slots = Slots()
+    first, second = slots.take(), slots.take()
+    assert first.address != second.address
+    slots.give_back(first)
+    assert slots.take() is first
+
+
+def test_the_memory_ends_with_the_slot() -> None:
+    slot = Slots().take()
+    slot.write([content(0, 1000)])
+    address = slot.address
+    del slot
+    with pytest.raises(OSError):
+        Slot(address)
