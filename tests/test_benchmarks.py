@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import small
 
+from benchmarks.profile import measure
 from benchmarks.workloads import BATCH, WORKLOADS
 from config.schema import Task
 from tasks.data import Target
@@ -43,3 +45,13 @@ def test_the_operations_of_a_round_are_counted() -> None:
     the hidden layer's; the samples themselves need no gradient."""
     weights = 784 * 200 + 200 * 10
     assert WORKLOADS["mlp"].flops() == 6000 * (2 * 2 * weights + 2 * 200 * 10)
+
+
+@pytest.mark.parametrize("settings", [(), ("cohort.size=3", "strategy.share=body"), ("run.placement=pooled",)])
+def test_a_rounds_phases_add_up_to_its_wall_time(settings: tuple[str, ...]) -> None:
+    """Within 5%, on Ray; the wall time is taken from round to round by another clock."""
+    experiment = small("fedavg", "engine.name=ray", "engine.workers=2", "run.rounds=12", *settings)
+    phases, wall = measure(experiment)
+    assert all(seconds >= 0 for seconds in phases.values())
+    assert sum(phases.values()) == pytest.approx(wall, rel=0.05)
+    assert phases["train"] > 0

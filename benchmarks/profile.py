@@ -1,0 +1,80 @@
+"""Where a round's time goes, phase by phase (`config.clock`):
+
+    python -m benchmarks.profile PRESET [KEY=VALUE ...]
+
+PRESET: a preset, an experiment file, or a workload of `benchmarks/workloads.py`. The figures are medians over the rounds
+after the first two, from `rounds.jsonl`; the wall time beside their sum is taken by itself, from round to round.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.workloads import WORKLOADS, settings
+from config.clock import PHASES
+from config.errors import UserError
+from config.load import apply, parse_override, read_tree, resolve
+from config.schema import Experiment
+from experiments.api import Job, run_many
+from server.folder import RunFolder
+from server.writer import Writer
+
+WARM_UP = 2
+ROUNDS = 20
+
+
+def measure(experiment: Experiment) -> tuple[dict[str, float], float]:
+    """Run it: the median seconds of each phase over the rounds after the warm-up, and the median wall time of a round."""
+    stamps: list[float] = []
+    begin = Writer.begin
+
+    def stamped(self: Writer, *given: Any) -> None:
+        stamps.append(time.perf_counter())
+        begin(self, *given)
+
+    with tempfile.TemporaryDirectory() as place, mock.patch.object(Writer, "begin", stamped):
+        folder = Path(place) / "run"
+        run_many([Job(experiment, folder)])
+        records = RunFolder(folder).rounds()[WARM_UP:]
+    walls = [after - before for before, after in pairwise(stamps)][WARM_UP - 1 :]
+    return {p: statistics.median(r["times"][p] for r in records) for p in PHASES}, statistics.median(walls)
+
+
+def table(phases: dict[str, float], wall: float) -> Table:
+    """The phases as a table, with their share of the wall time."""
+    found = Table("phase", "milliseconds", "of the round")
+    for column in found.columns[1:]:
+        column.justify = "right"
+    for name, seconds in [*phases.items(), ("sum of the phases", sum(phases.values())), ("wall time", wall)]:
+        found.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / wall:.1%}", end_section=name == PHASES[-1])
+    return found
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", help="a preset, an experiment file or a workload")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for `meadow run`")
+    given = parser.parse_args()
+    name, rounds = given.preset, WARM_UP + ROUNDS
+    tree: Any = read_tree("fedavg" if name in WORKLOADS else name)
+    flat = [*(settings(name, rounds) if name in WORKLOADS else {"run.rounds": rounds}).items()]
+    try:
+        experiment = resolve(apply(tree, [*flat, *map(parse_override, given.overrides)]))
+        Console().print(table(*measure(experiment)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
