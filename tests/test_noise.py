@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
+from privacy import noise
 from privacy.noise import Stream
 
 
@@ -58,3 +60,47 @@ def test_uniform_numbers_are_uniform() -> None:
     u = Stream(5).uniform(1_000_000).numpy()
     assert u.min() >= 0 and u.max() < 1
     assert stats.kstest(u, "uniform").pvalue > 1e-4
+
+
+def _in_numpy(monkeypatch: pytest.MonkeyPatch, seed: int) -> Stream:
+    with monkeypatch.context() as patch:
+        patch.setattr(noise, "_library", lambda: None)
+        return Stream(seed)
+
+
+@pytest.mark.skipif(noise._library() is None, reason="noise.c does not compile here")
+@pytest.mark.parametrize(
+    "seed", [11, 2**256 - 1, 2**256 - 2**192 - 2**131]
+)  # the counter overflows soon, or its lower half
+def test_compiled_and_in_numpy_the_bits_are_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 million words, so that a rounding that differs once in a million is seen."""
+    streams = [Stream(seed), _in_numpy(monkeypatch, seed)]
+    drawn = [[s.uniform(7), s.normal(4), s.normal(8_000_000), s.uniform(2), s.normal(70_000)] for s in streams]
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(one, other)
+    scaled = [torch.empty(100_000) for _ in streams]
+    for stream, out in zip(streams, scaled, strict=True):
+        stream.fill(out.numpy(), 0.37)
+    assert torch.equal(*scaled)
+
+
+def test_normal_numbers_are_box_and_mullers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the cipher by the formula in double: float32 gives radii near 0 in steps of 2^-24 of their u."""
+    seed, pairs = 5, noise._PAIRS
+    cipher = Cipher(algorithms.AES(seed.to_bytes(16, "little")), modes.CTR(bytes(16))).encryptor()
+    radii, angles = np.frombuffer(cipher.update(bytes(8 * pairs)), "<u4").reshape(2, pairs)
+    radius = np.sqrt(-2 * np.log((radii + 0.5) / 2**32))
+    turn = ((angles % 2**30) / 2**30 + 2.0**-31 + np.where(angles % 2**30 < 2**29, 0, -1)) * math.pi / 2
+    cosine, sine = np.cos(turn) * np.where(angles >= 2**31, -1, 1), np.sin(turn)
+    swapped = angles // 2**30 % 2 == 1
+    expected = radius * [np.where(swapped, sine, cosine), np.where(swapped, cosine, sine)]
+    for stream in (Stream(seed), _in_numpy(monkeypatch, seed)):
+        found = stream.normal(2 * pairs).double().numpy().reshape(2, pairs)
+        assert np.abs(found - expected)[:, radius > 0.1].max() < 3e-6
+        assert np.abs(found - expected).max() < 3e-4
+
+
+def test_noise_is_written_only_to_float32_in_one_piece() -> None:
+    for out in (np.empty(2**16, np.float64), np.empty(2**17, np.float32)[::2]):
+        with pytest.raises(TypeError, match="in one piece"):
+            Stream(1).fill(out)
