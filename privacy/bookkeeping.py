@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from config.errors import UserError
+from config.still import once
 
 _AT_ONCE = 2**22
 """Numbers of a convolution's columns that are made at once; more are taken in pieces."""
@@ -43,9 +44,18 @@ def covers(model: nn.Module) -> bool:
     )
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by their place in it."""
+    return once(model, "modules by place", lambda: dict(model.named_modules()))
+
+
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     """The module's own parameters that learn, by name; `named_parameters` takes several times as long."""
     return {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+
+
+def _path(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
 
 
 def _unusual(layer: nn.Embedding) -> bool:
@@ -66,13 +76,7 @@ class Book:
     """Keeps the books of a model that `covers` accepts, until `close`. Its `requires_grad` flags must stay as they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers: dict[str, nn.Module] = {}
-        self._owners: dict[int, tuple[str, str]] = {}
-        for place, module in model.named_modules():
-            own = _own(module)
-            if own:
-                self._layers[place] = module
-                self._owners |= {id(p): (place, f"{place}.{name}" if place else name) for name, p in own.items()}
+        self._layers = {place: module for place, module in modules_of(model).items() if _own(module)}
         self._kind = tuple(self._layers)
         self._held = self._kind in _HELD.setdefault(model, set())
         self._model = model
@@ -102,12 +106,14 @@ class Book:
         uses = {place: self._calls.get(place, []) for place in self._layers}
         if not self._held:
             nodes, found = _uses(values.grad_fn)
-            for key, (place, name) in self._owners.items():
-                if found[key] != sum(call.edge.node in nodes for call in uses[place]):
-                    raise UserError(
-                        "task.model: the layers' books show only a part of the gradient of single samples (of the parameter "
-                        f'"{name}"): every parameter must be used by the forward() of its own module and nowhere else'
-                    )
+            for place, layer in self._layers.items():
+                for name, parameter in _own(layer).items():
+                    if found[id(parameter)] != sum(call.edge.node in nodes for call in uses[place]):
+                        raise UserError(
+                            "task.model: the layers' books show only a part of the gradient of single samples (of the "
+                            f'parameter "{_path(place, name)}"): every parameter must be used by the forward() of its own '
+                            "module and nowhere else"
+                        )
         calls = [call for place in uses.values() for call in place]
         if not calls:
             return values.new_zeros(n)
@@ -121,18 +127,18 @@ class Book:
                 )
         edges = [call.edge for call in calls]
         hold = not self._held and n > 1
-        backs = torch.autograd.grad(values.sum(), edges, retain_graph=hold, allow_unused=True)
+        backs = torch.autograd.grad(values, edges, torch.ones_like(values), retain_graph=hold, allow_unused=True)
         if hold:
             self._hold_samples_apart(values, edges)
-        squares, at = [values.new_zeros(n)], 0
+        squares, at = list[Tensor](), 0
         for place, layer in self._layers.items():
             seen = zip(uses[place], backs[at : at + len(uses[place])], strict=True)
             at += len(uses[place])
             if pairs := [(call.input, back) for call, back in seen if back is not None]:
                 for name, part in _LAYERS[type(layer)](layer, pairs).items():
-                    self._parts[f"{place}.{name}" if place else name] = part
+                    self._parts[_path(place, name)] = part
                     squares.append(part.squares)
-        return torch.stack(squares).sum(0).sqrt_()
+        return torch.stack(squares).sum(0).sqrt_() if squares else values.new_zeros(n)
 
     def add(self, factors: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Add to each gradient, by parameter name, the sum over the samples of their factors, float (n,), times theirs."""
@@ -280,7 +286,7 @@ def _rows(rows: Tensor) -> _Part:
     """Of single samples' gradients themselves, (n, numbers of the parameter)."""
 
     def add(factors: Tensor, gradient: Tensor) -> None:
-        gradient += (factors[:, None] * rows).sum(0).view_as(gradient)
+        gradient.view(-1).addmv_(rows.T, factors)
 
     return _Part(_squares(rows), add)
 

@@ -13,8 +13,7 @@
 #error "this processor has no instructions for AES"
 #endif
 
-/* PAIRS, given to the compiler: a draw is made in blocks of so many radii and then as many angles. */
-#define SOME 128 /* pairs at once, in the first cache */
+/* PAIRS, given to the compiler: numbers are drawn in groups of so many pairs, of so many radii and then as many angles. */
 
 #if defined(__VAES__) && defined(__AVX512F__) && defined(__AVX512BW__)
 typedef __m512i Blocks;
@@ -71,15 +70,16 @@ static void advance(Stream *s, uint64_t blocks) {
     s->high += s->low < blocks;
 }
 
-/* SOME words of the stream, from so many blocks ahead on. */
-static void words(const Stream *s, uint64_t ahead, uint32_t *out) {
-    enum { EACH = sizeof(Blocks) / 16, ALL = SOME / 4 / EACH, ONCE = 8 };
-    uint64_t counters[SOME / 2];
-    for (uint64_t i = 0; i < SOME / 4; i++) {
-        uint64_t low = s->low + (ahead + i);
-        counters[2 * i] = __builtin_bswap64(s->high + (low < s->low));
+/* The next words of a group. */
+static void words(Stream *s, uint32_t *out) {
+    enum { ALL = 2 * PAIRS / (sizeof(Blocks) / 4), ONCE = 8, COUNT = 2 * PAIRS / 4 };
+    uint64_t counters[2 * COUNT];
+    for (uint64_t i = 0; i < COUNT; i++) {
+        uint64_t low = s->low + i;
+        counters[2 * i] = __builtin_bswap64(s->high + (low < i));
         counters[2 * i + 1] = __builtin_bswap64(low);
     }
+    advance(s, COUNT);
     for (int begin = 0; begin < ALL; begin += ONCE) {
         Blocks x[ONCE];
         memcpy(x, (const Blocks *)counters + begin, sizeof x);
@@ -93,15 +93,9 @@ static void words(const Stream *s, uint64_t ahead, uint32_t *out) {
     }
 }
 
-/* The next 16 x `blocks` bytes of the stream. */
-void noise_bytes(Stream *s, uint8_t *out, int64_t blocks) {
-    uint32_t some[SOME];
-    for (int64_t at = 0; at < blocks; at += SOME / 4) {
-        int64_t now = blocks - at < SOME / 4 ? blocks - at : SOME / 4;
-        words(s, at, some);
-        memcpy(out + 16 * at, some, 16 * now);
-    }
-    advance(s, blocks);
+/* The next groups of words. */
+void noise_words(Stream *s, uint32_t *out, int64_t groups) {
+    for (; groups > 0; groups--, out += 2 * PAIRS) words(s, out);
 }
 
 static inline float real(int32_t bits) {
@@ -116,10 +110,11 @@ static inline int32_t bits(float x) {
     return i;
 }
 
-/* SOME pairs of normal numbers, times the deviation, of as many words for radii and for angles. */
-static void pairs(const uint32_t *radii, const uint32_t *angles, float *restrict one, float *restrict other,
-                  float deviation) {
-    for (int i = 0; i < SOME; i++) {
+/* A group of normal numbers, times the deviation, of a group of words. */
+static void normals(const uint32_t *radii, float *restrict one, float deviation) {
+    const uint32_t *angles = radii + PAIRS;
+    float *other = one + PAIRS;
+    for (int i = 0; i < PAIRS; i++) {
         /* u in (0, 1] is 2^e m, m near 1; ln m by a polynomial (Cephes, logf) */
         float u = (float)radii[i] * 0x1p-32f + 0x1p-33f;
         int32_t above = bits(u) - 0x3f3504f3;
@@ -159,15 +154,11 @@ static void pairs(const uint32_t *radii, const uint32_t *angles, float *restrict
     }
 }
 
-/* The next `blocks` blocks of 2 x PAIRS normal numbers times the deviation. */
-void noise_normals(Stream *s, float *out, int64_t blocks, float deviation) {
-    uint32_t radii[SOME], angles[SOME];
-    for (int64_t block = 0; block < blocks; block++, out += 2 * PAIRS) {
-        for (int i = 0; i < PAIRS; i += SOME) {
-            words(s, i / 4, radii);
-            words(s, PAIRS / 4 + i / 4, angles);
-            pairs(radii, angles, out + i, out + PAIRS + i, deviation);
-        }
-        advance(s, PAIRS / 2);
+/* The next groups of normal numbers, times the deviation. */
+void noise_normals(Stream *s, float *out, int64_t groups, float deviation) {
+    uint32_t group[2 * PAIRS];
+    for (; groups > 0; groups--, out += 2 * PAIRS) {
+        words(s, group);
+        normals(group, out, deviation);
     }
 }

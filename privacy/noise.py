@@ -26,11 +26,13 @@ from config.compiled import NotCompiled, compiled
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 
-_PAIRS = 2**14
-"""A block of normals is of so many radii and then as many angles: NumPy's share of a call is small then, and what is
-computed on the way stays in the processor's second cache."""
-_BLOCK = 2 * _PAIRS
-_ZEROS = bytes(4 * _BLOCK)
+_PAIRS = 2**7
+"""Numbers are drawn in groups: of 128 radii and then as many angles of the stream, 128 cosines and then as many sines."""
+_GROUP = 2 * _PAIRS
+_AT_ONCE = 2**7
+"""Groups that NumPy makes at once: its share of a call is small then, and what is computed on the way stays in the
+processor's second cache."""
+_ZEROS = bytes(4 * _GROUP * _AT_ONCE)
 
 _LOGARITHM = [np.float32(c) for c in (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
@@ -58,12 +60,17 @@ class Stream:
             self._library.noise_open(self._state, whole[:16], whole[16:])
         else:
             self._cipher: CipherContext = Cipher(algorithms.AES(whole[:16]), modes.CTR(whole[16:])).encryptor()
-            self._words = bytearray(4 * _BLOCK + 15)  # 15: what `update_into` wants
+            self._bytes = bytearray(len(_ZEROS) + 15)  # 15: what `update_into` wants
 
     def uniform(self, n: int) -> Tensor:
         """n numbers, float64 (n,), uniform over the multiples of 2^-53 in [0, 1)."""
-        bits = np.frombuffer(self._bytes(-(-n // 2)), "<u8", n)
-        return torch.from_numpy((bits >> np.uint64(11)) * 2.0**-53)
+        groups = -(-2 * n // _GROUP)
+        if self._library:
+            words = np.empty(groups * _GROUP, np.uint32)
+            self._library.noise_words(self._state, words.ctypes.data, groups)
+        else:
+            words = np.frombuffer(self._cipher.update(bytes(4 * _GROUP * groups)), "<u4")
+        return torch.from_numpy((words.view(np.uint64)[:n] >> np.uint64(11)) * 2.0**-53)
 
     def normal(self, n: int) -> Tensor:
         """n independent standard normal numbers, float32 (n,): see `fill`."""
@@ -80,37 +87,30 @@ class Stream:
         at = min(len(out), len(self._left))
         np.multiply(self._left[:at], np.float32(deviation), out=out[:at])
         self._left = self._left[at:]
-        whole = at + (len(out) - at) // _BLOCK * _BLOCK
+        whole = at + (len(out) - at) // _GROUP * _GROUP
         if at < whole:
             self._make(out[at:whole], deviation)
         if whole < len(out):
-            made = np.empty(_BLOCK, np.float32)
+            made = np.empty(_GROUP, np.float32)
             self._make(made, 1.0)
             self._left = made
             self.fill(out[whole:], deviation)
 
-    def _bytes(self, blocks: int) -> bytes:
-        """The next blocks of the cipher, 16 bytes each."""
-        if not self._library:
-            return self._cipher.update(bytes(16 * blocks))
-        out = ctypes.create_string_buffer(16 * blocks)
-        self._library.noise_bytes(self._state, out, blocks)
-        return out.raw
-
     def _make(self, out: Floats, deviation: float) -> None:
-        """Write whole blocks of normals."""
+        """Write whole groups of normals."""
         if out.dtype != np.float32 or not out.flags.c_contiguous:
             raise TypeError(f"out has dtype {out.dtype} and strides {out.strides}: float32 in one piece is needed")
         if self._library:
-            self._library.noise_normals(self._state, out.ctypes.data, len(out) // _BLOCK, deviation)
+            self._library.noise_normals(self._state, out.ctypes.data, len(out) // _GROUP, deviation)
             return
-        for block in out.reshape(-1, 2, _PAIRS):
-            self._cipher.update_into(_ZEROS, self._words)
-            words = np.frombuffer(self._words, "<u4", _BLOCK)
-            radius, sides = _radius(words[:_PAIRS]), _turned(words[_PAIRS:])
-            for one, side in zip(block, sides, strict=True):
-                np.multiply(radius, side, out=one)
-                one *= np.float32(deviation)
+        for begin in range(0, len(out), _AT_ONCE * _GROUP):
+            some = out[begin : begin + _AT_ONCE * _GROUP].reshape(-1, 2, _PAIRS)
+            size = self._cipher.update_into(_ZEROS[: some.nbytes], self._bytes)
+            words = np.frombuffer(self._bytes, "<u4", size // 4).reshape(some.shape)
+            radius = _radius(words[:, 0])
+            for place, side in enumerate(_turned(words[:, 1])):
+                np.multiply(radius, side, out=some[:, place])
+            some *= np.float32(deviation)
 
 
 def _radius(words: Words) -> Floats:
@@ -143,6 +143,7 @@ def _radius(words: Words) -> Floats:
 def _turned(words: Words) -> tuple[Floats, Floats]:
     """Cosine and sine of a uniform angle: 30 bits say which between -pi/4 and pi/4 (neither those nor 0), the highest
     whether it is mirrored at the second axis, the next whether at the diagonal."""
+    words = np.ascontiguousarray(words)
     t = ((words << 2).view(np.int32) | 2).astype(np.float32)
     t *= np.float32(math.pi * 2.0**-33)
     q = t * t
@@ -182,7 +183,7 @@ def _library() -> ctypes.CDLL | None:
     for name, result, arguments in (
         ("size", count, []),
         ("open", None, [pointer] * 3),
-        ("bytes", None, [pointer, pointer, count]),
+        ("words", None, [pointer, pointer, count]),
         ("normals", None, [pointer, pointer, count, ctypes.c_float]),
     ):
         function = getattr(found, f"noise_{name}")

@@ -293,9 +293,13 @@ def test_clip_and_noise_are_those_of_opacus(family: str, mode: str, monkeypatch:
     index, plan = torch.tensor([0, 2, 3, 5, 6]), Mechanism(0.5, 1.3, 0.4, 3.0, 1)
     model, losses = case(family)
     drawn = torch_generator(0, "noise")
-    monkeypatch.setattr(
-        "privacy.dpsgd.gaussian", lambda out, deviation, _: out.normal_(0.0, deviation, generator=drawn)
-    )
+
+    def gaussian(out: Tensor, deviation: float, _: Stream) -> None:
+        parts = out.split([parameter.numel() for parameter in model.parameters()])
+        for part, parameter in zip(parts, model.parameters(), strict=True):
+            part.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=drawn).flatten())
+
+    monkeypatch.setattr("privacy.dpsgd.gaussian", gaussian)
     found = private(model, losses, index, plan, mode)
     for module in model.modules():
         if hasattr(module, "inplace"):
