@@ -1,6 +1,6 @@
 """Book-keeping (Bu et al. 2023): the norms of single samples' gradients, and their clipped sum, from one backward pass.
 
-    book = Book(model)
+    book = Book(model)                  # until book.close()
     values = losses(index)              # each learning layer's inputs are written down
     norms = book.norms(values)          # backward as far as the layers' outputs; no weight's gradient is made
     book.add(factors, gradients)        # gradients[name] += sum over samples of factor times the sample's gradient
@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,6 +54,26 @@ def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
 
 
+class _Call(NamedTuple):
+    """One use of a layer: its input, the input's version then, and where the gradient of its output will appear."""
+
+    input: Tensor
+    version: int
+    edge: GradientEdge
+
+
+def _writing(forward: Callable[[Tensor], Tensor], calls: list[_Call]) -> Callable[[Tensor], Tensor]:
+    """A layer's forward, which writes down every use through which a gradient may come back."""
+
+    def written(input: Tensor) -> Tensor:
+        output = forward(input)
+        if output.requires_grad:
+            calls.append(_Call(input.detach(), input._version, get_gradient_edge(output)))
+        return output
+
+    return written
+
+
 def _path(place: str, name: str) -> str:
     return f"{place}.{name}" if place else name
 
@@ -61,15 +81,6 @@ def _path(place: str, name: str) -> str:
 def _unusual(layer: nn.Embedding) -> bool:
     """Whether it changes its own weight, or its gradient depends on how often a token occurs in the batch."""
     return layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
-
-
-@dataclass
-class _Call:
-    """One use of a layer: its input, the input's version then, and where the gradient of its output will appear."""
-
-    input: Tensor
-    version: int
-    edge: GradientEdge
 
 
 class Book:
@@ -80,19 +91,26 @@ class Book:
         self._kind = tuple(self._layers)
         self._held = self._kind in _HELD.setdefault(model, set())
         self._model = model
-        self.forget()
-        # Ahead of hooks that add to a layer's output (LoRA, adapters): what is written down is the layer's own.
-        self._handles = [m.register_forward_hook(self._write(n), prepend=True) for n, m in self._layers.items()]
+        self._calls: dict[str, list[_Call]] = {place: [] for place in self._layers}
+        self._parts: dict[str, _Part] = {}
+        # Ahead of hooks that add to a layer's output (LoRA, adapters): what is written down is the layer's own. A hook for
+        # it would cost several times as much.
+        self._before = {place: layer.__dict__.get("forward") for place, layer in self._layers.items()}
+        for place, layer in self._layers.items():
+            layer.__dict__["forward"] = _writing(layer.forward, self._calls[place])
 
     def close(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        """Let the layers be as they were."""
+        for place, layer in self._layers.items():
+            del layer.__dict__["forward"]
+            if (before := self._before[place]) is not None:
+                layer.__dict__["forward"] = before
 
     def forget(self) -> None:
         """Let go of what the last pass left."""
-        self._calls: dict[str, list[_Call]] = {}
-        self._parts: dict[str, _Part] = {}
+        for calls in self._calls.values():
+            calls.clear()
+        self._parts.clear()
 
     def norms(self, values: Tensor) -> Tensor:
         """The norm of each sample's gradient, float (n,), of losses (n,) that the model has just made.
@@ -103,18 +121,9 @@ class Book:
         n = len(values)
         if values.grad_fn is None:
             return values.new_zeros(n)
-        uses = {place: self._calls.get(place, []) for place in self._layers}
         if not self._held:
-            nodes, found = _uses(values.grad_fn)
-            for place, layer in self._layers.items():
-                for name, parameter in _own(layer).items():
-                    if found[id(parameter)] != sum(call.edge.node in nodes for call in uses[place]):
-                        raise UserError(
-                            "task.model: the layers' books show only a part of the gradient of single samples (of the "
-                            f'parameter "{_path(place, name)}"): every parameter must be used by the forward() of its own '
-                            "module and nowhere else"
-                        )
-        calls = [call for place in uses.values() for call in place]
+            self._hold_uses(values.grad_fn)
+        calls = [call for some in self._calls.values() for call in some]
         if not calls:
             return values.new_zeros(n)
         for call in calls:
@@ -130,28 +139,30 @@ class Book:
         backs = torch.autograd.grad(values, edges, torch.ones_like(values), retain_graph=hold, allow_unused=True)
         if hold:
             self._hold_samples_apart(values, edges)
-        squares, at = list[Tensor](), 0
+        squares, back_of = values.new_zeros(n), iter(backs)
         for place, layer in self._layers.items():
-            seen = zip(uses[place], backs[at : at + len(uses[place])], strict=True)
-            at += len(uses[place])
-            if pairs := [(call.input, back) for call, back in seen if back is not None]:
+            seen = [(call.input, next(back_of)) for call in self._calls[place]]
+            if pairs := [(x, back) for x, back in seen if back is not None]:
                 for name, part in _LAYERS[type(layer)](layer, pairs).items():
                     self._parts[_path(place, name)] = part
-                    squares.append(part.squares)
-        return torch.stack(squares).sum(0).sqrt_() if squares else values.new_zeros(n)
+                    squares += part.squares
+        return squares.sqrt_()
 
     def add(self, factors: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Add to each gradient, by parameter name, the sum over the samples of their factors, float (n,), times theirs."""
         for name, part in self._parts.items():
             part.add(factors, gradients[name])
 
-    def _write(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                x = inputs[0].detach()
-                self._calls.setdefault(name, []).append(_Call(x, x._version, get_gradient_edge(output)))
-
-        return hook
+    def _hold_uses(self, loss: Node) -> None:
+        nodes, found = _uses(loss)
+        for place, layer in self._layers.items():
+            for name, parameter in _own(layer).items():
+                if found[id(parameter)] != sum(call.edge.node in nodes for call in self._calls[place]):
+                    raise UserError(
+                        "task.model: the layers' books show only a part of the gradient of single samples (of the parameter "
+                        f'"{_path(place, name)}"): every parameter must be used by the forward() of its own module and '
+                        "nowhere else"
+                    )
 
     def _hold_samples_apart(self, values: Tensor, edges: list[GradientEdge]) -> None:
         """From the losses of every other sample nothing may come back to the others' rows."""
@@ -189,13 +200,12 @@ class _Part:
 def _linear(layer: nn.Linear, pairs: Pairs) -> dict[str, _Part]:
     if len(pairs) == 1 and pairs[0][0].ndim == 2:
         ((x, back),) = pairs
-
         bias = _rows(back)
 
         def add(factors: Tensor, gradient: Tensor) -> None:
             gradient.addmm_((factors[:, None] * back).T, x)
 
-        return _learning(layer, lambda: _Part(_squares(x) * bias.squares, add), lambda: bias)
+        return _learning(layer, lambda: _Part(_squares(x).mul_(bias.squares), add), lambda: bias)
     inputs = _one([x.reshape(len(x), -1, layer.in_features) for x, _ in pairs])
     backs = _one([back.reshape(len(back), -1, layer.out_features) for _, back in pairs])
     return _learning(layer, lambda: _products(lambda some: inputs[some], backs), lambda: _rows(backs.sum(1)))
@@ -275,11 +285,8 @@ _LAYERS: dict[type[nn.Module], Callable[[Any, Pairs], dict[str, _Part]]] = {
 
 def _learning(layer: nn.Module, weight: Callable[[], _Part], bias: Callable[[], _Part]) -> dict[str, _Part]:
     """The parts of the parameters that learn."""
-    return {
-        name: part()
-        for name, part in (("weight", weight), ("bias", bias))
-        if getattr(layer, name) is not None and getattr(layer, name).requires_grad
-    }
+    parts, learning = {"weight": weight, "bias": bias}, _own(layer)
+    return {name: part() for name, part in parts.items() if name in learning}
 
 
 def _rows(rows: Tensor) -> _Part:

@@ -19,10 +19,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -88,7 +90,7 @@ def refuse_what_mixes_samples(model: nn.Module) -> None:
     That is every batch normalisation that is not in `eval()` with stored statistics, frozen or not (its output for one
     sample depends on the others, and its running statistics are released), and instance normalisation that tracks.
     """
-    for name, module in modules_of(model).items():
+    for name, module in once(model, "normalising", lambda: _normalising(model)).items():
         tracks = bool(getattr(module, "track_running_stats", True))
         batch = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not tracks)
         instance = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and tracks
@@ -208,10 +210,10 @@ class Privatiser:
         """
         self._drawn = False
         # With Opacus the first sample goes alone: of one sample, autograd knows the true gradient.
-        first = [] if self._checked or self._mode == "book" or not len(index) else [index[:1]]
-        for piece in [*first, *torch.split(index[len(first) :], self._piece)]:
-            if len(piece):
-                self._add_clipped(piece, losses)
+        first = 0 if self._checked or self._mode == "book" else 1
+        for begin, end in pairwise([*range(first), *range(first, len(index), self._piece), len(index)]):
+            if begin < end:
+                self._add_clipped(index[begin:end], losses)
         for name, share in self._noisy().items():
             self._learning[name].grad = share
 
@@ -297,11 +299,11 @@ class Privatiser:
 
     def _weights(self, norms: Tensor) -> Tensor:
         """What each sample's gradient counts in the result."""
-        return self._factors(norms).div_(self.mechanism.denominator)
+        return torch.from_numpy(self._factors(norms.cpu().numpy()) / self.mechanism.denominator).to(norms.device)
 
-    def _factors(self, norms: Tensor) -> Tensor:
+    def _factors(self, norms: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """min(1, clip / norm) with Opacus's stabiliser, so that a clipped gradient is never longer than the clip."""
-        return (norms + _OPACUS_STABILISER).reciprocal_().mul_(self.mechanism.clip).clamp_(max=1.0)
+        return np.minimum(self.mechanism.clip / (norms + _OPACUS_STABILISER), 1.0)
 
     def _taking_part(self, attribute: str) -> Iterator[tuple[str, Any]]:
         """The learning parameters that had a part in the loss, each with what the hooks left on it."""
@@ -330,7 +332,8 @@ class Privatiser:
         self._checked = True
 
     def _prepare(self) -> None:
-        for module in modules_of(self.model).values():
+        modules = modules_of(self.model).values()
+        for module in once(self.model, "may work in place", lambda: [m for m in modules if hasattr(m, "inplace")]):
             if getattr(module, "inplace", None) is True:
                 module.inplace = False  # type: ignore[assignment]
                 self._undo.append(functools.partial(setattr, module, "inplace", True))
@@ -452,6 +455,11 @@ class Permit:
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return once(model, "buffers", lambda: dict(model.named_buffers()))
+
+
+def _normalising(model: nn.Module) -> dict[str, nn.Module]:
+    kinds = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+    return {name: module for name, module in modules_of(model).items() if isinstance(module, kinds)}
 
 
 def _ghosts(model: nn.Module) -> int:

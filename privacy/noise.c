@@ -93,9 +93,13 @@ static void words(Stream *s, uint32_t *out) {
     }
 }
 
-/* The next groups of words. */
-void noise_words(Stream *s, uint32_t *out, int64_t groups) {
-    for (; groups > 0; groups--, out += 2 * PAIRS) words(s, out);
+/* The next numbers in [0, 1), each of 53 bits of two words. */
+void noise_uniform(Stream *s, double *out, int64_t count) {
+    uint64_t group[PAIRS];
+    for (int64_t i = 0; i < count; i++) {
+        if (i % PAIRS == 0) words(s, (uint32_t *)group);
+        out[i] = (double)(group[i % PAIRS] >> 11) * 0x1p-53;
+    }
 }
 
 static inline float real(int32_t bits) {

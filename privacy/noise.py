@@ -52,7 +52,6 @@ class Stream:
 
     def __init__(self, seed: int) -> None:
         whole = seed.to_bytes(32, "little")
-        self._left = np.empty(0, np.float32)
         self._library = _library()
         self._state: Any = None
         if self._library:
@@ -64,13 +63,13 @@ class Stream:
 
     def uniform(self, n: int) -> Tensor:
         """n numbers, float64 (n,), uniform over the multiples of 2^-53 in [0, 1)."""
-        groups = -(-2 * n // _GROUP)
         if self._library:
-            words = np.empty(groups * _GROUP, np.uint32)
-            self._library.noise_words(self._state, words.ctypes.data, groups)
-        else:
-            words = np.frombuffer(self._cipher.update(bytes(4 * _GROUP * groups)), "<u4")
-        return torch.from_numpy((words.view(np.uint64)[:n] >> np.uint64(11)) * 2.0**-53)
+            result = torch.empty(n, dtype=torch.float64)
+            self._library.noise_uniform(self._state, result.data_ptr(), n)
+            return result
+        groups = -(-2 * n // _GROUP)
+        words = np.frombuffer(self._cipher.update(bytes(4 * _GROUP * groups)), "<u8", n)
+        return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)
 
     def normal(self, n: int) -> Tensor:
         """n independent standard normal numbers, float32 (n,): see `fill`."""
@@ -80,21 +79,14 @@ class Stream:
 
     def fill(self, out: Floats, deviation: float = 1.0) -> None:
         """Write independent normal numbers of mean 0, at most 6.8 deviations from it (Box and Muller 1958), to all of out,
-        which lies in one piece.
-
-        Two draws of a and b numbers are the first a and the next b of one draw of a + b.
-        """
-        at = min(len(out), len(self._left))
-        np.multiply(self._left[:at], np.float32(deviation), out=out[:at])
-        self._left = self._left[at:]
-        whole = at + (len(out) - at) // _GROUP * _GROUP
-        if at < whole:
-            self._make(out[at:whole], deviation)
+        which lies in one piece."""
+        # What is left of the last group is not kept: the next call would write across the borders of the caches' lines.
+        whole = len(out) // _GROUP * _GROUP
+        self._make(out[:whole], deviation)
         if whole < len(out):
-            made = np.empty(_GROUP, np.float32)
-            self._make(made, 1.0)
-            self._left = made
-            self.fill(out[whole:], deviation)
+            rest = np.empty(_GROUP, np.float32)
+            self._make(rest, deviation)
+            out[whole:] = rest[: len(out) - whole]
 
     def _make(self, out: Floats, deviation: float) -> None:
         """Write whole groups of normals."""
@@ -183,7 +175,7 @@ def _library() -> ctypes.CDLL | None:
     for name, result, arguments in (
         ("size", count, []),
         ("open", None, [pointer] * 3),
-        ("words", None, [pointer, pointer, count]),
+        ("uniform", None, [pointer, pointer, count]),
         ("normals", None, [pointer, pointer, count, ctypes.c_float]),
     ):
         function = getattr(found, f"noise_{name}")

@@ -109,7 +109,7 @@ def test_a_higher_sampling_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Privatiser, "_factors", lambda self, norms: torch.ones_like(norms))
+    monkeypatch.setattr(Privatiser, "_factors", lambda self, norms: np.ones_like(norms))
     assert {"longest part of a canary", "mean of canaries in", "largest move by one record added"} <= found(*EXAMPLE)
 
 

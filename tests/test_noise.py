@@ -43,10 +43,15 @@ def test_normal_numbers_have_the_normal_law() -> None:
     assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("parts", [[1, 5, 100_000, 3], [2**15, 2**15, 1], [70_000, 30_000]])
-def test_how_a_draw_is_cut_changes_nothing(parts: list[int]) -> None:
-    stream = Stream(7)
-    assert torch.equal(torch.cat([stream.normal(n) for n in parts]), Stream(7).normal(sum(parts)))
+def test_no_word_of_the_stream_is_used_twice() -> None:
+    """Draws go by groups of 256 words: each begins where the one before it ended, and leaves out the rest of its last."""
+    stream, all_, uniform = Stream(7), Stream(7).normal(256 * 500), Stream(7).uniform(128 * 500)
+    at = 0
+    for count in (1, 5, 256, 100_000, 257, 3):
+        assert torch.equal(stream.normal(count), all_[256 * at : 256 * at + count])
+        at += -(-count // 256)
+        assert torch.equal(stream.uniform(129), uniform[128 * at : 128 * at + 129])
+        at += 2
 
 
 def test_seeds_that_differ_beyond_32_bits_give_other_numbers() -> None:
