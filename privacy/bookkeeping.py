@@ -20,12 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
 
 from config.errors import UserError
 from config.still import once
 
-_AT_ONCE = 2**22
+_AT_ONCE = 2**20
 """Numbers of a convolution's columns that are made at once; more are taken in pieces."""
 
 _HELD: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
@@ -87,7 +87,8 @@ class Book:
     """Keeps the books of a model that `covers` accepts, until `close`. Its `requires_grad` flags must stay as they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers = {place: module for place, module in modules_of(model).items() if _own(module)}
+        some = once(model, "layers", lambda: {place: m for place, m in modules_of(model).items() if m._parameters})
+        self._layers = {place: layer for place, layer in some.items() if _own(layer)}
         self._kind = tuple(self._layers)
         self._held = self._kind in _HELD.setdefault(model, set())
         self._model = model
@@ -136,17 +137,19 @@ class Book:
                 )
         edges = [call.edge for call in calls]
         hold = not self._held and n > 1
-        backs = torch.autograd.grad(values, edges, torch.ones_like(values), retain_graph=hold, allow_unused=True)
+        # torch.autograd.grad but for its checks, which take as long as going back through a small network.
+        whole, unused = (torch.ones_like(values),), True
+        backs = _engine_run_backward((values,), whole, hold, False, tuple(edges), unused, accumulate_grad=False)
         if hold:
             self._hold_samples_apart(values, edges)
-        squares, back_of = values.new_zeros(n), iter(backs)
+        squares, back_of = list[Tensor](), iter(backs)
         for place, layer in self._layers.items():
             seen = [(call.input, next(back_of)) for call in self._calls[place]]
             if pairs := [(x, back) for x, back in seen if back is not None]:
                 for name, part in _LAYERS[type(layer)](layer, pairs).items():
                     self._parts[_path(place, name)] = part
-                    squares += part.squares
-        return squares.sqrt_()
+                    squares.append(part.squares)
+        return sum(squares[1:], start=squares[0]).sqrt() if squares else values.new_zeros(n)
 
     def add(self, factors: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Add to each gradient, by parameter name, the sum over the samples of their factors, float (n,), times theirs."""
@@ -293,7 +296,7 @@ def _rows(rows: Tensor) -> _Part:
     """Of single samples' gradients themselves, (n, numbers of the parameter)."""
 
     def add(factors: Tensor, gradient: Tensor) -> None:
-        gradient.view(-1).addmv_(rows.T, factors)
+        gradient.view(1, -1).addmm_(factors[None], rows)
 
     return _Part(_squares(rows), add)
 
@@ -314,7 +317,10 @@ def _products(columns: Callable[[slice], Tensor], backs: Tensor, groups: int = 1
                 gradient.view(out, width).addmm_(weighted.flatten(0, 1).T, columns(s).flatten(0, 1))
 
         return _Part(torch.cat(grams), add)
-    made = _one([torch.bmm(backs[s.start * groups : s.stop * groups].mT, columns(s)) for s in some], 0)
+    made = backs.new_empty(len(backs), out, width)
+    for s in some:
+        them = slice(s.start * groups, s.stop * groups)
+        torch.bmm(backs[them].mT, columns(s), out=made[them])
     return _rows(made.view(n, -1))
 
 
