@@ -31,6 +31,7 @@ from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_
 from client.training import train
 from config.load import load
 from config.seeds import one_thread
+from config.still import hold_still
 from privacy.dpsgd import GradSample, Mechanism, Permit, chosen_mode
 from privacy.noise import Stream
 from tasks.numerics import kernels
@@ -49,7 +50,7 @@ def sides(name: str) -> Sides:
     work = WORKLOADS[name]
     experiment = load("fedavg", [f"{key}={_text(value)}" for key, value in settings(name, 1).items()])
     task = open_task(experiment)
-    model, data = task.new_model(), task.client(0).train
+    model, data = hold_still(task.new_model()), task.client(0).train
     network = work.network()
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
     x, y = work.client(0)

@@ -1,18 +1,12 @@
 """Training on a CPU without a framework: a network's layers handed to `fused.c`, which trains a client in one call.
 
-Where networks are small, a framework's step costs more than its arithmetic. The C file is compiled at first use by the
-machine's own compiler (`cc`; some seconds), and kept in `~/.cache/meadow` under a hash of source, compiler and processor.
-A client's result does not depend on the others: they are trained one after another.
+Where networks are small, a framework's step costs more than its arithmetic. The C file is compiled at first use, which
+takes some seconds (`config/compiled.py`). A client's result does not depend on the others: they are trained in turn.
 """
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +17,11 @@ import numpy.typing as npt
 from torch import Tensor
 
 from client.kernels import Layer, Member, Network, Outcome, Sums, Unknown
+from config.compiled import NotCompiled, compiled
 from config.durable import Arrays
 from config.schema import Local
 
 LANES = 16
-SOURCE = Path(__file__).with_name("fused.c")
-FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros")
-"""None of them lets the compiler reorder sums: the order is that of the source."""
 
 _NUMBERS = (
     "kind", "act", "c", "h", "w", "oc", "oh", "ow", "kh", "kw", "ph", "pw", "groups", "weight", "bias"
@@ -216,25 +208,10 @@ def _padded(count: int) -> int:
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled `fused.c`. Raises Unknown where it cannot be compiled."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise Unknown("there is no C compiler (cc)")
-    about = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + about + repr((FLAGS, _processor())).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meadow"
-    built = folder / f"fused-{key}.so"
     try:
-        if not built.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            made = built.with_suffix(f".{os.getpid()}")
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise Unknown(f"fused.c does not compile here: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
-            made.replace(built)  # several workers may compile it at once; each result is whole
-        found = ctypes.CDLL(str(built))
-    except OSError as error:
-        raise Unknown(f"fused.c cannot be built or loaded here: {error}") from error
+        found = compiled(Path(__file__).with_name("fused.c"), "-fno-signed-zeros")
+    except NotCompiled as reason:
+        raise Unknown(str(reason)) from reason
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     declare = {
         "open": (pointer, [pointer, pointer, pointer, count]),
@@ -247,12 +224,3 @@ def library() -> ctypes.CDLL:
         function = getattr(found, f"fused_{name}")
         function.restype, function.argtypes = result, arguments
     return found
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))

@@ -24,6 +24,7 @@ from config.clock import Clock
 from config.durable import Arrays
 from config.load import from_flat, to_flat
 from config.schema import Experiment
+from config.still import hold_still
 from privacy.ledger import LedgerFault
 from privacy.releases import allowed
 from strategies import algorithm
@@ -36,7 +37,7 @@ from strategies.replies import arrays_fault, metrics_of, weight_fault
 from strategies.sharing import Roles, arrays_sha256, name_weights, of_kind, roles_of, split_beside
 from tasks.data import Data, concatenate
 from tasks.domains import source_samples
-from tasks.evaluation import evaluate, examine, hold_still
+from tasks.evaluation import evaluate, examine
 from tasks.features import View, view
 from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle, source_data

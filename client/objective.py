@@ -74,8 +74,11 @@ class Objective:
         parts = sample_losses(outputs, batch.y, self.task.targets, self.weights, self.plan.label_smoothing)
         if len(batch):
             self._seen.append((len(batch), {name: values.detach().mean() for name, values in parts.items()}))
-        pairs = zip(self.task.weights, self.task.targets, strict=True)
-        data_loss = torch.stack([w * parts[t.name] for w, t in pairs]).sum(0)
+        weighted = [
+            parts[t.name] if w == 1 else w * parts[t.name]
+            for w, t in zip(self.task.weights, self.task.targets, strict=True)
+        ]
+        data_loss = weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(0)
         return data_loss if self.teacher is None else self.share * data_loss + self.teacher.each(batch, outputs)
 
     def means(self) -> dict[str, float]:

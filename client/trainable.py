@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from client.fisher import empirical_fisher
 from config.schema import Experiment
 from config.seeds import one_thread
+from config.still import once
 from strategies.trainable import HEADS
-from tasks.evaluation import load_into, once
+from tasks.evaluation import load_into
 from tasks.task import initial_state, open_task, source_data, source_model
 
 

@@ -24,10 +24,11 @@ from config.durable import Arrays
 from config.errors import UserError
 from config.schema import Experiment, Local
 from config.seeds import torch_generator, torch_seeded
+from config.still import once
 from privacy.dpsgd import Permit
 from strategies.trainable import rate_factors, stage, trained
 from tasks.data import Data
-from tasks.evaluation import names_of, once
+from tasks.evaluation import names_of
 from tasks.task import Task
 
 

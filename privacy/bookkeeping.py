@@ -1,6 +1,6 @@
 """Book-keeping (Bu et al. 2023): the norms of single samples' gradients, and their clipped sum, from one backward pass.
 
-    book = Book(model)
+    book = Book(model)                  # until book.close()
     values = losses(index)              # each learning layer's inputs are written down
     norms = book.norms(values)          # backward as far as the layers' outputs; no weight's gradient is made
     book.add(factors, gradients)        # gradients[name] += sum over samples of factor times the sample's gradient
@@ -14,17 +14,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_gradient_edge
 
 from config.errors import UserError
+from config.still import once
 
-_AT_ONCE = 2**22
+_AT_ONCE = 2**20
 """Numbers of a convolution's columns that are made at once; more are taken in pieces."""
 
 _HELD: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
@@ -43,18 +44,17 @@ def covers(model: nn.Module) -> bool:
     )
 
 
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by their place in it."""
+    return once(model, "modules by place", lambda: dict(model.named_modules()))
+
+
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     """The module's own parameters that learn, by name; `named_parameters` takes several times as long."""
     return {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
 
 
-def _unusual(layer: nn.Embedding) -> bool:
-    """Whether it changes its own weight, or its gradient depends on how often a token occurs in the batch."""
-    return layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
-
-
-@dataclass
-class _Call:
+class _Call(NamedTuple):
     """One use of a layer: its input, the input's version then, and where the gradient of its output will appear."""
 
     input: Tensor
@@ -62,33 +62,56 @@ class _Call:
     edge: GradientEdge
 
 
+def _writing(forward: Callable[[Tensor], Tensor], calls: list[_Call]) -> Callable[[Tensor], Tensor]:
+    """A layer's forward, which writes down every use through which a gradient may come back."""
+
+    def written(input: Tensor) -> Tensor:
+        output = forward(input)
+        if output.requires_grad:
+            calls.append(_Call(input.detach(), input._version, get_gradient_edge(output)))
+        return output
+
+    return written
+
+
+def _path(place: str, name: str) -> str:
+    return f"{place}.{name}" if place else name
+
+
+def _unusual(layer: nn.Embedding) -> bool:
+    """Whether it changes its own weight, or its gradient depends on how often a token occurs in the batch."""
+    return layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
+
+
 class Book:
     """Keeps the books of a model that `covers` accepts, until `close`. Its `requires_grad` flags must stay as they are."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers: dict[str, nn.Module] = {}
-        self._owners: dict[int, tuple[str, str]] = {}
-        for place, module in model.named_modules():
-            own = _own(module)
-            if own:
-                self._layers[place] = module
-                self._owners |= {id(p): (place, f"{place}.{name}" if place else name) for name, p in own.items()}
+        some = once(model, "layers", lambda: {place: m for place, m in modules_of(model).items() if m._parameters})
+        self._layers = {place: layer for place, layer in some.items() if _own(layer)}
         self._kind = tuple(self._layers)
         self._held = self._kind in _HELD.setdefault(model, set())
         self._model = model
-        self.forget()
-        # Ahead of hooks that add to a layer's output (LoRA, adapters): what is written down is the layer's own.
-        self._handles = [m.register_forward_hook(self._write(n), prepend=True) for n, m in self._layers.items()]
+        self._calls: dict[str, list[_Call]] = {place: [] for place in self._layers}
+        self._parts: dict[str, _Part] = {}
+        # Ahead of hooks that add to a layer's output (LoRA, adapters): what is written down is the layer's own. A hook for
+        # it would cost several times as much.
+        self._before = {place: layer.__dict__.get("forward") for place, layer in self._layers.items()}
+        for place, layer in self._layers.items():
+            layer.__dict__["forward"] = _writing(layer.forward, self._calls[place])
 
     def close(self) -> None:
-        """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        """Let the layers be as they were."""
+        for place, layer in self._layers.items():
+            del layer.__dict__["forward"]
+            if (before := self._before[place]) is not None:
+                layer.__dict__["forward"] = before
 
     def forget(self) -> None:
         """Let go of what the last pass left."""
-        self._calls: dict[str, list[_Call]] = {}
-        self._parts: dict[str, _Part] = {}
+        for calls in self._calls.values():
+            calls.clear()
+        self._parts.clear()
 
     def norms(self, values: Tensor) -> Tensor:
         """The norm of each sample's gradient, float (n,), of losses (n,) that the model has just made.
@@ -99,16 +122,9 @@ class Book:
         n = len(values)
         if values.grad_fn is None:
             return values.new_zeros(n)
-        uses = {place: self._calls.get(place, []) for place in self._layers}
         if not self._held:
-            nodes, found = _uses(values.grad_fn)
-            for key, (place, name) in self._owners.items():
-                if found[key] != sum(call.edge.node in nodes for call in uses[place]):
-                    raise UserError(
-                        "task.model: the layers' books show only a part of the gradient of single samples (of the parameter "
-                        f'"{name}"): every parameter must be used by the forward() of its own module and nowhere else'
-                    )
-        calls = [call for place in uses.values() for call in place]
+            self._hold_uses(values.grad_fn)
+        calls = [call for some in self._calls.values() for call in some]
         if not calls:
             return values.new_zeros(n)
         for call in calls:
@@ -121,31 +137,35 @@ class Book:
                 )
         edges = [call.edge for call in calls]
         hold = not self._held and n > 1
-        backs = torch.autograd.grad(values.sum(), edges, retain_graph=hold, allow_unused=True)
+        # torch.autograd.grad but for its checks, which take as long as going back through a small network.
+        whole, unused = (torch.ones_like(values),), True
+        backs = _engine_run_backward((values,), whole, hold, False, tuple(edges), unused, accumulate_grad=False)
         if hold:
             self._hold_samples_apart(values, edges)
-        squares, at = [values.new_zeros(n)], 0
+        squares, back_of = list[Tensor](), iter(backs)
         for place, layer in self._layers.items():
-            seen = zip(uses[place], backs[at : at + len(uses[place])], strict=True)
-            at += len(uses[place])
-            if pairs := [(call.input, back) for call, back in seen if back is not None]:
+            seen = [(call.input, next(back_of)) for call in self._calls[place]]
+            if pairs := [(x, back) for x, back in seen if back is not None]:
                 for name, part in _LAYERS[type(layer)](layer, pairs).items():
-                    self._parts[f"{place}.{name}" if place else name] = part
+                    self._parts[_path(place, name)] = part
                     squares.append(part.squares)
-        return torch.stack(squares).sum(0).sqrt_()
+        return sum(squares[1:], start=squares[0]).sqrt() if squares else values.new_zeros(n)
 
     def add(self, factors: Tensor, gradients: Mapping[str, Tensor]) -> None:
         """Add to each gradient, by parameter name, the sum over the samples of their factors, float (n,), times theirs."""
         for name, part in self._parts.items():
             part.add(factors, gradients[name])
 
-    def _write(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                x = inputs[0].detach()
-                self._calls.setdefault(name, []).append(_Call(x, x._version, get_gradient_edge(output)))
-
-        return hook
+    def _hold_uses(self, loss: Node) -> None:
+        nodes, found = _uses(loss)
+        for place, layer in self._layers.items():
+            for name, parameter in _own(layer).items():
+                if found[id(parameter)] != sum(call.edge.node in nodes for call in self._calls[place]):
+                    raise UserError(
+                        "task.model: the layers' books show only a part of the gradient of single samples (of the parameter "
+                        f'"{_path(place, name)}"): every parameter must be used by the forward() of its own module and '
+                        "nowhere else"
+                    )
 
     def _hold_samples_apart(self, values: Tensor, edges: list[GradientEdge]) -> None:
         """From the losses of every other sample nothing may come back to the others' rows."""
@@ -183,13 +203,12 @@ class _Part:
 def _linear(layer: nn.Linear, pairs: Pairs) -> dict[str, _Part]:
     if len(pairs) == 1 and pairs[0][0].ndim == 2:
         ((x, back),) = pairs
-
         bias = _rows(back)
 
         def add(factors: Tensor, gradient: Tensor) -> None:
             gradient.addmm_((factors[:, None] * back).T, x)
 
-        return _learning(layer, lambda: _Part(_squares(x) * bias.squares, add), lambda: bias)
+        return _learning(layer, lambda: _Part(_squares(x).mul_(bias.squares), add), lambda: bias)
     inputs = _one([x.reshape(len(x), -1, layer.in_features) for x, _ in pairs])
     backs = _one([back.reshape(len(back), -1, layer.out_features) for _, back in pairs])
     return _learning(layer, lambda: _products(lambda some: inputs[some], backs), lambda: _rows(backs.sum(1)))
@@ -269,18 +288,15 @@ _LAYERS: dict[type[nn.Module], Callable[[Any, Pairs], dict[str, _Part]]] = {
 
 def _learning(layer: nn.Module, weight: Callable[[], _Part], bias: Callable[[], _Part]) -> dict[str, _Part]:
     """The parts of the parameters that learn."""
-    return {
-        name: part()
-        for name, part in (("weight", weight), ("bias", bias))
-        if getattr(layer, name) is not None and getattr(layer, name).requires_grad
-    }
+    parts, learning = {"weight": weight, "bias": bias}, _own(layer)
+    return {name: part() for name, part in parts.items() if name in learning}
 
 
 def _rows(rows: Tensor) -> _Part:
     """Of single samples' gradients themselves, (n, numbers of the parameter)."""
 
     def add(factors: Tensor, gradient: Tensor) -> None:
-        gradient += (factors[:, None] * rows).sum(0).view_as(gradient)
+        gradient.view(1, -1).addmm_(factors[None], rows)
 
     return _Part(_squares(rows), add)
 
@@ -301,7 +317,10 @@ def _products(columns: Callable[[slice], Tensor], backs: Tensor, groups: int = 1
                 gradient.view(out, width).addmm_(weighted.flatten(0, 1).T, columns(s).flatten(0, 1))
 
         return _Part(torch.cat(grams), add)
-    made = _one([torch.bmm(backs[s.start * groups : s.stop * groups].mT, columns(s)) for s in some], 0)
+    made = backs.new_empty(len(backs), out, width)
+    for s in some:
+        them = slice(s.start * groups, s.stop * groups)
+        torch.bmm(backs[them].mT, columns(s), out=made[them])
     return _rows(made.view(n, -1))
 
 

@@ -19,14 +19,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from config.errors import UserError
-from privacy.bookkeeping import Book, covers
+from config.still import once
+from privacy.bookkeeping import Book, covers, modules_of
 from privacy.noise import Stream
 
 Losses = Callable[[Tensor], Tensor]
@@ -69,7 +73,7 @@ class Mechanism:
 
 def poisson(n: int, rate: float, stream: Stream) -> Tensor:
     """Indices, int64 and rising, of a Poisson sample: each of 0..n-1 with probability `rate` on its own; may be empty."""
-    return torch.nonzero(stream.uniform(n) < rate).flatten()
+    return torch.from_numpy(np.flatnonzero(stream.uniform(n).numpy() < rate))
 
 
 def gaussian(out: Tensor, deviation: float, stream: Stream) -> None:
@@ -86,7 +90,7 @@ def refuse_what_mixes_samples(model: nn.Module) -> None:
     That is every batch normalisation that is not in `eval()` with stored statistics, frozen or not (its output for one
     sample depends on the others, and its running statistics are released), and instance normalisation that tracks.
     """
-    for name, module in model.named_modules():
+    for name, module in once(model, "normalising", lambda: _normalising(model)).items():
         tracks = bool(getattr(module, "track_running_stats", True))
         batch = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not tracks)
         instance = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and tracks
@@ -150,19 +154,33 @@ class Privatiser:
 
     def __enter__(self) -> Self:
         refuse_what_mixes_samples(self.model)
-        self._learning = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        parameters = once(self.model, "parameters", lambda: dict(self.model.named_parameters()))
+        self._learning = {name: p for name, p in parameters.items() if p.requires_grad}
         if not self._learning:
             raise UserError("local.trainable: nothing of the model learns, so there is nothing to make private")
-        self._buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        self._mode = chosen_mode(self.model, self.grad_sample)
-        # Made once, as fresh memory for every step would cost more than the noise.
-        self._shares = {n: torch.empty(p.shape, dtype=p.dtype, device=p.device) for n, p in self._learning.items()}
+        self._buffers = {name: buffer.clone() for name, buffer in _buffers(self.model).items()}
+        learning, wanted = frozenset(self._learning), self.grad_sample
+        self._mode = once(self.model, ("private mode", learning, wanted), lambda: chosen_mode(self.model, wanted))
+        # Made once, as fresh memory for every step would cost more than the noise; in one piece, which is drawn at once.
+        kinds = {(p.dtype, p.device) for p in self._learning.values()}
+        whole = [list(self._learning.values())] if len(kinds) == 1 else [[p] for p in self._learning.values()]
+        self._drawing = [
+            torch.empty(sum(p.numel() for p in some), dtype=some[0].dtype, device=some[0].device) for some in whole
+        ]
+        shares = [
+            part.view(p.shape)
+            for flat, some in zip(self._drawing, whole, strict=True)
+            for p, part in zip(some, torch.split(flat, [p.numel() for p in some]), strict=True)
+        ]
+        self._shares = dict(zip(self._learning, shares, strict=True))
         try:
             self._prepare()
         except BaseException:
             self._restore()
             raise
-        held = sum(p.numel() for p in self._learning.values()) - (_ghosts(self.model) if self._mode != "hooks" else 0)
+        held = sum(p.numel() for p in self._learning.values())
+        if self._mode != "hooks":
+            held -= once(self.model, ("ghosts", learning), lambda: _ghosts(self.model))
         self._piece = max(1, min(4096, _VALUES_AT_ONCE // max(1, held)))
         return self
 
@@ -171,7 +189,7 @@ class Privatiser:
     ) -> None:
         self._restore()
         if kind is None:
-            for name, buffer in self.model.named_buffers():
+            for name, buffer in _buffers(self.model).items():
                 if not torch.equal(buffer, self._buffers[name]):
                     raise UserError(
                         f'task.model: the buffer "{name}" changed in private training, so it holds statistics of private '
@@ -192,10 +210,10 @@ class Privatiser:
         """
         self._drawn = False
         # With Opacus the first sample goes alone: of one sample, autograd knows the true gradient.
-        first = [] if self._checked or self._mode == "book" or not len(index) else [index[:1]]
-        for piece in [*first, *torch.split(index[len(first) :], self._piece)]:
-            if len(piece):
-                self._add_clipped(piece, losses)
+        first = 0 if self._checked or self._mode == "book" else 1
+        for begin, end in pairwise([*range(first), *range(first, len(index), self._piece), len(index)]):
+            if begin < end:
+                self._add_clipped(index[begin:end], losses)
         for name, share in self._noisy().items():
             self._learning[name].grad = share
 
@@ -203,11 +221,11 @@ class Privatiser:
         """What becomes of the gradients, with this step's noise in it: drawn late, so that it is still in the cache."""
         plan = self.mechanism
         deviation = plan.noise_multiplier * plan.clip / plan.denominator
-        for share in () if self._drawn else self._shares.values():
+        for flat in () if self._drawn else self._drawing:
             if deviation > 0:
-                gaussian(share, deviation, self.noise)
+                gaussian(flat, deviation, self.noise)
             else:
-                share.zero_()
+                flat.zero_()
         self._drawn = True
         return self._shares
 
@@ -281,11 +299,11 @@ class Privatiser:
 
     def _weights(self, norms: Tensor) -> Tensor:
         """What each sample's gradient counts in the result."""
-        return self._factors(norms) / self.mechanism.denominator
+        return torch.from_numpy(self._factors(norms.cpu().numpy()) / self.mechanism.denominator).to(norms.device)
 
-    def _factors(self, norms: Tensor) -> Tensor:
+    def _factors(self, norms: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """min(1, clip / norm) with Opacus's stabiliser, so that a clipped gradient is never longer than the clip."""
-        return (self.mechanism.clip / (norms + _OPACUS_STABILISER)).clamp(max=1.0)
+        return np.minimum(self.mechanism.clip / (norms + _OPACUS_STABILISER), 1.0)
 
     def _taking_part(self, attribute: str) -> Iterator[tuple[str, Any]]:
         """The learning parameters that had a part in the loss, each with what the hooks left on it."""
@@ -314,7 +332,8 @@ class Privatiser:
         self._checked = True
 
     def _prepare(self) -> None:
-        for module in self.model.modules():
+        modules = modules_of(self.model).values()
+        for module in once(self.model, "may work in place", lambda: [m for m in modules if hasattr(m, "inplace")]):
             if getattr(module, "inplace", None) is True:
                 module.inplace = False  # type: ignore[assignment]
                 self._undo.append(functools.partial(setattr, module, "inplace", True))
@@ -432,6 +451,15 @@ class Permit:
             )
         self._taken += 1
         return poisson(n, self.mechanism.sample_rate, self.sampling)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return once(model, "buffers", lambda: dict(model.named_buffers()))
+
+
+def _normalising(model: nn.Module) -> dict[str, nn.Module]:
+    kinds = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+    return {name: module for name, module in modules_of(model).items() if isinstance(module, kinds)}
 
 
 def _ghosts(model: nn.Module) -> int:

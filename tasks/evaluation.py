@@ -1,7 +1,6 @@
 """Models and arrays: loading named arrays into a model in place, taking them out, and scoring a model on data."""
 
-from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -9,29 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from config.durable import Arrays
+from config.still import once
 from tasks.data import Data
 from tasks.metrics import MOST_CLASSES, Ints, confusion, score
 from tasks.task import Task
-
-T = TypeVar("T")
-_FOUND = "found_once"
-
-
-def hold_still(model: nn.Module) -> nn.Module:
-    """Declare that the model keeps its modules and tensors from now on, so that what is often asked of it (`once`) is found
-    once: for a small model that takes as long as training it on a client's samples. Copies are as the model was."""
-    model.__dict__[_FOUND] = {}
-    return model
-
-
-def once(model: nn.Module, what: Hashable, find: Callable[[], T]) -> T:
-    """What `find` finds of a model's modules and tensors, under the name `what`; kept for a model that holds still."""
-    found: dict[Hashable, T] | None = model.__dict__.get(_FOUND)
-    if found is None:
-        return find()
-    if what not in found:
-        found[what] = find()
-    return found[what]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

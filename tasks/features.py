@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from config.still import hold_still
 from tasks.data import Data
-from tasks.evaluation import chunks, hold_still
+from tasks.evaluation import chunks
 from tasks.models import Multihead
 from tasks.task import Task
 

@@ -293,9 +293,13 @@ def test_clip_and_noise_are_those_of_opacus(family: str, mode: str, monkeypatch:
     index, plan = torch.tensor([0, 2, 3, 5, 6]), Mechanism(0.5, 1.3, 0.4, 3.0, 1)
     model, losses = case(family)
     drawn = torch_generator(0, "noise")
-    monkeypatch.setattr(
-        "privacy.dpsgd.gaussian", lambda out, deviation, _: out.normal_(0.0, deviation, generator=drawn)
-    )
+
+    def gaussian(out: Tensor, deviation: float, _: Stream) -> None:
+        parts = out.split([parameter.numel() for parameter in model.parameters()])
+        for part, parameter in zip(parts, model.parameters(), strict=True):
+            part.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=drawn).flatten())
+
+    monkeypatch.setattr("privacy.dpsgd.gaussian", gaussian)
     found = private(model, losses, index, plan, mode)
     for module in model.modules():
         if hasattr(module, "inplace"):
@@ -322,9 +326,11 @@ def test_clip_and_noise_are_those_of_opacus(family: str, mode: str, monkeypatch:
 def test_an_empty_sample_is_noise_alone(family: str, mode: str) -> None:
     model, losses = case(family)
     found = private(model, losses, torch.arange(0), Mechanism(0.5, 2.0, 0.5, 4.0, 1), mode)
-    noise = Stream(1)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(found[name], 0.25 * noise.normal(parameter.numel()).view_as(parameter))
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    for (name, parameter), noise in zip(
+        model.named_parameters(), Stream(1).normal(sum(sizes)).split(sizes), strict=True
+    ):
+        assert torch.equal(found[name], 0.25 * noise.view_as(parameter))
 
 
 @pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])

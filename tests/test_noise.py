@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
+from privacy import noise
 from privacy.noise import Stream
 
 
@@ -30,8 +32,8 @@ def test_normal_numbers_have_the_normal_law() -> None:
         (stats.skew(x), 6 / n),
         (stats.kurtosis(x), 24 / n),
         ((x[1:] * x[:-1]).mean(), 1 / n),
-        ((x[2**14 :] * x[: -(2**14)]).mean(), 1 / n),  # the two of a pair
-        ((x[2**14 :] ** 2 * x[: -(2**14)] ** 2).mean() - 1, 8 / n),
+        ((x[2**7 :] * x[: -(2**7)]).mean(), 1 / n),  # the two of a pair
+        ((x[2**7 :] ** 2 * x[: -(2**7)] ** 2).mean() - 1, 8 / n),
     ):
         assert abs(value) <= 4 * math.sqrt(deviation)
     assert stats.kstest(x, "norm").pvalue > 1e-4
@@ -41,10 +43,15 @@ def test_normal_numbers_have_the_normal_law() -> None:
     assert np.isfinite(x).all()
 
 
-@pytest.mark.parametrize("parts", [[1, 5, 100_000, 3], [2**15, 2**15, 1], [70_000, 30_000]])
-def test_how_a_draw_is_cut_changes_nothing(parts: list[int]) -> None:
-    stream = Stream(7)
-    assert torch.equal(torch.cat([stream.normal(n) for n in parts]), Stream(7).normal(sum(parts)))
+def test_no_word_of_the_stream_is_used_twice() -> None:
+    """Draws go by groups of 256 words: each begins where the one before it ended, and leaves out the rest of its last."""
+    stream, all_, uniform = Stream(7), Stream(7).normal(256 * 500), Stream(7).uniform(128 * 500)
+    at = 0
+    for count in (1, 5, 256, 100_000, 257, 3):
+        assert torch.equal(stream.normal(count), all_[256 * at : 256 * at + count])
+        at += -(-count // 256)
+        assert torch.equal(stream.uniform(129), uniform[128 * at : 128 * at + 129])
+        at += 2
 
 
 def test_seeds_that_differ_beyond_32_bits_give_other_numbers() -> None:
@@ -58,3 +65,48 @@ def test_uniform_numbers_are_uniform() -> None:
     u = Stream(5).uniform(1_000_000).numpy()
     assert u.min() >= 0 and u.max() < 1
     assert stats.kstest(u, "uniform").pvalue > 1e-4
+
+
+def _in_numpy(monkeypatch: pytest.MonkeyPatch, seed: int) -> Stream:
+    with monkeypatch.context() as patch:
+        patch.setattr(noise, "_library", lambda: None)
+        return Stream(seed)
+
+
+@pytest.mark.skipif(noise._library() is None, reason="noise.c does not compile here")
+@pytest.mark.parametrize(
+    "seed", [11, 2**256 - 1, 2**256 - 2**192 - 2**131]
+)  # the counter overflows soon, or its lower half
+def test_compiled_and_in_numpy_the_bits_are_the_same(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 million words, so that a rounding that differs once in a million is seen."""
+    streams = [Stream(seed), _in_numpy(monkeypatch, seed)]
+    drawn = [[s.uniform(7), s.normal(4), s.normal(8_000_000), s.uniform(2), s.normal(70_000)] for s in streams]
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(one, other)
+    scaled = [torch.empty(100_000) for _ in streams]
+    for stream, out in zip(streams, scaled, strict=True):
+        stream.fill(out.numpy(), 0.37)
+    assert torch.equal(*scaled)
+
+
+def test_normal_numbers_are_box_and_mullers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the cipher by the formula in double: float32 gives radii near 0 in steps of 2^-24 of their u."""
+    seed, groups = 5, 300
+    cipher = Cipher(algorithms.AES(seed.to_bytes(16, "little")), modes.CTR(bytes(16))).encryptor()
+    words = np.frombuffer(cipher.update(bytes(1024 * groups)), "<u4")
+    radii, angles = words.reshape(groups, 2, 128).swapaxes(0, 1)
+    radius = np.sqrt(-2 * np.log((radii + 0.5) / 2**32))
+    turn = ((angles % 2**30) / 2**30 + 2.0**-31 + np.where(angles % 2**30 < 2**29, 0, -1)) * math.pi / 2
+    cosine, sine = np.cos(turn) * np.where(angles >= 2**31, -1, 1), np.sin(turn)
+    swapped = angles // 2**30 % 2 == 1
+    expected = radius * [np.where(swapped, sine, cosine), np.where(swapped, cosine, sine)]
+    for stream in (Stream(seed), _in_numpy(monkeypatch, seed)):
+        found = stream.normal(256 * groups).double().numpy().reshape(groups, 2, 128).swapaxes(0, 1)
+        assert np.abs(found - expected)[:, radius > 0.1].max() < 3e-6
+        assert np.abs(found - expected).max() < 3e-4
+
+
+def test_noise_is_written_only_to_float32_in_one_piece() -> None:
+    for out in (np.empty(2**16, np.float64), np.empty(2**17, np.float32)[::2]):
+        with pytest.raises(TypeError, match="in one piece"):
+            Stream(1).fill(out)
