@@ -32,7 +32,7 @@ from privacy.noise import Stream
 Losses = Callable[[Tensor], Tensor]
 """The losses, float (k,), of the samples at the indices int64 (k,). Each may depend on its own sample only."""
 
-GradSample = Literal["auto", "book", "ghost", "hooks"]
+GradSample = Literal["auto", "book", "ghost", "hooks", "loop"]
 
 _VALUES_AT_ONCE = 2**26
 """Per-sample gradients held at once, in numbers; a larger batch is taken in pieces."""
@@ -97,17 +97,23 @@ def refuse_what_mixes_samples(model: nn.Module) -> None:
             )
 
 
-def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Literal["book", "ghost", "hooks"]:
+def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Literal["book", "ghost", "hooks", "loop"]:
     """How the clipped sum is had: "book" keeps books of one pass, and is the fastest by far (`privacy.bookkeeping`); "ghost"
-    and "hooks" are Opacus's: norms alone and then a second, weighted pass, or every sample's gradient.
+    and "hooks" are Opacus's: norms alone and then a second, weighted pass, or every sample's gradient; "loop" is a pass for
+    each sample, slow and right for any model.
 
-    "auto": book-keeping where it covers all that learns. Else ghost clipping (Li et al. 2022) if most of what learns is
-    in linear layers and embeddings, where norms cost next to nothing; hooks otherwise, and where neither of the others
-    can be (recurrent layers, shared parameters). Raises UserError if one of those is asked for there.
+    "auto": book-keeping where it covers all that learns. Else the loop if a module that has modules in it learns itself, as
+    in attention and vision transformers: nothing shows what one sample did there. Else ghost clipping (Li et al. 2022) if
+    most of what learns is in linear layers and embeddings, where norms cost next to nothing; hooks otherwise, and where
+    ghosts cannot be (recurrent layers, shared parameters). Raises UserError for book or ghost where it cannot be.
     """
     covered = covers(model)
-    if mode == "hooks" or (covered and mode in ("auto", "book")):
-        return "hooks" if mode == "hooks" else "book"
+    if mode in ("hooks", "loop"):
+        return mode
+    if covered and mode in ("auto", "book"):
+        return "book"
+    if mode == "auto" and any(_learns_itself(m) and any(True for _ in m.children()) for m in model.modules()):
+        return "loop"
     if mode == "book":
         raise UserError(
             'privacy.grad_sample = "book": something that learns is no parameter of a linear layer, a convolution, an '
@@ -162,7 +168,9 @@ class Privatiser:
         except BaseException:
             self._restore()
             raise
-        held = sum(p.numel() for p in self._learning.values()) - (_ghosts(self.model) if self._mode != "hooks" else 0)
+        held = sum(p.numel() for p in self._learning.values())
+        if self._mode in ("book", "ghost"):
+            held -= _ghosts(self.model)
         self._piece = max(1, min(4096, _VALUES_AT_ONCE // max(1, held)))
         return self
 
@@ -192,8 +200,8 @@ class Privatiser:
         """
         self._drawn = False
         # With Opacus the first sample goes alone: of one sample, autograd knows the true gradient.
-        first = [] if self._checked or self._mode == "book" or not len(index) else [index[:1]]
-        for piece in [*first, *torch.split(index[len(first) :], self._piece)]:
+        first = [] if self._checked or self._mode in ("book", "loop") or not len(index) else [index[:1]]
+        for piece in [*first, *torch.split(index[len(first) :], 1 if self._mode == "loop" else self._piece)]:
             if len(piece):
                 self._add_clipped(piece, losses)
         for name, share in self._noisy().items():
@@ -220,8 +228,16 @@ class Privatiser:
             )
         if self._mode == "book":
             self._add_from_book(piece, values, losses)
+        elif self._mode == "loop":
+            self._add_alone(values)
         else:
-            values.sum().backward(retain_graph=self._mode == "ghost")  # type: ignore[no-untyped-call]
+            try:
+                values.sum().backward(retain_graph=self._mode == "ghost")  # type: ignore[no-untyped-call]
+            except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"task.model: Opacus cannot take it apart into single samples ({type(error).__name__}: {error}): write "
+                    'privacy.grad_sample = "loop", which is slow and right'
+                ) from None
             if self._mode == "hooks":
                 self._add_from_hooks()
             else:
@@ -234,6 +250,16 @@ class Privatiser:
             self._book.add(self._weights(norms), self._noisy())
         elif (finite := torch.isfinite(norms)).any():
             self._add_clipped(piece[finite.to(piece.device)], losses)
+
+    def _add_alone(self, value: Tensor) -> None:
+        if not value.requires_grad:
+            return
+        value.sum().backward()  # type: ignore[no-untyped-call]
+        own = {name: p.grad for name, p in self._learning.items() if p.grad is not None}
+        norm = torch.stack([gradient.norm() for gradient in own.values()]).norm()
+        if torch.isfinite(norm):
+            for name, gradient in own.items():
+                self._noisy()[name].addcmul_(gradient, self._weights(norm))
 
     def _add_from_hooks(self) -> None:
         samples = {}
@@ -309,7 +335,8 @@ class Privatiser:
             raise UserError(
                 "task.model: Opacus sees only a part of the gradient of single samples"
                 + (f' (of the parameter "{name}")' if name else "")
-                + ": every parameter must be used by the forward() of its own module and nowhere else"
+                + ": every parameter must be used by the forward() of its own module and nowhere else; or write "
+                'privacy.grad_sample = "loop"'
             )
         self._checked = True
 
@@ -321,7 +348,7 @@ class Privatiser:
         if self._mode == "book":
             self._book = Book(self.model)
             self._undo.append(self._book.close)
-        else:
+        elif self._mode != "loop":
             self._hook()
 
     def _hook(self) -> None:
@@ -343,7 +370,7 @@ class Privatiser:
             if isinstance(module, nn.MultiheadAttention) and any(p.requires_grad for p in module.parameters()):
                 raise UserError(
                     f'task.model: "{name}" is an nn.MultiheadAttention, which shows no gradients of single samples: '
-                    "use a model whose attention is made of nn.Linear, or freeze it"
+                    'write privacy.grad_sample = "loop", or freeze it'
                 )
         self._padding = {
             m.weight: m.padding_idx
@@ -381,7 +408,7 @@ class Privatiser:
                 self._order[parameter] = order
 
     def _restore(self) -> None:
-        if hasattr(self, "_hooks") or hasattr(self, "_book"):
+        if self._mode == "loop" or hasattr(self, "_hooks") or hasattr(self, "_book"):
             self._forget()
         while self._undo:
             self._undo.pop()()
@@ -390,6 +417,10 @@ class Privatiser:
         """Take away all that a pass left on modules and parameters, whether it came to its end or not."""
         if self._mode == "book":
             self._book.forget()
+            return
+        if self._mode == "loop":
+            for parameter in self._learning.values():
+                parameter.grad = None
             return
         self._order.clear()
         self._passed.clear()
@@ -432,6 +463,10 @@ class Permit:
             )
         self._taken += 1
         return poisson(n, self.mechanism.sample_rate, self.sampling)
+
+
+def _learns_itself(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def _ghosts(model: nn.Module) -> int:
