@@ -50,7 +50,7 @@ def images(task: schema.Task) -> Raw:
 
 
 def colours(task: schema.Task) -> Raw:
-    draw = np.random.default_rng(4).integers(0, 256, (90, 3, task.hidden, task.hidden))
+    draw = np.random.default_rng(4).integers(0, 256, (90, 3, 64, 64))
     return made(torch.from_numpy(draw.astype(np.uint8)), images=True)
 
 
@@ -142,7 +142,7 @@ def test_of_a_table_with_a_target_of_every_kind(kind: str, heads: tuple[str, ...
 @pytest.mark.parametrize("model", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in TORCHVISION])
 def test_of_torchvisions_models(kind: str, model: str) -> None:
     """With group normalisations in the place of batch ones, and without dropout, whose draws are for a whole batch."""
-    check(private(kind, "colours", model, "task.norm=group", f"task.hidden={TORCHVISION[model]}"), "auto", 4)
+    check(private(kind, "colours", model, "task.norm=group", f"task.image_size={TORCHVISION[model]}"), "auto", 4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
