@@ -49,9 +49,13 @@ def images(task: schema.Task) -> Raw:
     )
 
 
-def colours(task: schema.Task) -> Raw:
-    draw = np.random.default_rng(4).integers(0, 256, (90, 3, 64, 64))
+def colours(task: schema.Task, side: int = 64) -> Raw:
+    draw = np.random.default_rng(4).integers(0, 256, (30, 3, side, side))
     return made(torch.from_numpy(draw.astype(np.uint8)), images=True)
+
+
+def photographs(task: schema.Task) -> Raw:
+    return colours(task, 224)
 
 
 def table(task: schema.Task) -> Raw:
@@ -101,14 +105,11 @@ OTHERS = {
 }  # fmt: skip
 """Model -> its data. LeNet's norms and the recurrent layers' replacement are privacy.dpsgd's own affair."""
 
-TORCHVISION = {
-    "squeezenet1_1": 48, "mobilenet_v3_small": 32,
-    **dict.fromkeys(("resnet18", "resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "vgg11", "swin_t"), 32),
-    "vit_b_32": 224,
-}  # fmt: skip
-"""Model -> the side of its images. Vision transformers have torch's own attention, or parameters beside their layers."""
-
-QUICK = ("squeezenet1_1", "mobilenet_v3_small")
+TORCHVISION = (
+    "squeezenet1_1", "mobilenet_v3_small", "resnet18", "resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "vgg11",
+    "swin_t", "vit_b_32",
+)  # fmt: skip
+"""The first two are quick. The last two are vision transformers: torch's own attention, parameters beside their layers."""
 
 
 def private(kind: str, data: str, model: str, *overrides: str) -> Experiment:
@@ -139,10 +140,14 @@ def test_of_a_table_with_a_target_of_every_kind(kind: str, heads: tuple[str, ...
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in TORCHVISION])
+@pytest.mark.parametrize(
+    "model", [pytest.param(m, marks=[] if m in TORCHVISION[:2] else pytest.mark.slow) for m in TORCHVISION]
+)
 def test_of_torchvisions_models(kind: str, model: str) -> None:
-    """With group normalisations in the place of batch ones, and without dropout, whose draws are for a whole batch."""
-    check(private(kind, "colours", model, "task.norm=group", f"task.image_size={TORCHVISION[model]}"), "auto", 4)
+    """With group normalisations in the place of batch ones, and without dropout, whose draws are for a whole batch. In
+    double: of a deep net at random, the loop itself errs by 1e-3 in float32."""
+    data = "photographs" if model.startswith("vit") else "colours"
+    check(private(kind, data, model, "task.norm=group"), "auto", 4, torch.float64)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,7 +177,7 @@ def test_of_two_targets_from_a_source(trainable: str, model: str, mode: Any) -> 
           mode)  # fmt: skip
 
 
-def check(experiment: Experiment, mode: Any, samples: int = 12) -> None:
+def check(experiment: Experiment, mode: Any, samples: int = 12, dtype: torch.dtype = torch.float32) -> None:
     """To 1e-5: what learns moves by lr / denominator times the sum of clipped gradients, which autograd alone has for one
     sample after another; what does not learn keeps its bits."""
     task = open_task(experiment)
@@ -181,6 +186,8 @@ def check(experiment: Experiment, mode: Any, samples: int = 12) -> None:
     for module in net.modules():
         if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
             module.p = 0.0  # type: ignore[assignment]
+    if dtype == torch.float64:
+        net.double().register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
     bare = copy.deepcopy(net)
     allowed = Permit(Mechanism(1.0, 0.0, 0.5, 3.0, 1), Stream(0), Stream(1), mode)
     round_ = min(3, experiment.run.rounds)
@@ -196,7 +203,12 @@ def check(experiment: Experiment, mode: Any, samples: int = 12) -> None:
     for i in range(len(data)):
         one = data.take(torch.tensor([i]))
         parts = losses(bare(task.prepare(one.x, training=True)), one.y, task.targets)
-        gradient = torch.autograd.grad(sum(parts.values()), list(learning.values()))  # type: ignore[arg-type]
+        gradient = torch.autograd.grad(
+            sum(parts.values()),  # type: ignore[arg-type]
+            list(learning.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
         norm_ = math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
         for name, g in zip(learning, gradient, strict=True):
             sums[name] += g * min(1.0, 0.5 / norm_)

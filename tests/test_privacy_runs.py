@@ -31,6 +31,7 @@ import client.privately
 import client.turn
 import config.durable
 import privacy.ledger
+import server.protection
 from client.training import train
 from config.algorithms import ALGORITHMS, AVERAGES, PRIVATE
 from config.cohort import participations
@@ -46,6 +47,7 @@ from privacy.ledger import noise_seed, simulated_secret
 from privacy.noise import Stream
 from privacy.plan import forecasts
 from server.checkpoints import latest
+from server.folder import RunFolder
 from simulation.inline import InlineGrid
 from simulation.launch import Launch, engine
 from strategies.records import from_record
@@ -587,16 +589,19 @@ def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() ->
 # ---- a crash ----
 
 
-@pytest.mark.parametrize(("rounds_paid", "clients"), [(2, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("unit", "rounds_paid", "clients"), [("example", 2, 2), ("example", 1, 3), ("local", 2, 2), ("local", 1, 3)]
+)
 def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_are_the_same(
-    rounds_paid: int, clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unit: str, rounds_paid: int, clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real SIGKILL before, in the middle of and after each write and sync of a ledger, and at each other write of a run;
     with a budget for all rounds, and for the first alone."""
-    budget = 1.001 * epsilon([(0.1, 1.0, 3 * rounds_paid)], 1e-5, "rdp")
+    parts = {"example": (0.1, 1.0, 3 * rounds_paid), "local": (1.0, 2.0, rounds_paid)}[unit]
+    budget = 1.001 * epsilon([parts], 1e-5, "rdp")
     experiment = small(
         "fedper",
-        *EXAMPLE,
+        *{"example": EXAMPLE, "local": LOCAL}[unit],
         f"partition.clients={clients}",
         "run.rounds=2",
         "privacy.accountant=rdp",
@@ -621,6 +626,35 @@ def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_ar
         assert resumed["privacy"] == expected["privacy"]
         assert ledgers(out) == ledgers(tmp_path / "whole")  # each charged once, and never past the budget
         assert all(entry["epsilon"] <= budget for entries in ledgers(out).values() for entry in entries)
+
+
+@pytest.mark.parametrize("rounds_paid", [5, 3])
+def test_killed_at_any_write_whole_clients_get_the_same_model_and_no_round_beyond_the_budget(
+    rounds_paid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With client-level DP the server accounts, by rounds: a real SIGKILL at each write of a run, and in each round between
+    the noise and all that follows it."""
+    budget = 1.001 * client_guarantee([(0.5, 1.0, rounds_paid)], 1e-5, "rdp").epsilon
+    experiment = small(
+        "fedper", *CLIENT, "partition.clients=4", "run.rounds=5", "privacy.accountant=rdp", f"privacy.epsilon={budget}"
+    )
+    expected = run_inline(experiment, tmp_path / "whole")
+    assert (expected["status"], expected["rounds"]) == ("done" if rounds_paid == 5 else "stopped", rounds_paid)
+    with monkeypatch.context() as patch:
+        points = faults(patch, 0, tmp_path / "truth")
+        run_inline(experiment, tmp_path / "count")
+    made = (tmp_path / "truth").read_text().splitlines()
+    assert points[0] >= 20 and len(set(made)) == len(made) == rounds_paid
+    for number in range(1, points[0] + 1):
+        out, truth = tmp_path / str(number), tmp_path / f"truth of {number}"
+        assert killed(experiment, out, number, truth) == signal.SIGKILL, number
+        with monkeypatch.context() as patch:
+            faults(patch, 0, truth)
+            resumed = run_inline(experiment, out, resume=True)
+        assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED], number
+        assert resumed["privacy"] == expected["privacy"]
+        # What was combined before the kill is combined again with the same noise, or not at all: no release beyond those.
+        assert set(truth.read_text().splitlines()) == set(made), number
 
 
 def killed(experiment: Experiment, out: Path, number: int, truth: Path) -> int:
@@ -676,7 +710,22 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int, truth: Path) -> list[in
 
     monkeypatch.setattr(disk, "write", write)
     monkeypatch.setattr(disk, "sync", sync)
+
+    def combined(secret: bytes, inputs: str, purpose: str = "noise") -> int:
+        point()
+        number = noise(secret, inputs, purpose)
+        point()
+        return number
+
     monkeypatch.setattr(client.privately, "noise_seed", noise)
+    monkeypatch.setattr(server.protection, "noise_seed", combined)
+    append = RunFolder.append
+
+    def record(self: RunFolder, line: Any) -> None:
+        append(self, line)
+        point()
+
+    monkeypatch.setattr(RunFolder, "append", record)
     for module in ("config.durable", "server.folder"):
         monkeypatch.setattr(f"{module}.write_bytes", write_whole)
     return count
@@ -701,7 +750,7 @@ def test_killed_at_random_moments_epsilon_is_never_below_the_rounds_that_were_ma
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 1))
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL  # it was at work, and did not come to its end
         records = [json.loads(text) for text in (out / "rounds.jsonl").read_text().splitlines(keepends=True)
                    if text.endswith("\n")]  # fmt: skip
         made = len(records)
