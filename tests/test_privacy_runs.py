@@ -574,6 +574,53 @@ def test_a_proximal_term_acts_after_clip_and_noise() -> None:
         assert np.abs(results[1][name] - (value - 0.1)).max() <= 1e-6, name
 
 
+NOISE_ALONE = (
+    *EXAMPLE, "privacy.clip=1e-7", "privacy.noise_multiplier=1e5", "privacy.denominator=1", "privacy.accountant=rdp",
+    "local.momentum=0", "local.lr=0.5", "partition.clients=2",
+)  # fmt: skip
+"""Gradients that vanish in their noise, which has deviation 0.01: what a private step does beside it is plain to see."""
+
+
+def noised_alike(experiment: Experiment, out: Path) -> Arrays:
+    """The final model, with noise that does not depend on the settings."""
+    count = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.privately, "noise_seed", lambda *_: next(count))
+        run_inline(experiment, out)
+    return final(out)
+
+
+@pytest.mark.parametrize("pull", ["strategy.name=fedprox strategy.mu", "anchor.to=received anchor.l2"])
+def test_proximal_and_penalty_terms_of_a_whole_run_act_after_clip_and_noise(pull: str, tmp_path: Path) -> None:
+    """With noise n1, n2 alone w2 = w0 - lr (n1 + n2); a pull of strength mu adds -lr mu (w1 - w0), which no clip cuts."""
+    name, _, key = pull.rpartition(" ")
+    plain = (*NOISE_ALONE, "run.rounds=1", "partition.clients=1")
+    pulled = (*plain, *name.split(), f"{key}=0.8", "local.steps=2")
+    one, two = (noised_alike(small("fedavg", *plain, f"local.steps={n}"), tmp_path / str(n)) for n in (1, 2))
+    found = noised_alike(small("fedavg", *pulled), tmp_path / "pulled")
+    start = initial_state(small("fedavg", *plain))
+    for array in one:
+        expected = two[array] - 0.5 * 0.8 * (one[array] - start[array])
+        assert np.abs(found[array] - expected).max() <= 2e-6 < np.abs(found[array] - two[array]).max(), array
+
+
+def test_scaffolds_correction_acts_after_clip_and_noise(tmp_path: Path) -> None:
+    """Of one client a round, with a step of noise alone, c is half of client a's first noise n, c_a all of it: so the second
+    round moves by lr n / 2 less, if the client is another one, or more, if it is a again, than without."""
+    plain = (*NOISE_ALONE, "cohort.size=1", "local.steps=1", "strategy.weights=equal")
+    for seed in range(4):
+        one, two, corrected = (
+            noised_alike(small("fedavg", *plain, f"run.seed={seed}", *more), tmp_path / f"{seed}{i}")
+            for i, more in enumerate([["run.rounds=1"], ["run.rounds=2"], ["run.rounds=2", "strategy.name=scaffold"]])
+        )
+        start = initial_state(small("fedavg", *plain, f"run.seed={seed}"))
+        first, second = (record["cohort"] for record in lines(tmp_path / f"{seed}2"))
+        sign = -1 if first == second else 1
+        for array in one:
+            moved = one[array] - start[array]
+            assert np.abs(corrected[array] - (two[array] + sign * moved / 2)).max() <= 2e-6 < np.abs(moved).max() / 10
+
+
 def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() -> None:
     experiment = small("fedavg", *EXAMPLE)
     task = open_task(experiment)
