@@ -264,7 +264,7 @@ def _combined(experiment: Experiment, z: float, hits: np.ndarray) -> Floats:
     """What each round's model shows of each canary client, in clips, (rounds, canaries)."""
     become_server()
     guard = Protection(experiment, ("w",), bound=experiment.privacy.clip, noise_multiplier=z)
-    guard.begin(True, Path())
+    guard.begin(True, None)
     model: Arrays = {"w": np.zeros(CANARIES, np.float64)}
     scores = []
     for round_, row in enumerate(hits, 1):

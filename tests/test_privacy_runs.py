@@ -899,6 +899,28 @@ def test_a_client_level_budget_ends_the_run_before_it_is_passed(tmp_path: Path) 
     assert summary["privacy"]["epsilon"]["max"] == spent
 
 
+@pytest.mark.parametrize("rounds_paid", [4, 3])
+def test_a_round_of_whole_clients_made_again_with_other_replies_is_another_release(
+    rounds_paid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of three rounds is made again after a crash, and the replies are others: four releases, of other noise,
+    if the budget has room for four."""
+    budget = 1.001 * client_guarantee([(0.5, 1.0, rounds_paid)], 1e-5).epsilon
+    experiment = small("fedavg", *CLIENT, f"privacy.epsilon={budget}")
+    run_inline(experiment, tmp_path)
+    for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*3.*")]:
+        path.unlink()
+    honest, seed, drawn = server.protection.clip, server.protection.noise_seed, []
+    monkeypatch.setattr(server.protection, "clip", lambda before, after, bound: honest(before, after, bound / 2))
+    monkeypatch.setattr(server.protection, "noise_seed", lambda *a: drawn.append(seed(*a)) or drawn[-1])
+    again = run_inline(experiment, tmp_path, resume=True)
+    made = json.loads((tmp_path / "releases.json").read_text())
+    assert len(set(made)) == len(made) == rounds_paid
+    assert (again["status"], again["rounds"]) == (("done", 3) if rounds_paid == 4 else ("stopped", 2))
+    assert len(drawn) == rounds_paid - 3
+    assert again["privacy"]["epsilon"]["max"] == client_guarantee([(0.5, 1.0, rounds_paid)], 1e-5).epsilon
+
+
 ADAPTIVE = ("privacy.adaptive_clip=true", "privacy.clip_count_noise=0.8", "cohort.fraction=0.5", "partition.clients=16")
 
 
