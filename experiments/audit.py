@@ -40,7 +40,7 @@ from privacy.audit import (
     sampling_checks,
 )
 from privacy.client_level import update_noise
-from privacy.dpsgd import Mechanism, Permit, chosen_mode
+from privacy.dpsgd import GradSample, Mechanism, Permit, chosen_mode
 from privacy.noise import Stream
 from privacy.plan import claim, client_cost, client_denominator, client_noise, steps_a_round
 from server.folder import RunFolder
@@ -97,7 +97,7 @@ class _Canaries(nn.Module):
 
 def _example(experiment: Experiment, task: Task) -> list[Check]:
     # What comes after the noise, or is none of the mechanism's, is taken out of the way.
-    mode = chosen_mode(_quiet(task).new_model(), experiment.privacy.grad_sample)
+    mode = _mode(experiment, task)
     plain = _changed(experiment, local__clip_norm=0.0, local__lr=1e-6, local__weight_decay=0.0, task__augment=())
     busiest = int(np.argmax(participations(experiment)))
     with tempfile.TemporaryDirectory() as folder:
@@ -125,6 +125,15 @@ def _example(experiment: Experiment, task: Task) -> list[Check]:
         another = charge(replace(keeper, experiment=_unbudgeted(plain, noise)), RecordDict(), when, who, {})
         checks += _noise(plain, task, allowed[0], another, mode)
     return checks
+
+
+def _mode(experiment: Experiment, task: Task) -> GradSample:
+    """How the run has its clipped gradients: by what of its model learns."""
+    model = _quiet(task).new_model()
+    learning = roles_of(experiment, model).trained
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in learning)
+    return chosen_mode(model, experiment.privacy.grad_sample)
 
 
 def _permit(allowed: Allowed) -> Permit:
@@ -162,7 +171,7 @@ def _quiet(task: Task) -> Task:
     return replace(task, pipeline=pipeline)
 
 
-def _probe(experiment: Experiment, task: Task, who: int, mechanism: Mechanism, mode: Any) -> list[Check]:
+def _probe(experiment: Experiment, task: Task, who: int, mechanism: Mechanism, mode: GradSample) -> list[Check]:
     """Noise off, one record added: how far the sum moves, for several records of a client, and what moved beside it."""
     model, quiet = _model(experiment, task)
     data = quiet.pool() if experiment.run.placement == "pooled" else quiet.client(who).train
@@ -197,7 +206,7 @@ def _model(experiment: Experiment, task: Task) -> tuple[nn.Module, Task]:
     return model, quiet
 
 
-def _noise(experiment: Experiment, task: Task, one: Allowed, another: Allowed, mode: Any) -> list[Check]:
+def _noise(experiment: Experiment, task: Task, one: Allowed, another: Allowed, mode: GradSample) -> list[Check]:
     """Steps that take nobody: noise alone, of the claimed deviation in each array, normal, and never the same twice."""
     model, quiet = _model(experiment, task)
     data = quiet.client(0).train
@@ -264,7 +273,7 @@ def _combined(experiment: Experiment, z: float, hits: np.ndarray) -> Floats:
     """What each round's model shows of each canary client, in clips, (rounds, canaries)."""
     become_server()
     guard = Protection(experiment, ("w",), bound=experiment.privacy.clip, noise_multiplier=z)
-    guard.begin(True, Path())
+    guard.begin(True, None)
     model: Arrays = {"w": np.zeros(CANARIES, np.float64)}
     scores = []
     for round_, row in enumerate(hits, 1):

@@ -26,6 +26,7 @@ from experiments.results import (
 )
 from experiments.style import COLOURS, STYLE, WIDTH
 from experiments.words import metric_name
+from privacy.plan import claim
 
 UNITS = {
     "example": "One example of a client",
@@ -143,7 +144,14 @@ def answer(runs: Sequence[RunResult]) -> list[str]:
     if not said:
         return []
     note = ["In brackets: 95% intervals over the seeds, paired."] if brackets else []
+    note.append(f"Epsilon: {terms(lines_of(runs))}.")
     return [f"What protection costs {_where(runs, target, metric)}.", *said, *note]
+
+
+def terms(lines: Sequence[Line]) -> str:
+    """What an epsilon of these lines means nothing without, beside the unit: delta, adjacency and accountant."""
+    claims = [claim(run.experiment, 0.0) for line in lines for runs in line.budgets.values() for run in runs]
+    return "; or ".join(dict.fromkeys(f"delta = {c.delta:g}; {c.adjacency}; {c.accountant}" for c in claims))
 
 
 # ---- what is measured ----
@@ -293,7 +301,7 @@ def utility(lines: Sequence[Line], target: str, metric: str) -> Figure:
                 ends = _draw_utility(axes, mine, place, target, metric, colours)
                 axes.set_title(f"{UNITS[what]}: {PLACES[place]}")
                 drawn.append((axes, ends))
-                axes.set_xlabel("epsilon")
+                axes.set_xlabel(f"epsilon ({terms(mine)})")
         for at, (axes, ends) in enumerate(drawn):  # when all are drawn, whose common axis is known
             value_axis(axes, target, metric, "y")
             axes.set_ylabel(axes.get_ylabel() if at % len(places) == 0 else "")
@@ -450,7 +458,8 @@ def table(lines: Sequence[Line], target: str, metric: str) -> str:
     paired = any("[" in cell for row in body for cell in row[2:])
     said = ["lost: against the same seeds, splits and clients without protection, positive is worse."]
     said += ["In brackets: the 95% paired t-interval over the seeds."] if paired else []
-    note = f'<p class="note">{escape(" ".join(said))}</p>' if any(line.bare for line in lines) else ""
+    said = [f"Epsilon: {terms(lines)}.", *(said if any(line.bare for line in lines) else [])]
+    note = f'<p class="note">{escape(" ".join(said))}</p>'
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>{note}'
 
 
@@ -513,7 +522,7 @@ def _who_caption(lines: Sequence[Line], target: str, metric: str) -> str:
         said.append("Rare labels have less than half of an even share of all samples.")
     if "unlike labels" in kinds:
         said.append("No label is rare; unlike: by the divergence of a client's labels from everyone's.")
-    return " ".join(said)
+    return " ".join([*said, f"Epsilon: {terms(lines)}."])
 
 
 def _labels(settings: Sequence[Mapping[str, Any]], runs: Sequence[RunResult]) -> list[str]:

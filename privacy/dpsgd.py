@@ -36,7 +36,7 @@ from privacy.noise import Stream
 Losses = Callable[[Tensor], Tensor]
 """The losses, float (k,), of the samples at the indices int64 (k,). Each may depend on its own sample only."""
 
-GradSample = Literal["auto", "book", "ghost", "hooks"]
+GradSample = Literal["auto", "book", "ghost", "hooks", "loop"]
 
 _VALUES_AT_ONCE = 2**26
 """Per-sample gradients held at once, in numbers; a larger batch is taken in pieces."""
@@ -101,17 +101,23 @@ def refuse_what_mixes_samples(model: nn.Module) -> None:
             )
 
 
-def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Literal["book", "ghost", "hooks"]:
+def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Literal["book", "ghost", "hooks", "loop"]:
     """How the clipped sum is had: "book" keeps books of one pass, and is the fastest by far (`privacy.bookkeeping`); "ghost"
-    and "hooks" are Opacus's: norms alone and then a second, weighted pass, or every sample's gradient.
+    and "hooks" are Opacus's: norms alone and then a second, weighted pass, or every sample's gradient; "loop" is a pass for
+    each sample, slow and right for any model.
 
-    "auto": book-keeping where it covers all that learns. Else ghost clipping (Li et al. 2022) if most of what learns is
-    in linear layers and embeddings, where norms cost next to nothing; hooks otherwise, and where neither of the others
-    can be (recurrent layers, shared parameters). Raises UserError if one of those is asked for there.
+    "auto": book-keeping where it covers all that learns. Else the loop if a module that has modules in it learns itself, as
+    in attention and vision transformers: nothing shows what one sample did there. Else ghost clipping (Li et al. 2022) if
+    most of what learns is in linear layers and embeddings, where norms cost next to nothing; hooks otherwise, and where
+    ghosts cannot be (recurrent layers, shared parameters). Raises UserError for book or ghost where it cannot be.
     """
     covered = covers(model)
-    if mode == "hooks" or (covered and mode in ("auto", "book")):
-        return "hooks" if mode == "hooks" else "book"
+    if mode in ("hooks", "loop"):
+        return mode
+    if covered and mode in ("auto", "book"):
+        return "book"
+    if mode == "auto" and any(_learns_itself(m) and any(True for _ in m.children()) for m in model.modules()):
+        return "loop"
     if mode == "book":
         raise UserError(
             'privacy.grad_sample = "book": something that learns is no parameter of a linear layer, a convolution, an '
@@ -179,7 +185,7 @@ class Privatiser:
             self._restore()
             raise
         held = sum(p.numel() for p in self._learning.values())
-        if self._mode != "hooks":
+        if self._mode in ("book", "ghost"):
             held -= once(self.model, ("ghosts", learning), lambda: _ghosts(self.model))
         self._piece = max(1, min(4096, _VALUES_AT_ONCE // max(1, held)))
         return self
@@ -210,8 +216,9 @@ class Privatiser:
         """
         self._drawn = False
         # With Opacus the first sample goes alone: of one sample, autograd knows the true gradient.
-        first = 0 if self._checked or self._mode == "book" else 1
-        for begin, end in pairwise([*range(first), *range(first, len(index), self._piece), len(index)]):
+        first = 0 if self._checked or self._mode in ("book", "loop") else 1
+        piece = 1 if self._mode == "loop" else self._piece
+        for begin, end in pairwise([*range(first), *range(first, len(index), piece), len(index)]):
             if begin < end:
                 self._add_clipped(index[begin:end], losses)
         for name, share in self._noisy().items():
@@ -238,8 +245,16 @@ class Privatiser:
             )
         if self._mode == "book":
             self._add_from_book(piece, values, losses)
+        elif self._mode == "loop":
+            self._add_alone(values)
         else:
-            values.sum().backward(retain_graph=self._mode == "ghost")  # type: ignore[no-untyped-call]
+            try:
+                values.sum().backward(retain_graph=self._mode == "ghost")  # type: ignore[no-untyped-call]
+            except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"task.model: Opacus cannot take it apart into single samples ({type(error).__name__}: {error}): write "
+                    'privacy.grad_sample = "loop", which is slow and right'
+                ) from None
             if self._mode == "hooks":
                 self._add_from_hooks()
             else:
@@ -252,6 +267,17 @@ class Privatiser:
             self._book.add(self._weights(norms), self._noisy())
         elif (finite := torch.isfinite(norms)).any():
             self._add_clipped(piece[finite.to(piece.device)], losses)
+
+    def _add_alone(self, value: Tensor) -> None:
+        if not value.requires_grad:
+            return
+        value.sum().backward()  # type: ignore[no-untyped-call]
+        own = {name: p.grad for name, p in self._learning.items() if p.grad is not None}
+        norms = torch.stack([gradient.norm() for gradient in own.values()]).norm().reshape(1)
+        if math.isfinite(norms):
+            weight = self._weights(norms)
+            for name, gradient in own.items():
+                self._noisy()[name].addcmul_(gradient, weight)
 
     def _add_from_hooks(self) -> None:
         samples = {}
@@ -327,7 +353,8 @@ class Privatiser:
             raise UserError(
                 "task.model: Opacus sees only a part of the gradient of single samples"
                 + (f' (of the parameter "{name}")' if name else "")
-                + ": every parameter must be used by the forward() of its own module and nowhere else"
+                + ": every parameter must be used by the forward() of its own module and nowhere else; or write "
+                'privacy.grad_sample = "loop"'
             )
         self._checked = True
 
@@ -340,7 +367,7 @@ class Privatiser:
         if self._mode == "book":
             self._book = Book(self.model)
             self._undo.append(self._book.close)
-        else:
+        elif self._mode != "loop":
             self._hook()
 
     def _hook(self) -> None:
@@ -362,7 +389,7 @@ class Privatiser:
             if isinstance(module, nn.MultiheadAttention) and any(p.requires_grad for p in module.parameters()):
                 raise UserError(
                     f'task.model: "{name}" is an nn.MultiheadAttention, which shows no gradients of single samples: '
-                    "use a model whose attention is made of nn.Linear, or freeze it"
+                    'write privacy.grad_sample = "loop", or freeze it'
                 )
         self._padding = {
             m.weight: m.padding_idx
@@ -400,7 +427,7 @@ class Privatiser:
                 self._order[parameter] = order
 
     def _restore(self) -> None:
-        if hasattr(self, "_hooks") or hasattr(self, "_book"):
+        if self._mode == "loop" or hasattr(self, "_hooks") or hasattr(self, "_book"):
             self._forget()
         while self._undo:
             self._undo.pop()()
@@ -409,6 +436,10 @@ class Privatiser:
         """Take away all that a pass left on modules and parameters, whether it came to its end or not."""
         if self._mode == "book":
             self._book.forget()
+            return
+        if self._mode == "loop":
+            for parameter in self._learning.values():
+                parameter.grad = None
             return
         self._order.clear()
         self._passed.clear()
@@ -460,6 +491,10 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 def _normalising(model: nn.Module) -> dict[str, nn.Module]:
     kinds = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
     return {name: module for name, module in modules_of(model).items() if isinstance(module, kinds)}
+
+
+def _learns_itself(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def _ghosts(model: nn.Module) -> int:

@@ -86,6 +86,11 @@ class Charged:
     replayed: bool
 
 
+_COUNTED = {"example": ("example", "local"), "local": ("local",)}
+"""Which releases count towards the epsilon of a unit: what hides all of a client's data hides each of its examples as well;
+DP-SGD hides no client, so it has no epsilon of that unit."""
+
+
 class Disk:
     """How a ledger touches the disk: every write is one of these, so that a test can stop between any two."""
 
@@ -112,7 +117,7 @@ class Ledger:
         self._disk = disk or Disk()
 
     def history(self, unit: str, mark: Mark | None = None, before: str = "") -> tuple[tuple[float, float, int], ...]:
-        """All parts that were charged under a unit, in order. Raises LedgerFault as `charge`.
+        """All parts that count towards a unit (an example: also local ones), in order. Raises LedgerFault as `charge`.
 
         `before`: only those from before the first entry of that run, which is what its noise is calibrated with.
         """
@@ -132,7 +137,7 @@ class Ledger:
         never left. One process at a time: another one waits.
 
         Raises LedgerFault if the ledger is missing, shorter than its mark, edited or another one's; BudgetSpent if
-        epsilon of all that was charged under this unit, with this release, would pass the budget. A release that is
+        epsilon of all that counts towards this unit, with this release, would pass the budget. A release that is
         there already is never refused for the budget.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -298,4 +303,5 @@ def _mark(entries: Sequence[Mapping[str, Any]]) -> Mark:
 
 
 def _history(entries: Sequence[Mapping[str, Any]], unit: str) -> tuple[tuple[float, float, int], ...]:
-    return tuple((q, s, n) for entry in entries if entry.get("unit") == unit for q, s, n in entry["parts"])
+    counted = _COUNTED[unit]
+    return tuple((q, s, n) for entry in entries if entry.get("unit") in counted for q, s, n in entry["parts"])

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Message
 from torch import nn
 
-from config.durable import Arrays
+from config.durable import Arrays, read_json, write_json
 from config.errors import RunStopped, UserError
 from config.schema import Experiment
 from privacy import plan
@@ -27,44 +27,47 @@ from strategies.records import from_record
 from strategies.sharing import Roles, arrays_sha256
 from tasks.task import Task
 
+_MADE = "releases.json"
+"""In the run's folder: `Protection.made`."""
+
 _SERVER = -1
 """In the place of a client's number: the server's own secret."""
 
 
 @dataclass
 class Protection:
-    """The privacy of one run, as the server has it. `accounts`, `bound` and `rounds` change from round to round.
+    """The privacy of one run, as the server has it. `accounts`, `bound` and `made` change from round to round.
 
-    bound: the clip of the next round. rounds: those whose combined model has client-level DP. noise_multiplier: z of
-    client-level DP, of updates and count together. secret: what client-level noise and cohorts derive from.
+    bound: the clip of the next round. made: of each combined model with client-level DP the hash of what it was made of; one
+    more is a release more, in whichever round. noise_multiplier: z of client-level DP, of updates and count together.
+    secret: what client-level noise and cohorts derive from.
     """
 
     experiment: Experiment
     learned: tuple[str, ...]
     accounts: dict[int, Account] = field(default_factory=dict)
     bound: float = 0.0
-    rounds: int = 0
+    made: list[str] = field(default_factory=list)
     noise_multiplier: float = 0.0
     secret: bytes = b""
     simulated: bool = True
+    folder: Path | None = None
 
-    def begin(self, simulated: bool, folder: Path) -> None:
-        """Before the first round, once it is known whether all nodes are simulated: get what noise derives from."""
+    def begin(self, simulated: bool, folder: Path | None) -> None:
+        """Before the first round, once it is known whether all nodes are simulated: get what noise derives from, and what
+        was released before a crash. `folder`: the run's; None: what is made is not kept."""
         if self.experiment.privacy.unit == "client":
-            own = simulated_secret(self.experiment.run.seed, _SERVER) if simulated else secret(folder)
-            self.secret, self.simulated = own, simulated
+            own = simulated_secret(self.experiment.run.seed, _SERVER) if simulated or folder is None else secret(folder)
+            self.secret, self.simulated, self.folder = own, simulated, folder
+            if folder is not None and (folder / _MADE).exists():
+                self.made = [str(inputs) for inputs in read_json(folder / _MADE)]
 
     def require(self, round_: int) -> None:
         """Raise RunStopped if client-level DP has no budget left for the round."""
         experiment = self.experiment
         if experiment.privacy.unit != "client":
             return
-        cost = plan.client_cost(experiment, self.noise_multiplier, round_)
-        if cost.epsilon > (experiment.privacy.epsilon or float("inf")):
-            raise RunStopped(
-                f"round {round_}: the privacy budget of every client is spent: with this round, {cost}, "
-                f"and privacy.epsilon = {experiment.privacy.epsilon:g}"
-            )
+        self._afford(round_, max(round_, len(self.made)))
 
     @property
     def cohort_secret(self) -> int | None:
@@ -99,13 +102,14 @@ class Protection:
 
         What does not learn stays as it was sent. Moves the clip of the next round, if that is adaptive. The noise is a
         function of the secret and of all that it is added to: a round that is made again with other replies has other
-        noise.
+        noise, and is charged as another one, on disk before its noise is drawn. Raises RunStopped if that is too much.
         """
         privacy, experiment = self.experiment.privacy, self.experiment
         before = {name: sent[name] for name in self.learned}
         clipped = [self._clipped(before, message) for message in admitted]
         facts = [str(round_), repr(self.bound), arrays_sha256(before), *(arrays_sha256(c.update) for c in clipped)]
         inputs = hashlib.sha256(" ".join(facts).encode()).hexdigest()
+        self._charge(inputs, round_)
         denominator, noise = plan.client_denominator(experiment), self.noise_multiplier
         if privacy.adaptive_clip:
             noise = update_noise(noise, adaptive(experiment).count_noise)
@@ -115,21 +119,20 @@ class Protection:
             bits = [c.within for c in clipped]
             generator = self._generator(inputs, "count")
             self.bound = next_clip(self.bound, bits, adaptive(experiment), denominator, generator)
-        self.rounds = round_
         return {name: moved.get(name, value) for name, value in sent.items()}
 
     def epsilon(self) -> dict[str, float | None]:
         """The largest and the median epsilon over the clients; None if nothing was released."""
         if self.experiment.privacy.unit != "client":
             return over_accounts(self.accounts)
-        spent = self._client_epsilon() if self.rounds else None
+        spent = self._client_epsilon() if self.made else None
         return {"max": spent, "median": spent}
 
     def epsilons(self) -> dict[int, float]:
         """Each client's epsilon, of those that have released anything."""
         everyone = range(self.experiment.partition.clients)
         if self.experiment.privacy.unit == "client":
-            return dict.fromkeys(everyone, self._client_epsilon()) if self.rounds else {}
+            return dict.fromkeys(everyone, self._client_epsilon()) if self.made else {}
         if self.experiment.run.placement == "pooled":
             return {client: account.epsilon for client in everyone for account in self.accounts.values()}
         return {client: account.epsilon for client, account in self.accounts.items()}
@@ -137,12 +140,13 @@ class Protection:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, for JSON."""
         accounts = {str(client): asdict(account) for client, account in sorted(self.accounts.items())}
-        return {"accounts": accounts, "bound": self.bound, "rounds": self.rounds}
+        return {"accounts": accounts, "bound": self.bound, "made": self.made}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state`."""
         self.accounts = {int(client): Account(**account) for client, account in state["accounts"].items()}
-        self.bound, self.rounds = float(state["bound"]), int(state["rounds"])
+        self.bound = float(state["bound"])
+        self.made += [str(inputs) for inputs in state["made"] if inputs not in self.made]
 
     def summary(self) -> dict[str, Any]:
         """What was protected, how well by which account, and what left: the summary's "privacy"."""
@@ -168,7 +172,24 @@ class Protection:
         }
 
     def _client_epsilon(self) -> float:
-        return plan.client_cost(self.experiment, self.noise_multiplier, self.rounds).epsilon
+        return plan.client_cost(self.experiment, self.noise_multiplier, len(self.made)).epsilon
+
+    def _charge(self, inputs: str, round_: int) -> None:
+        if inputs in self.made:
+            return
+        self._afford(round_, len(self.made) + 1)
+        self.made.append(inputs)
+        if self.folder is not None:
+            write_json(self.folder / _MADE, self.made)
+
+    def _afford(self, round_: int, releases_: int) -> None:
+        budget = self.experiment.privacy.epsilon or float("inf")
+        cost = plan.client_cost(self.experiment, self.noise_multiplier, releases_)
+        if cost.epsilon > budget:
+            raise RunStopped(
+                f"round {round_}: the privacy budget of every client is spent: with this round, {cost}, "
+                f"and privacy.epsilon = {budget:g}"
+            )
 
     def _clipped(self, before: Arrays, message: Message) -> Clipped:
         received = from_record(message.content.array_records["arrays"])

@@ -82,8 +82,19 @@ class Encoder(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
+        self._samples = 0
+        for module in encoder.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_pre_hook(self._for_each_sample)
+
+    def _for_each_sample(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Positions are the same in all samples, so the library looks them up once a batch, as one row: then no sample's
+        share of their gradient could be told (`privacy.bookkeeping`). Here every sample looks up its own."""
+        ids, *others = inputs
+        return (ids.expand(self._samples, -1), *others) if ids.ndim == 2 and len(ids) == 1 else inputs
 
     def forward(self, x: Tensor) -> Tensor:
+        self._samples = len(x)
         states = self.encoder(input_ids=x, attention_mask=(x != 0).long()).last_hidden_state
         return cast(Tensor, states[:, 0])
 
@@ -117,6 +128,7 @@ def _plain(model: Any) -> nn.Module:
 
 
 def _of_transformers(task: Task, get: Callable[[Any, str], Any]) -> Any:
+    torchvision()  # transformers imports it in its own way, which fails beside some builds of torch
     try:
         import transformers
     except ImportError:

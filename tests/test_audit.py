@@ -71,6 +71,33 @@ def test_what_else_there_is_passes_too(settings: tuple[str, ...]) -> None:
     assert found(*settings, preset="fedavg") == set()
 
 
+class Rows(torch.nn.Module):
+    """An LSTM over the rows of a digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = torch.nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x.reshape(len(x), -1, 8))[0][:, -1]
+
+
+def rows(task: Any, inputs: Any) -> tuple[torch.nn.Module, int]:
+    """A user's trunk, for task.model = "test_audit:rows"."""
+    return Rows(), 4
+
+
+@pytest.mark.parametrize(("trainable", "mode"), [("head", "book"), ("all", "hooks")])
+def test_it_measures_in_the_mode_that_the_run_trains_in(
+    trainable: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, honest = set(), Privatiser._prepare
+    monkeypatch.setattr(Privatiser, "_prepare", lambda self: [seen.add(self._mode), honest(self)][1])
+    settings = (*EXAMPLE, "task.model=test_audit:rows", f"local.trainable={trainable}", "partition.clients=2")
+    assert found(*settings, preset="fedavg") == set()
+    assert seen == {mode}
+
+
 def scaled(factor: float) -> Callable[..., Any]:
     honest = privacy.dpsgd.gaussian
 

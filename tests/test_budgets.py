@@ -152,6 +152,8 @@ def test_the_report_shows_costs_and_who_pays(swept: Path) -> None:
     assert "One example of a client, FedAvg: 24.2 [" in page and "percentage points of accuracy at epsilon = 1" in page
     assert "9 <small>of 12</small>" in page  # client 3 loses nothing in seeds 0 and 1, and gains in seed 2
     assert page.count('aria-label="Who pays') == 1
+    # Never an epsilon without its unit, delta, adjacency and accountant: in the sentence, two pictures and the table.
+    assert page.count("delta = 1e-05; add or remove one; pld") >= 4
 
 
 def test_without_the_clients_metrics_the_shared_model_is_drawn(swept: Path) -> None:

@@ -181,6 +181,20 @@ class Transposed(nn.Module):
         return self.scale(self.up(x).flatten(1))
 
 
+class Attention(nn.Module):
+    """A vision transformer in small: a token and positions that are parameters of this module, torch's own attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.places = nn.Parameter(torch.randn(1, 5, 8))
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(torch.cat([self.token.expand(len(x), 1, 8), x], 1) + self.places)[:, 0])
+
+
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "mlp": (mlp, lambda: torch.randn(N, 6)),
     "cnn": (cnn, lambda: torch.randn(N, 2, 8, 8)),
@@ -196,6 +210,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "frozen trunk": (frozen_trunk, lambda: torch.randn(N, 2, 6, 6)),
     "two heads": (TwoHeads, lambda: torch.randn(N, 6)),
     "transposed": (Transposed, lambda: torch.randn(N, 2, 6, 6)),
+    "attention": (Attention, lambda: torch.randn(N, 4, 8)),
 }
 
 
@@ -254,9 +269,10 @@ def no_noise(clip: float) -> Mechanism:
 
 
 NOT = {  # Opacus has no ghost norms of recurrent or repeated layers, and errs on odd ones
-    "book": {"lstm", "packed", "gru", "rnn", "lora", "transposed"},
-    "ghost": {"lstm", "packed", "gru", "rnn", "again", "odd"},
-    "hooks": {"odd"},
+    "book": {"lstm", "packed", "gru", "rnn", "lora", "transposed", "attention"},
+    "ghost": {"lstm", "packed", "gru", "rnn", "again", "odd", "attention"},
+    "hooks": {"odd", "attention"},
+    "loop": set(),
 }
 MODES = [(family, mode) for family in FAMILIES for mode, without in NOT.items() if family not in without]
 
@@ -333,7 +349,7 @@ def test_an_empty_sample_is_noise_alone(family: str, mode: str) -> None:
         assert torch.equal(found[name], 0.25 * noise.view_as(parameter))
 
 
-@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
+@pytest.mark.parametrize("mode", ["book", "ghost", "hooks", "loop"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [0, 2])
 def test_a_sample_without_a_finite_gradient_adds_nothing(mode: str, bad: float, where: int) -> None:
@@ -350,7 +366,7 @@ def test_a_sample_without_a_finite_gradient_adds_nothing(mode: str, bad: float, 
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
+@pytest.mark.parametrize("mode", ["book", "ghost", "hooks", "loop"])
 def test_adding_one_sample_moves_the_sum_by_the_clip_at_most(mode: str) -> None:
     for family in ("mlp", "cnn", "bag", "two heads"):
         model, losses = case(family)
@@ -470,12 +486,19 @@ class Around(nn.Module):
         return F.linear(x, self.layer.weight) + (self.layer(x) if self.half else 0)
 
 
-@pytest.mark.parametrize("mode", ["book", "ghost", "hooks"])
 @pytest.mark.parametrize("half", [True, False])
-def test_a_gradient_that_the_hooks_do_not_see_is_refused(mode: str, half: bool) -> None:
+def test_a_gradient_that_the_hooks_do_not_see_is_refused_and_the_loop_sees_it(half: bool) -> None:
     model, x = Around(half), torch.randn(N, 6)
-    with pytest.raises(UserError, match="only a part of the gradient"):
-        private(model, lambda index: model(x[index]).square().sum(1), torch.arange(N), no_noise(1.0), mode)
+
+    def losses(index: Tensor) -> Tensor:
+        return model(x[index]).square().sum(1)
+
+    for mode in ("book", "ghost", "hooks"):
+        with pytest.raises(UserError, match="only a part of the gradient"):
+            private(model, losses, torch.arange(N), no_noise(1.0), mode)
+    found = private(model, losses, torch.arange(N), no_noise(1.0), "loop")
+    for name, gradient in clipped_sum(naive(model, losses, torch.arange(N)), 1.0).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("trainable", [True, False])
@@ -518,9 +541,10 @@ def test_what_cannot_be_done_is_refused_with_a_way_out() -> None:
     for model in (tied, Recurrent(nn.LSTM)):
         with pytest.raises(UserError, match=r'write privacy.grad_sample = "hooks"'):
             chosen_mode(model, "ghost")
-    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(UserError, match="MultiheadAttention, which shows"):
-        private(attention, lambda i: attention(torch.randn(N, 3, 8)[i]).sum((1, 2)), torch.arange(N), no_noise(1.0))
+    for mode in ("hooks", "ghost"):
+        attention, losses = case("attention")
+        with pytest.raises(UserError, match=r'MultiheadAttention, which shows.*write privacy.grad_sample = "loop"'):
+            private(attention, losses, torch.arange(N), no_noise(1.0), mode)
     with pytest.raises(UserError, match="nothing of the model learns"):
         private(mlp().requires_grad_(False), lambda i: i, torch.arange(N), no_noise(1.0))
     model, losses = case("mlp")
@@ -556,7 +580,8 @@ def test_the_mode_is_chosen_by_where_the_parameters_are() -> None:
     bare = nn.ConvTranspose2d(3, 8, 5)
     assert chosen_mode(nn.Sequential(bare, nn.Linear(1000, 10))) == "ghost"
     assert chosen_mode(nn.Sequential(bare, nn.Linear(10, 10))) == "hooks"
-    for family in ("lstm", "lora", "transposed"):
+    assert chosen_mode(case("attention")[0]) == "loop"
+    for family in ("lstm", "lora", "transposed", "attention"):
         assert chosen_mode(case(family)[0]) != "book"
         with pytest.raises(UserError, match=r'write privacy.grad_sample = "auto"'):
             chosen_mode(case(family)[0], "book")

@@ -60,6 +60,17 @@ def test_epsilon_is_that_of_everything_in_all_rounds(tmp_path: Path) -> None:
     assert [e["epsilon"] for e in entries[1:]] == sorted(e["epsilon"] for e in entries[1:])
 
 
+def test_local_releases_count_towards_an_examples_epsilon_and_not_the_other_way(tmp_path: Path) -> None:
+    """What is noised for the whole client has an example's epsilon too, by the same parts: both compose."""
+    ledger, mark = charged(tmp_path, 2)
+    local = Release("run", 3, "local", ((1.0, 2.0, 1),), "inputs")
+    alone = ledger.charge(local, AMPLE, mark)
+    assert alone.epsilon == pytest.approx(epsilon([(1.0, 2.0, 1)], 1e-5), rel=1e-9)
+    last = ledger.charge(release(4), AMPLE, alone.mark)
+    assert last.epsilon == pytest.approx(epsilon([(0.1, 1.0, 30), (1.0, 2.0, 1)], 1e-5), rel=1e-9)
+    assert ledger.history("local") == ((1.0, 2.0, 1),)
+
+
 def test_a_release_that_would_pass_the_budget_is_refused_and_not_written(tmp_path: Path) -> None:
     ledger, budget = Ledger(tmp_path, 0, DATA), Budget(epsilon([(0.1, 1.0, 20)], 1e-5), 1e-5)
     ledger.charge(release(1), budget, None)

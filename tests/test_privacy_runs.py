@@ -31,6 +31,7 @@ import client.privately
 import client.turn
 import config.durable
 import privacy.ledger
+import server.protection
 from client.training import train
 from config.algorithms import ALGORITHMS, AVERAGES, PRIVATE
 from config.cohort import participations
@@ -46,6 +47,7 @@ from privacy.ledger import noise_seed, simulated_secret
 from privacy.noise import Stream
 from privacy.plan import forecasts
 from server.checkpoints import latest
+from server.folder import RunFolder
 from simulation.inline import InlineGrid
 from simulation.launch import Launch, engine
 from strategies.records import from_record
@@ -572,6 +574,53 @@ def test_a_proximal_term_acts_after_clip_and_noise() -> None:
         assert np.abs(results[1][name] - (value - 0.1)).max() <= 1e-6, name
 
 
+NOISE_ALONE = (
+    *EXAMPLE, "privacy.clip=1e-7", "privacy.noise_multiplier=1e5", "privacy.denominator=1", "privacy.accountant=rdp",
+    "local.momentum=0", "local.lr=0.5", "partition.clients=2",
+)  # fmt: skip
+"""Gradients that vanish in their noise, which has deviation 0.01: what a private step does beside it is plain to see."""
+
+
+def noised_alike(experiment: Experiment, out: Path) -> Arrays:
+    """The final model, with noise that does not depend on the settings."""
+    count = itertools.count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client.privately, "noise_seed", lambda *_: next(count))
+        run_inline(experiment, out)
+    return final(out)
+
+
+@pytest.mark.parametrize("pull", ["strategy.name=fedprox strategy.mu", "anchor.to=received anchor.l2"])
+def test_proximal_and_penalty_terms_of_a_whole_run_act_after_clip_and_noise(pull: str, tmp_path: Path) -> None:
+    """With noise n1, n2 alone w2 = w0 - lr (n1 + n2); a pull of strength mu adds -lr mu (w1 - w0), which no clip cuts."""
+    name, _, key = pull.rpartition(" ")
+    plain = (*NOISE_ALONE, "run.rounds=1", "partition.clients=1")
+    pulled = (*plain, *name.split(), f"{key}=0.8", "local.steps=2")
+    one, two = (noised_alike(small("fedavg", *plain, f"local.steps={n}"), tmp_path / str(n)) for n in (1, 2))
+    found = noised_alike(small("fedavg", *pulled), tmp_path / "pulled")
+    start = initial_state(small("fedavg", *plain))
+    for array in one:
+        expected = two[array] - 0.5 * 0.8 * (one[array] - start[array])
+        assert np.abs(found[array] - expected).max() <= 2e-6 < np.abs(found[array] - two[array]).max(), array
+
+
+def test_scaffolds_correction_acts_after_clip_and_noise(tmp_path: Path) -> None:
+    """Of one client a round, with a step of noise alone, c is half of client a's first noise n, c_a all of it: so the second
+    round moves by lr n / 2 less, if the client is another one, or more, if it is a again, than without."""
+    plain = (*NOISE_ALONE, "cohort.size=1", "local.steps=1", "strategy.weights=equal")
+    for seed in range(4):
+        one, two, corrected = (
+            noised_alike(small("fedavg", *plain, f"run.seed={seed}", *more), tmp_path / f"{seed}{i}")
+            for i, more in enumerate([["run.rounds=1"], ["run.rounds=2"], ["run.rounds=2", "strategy.name=scaffold"]])
+        )
+        start = initial_state(small("fedavg", *plain, f"run.seed={seed}"))
+        first, second = (record["cohort"] for record in lines(tmp_path / f"{seed}2"))
+        sign = -1 if first == second else 1
+        for array in one:
+            moved = one[array] - start[array]
+            assert np.abs(corrected[array] - (two[array] + sign * moved / 2)).max() <= 2e-6 < np.abs(moved).max() / 10
+
+
 def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() -> None:
     experiment = small("fedavg", *EXAMPLE)
     task = open_task(experiment)
@@ -587,16 +636,19 @@ def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() ->
 # ---- a crash ----
 
 
-@pytest.mark.parametrize(("rounds_paid", "clients"), [(2, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("unit", "rounds_paid", "clients"), [("example", 2, 2), ("example", 1, 3), ("local", 2, 2), ("local", 1, 3)]
+)
 def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_are_the_same(
-    rounds_paid: int, clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unit: str, rounds_paid: int, clients: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real SIGKILL before, in the middle of and after each write and sync of a ledger, and at each other write of a run;
     with a budget for all rounds, and for the first alone."""
-    budget = 1.001 * epsilon([(0.1, 1.0, 3 * rounds_paid)], 1e-5, "rdp")
+    parts = {"example": (0.1, 1.0, 3 * rounds_paid), "local": (1.0, 2.0, rounds_paid)}[unit]
+    budget = 1.001 * epsilon([parts], 1e-5, "rdp")
     experiment = small(
         "fedper",
-        *EXAMPLE,
+        *{"example": EXAMPLE, "local": LOCAL}[unit],
         f"partition.clients={clients}",
         "run.rounds=2",
         "privacy.accountant=rdp",
@@ -621,6 +673,35 @@ def test_killed_at_any_write_the_ledger_is_never_below_the_truth_and_the_bits_ar
         assert resumed["privacy"] == expected["privacy"]
         assert ledgers(out) == ledgers(tmp_path / "whole")  # each charged once, and never past the budget
         assert all(entry["epsilon"] <= budget for entries in ledgers(out).values() for entry in entries)
+
+
+@pytest.mark.parametrize("rounds_paid", [5, 3])
+def test_killed_at_any_write_whole_clients_get_the_same_model_and_no_round_beyond_the_budget(
+    rounds_paid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With client-level DP the server accounts, by rounds: a real SIGKILL at each write of a run, and in each round between
+    the noise and all that follows it."""
+    budget = 1.001 * client_guarantee([(0.5, 1.0, rounds_paid)], 1e-5, "rdp").epsilon
+    experiment = small(
+        "fedper", *CLIENT, "partition.clients=4", "run.rounds=5", "privacy.accountant=rdp", f"privacy.epsilon={budget}"
+    )
+    expected = run_inline(experiment, tmp_path / "whole")
+    assert (expected["status"], expected["rounds"]) == ("done" if rounds_paid == 5 else "stopped", rounds_paid)
+    with monkeypatch.context() as patch:
+        points = faults(patch, 0, tmp_path / "truth")
+        run_inline(experiment, tmp_path / "count")
+    made = (tmp_path / "truth").read_text().splitlines()
+    assert points[0] >= 20 and len(set(made)) == len(made) == rounds_paid
+    for number in range(1, points[0] + 1):
+        out, truth = tmp_path / str(number), tmp_path / f"truth of {number}"
+        assert killed(experiment, out, number, truth) == signal.SIGKILL, number
+        with monkeypatch.context() as patch:
+            faults(patch, 0, truth)
+            resumed = run_inline(experiment, out, resume=True)
+        assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED], number
+        assert resumed["privacy"] == expected["privacy"]
+        # What was combined before the kill is combined again with the same noise, or not at all: no release beyond those.
+        assert set(truth.read_text().splitlines()) == set(made), number
 
 
 def killed(experiment: Experiment, out: Path, number: int, truth: Path) -> int:
@@ -676,7 +757,22 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int, truth: Path) -> list[in
 
     monkeypatch.setattr(disk, "write", write)
     monkeypatch.setattr(disk, "sync", sync)
+
+    def combined(secret: bytes, inputs: str, purpose: str = "noise") -> int:
+        point()
+        number = noise(secret, inputs, purpose)
+        point()
+        return number
+
     monkeypatch.setattr(client.privately, "noise_seed", noise)
+    monkeypatch.setattr(server.protection, "noise_seed", combined)
+    append = RunFolder.append
+
+    def record(self: RunFolder, line: Any) -> None:
+        append(self, line)
+        point()
+
+    monkeypatch.setattr(RunFolder, "append", record)
     for module in ("config.durable", "server.folder"):
         monkeypatch.setattr(f"{module}.write_bytes", write_whole)
     return count
@@ -701,7 +797,7 @@ def test_killed_at_random_moments_epsilon_is_never_below_the_rounds_that_were_ma
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 1))
         process.kill()
-        process.wait()
+        assert process.wait() == -signal.SIGKILL  # it was at work, and did not come to its end
         records = [json.loads(text) for text in (out / "rounds.jsonl").read_text().splitlines(keepends=True)
                    if text.endswith("\n")]  # fmt: skip
         made = len(records)
@@ -801,6 +897,28 @@ def test_a_client_level_budget_ends_the_run_before_it_is_passed(tmp_path: Path) 
     assert (summary["status"], summary["rounds"]) == ("stopped", 2)
     assert "budget of every client is spent" in summary["reason"]
     assert summary["privacy"]["epsilon"]["max"] == spent
+
+
+@pytest.mark.parametrize("rounds_paid", [4, 3])
+def test_a_round_of_whole_clients_made_again_with_other_replies_is_another_release(
+    rounds_paid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last of three rounds is made again after a crash, and the replies are others: four releases, of other noise,
+    if the budget has room for four."""
+    budget = 1.001 * client_guarantee([(0.5, 1.0, rounds_paid)], 1e-5).epsilon
+    experiment = small("fedavg", *CLIENT, f"privacy.epsilon={budget}")
+    run_inline(experiment, tmp_path)
+    for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*3.*")]:
+        path.unlink()
+    honest, seed, drawn = server.protection.clip, server.protection.noise_seed, []
+    monkeypatch.setattr(server.protection, "clip", lambda before, after, bound: honest(before, after, bound / 2))
+    monkeypatch.setattr(server.protection, "noise_seed", lambda *a: drawn.append(seed(*a)) or drawn[-1])
+    again = run_inline(experiment, tmp_path, resume=True)
+    made = json.loads((tmp_path / "releases.json").read_text())
+    assert len(set(made)) == len(made) == rounds_paid
+    assert (again["status"], again["rounds"]) == (("done", 3) if rounds_paid == 4 else ("stopped", 2))
+    assert len(drawn) == rounds_paid - 3
+    assert again["privacy"]["epsilon"]["max"] == client_guarantee([(0.5, 1.0, rounds_paid)], 1e-5).epsilon
 
 
 ADAPTIVE = ("privacy.adaptive_clip=true", "privacy.clip_count_noise=0.8", "cohort.fraction=0.5", "partition.clients=16")

@@ -207,6 +207,7 @@ def test_a_gate_stands_between_the_features_and_each_head() -> None:
 
 def test_an_encoder_of_transformers_from_a_local_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
+    torchvision()  # before transformers imports it
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
