@@ -213,6 +213,8 @@ def library() -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise Unknown("there is no C compiler (cc)")
+    if not SOURCE.exists():  # Flower lets no C file in an app bundle
+        raise Unknown("fused.c is not in the app bundle")
     about = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     key = hashlib.sha256(SOURCE.read_bytes() + about + repr((FLAGS, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meadow"

@@ -103,8 +103,8 @@ def _run(experiment: Experiment, out: Path) -> int:
             ["flwr", "run", str(_app()), CONNECTION, "--run-config", str(file), "--format", "json"],
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        if submitted.returncode != 0:
-            log("refused", level="ERROR", answer=json.dumps(submitted.stdout + submitted.stderr))
+        if refused := _refusal(submitted):
+            log("refused", level="ERROR", answer=json.dumps(refused))
             return 1
         _follow(out, before)
         summary = RunFolder(out).summary()
@@ -115,6 +115,16 @@ def _run(experiment: Experiment, out: Path) -> int:
         if summary and summary["status"] == "failed":
             return 1
     return 1
+
+
+def _refusal(submitted: subprocess.CompletedProcess[str]) -> str:
+    """Why `flwr run --format json` submitted nothing, or "": it ends with 0 also then (flwr 1.41)."""
+    try:
+        if submitted.returncode == 0 and json.loads(submitted.stdout)["success"]:
+            return ""
+    except (ValueError, KeyError, TypeError):
+        pass
+    return submitted.stdout + submitted.stderr
 
 
 def _follow(out: Path, before: Any) -> None:
