@@ -33,6 +33,8 @@ SHARE = Path(os.environ.get("MEADOW_SHARE", "/own/share"))
 RUNS = Path(os.environ.get("MEADOW_RUNS", "/runs"))
 PATIENCE = 120.0
 """Seconds for nodes to come; the run then begins with those that did (its quorum decides), or fails if there is none."""
+HANDOVER = 5.0
+"""Seconds for the service `runs-folder` to hand the folder over."""
 LOOK = 10.0
 """Seconds between two questions to the SuperLink what has become of the run, while the run folder says nothing new."""
 
@@ -67,6 +69,9 @@ def main() -> int:
 
 
 def _go(experiment: Experiment, out: Path) -> int:
+    end = time.monotonic() + HANDOVER
+    while not os.access(RUNS, os.W_OK) and time.monotonic() < end:
+        time.sleep(0.2)
     if not os.access(RUNS, os.W_OK):
         way = f"its owner is user {RUNS.stat().st_uid}, the containers are user {os.getuid()}: chown it, or set MEADOW_UID"
         log("refused", level="ERROR", answer=json.dumps(f"{RUNS} cannot be written: {way}"))
@@ -190,4 +195,6 @@ def _note_stop(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # at once: `up --exit-code-from run` stops all others as soon as one container has ended

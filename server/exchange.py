@@ -32,6 +32,8 @@ from strategies.records import to_record
 log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
+_REMOTE_PAUSE = 0.25
+"""Seconds between two questions for replies. Where each is a call to the SuperLink, it costs that some 15 ms of processor."""
 EVEN = 0.03
 """Share of the mean by which the last worker may end later before blocks next to each other are parted."""
 DECISIVE = ("flwr", "torch")
@@ -215,7 +217,7 @@ class Exchange:
                 if node is not None:
                     replies[node] = _unfolded(reply)
             if waiting and not arrived:
-                time.sleep(_PAUSE)
+                time.sleep(_REMOTE_PAUSE if remote else _PAUSE)
         return replies
 
 

@@ -291,13 +291,13 @@ def test_a_ledger_outlives_the_kill_of_its_node(stack: Stack, tmp_path: Path) ->
 
 
 def test_a_node_of_another_version_is_refused(stack: Stack) -> None:
-    """The last test of the story: the stack is started once more, with other code on a node."""
+    """The last test of the story: the stack is started once more, with other code on a node. `up` ends with the run's status."""
     (stack.place / "changed.py").write_text("# another version\n")
     volume = "./changed.py:/app/client/__init__.py:ro"
     (stack.place / "changed.yml").write_text(json.dumps({"services": {"node-3": {"volumes": [volume]}}}))
     stack.choose("other", "fedper", 2, f"partition.clients={CLIENTS}")
-    stack.up("-f", "docker-compose.yml", "-f", "changed.yml")
-    stack.process.wait(300)
+    stack.up("--exit-code-from", "run", files=["docker-compose.yml", "changed.yml"])
+    assert stack.process.wait(300) == 3
     assert inspect("run")["State"]["ExitCode"] == 3
     said = docker("logs", container("run"))
     assert "has another code than the server" in said and "install the same Meadow" in said
