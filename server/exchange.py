@@ -33,7 +33,7 @@ log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
 _REMOTE_PAUSE = 0.25
-"""Seconds between two questions for replies. Where each is a call to the SuperLink, it costs that some 15 ms of processor."""
+"""Seconds between two questions for replies where each is a call to the SuperLink."""
 EVEN = 0.03
 """Share of the mean by which the last worker may end later before blocks next to each other are parted."""
 DECISIVE = ("flwr", "torch")

@@ -291,7 +291,7 @@ def test_a_ledger_outlives_the_kill_of_its_node(stack: Stack, tmp_path: Path) ->
 
 
 def test_a_node_of_another_version_is_refused(stack: Stack) -> None:
-    """The last test of the story: the stack is started once more, with other code on a node. `up` ends with the run's status."""
+    """The last of the story: the stack starts once more, with other code on a node. `up` ends with the run's status."""
     (stack.place / "changed.py").write_text("# another version\n")
     volume = "./changed.py:/app/client/__init__.py:ro"
     (stack.place / "changed.yml").write_text(json.dumps({"services": {"node-3": {"volumes": [volume]}}}))
