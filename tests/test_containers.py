@@ -161,8 +161,7 @@ def test_a_node_that_is_killed_in_a_round_is_back_within_90_seconds(stack: Stack
 def kill_in_a_round(stack: Stack) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """SIGKILL to a node that has just got its part of a round, and see it back and take part; the clients' files before, and
     as it found them when it was back."""
-    started = docker("logs", container(KILLED)).count("Receiving: train message")
-    stack.until(lambda: docker("logs", container(KILLED)).count("Receiving: train message") > started, 200)
+    at_work(stack, KILLED)
     before = files(KILLED)
     kill(KILLED)
     killed = time.monotonic()
@@ -176,6 +175,16 @@ def kill_in_a_round(stack: Stack) -> tuple[dict[str, bytes], dict[str, bytes]]:
     assert {client for _, client in stack.lost()} == set(HOSTED[KILLED])  # the round went on without these
     stack.until(lambda: not stack.rounds()[-1]["failed"], 200)  # and then they took part again
     return before, after
+
+
+def at_work(stack: Stack, node: str) -> None:
+    """Wait until a node has received its part of a round."""
+
+    def begun() -> int:
+        return docker("logs", container(node)).count("Received successfully")
+
+    before = begun()
+    stack.until(lambda: begun() > before, 200)
 
 
 def files(node: str) -> dict[str, bytes]:
@@ -194,7 +203,9 @@ def cut_off(node: str, seconds: float) -> None:
 
 
 def test_a_node_without_network_for_30_seconds_costs_only_time(stack: Stack) -> None:
+    """It is cut off while it trains, and its reply waits. (A message that is on its way when the cut comes is lost.)"""
     lost, played = stack.lost(), len(stack.rounds())
+    at_work(stack, CUT)
     cut_off(CUT, 30)
     stack.after_round(played + 1)
     assert stack.lost() == lost
