@@ -1,9 +1,9 @@
 """The containers of docker-compose.yml: who is refused, what they survive, and that the bits are those of inline.
 
-One stack plays one run, and the tests are its story in order: it starts, is stopped with Ctrl-C and goes on, turns strangers
-away, loses a node, a network and its coordinator, and ends by itself. Then it plays a private run, and one with a node of
-another version. Minutes long, needs Docker with docker-compose (or
-Compose v2) and root: `pytest -m docker`. What takes longer still is also marked `slow`.
+One stack plays one run, and the tests are its story in order: it starts, is stopped with Ctrl-C and goes on, loses a node, a
+network and its coordinator, turns strangers away, and ends by itself. Then it plays a private run, and one with a node of
+another version. Minutes long, needs Docker with docker-compose (or Compose v2) and root: `pytest -m docker`. What takes
+longer still is also marked `slow`.
 """
 
 import io
@@ -44,10 +44,14 @@ from config.load import load
 from strategies.packing import Request
 
 pytestmark = pytest.mark.docker
+
 CLIENTS = 8
-ROUNDS = 14
+
+ROUNDS = 20
 """Enough that no test of the story comes after the last round."""
+
 HOSTED = {f"node-{i}": [2 * i, 2 * i + 1] for i in range(4)}
+
 KILLED, CUT = "node-2", "node-1"
 
 
@@ -57,45 +61,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     place = tmp_path_factory.mktemp("stack") / "meadow"
     with playing(Stack(place, "fedper", ROUNDS, f"partition.clients={CLIENTS}")) as stack:
         yield stack
-
-
-def test_containers_are_hardened(stack: Stack) -> None:
-    for service in ("superlink", "serverapp", "proxy", "run", *HOSTED):
-        facts = inspect(service)
-        host = facts["HostConfig"]
-        assert facts["Config"]["User"] == "1000", service
-        assert host["ReadonlyRootfs"] and host["Init"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"]
-        assert "no-new-privileges:true" in host["SecurityOpt"] and host["PidsLimit"] > 0 and host["Memory"] > 0
-        assert facts["State"]["Health"]["Status"] == "healthy" and host["PortBindings"] in (None, {})
-        assert {m["Destination"]: m["RW"] for m in facts["Mounts"]}["/own"] is False
-    hands_over = inspect("runs-folder")["HostConfig"]  # the one that is root, to give ./runs to the others' user
-    assert (hands_over["CapDrop"], hands_over["CapAdd"], hands_over["NetworkMode"]) == (["ALL"], ["CHOWN"], "none")
-    for node, clients in HOSTED.items():  # its own clients, and nobody else's; neither the CA's key nor the test set
-        files = {Path(f).name for f in docker("exec", container(node), "find", "/own", "-type", "f").split()}
-        assert files == {*(f"client-{c}.safetensors" for c in clients), *_COMMON}
-
-
-_COMMON = ("ca.crt", "node.key", "share.json", "experiment.toml")
-
-
-def test_the_image_is_small_and_holds_no_compiler_and_no_secret(stack: Stack) -> None:
-    image = json.loads(docker("image", "inspect", inspect("run")["Image"]))[0]
-    assert image["Size"] < 2.5e9
-    find = r"find / -xdev \( -name 'gcc*' -o -name 'cc1*' -o -name 'g++*' -o -name clang \) -type f -perm /111"
-    secrets = (
-        r"find /app /state /own /volumes /home \( -name '*.key' -o -name '*.pub' -o -name '*.secret' -o -name .git \)"
-    )
-    inside = ("run", "--rm", "--network", "none", image["Id"])
-    assert docker(*inside, "sh", "-c", f"({find}; {secrets}) 2>/dev/null") == ""
-    pinned = {line.strip() for line in (ROOT / "deploy/requirements.txt").open() if not line.startswith("#")}
-    found = set(docker(*inside, "python3", "-c", PACKAGES).split())
-    assert {line for line in found - pinned if not line.startswith("torch==")} == set()
-
-
-PACKAGES = """
-from importlib.metadata import distributions
-print(*{f"{d.name}=={d.version}" for d in distributions(path=["/opt/packages"])})
-"""
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(stack: Stack) -> None:
@@ -108,47 +73,6 @@ def test_ctrl_c_leaves_a_run_that_goes_on(stack: Stack) -> None:
     stack.up()
     stack.after_round(len(played) + 1)
     assert stack.rounds()[: len(played)] == played  # not one round was played again
-
-
-def test_who_is_refused(stack: Stack) -> None:
-    health, *answers = ask({"url": f"{PROXY}/health"}, *(request for request, _ in REFUSED.values()))
-    assert health == "200"
-    for (what, (_, expected)), answer in zip(REFUSED.items(), answers, strict=True):
-        assert re.search(expected, answer, re.DOTALL), (what, answer)
-
-
-# A node's own signed headers for a call that changes nothing, as its SuperNode makes them.
-SIGN = """
-import base64, json
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flwr.supercore.date import now
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-key = load_ssh_private_key(open("/own/keys/node.key", "rb").read(), None)
-time = now().isoformat()
-public, signature = public_key_to_bytes(key.public_key()), sign_message(key, time.encode())
-values = base64.b64encode(public).decode(), time, base64.b64encode(signature).decode()
-print(json.dumps(dict(zip(("flwr-public-key", "flwr-timestamp", "flwr-signature"), values))))
-"""
-
-
-def test_a_nodes_headers_replayed_from_another_address_are_refused(stack: Stack) -> None:
-    headers = json.loads(docker("exec", container("node-0"), "python3", "-c", SIGN))
-    call = PULL | {"headers": PULL["headers"] | headers}
-    first, again = ask(call, call)
-    assert first == again == '401 {"detail":"Invalid SuperNode authentication"}'  # an empty message names no node
-    assert ask(call, node="node-3") == ["401 These SuperNode headers were first used from another address."]
-
-
-def test_a_node_with_an_unregistered_key_is_refused(stack: Stack) -> None:
-    start = (
-        "python3 -m deploy.keys /tmp/other stranger && FLWR_HOME=/tmp/other/flwr timeout 60 flower-supernode --port 9199 "
-        "--superlink proxy:9092 --root-certificates /own/keys/ca.crt --max-retries 1 "
-        "--auth-supernode-private-key /tmp/other/stranger/node.key; echo status $?"
-    )
-    said = docker("exec", container("node-3"), "sh", "-c", start)
-    assert "status 0" not in said and "SuperNode ID" not in said
-    assert "[code: 2004] Failed to activate SuperNode." in said
-    assert "/v1/fleet/activate-node][ApiError:2004]" in docker("logs", container("superlink"))
 
 
 def test_a_node_that_is_killed_in_a_round_is_back_within_90_seconds(stack: Stack) -> None:
@@ -221,6 +145,71 @@ def test_what_is_killed_at_the_coordinator_costs_no_round(stack: Stack, service:
     assert stack.rounds()[: len(played)] == played and stack.lost() == lost
 
 
+def test_who_is_refused(stack: Stack) -> None:
+    health, *answers = ask({"url": f"{PROXY}/health"}, *(request for request, _ in REFUSED.values()))
+    assert health == "200"
+    for (what, (_, expected)), answer in zip(REFUSED.items(), answers, strict=True):
+        assert re.search(expected, answer, re.DOTALL), (what, answer)
+
+
+# A node's own signed headers for a call that changes nothing, as its SuperNode makes them.
+
+SIGN = """
+import base64, json
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.supercore.date import now
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+
+key = load_ssh_private_key(open("/own/keys/node.key", "rb").read(), None)
+
+time = now().isoformat()
+public, signature = public_key_to_bytes(key.public_key()), sign_message(key, time.encode())
+
+values = base64.b64encode(public).decode(), time, base64.b64encode(signature).decode()
+print(json.dumps(dict(zip(("flwr-public-key", "flwr-timestamp", "flwr-signature"), values))))
+"""
+
+
+def test_a_nodes_headers_replayed_from_another_address_are_refused(stack: Stack) -> None:
+    headers = json.loads(docker("exec", container("node-0"), "python3", "-c", SIGN))
+    call = PULL | {"headers": PULL["headers"] | headers}
+    first, again = ask(call, call)
+    assert first == again == '401 {"detail":"Invalid SuperNode authentication"}'  # an empty message names no node
+    assert ask(call, node="node-3") == ["401 These SuperNode headers were first used from another address."]
+
+
+def test_a_node_with_an_unregistered_key_is_refused(stack: Stack) -> None:
+    start = (
+        "python3 -m deploy.keys /tmp/other stranger && FLWR_HOME=/tmp/other/flwr timeout 60 flower-supernode --port 9199 "
+        "--superlink proxy:9092 --root-certificates /own/keys/ca.crt --max-retries 1 "
+        "--auth-supernode-private-key /tmp/other/stranger/node.key; echo status $?"
+    )
+    said = docker("exec", container("node-3"), "sh", "-c", start)
+    assert "status 0" not in said and "SuperNode ID" not in said
+    assert "[code: 2004] Failed to activate SuperNode." in said
+    assert "/v1/fleet/activate-node][ApiError:2004]" in docker("logs", container("superlink"))
+
+
+def test_containers_are_hardened(stack: Stack) -> None:
+    for service in ("superlink", "serverapp", "proxy", "run", *HOSTED):
+        facts = inspect(service)
+        host = facts["HostConfig"]
+        assert facts["Config"]["User"] == "1000", service
+        assert host["ReadonlyRootfs"] and host["Init"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"]
+        assert "no-new-privileges:true" in host["SecurityOpt"] and host["PidsLimit"] > 0 and host["Memory"] > 0
+        assert host["PortBindings"] in (None, {})
+        stack.until(lambda service=service: inspect(service)["State"]["Health"]["Status"] == "healthy", 60)
+        assert {m["Destination"]: m["RW"] for m in facts["Mounts"]}["/own"] is False
+    hands_over = inspect("runs-folder")["HostConfig"]  # the one that is root, to give ./runs to the others' user
+    assert (hands_over["CapDrop"], hands_over["CapAdd"], hands_over["NetworkMode"]) == (["ALL"], ["CHOWN"], "none")
+    for node, clients in HOSTED.items():  # its own clients, and nobody else's; neither the CA's key nor the test set
+        files = {Path(f).name for f in docker("exec", container(node), "find", "/own", "-type", "f").split()}
+        assert files == {*(f"client-{c}.safetensors" for c in clients), *_COMMON}
+
+
+_COMMON = ("ca.crt", "node.key", "share.json", "experiment.toml")
+
+
 def test_it_ends_by_itself_with_the_bits_of_the_inline_engine(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +258,26 @@ def test_logs_are_one_line_an_event(stack: Stack) -> None:
     lines = docker("logs", container("node-0")).splitlines()
     assert any(line.startswith("level=INFO service=node round=1 client=1 text=") for line in lines)
     assert "level=INFO service=run event=round round=1 clients=8 failed=[] " in docker("logs", container("run"))
+
+
+def test_the_image_is_small_and_holds_no_compiler_and_no_secret(stack: Stack) -> None:
+    image = json.loads(docker("image", "inspect", inspect("run")["Image"]))[0]
+    assert image["Size"] < 2.5e9
+    find = r"find / -xdev \( -name 'gcc*' -o -name 'cc1*' -o -name 'g++*' -o -name clang \) -type f -perm /111"
+    secrets = (
+        r"find /app /state /own /volumes /home \( -name '*.key' -o -name '*.pub' -o -name '*.secret' -o -name .git \)"
+    )
+    inside = ("run", "--rm", "--network", "none", image["Id"])
+    assert docker(*inside, "sh", "-c", f"({find}; {secrets}) 2>/dev/null") == ""
+    pinned = {line.strip() for line in (ROOT / "deploy/requirements.txt").open() if not line.startswith("#")}
+    found = set(docker(*inside, "python3", "-c", PACKAGES).split())
+    assert {line for line in found - pinned if not line.startswith("torch==")} == set()
+
+
+PACKAGES = """
+from importlib.metadata import distributions
+print(*{f"{d.name}=={d.version}" for d in distributions(path=["/opt/packages"])})
+"""
 
 
 def test_a_ledger_outlives_the_kill_of_its_node(stack: Stack, tmp_path: Path) -> None:
