@@ -64,6 +64,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(stack: Stack) -> None:
+    stack.until(lambda: "event=round round=1 " in docker("logs", container("run")), 30)
     stack.process.send_signal(signal.SIGINT)
     stack.process.wait(180)
     assert inspect("run")["State"]["ExitCode"] == 3
