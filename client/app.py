@@ -18,6 +18,7 @@ from client.together import train_blocks
 from config.identity import code_sha256, versions
 from config.logs import log_lines
 from privacy.releases import allowed
+from strategies.folding import fold_for_wire
 from strategies.packing import Answer, NodeReply, Request, add_spans, pack_replies, unpack_requests, whole_spans
 from strategies.records import from_record
 from tasks.numerics import kernels
@@ -25,7 +26,7 @@ from tasks.numerics import kernels
 log = logging.getLogger("meadow.client")
 
 log_lines()
-app = ClientApp()
+app = ClientApp(mods=[fold_for_wire])
 
 
 @app.query()

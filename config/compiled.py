@@ -23,6 +23,8 @@ def compiled(source: Path, *flags: str) -> ctypes.CDLL:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise NotCompiled("there is no C compiler (cc)")
+    if not source.exists():  # Flower lets no C file in an app bundle
+        raise NotCompiled(f"{source.name} is not in the app bundle")
     about = _about(compiler) + repr((FLAGS + flags, _processor())).encode()
     key = hashlib.sha256(source.read_bytes() + about).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meadow"

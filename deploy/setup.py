@@ -2,25 +2,29 @@
 
 `python -m deploy.setup NODES`: below MEADOW_FEDERATION (in a container /volumes), `coordinator` and `node-0` .. get `keys/`
 (made once, `deploy/keys.py`) and `share/` (dealt anew for the experiment in MEADOW_EXPERIMENT and MEADOW_OVERRIDES,
-`meadow deal`).
+`meadow deal`). Where MEADOW_ENDED names a file, as under `docker compose up`, it then stays until that tells the run's end:
+`up --exit-code-from run` stops everything as soon as any container ends.
 """
 
 import os
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from deploy import keys
 
 VOLUMES = Path(os.environ.get("MEADOW_FEDERATION", "/volumes"))
-ENDED = Path("/ended/status")
+READY = Path("/tmp/ready")
+"""There once all is prepared: what the container's health check looks for."""
 
 
 def main(nodes: int) -> int:
-    """Prepare; the exit status of `meadow deal`."""
-    if ENDED.exists():  # what an earlier run left, where there is such a volume
-        ENDED.unlink()
+    """Prepare, and stay; the exit status of `meadow deal`."""
+    ended = os.environ.get("MEADOW_ENDED", "")
+    if ended:  # what an earlier run left
+        Path(ended).unlink(missing_ok=True)
     names = [f"node-{i}" for i in range(nodes)]
     keys.main(VOLUMES, names, "keys")
     experiment = os.environ.get("MEADOW_EXPERIMENT") or "fedavg"
@@ -28,7 +32,12 @@ def main(nodes: int) -> int:
     deal = [sys.executable, "-m", "experiments", "deal", experiment, *overrides]
     # All the data is here; a share that this machine's environment names is what is about to be made.
     environment = {key: value for key, value in os.environ.items() if key != "MEADOW_SHARE"}
-    return subprocess.call([*deal, "--nodes", str(nodes), "--out", str(VOLUMES), "--below", "share"], env=environment)
+    status = subprocess.call([*deal, "--nodes", str(nodes), "--out", str(VOLUMES), "--below", "share"], env=environment)
+    if ended and status == 0:
+        READY.touch()
+        while not Path(ended).exists():
+            time.sleep(0.5)
+    return status
 
 
 if __name__ == "__main__":

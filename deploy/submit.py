@@ -33,6 +33,8 @@ SHARE = Path(os.environ.get("MEADOW_SHARE", "/own/share"))
 RUNS = Path(os.environ.get("MEADOW_RUNS", "/runs"))
 PATIENCE = 120.0
 """Seconds for nodes to come; the run then begins with those that did (its quorum decides), or fails if there is none."""
+HANDOVER = 5.0
+"""Seconds for the service `runs-folder` to hand the folder over."""
 LOOK = 10.0
 """Seconds between two questions to the SuperLink what has become of the run, while the run folder says nothing new."""
 
@@ -67,6 +69,9 @@ def main() -> int:
 
 
 def _go(experiment: Experiment, out: Path) -> int:
+    end = time.monotonic() + HANDOVER
+    while not os.access(RUNS, os.W_OK) and time.monotonic() < end:
+        time.sleep(0.2)
     if not os.access(RUNS, os.W_OK):
         way = f"its owner is user {RUNS.stat().st_uid}, the containers are user {os.getuid()}: chown it, or set MEADOW_UID"
         log("refused", level="ERROR", answer=json.dumps(f"{RUNS} cannot be written: {way}"))
@@ -103,8 +108,8 @@ def _run(experiment: Experiment, out: Path) -> int:
             ["flwr", "run", str(_app()), CONNECTION, "--run-config", str(file), "--format", "json"],
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
-        if submitted.returncode != 0:
-            log("refused", level="ERROR", answer=json.dumps(submitted.stdout + submitted.stderr))
+        if refused := _refusal(submitted):
+            log("refused", level="ERROR", answer=json.dumps(refused))
             return 1
         _follow(out, before)
         summary = RunFolder(out).summary()
@@ -115,6 +120,16 @@ def _run(experiment: Experiment, out: Path) -> int:
         if summary and summary["status"] == "failed":
             return 1
     return 1
+
+
+def _refusal(submitted: subprocess.CompletedProcess[str]) -> str:
+    """Why `flwr run --format json` submitted nothing, or "": it ends with 0 also then (flwr 1.41)."""
+    try:
+        if submitted.returncode == 0 and json.loads(submitted.stdout)["success"]:
+            return ""
+    except (ValueError, KeyError, TypeError):
+        pass
+    return submitted.stdout + submitted.stderr
 
 
 def _follow(out: Path, before: Any) -> None:
@@ -180,4 +195,6 @@ def _note_stop(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # at once: `up --exit-code-from run` stops all others as soon as one container has ended

@@ -19,17 +19,21 @@ import numpy.typing as npt
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.superlink.grid import HttpGrid
 
 from config.durable import Arrays
 from config.errors import RunStopped
 from config.identity import code_sha256, versions
 from strategies.blocks import Span, WeightedSum, cut, spans
+from strategies.folding import folded, is_folded, unfolded
 from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
 from strategies.records import to_record
 
 log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
+_REMOTE_PAUSE = 0.25
+"""Seconds between two questions for replies where each is a call to the SuperLink."""
 EVEN = 0.03
 """Share of the time by which the last worker may end later before blocks next to each other are parted."""
 DECISIVE = ("flwr", "torch")
@@ -204,7 +208,10 @@ class Exchange:
 
     def _carry(self, contents: dict[int, tuple[str, RecordDict]], timeout: float) -> dict[int, Message | None]:
         """One message to each node; the reply of each, None where the time limit passed. Matched by message id."""
-        messages = [Message(content=c, message_type=t, dst_node_id=n) for n, (t, c) in contents.items()]
+        remote = isinstance(self.grid, HttpGrid)
+        messages = [
+            Message(content=folded(c) if remote else c, message_type=t, dst_node_id=n) for n, (t, c) in contents.items()
+        ]
         waiting = dict(zip(self.grid.push_messages(messages), contents, strict=True)) if messages else {}
         replies: dict[int, Message | None] = dict.fromkeys(contents)
         end = time.monotonic() + timeout
@@ -213,9 +220,9 @@ class Exchange:
             for reply in arrived:
                 node = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if node is not None:
-                    replies[node] = reply
+                    replies[node] = _unfolded(reply)
             if waiting and not arrived:
-                time.sleep(_PAUSE)
+                time.sleep(_REMOTE_PAUSE if remote else _PAUSE)
         return replies
 
 
@@ -241,6 +248,16 @@ def deal(work: Sequence[float], rates: Sequence[float]) -> list[int]:
 
 def _release(version: str) -> str:
     return version.partition("+")[0]
+
+
+def _unfolded(reply: Message) -> Message:
+    """A reply with its content unfolded; one that cannot be stays as it came, and cannot be read."""
+    if reply.has_content() and is_folded(reply.content):
+        try:
+            reply.content = unfolded(reply.content)
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("the reply of node %d cannot be unfolded: %r", reply.metadata.src_node_id, error)
+    return reply
 
 
 def _unpack(reply: Message | None) -> NodeReply | str:

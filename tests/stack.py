@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ PROJECT = "meadowtest"
 
 def start_engine() -> None:
     """Have a Docker engine run, or skip the test."""
-    script = ROOT.parent / "shared" / "testbed" / "docker-up"
     if engine_answers():
         return
-    if not script.exists():
+    places = (folder / "shared" / "testbed" / "docker-up" for folder in ROOT.parents)
+    if (script := next((place for place in places if place.exists()), None)) is None:
         pytest.skip("no Docker engine is running, and there is no ../shared/testbed/docker-up to start one")
     with tempfile.TemporaryFile("w+") as said:  # a file: the engine that it starts keeps the streams that it was given
         with suppress(subprocess.TimeoutExpired):
@@ -83,11 +83,10 @@ class Stack:
         chosen = {"MEADOW_EXPERIMENT": preset, "MEADOW_OVERRIDES": " ".join(self.overrides), "MEADOW_RUN": name}
         self.environment = os.environ | chosen
 
-    def up(self, *files: str) -> None:
-        with self.log.open("a") as file:
-            self.process = subprocess.Popen(
-                [*compose(), *files, "up", "--build"], cwd=self.place, env=self.environment, stdout=file, stderr=file
-            )
+    def up(self, *options: str, files: Sequence[str] = ()) -> None:
+        words = [*compose(), *(word for file in files for word in ("-f", file)), "up", "--build", *options]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(words, cwd=self.place, env=self.environment, stdout=log, stderr=log)
 
     def down(self) -> None:
         if self.process.poll() is None:

@@ -1,9 +1,9 @@
 """The containers of docker-compose.yml: who is refused, what they survive, and that the bits are those of inline.
 
-One stack plays one run, and the tests are its story in order: it starts, is stopped with Ctrl-C and goes on, turns strangers
-away, loses a node, a network and its coordinator, and ends by itself. Then it plays a private run, and one with a node of
-another version. Minutes long, needs Docker with docker-compose (or
-Compose v2) and root: `pytest -m docker`. What takes longer still is also marked `slow`.
+One stack plays one run, and the tests are its story in order: it starts, is stopped with Ctrl-C and goes on, loses a node, a
+network and its coordinator, turns strangers away, and ends by itself. Then it plays a private run, and one with a node of
+another version. Minutes long, needs Docker with docker-compose (or Compose v2) and root: `pytest -m docker`. What takes
+longer still is also marked `slow`.
 """
 
 import io
@@ -44,10 +44,14 @@ from config.load import load
 from strategies.packing import Request
 
 pytestmark = pytest.mark.docker
+
 CLIENTS = 8
-ROUNDS = 14
+
+ROUNDS = 20
 """Enough that no test of the story comes after the last round."""
+
 HOSTED = {f"node-{i}": [2 * i, 2 * i + 1] for i in range(4)}
+
 KILLED, CUT = "node-2", "node-1"
 
 
@@ -59,46 +63,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield stack
 
 
-def test_containers_are_hardened(stack: Stack) -> None:
-    for service in ("superlink", "serverapp", "proxy", "run", *HOSTED):
-        facts = inspect(service)
-        host = facts["HostConfig"]
-        assert facts["Config"]["User"] == "1000", service
-        assert host["ReadonlyRootfs"] and host["Init"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"]
-        assert "no-new-privileges:true" in host["SecurityOpt"] and host["PidsLimit"] > 0 and host["Memory"] > 0
-        assert facts["State"]["Health"]["Status"] == "healthy" and host["PortBindings"] in (None, {})
-        assert {m["Destination"]: m["RW"] for m in facts["Mounts"]}["/own"] is False
-    hands_over = inspect("runs-folder")["HostConfig"]  # the one that is root, to give ./runs to the others' user
-    assert (hands_over["CapDrop"], hands_over["CapAdd"], hands_over["NetworkMode"]) == (["ALL"], ["CHOWN"], "none")
-    for node, clients in HOSTED.items():  # its own clients, and nobody else's; neither the CA's key nor the test set
-        files = {Path(f).name for f in docker("exec", container(node), "find", "/own", "-type", "f").split()}
-        assert files == {*(f"client-{c}.safetensors" for c in clients), *_COMMON}
-
-
-_COMMON = ("ca.crt", "node.key", "share.json", "experiment.toml")
-
-
-def test_the_image_is_small_and_holds_no_compiler_and_no_secret(stack: Stack) -> None:
-    image = json.loads(docker("image", "inspect", inspect("run")["Image"]))[0]
-    assert image["Size"] < 2.5e9
-    find = r"find / -xdev \( -name 'gcc*' -o -name 'cc1*' -o -name 'g++*' -o -name clang \) -type f -perm /111"
-    secrets = (
-        r"find /app /state /own /volumes /home \( -name '*.key' -o -name '*.pub' -o -name '*.secret' -o -name .git \)"
-    )
-    inside = ("run", "--rm", "--network", "none", image["Id"])
-    assert docker(*inside, "sh", "-c", f"({find}; {secrets}) 2>/dev/null") == ""
-    pinned = {line.strip() for line in (ROOT / "deploy/requirements.txt").open() if not line.startswith("#")}
-    found = set(docker(*inside, "python3", "-c", PACKAGES).split())
-    assert {line for line in found - pinned if not line.startswith("torch==")} == set()
-
-
-PACKAGES = """
-from importlib.metadata import distributions
-print(*{f"{d.name}=={d.version}" for d in distributions(path=["/opt/packages"])})
-"""
-
-
 def test_ctrl_c_leaves_a_run_that_goes_on(stack: Stack) -> None:
+    stack.until(lambda: "event=round round=1 " in docker("logs", container("run")), 30)
     stack.process.send_signal(signal.SIGINT)
     stack.process.wait(180)
     assert inspect("run")["State"]["ExitCode"] == 3
@@ -110,6 +76,76 @@ def test_ctrl_c_leaves_a_run_that_goes_on(stack: Stack) -> None:
     assert stack.rounds()[: len(played)] == played  # not one round was played again
 
 
+def test_a_node_that_is_killed_in_a_round_is_back_within_90_seconds(stack: Stack) -> None:
+    before, after = kill_in_a_round(stack)
+    personal = {path for path in before if "/clients/" in path}
+    assert {int(path.split("/")[2]) for path in personal} == set(HOSTED[KILLED])
+    assert before.items() <= after.items()  # byte for byte
+
+
+def kill_in_a_round(stack: Stack) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """SIGKILL to a node that has just got its part of a round, and see it back and take part; the clients' files before, and
+    as it found them when it was back."""
+    at_work(stack, KILLED)
+    before = files(KILLED)
+    kill(KILLED)
+    killed = time.monotonic()
+    since = len(docker("logs", container(KILLED)))
+    stack.until(lambda: "Receiving: " in docker("logs", container(KILLED))[since:], 200)
+    took = time.monotonic() - killed
+    after = files(KILLED)
+    print(f"{KILLED} was back after {took:.0f} s")
+    assert took < 90, took
+    stack.until(stack.lost, 200)
+    assert {client for _, client in stack.lost()} == set(HOSTED[KILLED])  # the round went on without these
+    stack.until(lambda: not stack.rounds()[-1]["failed"], 200)  # and then they took part again
+    return before, after
+
+
+def at_work(stack: Stack, node: str) -> None:
+    """Wait until a node has received its part of a round."""
+
+    def begun() -> int:
+        return docker("logs", container(node)).count("Received successfully")
+
+    before = begun()
+    stack.until(lambda: begun() > before, 200)
+
+
+def files(node: str) -> dict[str, bytes]:
+    """Each file of the clients' state in a node: personal layers, ledgers."""
+    words = ["docker", "exec", container(node), "tar", "-C", "/state/clients", "-c", "."]
+    done = subprocess.run(words, capture_output=True, check=True, timeout=60)
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+        return {m.name.removeprefix("./"): archive.extractfile(m).read() for m in archive if m.isfile()}  # type: ignore[union-attr]
+
+
+def cut_off(node: str, seconds: float) -> None:
+    network = f"{PROJECT}_nodes"
+    assert not docker("network", "disconnect", network, container(node))
+    time.sleep(seconds)
+    assert not docker("network", "connect", "--alias", node, network, container(node))
+
+
+def test_a_node_without_network_for_30_seconds_costs_only_time(stack: Stack) -> None:
+    """It is cut off while it trains, and its reply waits. (A message that is on its way when the cut comes is lost.)"""
+    lost, played = stack.lost(), len(stack.rounds())
+    at_work(stack, CUT)
+    cut_off(CUT, 30)
+    stack.after_round(played + 1)
+    assert stack.lost() == lost
+
+
+@pytest.mark.parametrize("service", ["superlink", "serverapp"])
+def test_what_is_killed_at_the_coordinator_costs_no_round(stack: Stack, service: str) -> None:
+    played, restarts, lost = stack.rounds(), inspect(service)["RestartCount"], stack.lost()
+    assert len(played) < stack.total
+    kill(service)
+    stack.until(lambda: inspect(service)["RestartCount"] > restarts, 60)
+    stack.until(lambda: len(stack.rounds()) > len(played), 400)
+    assert stack.rounds()[: len(played)] == played and stack.lost() == lost
+
+
 def test_who_is_refused(stack: Stack) -> None:
     health, *answers = ask({"url": f"{PROXY}/health"}, *(request for request, _ in REFUSED.values()))
     assert health == "200"
@@ -118,14 +154,18 @@ def test_who_is_refused(stack: Stack) -> None:
 
 
 # A node's own signed headers for a call that changes nothing, as its SuperNode makes them.
+
 SIGN = """
 import base64, json
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.supercore.date import now
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+
 key = load_ssh_private_key(open("/own/keys/node.key", "rb").read(), None)
+
 time = now().isoformat()
 public, signature = public_key_to_bytes(key.public_key()), sign_message(key, time.encode())
+
 values = base64.b64encode(public).decode(), time, base64.b64encode(signature).decode()
 print(json.dumps(dict(zip(("flwr-public-key", "flwr-timestamp", "flwr-signature"), values))))
 """
@@ -151,63 +191,24 @@ def test_a_node_with_an_unregistered_key_is_refused(stack: Stack) -> None:
     assert "/v1/fleet/activate-node][ApiError:2004]" in docker("logs", container("superlink"))
 
 
-def test_a_node_that_is_killed_in_a_round_is_back_within_90_seconds(stack: Stack) -> None:
-    before, after = kill_in_a_round(stack)
-    personal = {path for path in before if "/clients/" in path}
-    assert {int(path.split("/")[2]) for path in personal} == set(HOSTED[KILLED])
-    assert before.items() <= after.items()  # byte for byte
+def test_containers_are_hardened(stack: Stack) -> None:
+    for service in ("superlink", "serverapp", "proxy", "run", *HOSTED):
+        facts = inspect(service)
+        host = facts["HostConfig"]
+        assert facts["Config"]["User"] == "1000", service
+        assert host["ReadonlyRootfs"] and host["Init"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"]
+        assert "no-new-privileges:true" in host["SecurityOpt"] and host["PidsLimit"] > 0 and host["Memory"] > 0
+        assert host["PortBindings"] in (None, {})
+        stack.until(lambda service=service: inspect(service)["State"]["Health"]["Status"] == "healthy", 60)
+        assert {m["Destination"]: m["RW"] for m in facts["Mounts"]}["/own"] is False
+    hands_over = inspect("runs-folder")["HostConfig"]  # the one that is root, to give ./runs to the others' user
+    assert (hands_over["CapDrop"], hands_over["CapAdd"], hands_over["NetworkMode"]) == (["ALL"], ["CHOWN"], "none")
+    for node, clients in HOSTED.items():  # its own clients, and nobody else's; neither the CA's key nor the test set
+        files = {Path(f).name for f in docker("exec", container(node), "find", "/own", "-type", "f").split()}
+        assert files == {*(f"client-{c}.safetensors" for c in clients), *_COMMON}
 
 
-def kill_in_a_round(stack: Stack) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """SIGKILL to a node that has just got its part of a round, and see it back and take part; the clients' files before, and
-    as it found them when it was back."""
-    started = docker("logs", container(KILLED)).count("Receiving: train message")
-    stack.until(lambda: docker("logs", container(KILLED)).count("Receiving: train message") > started, 200)
-    before = files(KILLED)
-    kill(KILLED)
-    killed = time.monotonic()
-    since = len(docker("logs", container(KILLED)))
-    stack.until(lambda: "Receiving: " in docker("logs", container(KILLED))[since:], 200)
-    took = time.monotonic() - killed
-    after = files(KILLED)
-    print(f"{KILLED} was back after {took:.0f} s")
-    assert took < 90, took
-    stack.until(stack.lost, 200)
-    assert {client for _, client in stack.lost()} == set(HOSTED[KILLED])  # the round went on without these
-    stack.until(lambda: not stack.rounds()[-1]["failed"], 200)  # and then they took part again
-    return before, after
-
-
-def files(node: str) -> dict[str, bytes]:
-    """Each file of the clients' state in a node: personal layers, ledgers."""
-    words = ["docker", "exec", container(node), "tar", "-C", "/state/clients", "-c", "."]
-    done = subprocess.run(words, capture_output=True, check=True, timeout=60)
-    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-        return {m.name.removeprefix("./"): archive.extractfile(m).read() for m in archive if m.isfile()}  # type: ignore[union-attr]
-
-
-def cut_off(node: str, seconds: float) -> None:
-    network = f"{PROJECT}_nodes"
-    assert not docker("network", "disconnect", network, container(node))
-    time.sleep(seconds)
-    assert not docker("network", "connect", "--alias", node, network, container(node))
-
-
-def test_a_node_without_network_for_30_seconds_costs_only_time(stack: Stack) -> None:
-    lost, played = stack.lost(), len(stack.rounds())
-    cut_off(CUT, 30)
-    stack.after_round(played + 1)
-    assert stack.lost() == lost
-
-
-@pytest.mark.parametrize("service", ["superlink", "serverapp"])
-def test_what_is_killed_at_the_coordinator_costs_no_round(stack: Stack, service: str) -> None:
-    played, restarts, lost = stack.rounds(), inspect(service)["RestartCount"], stack.lost()
-    assert len(played) < stack.total
-    kill(service)
-    stack.until(lambda: inspect(service)["RestartCount"] > restarts, 60)
-    stack.until(lambda: len(stack.rounds()) > len(played), 400)
-    assert stack.rounds()[: len(played)] == played and stack.lost() == lost
+_COMMON = ("ca.crt", "node.key", "share.json", "experiment.toml")
 
 
 def test_it_ends_by_itself_with_the_bits_of_the_inline_engine(
@@ -260,6 +261,26 @@ def test_logs_are_one_line_an_event(stack: Stack) -> None:
     assert "level=INFO service=run event=round round=1 clients=8 failed=[] " in docker("logs", container("run"))
 
 
+def test_the_image_is_small_and_holds_no_compiler_and_no_secret(stack: Stack) -> None:
+    image = json.loads(docker("image", "inspect", inspect("run")["Image"]))[0]
+    assert image["Size"] < 2.5e9
+    find = r"find / -xdev \( -name 'gcc*' -o -name 'cc1*' -o -name 'g++*' -o -name clang \) -type f -perm /111"
+    secrets = (
+        r"find /app /state /own /volumes /home \( -name '*.key' -o -name '*.pub' -o -name '*.secret' -o -name .git \)"
+    )
+    inside = ("run", "--rm", "--network", "none", image["Id"])
+    assert docker(*inside, "sh", "-c", f"({find}; {secrets}) 2>/dev/null") == ""
+    pinned = {line.strip() for line in (ROOT / "deploy/requirements.txt").open() if not line.startswith("#")}
+    found = set(docker(*inside, "python3", "-c", PACKAGES).split())
+    assert {line for line in found - pinned if not line.startswith("torch==")} == set()
+
+
+PACKAGES = """
+from importlib.metadata import distributions
+print(*{f"{d.name}=={d.version}" for d in distributions(path=["/opt/packages"])})
+"""
+
+
 def test_a_ledger_outlives_the_kill_of_its_node(stack: Stack, tmp_path: Path) -> None:
     """A second run on the same stack, under differential privacy: its noise is secret, so its bits are its own. It also has
     another CA, another certificate of the server and another secret of the SuperExec than the first."""
@@ -291,13 +312,13 @@ def test_a_ledger_outlives_the_kill_of_its_node(stack: Stack, tmp_path: Path) ->
 
 
 def test_a_node_of_another_version_is_refused(stack: Stack) -> None:
-    """The last test of the story: the stack is started once more, with other code on a node."""
+    """The last of the story: the stack starts once more, with other code on a node. `up` ends with the run's status."""
     (stack.place / "changed.py").write_text("# another version\n")
     volume = "./changed.py:/app/client/__init__.py:ro"
     (stack.place / "changed.yml").write_text(json.dumps({"services": {"node-3": {"volumes": [volume]}}}))
     stack.choose("other", "fedper", 2, f"partition.clients={CLIENTS}")
-    stack.up("-f", "docker-compose.yml", "-f", "changed.yml")
-    stack.process.wait(300)
+    stack.up("--exit-code-from", "run", files=["docker-compose.yml", "changed.yml"])
+    assert stack.process.wait(300) == 3
     assert inspect("run")["State"]["ExitCode"] == 3
     said = docker("logs", container("run"))
     assert "has another code than the server" in said and "install the same Meadow" in said

@@ -34,8 +34,43 @@ def memory() -> dict[str, float]:
 
 def seconds_to(service: str, event: str, since: float) -> float:
     """Seconds from `since` to the first line of a container's log that has `event` in it, by Docker's clock."""
-    line = next(line for line in docker("logs", "-t", container(service)).splitlines() if event in line)
-    return datetime.fromisoformat(line.split()[0][:26] + "+00:00").timestamp() - since
+    return next(when for when, line in _lines(service) if event in line) - since
+
+
+STEPS = {
+    "Receiving: train": "a node asks for messages (every 3 s)",
+    "Received successfully": "the message comes",
+    "Start `flwr-clientapp`": "its SuperExec asks for work; a Python starts, with Flower",
+    'text="trained"': "with torch and the app; the clients train",
+    "Sending: train": "it hands over the reply (the SuperNode looks every 0.5 s)",
+    "Sent successfully": "the reply goes",
+}
+
+
+def time_line() -> dict[str, float]:
+    """Seconds of each step of a round, the mean over the nodes and the rounds but the first; and what is left to the server
+    between the last node's reply and the next round's first message."""
+    ends = [when for when, line in _lines("run") if "event=round" in line]
+    took: dict[str, list[float]] = {step: [] for step in STEPS.values()}
+    last = [0.0] * len(ends)
+    for node in (f"node-{i}" for i in range(4)):
+        lines = _lines(node)
+        for number, end in enumerate(ends[:-1], start=1):
+            before = end
+            for event, step in STEPS.items():
+                when = next(when for when, line in lines if when > before - 1e-9 and event in line)
+                took[step].append(when - before)
+                before = when
+            last[number] = max(last[number], before)
+    server = [end - sent for end, sent in zip(ends, last, strict=True)][1:]
+    return {step: statistics.fmean(values) for step, values in took.items()} | {
+        "from the last reply until the server has the round": statistics.fmean(server)
+    }
+
+
+def _lines(service: str) -> list[tuple[float, str]]:
+    found = (line.partition(" ") for line in docker("logs", "-t", container(service)).splitlines())
+    return [(datetime.fromisoformat(when[:26] + "+00:00").timestamp(), line) for when, _, line in found]
 
 
 def test_figures(tmp_path: Path) -> None:
@@ -66,6 +101,8 @@ def test_figures(tmp_path: Path) -> None:
         stack.process.wait(120)
         print(f"from `up` to the run's submission {seconds_to('run', 'event=submit', began):.0f} s")
         print(f"from `up` to the end of round 1   {seconds_to('run', 'round=1 ', began):.0f} s")
+        for step, seconds in time_line().items():
+            print(f"of a round: {step:58} {seconds:.1f} s")
         size = json.loads(docker("image", "inspect", "meadow:0.1.0"))[0]["Size"]
     finally:
         stack.down()

@@ -1,6 +1,7 @@
 """Deployment without containers: keys, what a node says of itself, who is let in, and the services as plain processes."""
 
 import datetime
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -75,6 +77,30 @@ def test_a_deployed_node_names_the_code_that_is_installed_on_it(monkeypatch: pyt
     words = service.node()
     facts = parse_config_args([words[words.index("--node-config") + 1]])
     assert facts == {"partition-id": 2, "num-partitions": 4, "state": "/state/clients", "code": code_sha256()}
+
+
+def test_flower_bundles_the_app_whole(tmp_path: Path) -> None:
+    """The bundle has the code hash that the checkout has; and Flower takes every pattern of `fab-include`."""
+    from flwr.cli.build import build_fab_from_disk
+
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))) as bundle:
+        bundle.extractall(tmp_path)
+    ask = "from config.identity import ROOT, code_sha256; print(ROOT, code_sha256())"
+    clean = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+    said = subprocess.run(
+        [sys.executable, "-c", ask], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.split() == [str(tmp_path), code_sha256()]
+
+
+def test_a_run_that_flower_refuses_is_not_waited_for() -> None:
+    """flwr 1.41 ends with 0 when `--format json` tells of a failure."""
+    from deploy.submit import _refusal
+
+    told = {"success": False, "error-message": "why not"}
+    assert "why not" in _refusal(subprocess.CompletedProcess([], 0, json.dumps(told), ""))
+    assert _refusal(subprocess.CompletedProcess([], 1, "", "no such host")) == "no such host"
+    assert _refusal(subprocess.CompletedProcess([], 0, json.dumps({"success": True, "run-id": 7}), "")) == ""
 
 
 @pytest.mark.parametrize("name", ["docker-compose.yml", "deploy/coordinator.yml", "deploy/node.yml"])
