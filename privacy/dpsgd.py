@@ -167,18 +167,8 @@ class Privatiser:
         self._buffers = {name: buffer.clone() for name, buffer in _buffers(self.model).items()}
         learning, wanted = frozenset(self._learning), self.grad_sample
         self._mode = once(self.model, ("private mode", learning, wanted), lambda: chosen_mode(self.model, wanted))
-        # Made once, as fresh memory for every step would cost more than the noise; in one piece, which is drawn at once.
-        kinds = {(p.dtype, p.device) for p in self._learning.values()}
-        whole = [list(self._learning.values())] if len(kinds) == 1 else [[p] for p in self._learning.values()]
-        self._drawing = [
-            torch.empty(sum(p.numel() for p in some), dtype=some[0].dtype, device=some[0].device) for some in whole
-        ]
-        shares = [
-            part.view(p.shape)
-            for flat, some in zip(self._drawing, whole, strict=True)
-            for p, part in zip(some, torch.split(flat, [p.numel() for p in some]), strict=True)
-        ]
-        self._shares = dict(zip(self._learning, shares, strict=True))
+        # Made once, as fresh memory for every step would cost more than the noise.
+        self._drawing, self._shares = once(self.model, ("shares", learning), lambda: _shares(self._learning))
         try:
             self._prepare()
         except BaseException:
@@ -220,7 +210,7 @@ class Privatiser:
         piece = 1 if self._mode == "loop" else self._piece
         for begin, end in pairwise([*range(first), *range(first, len(index), piece), len(index)]):
             if begin < end:
-                self._add_clipped(index[begin:end], losses)
+                self._add_clipped(index if end - begin == len(index) else index[begin:end], losses)
         for name, share in self._noisy().items():
             self._learning[name].grad = share
 
@@ -482,6 +472,20 @@ class Permit:
             )
         self._taken += 1
         return poisson(n, self.mechanism.sample_rate, self.sampling)
+
+
+def _shares(learning: dict[str, nn.Parameter]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Room for what becomes of the gradients, by name; and the pieces, each drawn at once, of which those are parts: one
+    piece if all parameters are of one kind."""
+    kinds = {(p.dtype, p.device) for p in learning.values()}
+    whole = [list(learning.values())] if len(kinds) == 1 else [[p] for p in learning.values()]
+    pieces = [torch.empty(sum(p.numel() for p in some), dtype=some[0].dtype, device=some[0].device) for some in whole]
+    shares = [
+        part.view(p.shape)
+        for piece, some in zip(pieces, whole, strict=True)
+        for p, part in zip(some, torch.split(piece, [p.numel() for p in some]), strict=True)
+    ]
+    return pieces, dict(zip(learning, shares, strict=True))
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

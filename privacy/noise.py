@@ -5,8 +5,8 @@ again. Here a key has 128 bits and a starting point as many, and AES in counter 
 stream that nobody tells from chance who lacks the key.
 
 The numbers are a function of the seed alone: what makes them of the stream uses only operations that IEEE 754 defines to
-the last bit (no library's logarithm, which differs between processors). `noise.c` is the same sums in C, five times as
-fast; where there is no compiler, or the processor has no instructions for AES, NumPy gives the same bits.
+the last bit (no library's logarithm, which differs between processors). `noise.c` is the same sums in C, some eight
+times as fast; where there is no compiler, or the processor has no instructions for AES, NumPy gives the same bits.
 """
 
 import ctypes
