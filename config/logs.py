@@ -32,3 +32,9 @@ def log_lines() -> None:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def tell(line: str) -> None:
+    """Print a line by one call: `print` makes two where nothing is buffered, and another thread's line may come between."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

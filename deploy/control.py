@@ -29,6 +29,8 @@ from flwr.proto.run_pb2 import Run
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
+from config.logs import tell
+
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))
 ADDRESS = os.environ.get("MEADOW_SUPERLINK", "superlink:9091")
@@ -39,10 +41,7 @@ REVOKED = "unregistered"
 def log(event: str, level: str = "INFO", **facts: object) -> None:
     """One line an event."""
     service = os.environ.get("MEADOW_SERVICE", "run")
-    print(
-        " ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]),
-        flush=True,
-    )
+    tell(" ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]))
 
 
 def connect() -> None:

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from config.identity import ROOT, code_sha256
+from config.logs import tell
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))
@@ -129,10 +130,10 @@ def main(name: str) -> int:
     STATE.mkdir(parents=True, exist_ok=True)
     os.environ["MEADOW_SERVICE"] = name
     ended = os.environ.get("MEADOW_ENDED", "")
-    print(f"level=INFO service={name} event=start", flush=True)
+    tell(f"level=INFO service={name} event=start")
     last = STATE / "node-id"
     if name == "node" and last.exists() and bury(int(last.read_text())):
-        print("level=WARNING service=node event=died-before", flush=True)
+        tell("level=WARNING service=node event=died-before")
         time.sleep(MOURNING)
     child = subprocess.Popen(
         SERVICES[name](), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -149,10 +150,10 @@ def main(name: str) -> int:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
-            print(f"level=INFO service={name} event=end reason=the-run-has-ended", flush=True)
+            tell(f"level=INFO service={name} event=end reason=the-run-has-ended")
             return 0
         time.sleep(0.5)
-    print(f"level=WARNING service={name} event=end status={child.returncode}", flush=True)
+    tell(f"level=WARNING service={name} event=end status={child.returncode}")
     return 1 if child.returncode >= 0 else 128 - child.returncode
 
 
@@ -170,7 +171,7 @@ def _tell(name: str, lines: Iterable[str]) -> None:
         text = _COLOUR.sub("", line).strip()
         if not text or text.startswith("level="):
             if text:
-                print(text.replace(" ", f" service={name} ", 1), flush=True)
+                tell(text.replace(" ", f" service={name} ", 1))
             continue
         if " 200" in text and "HTTP/1" in text:
             continue
@@ -178,7 +179,7 @@ def _tell(name: str, lines: Iterable[str]) -> None:
         level = found.group(1) if found else "INFO"
         rest = (text[found.end() :] if found else text).strip()
         if rest:
-            print(f"level={level} service={name} text={json.dumps(rest, ensure_ascii=False)}", flush=True)
+            tell(f"level={level} service={name} text={json.dumps(rest, ensure_ascii=False)}")
 
 
 if __name__ == "__main__":
