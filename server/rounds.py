@@ -127,7 +127,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
             for round_ in range(first, experiment.run.rounds + 1):
                 play_round(session, round_)
         finally:
-            session.writer.wait()
+            session.writer.end()
         scores = score_clients(session, experiment.run.rounds, last=True)
     except RunStopped as stop:
         status, reason = "stopped", str(stop)

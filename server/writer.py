@@ -30,6 +30,13 @@ class Writer:
         if writing is not None:
             writing.result()
 
+    def end(self) -> None:
+        """`wait`, for the last time."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
     def _write(self, record: Mapping[str, Any], checkpoint: checkpoints.Checkpoint) -> None:
         self._folder.append(record)
         checkpoints.save(self._folder.checkpoints, checkpoint)
