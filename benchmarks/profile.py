@@ -2,7 +2,7 @@
 
     python -m benchmarks.profile PRESET [KEY=VALUE ...]
 
-PRESET: a preset, an experiment file, or a workload of `benchmarks/workloads.py`. The figures are medians over the rounds
+PRESET: a preset, an experiment file, or a workload of `benchmarks/workloads.py`. The figures are means over the rounds
 after the first two, from `rounds.jsonl`; the wall time beside their sum is taken by itself, from round to round.
 """
 
@@ -33,7 +33,7 @@ ROUNDS = 20
 
 
 def measure(experiment: Experiment) -> tuple[dict[str, float], float]:
-    """Run it: the median seconds of each phase over the rounds after the warm-up, and the median wall time of a round."""
+    """Run it: the mean seconds of each phase over the rounds after the warm-up, and of a round by the wall clock."""
     stamps: list[float] = []
     begin = Writer.begin
 
@@ -46,7 +46,7 @@ def measure(experiment: Experiment) -> tuple[dict[str, float], float]:
         run_many([Job(experiment, folder)])
         records = RunFolder(folder).rounds()[WARM_UP:]
     walls = [after - before for before, after in pairwise(stamps)][WARM_UP - 1 :]
-    return {p: statistics.median(r["times"][p] for r in records) for p in PHASES}, statistics.median(walls)
+    return {p: statistics.fmean(r["times"][p] for r in records) for p in PHASES}, statistics.fmean(walls)
 
 
 def table(phases: dict[str, float], wall: float) -> Table:
