@@ -961,6 +961,7 @@ def test_a_noised_update_is_what_the_ledgers_entry_gives(
         return result
 
     monkeypatch.setattr(client.turn, "train", watched)
+    monkeypatch.setattr("client.node.fast", lambda *_: "the loop is watched")
     experiment = small(
         "fedavg", *LOCAL, "run.rounds=1", "privacy.clip=0.2", "partition.clients=3", "partition.law=quantity"
     )
