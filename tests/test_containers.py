@@ -330,7 +330,7 @@ def test_a_node_without_network_for_120_seconds_is_missed_and_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start_engine()
-    with playing(Stack(tmp_path / "meadow", "fedavg", 20, f"partition.clients={CLIENTS}")) as stack:
+    with playing(Stack(tmp_path / "meadow", "fedavg", 24, f"partition.clients={CLIENTS}")) as stack:
         cut_off(CUT, 120)
         assert {client for _, client in stack.lost()} == set(HOSTED[CUT])  # the rounds went on
         stack.until(lambda: not stack.rounds()[-1]["failed"], 200)

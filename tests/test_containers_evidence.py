@@ -48,23 +48,27 @@ STEPS = {
 
 
 def time_line() -> dict[str, float]:
-    """Seconds of each step of a round, the mean over the nodes and the rounds but the first; and what is left to the server
-    between the last node's reply and the next round's first message."""
+    """Seconds of each step of a round, the mean over the nodes and the rounds but the first, and what is left to the server
+    between the last node's reply and the round's end."""
     ends = [when for when, line in _lines("run") if "event=round" in line]
     took: dict[str, list[float]] = {step: [] for step in STEPS.values()}
     last = [0.0] * len(ends)
     for node in (f"node-{i}" for i in range(4)):
         lines = _lines(node)
-        for number, end in enumerate(ends[:-1], start=1):
-            before = end
+        trained = [i for i, (_, line) in enumerate(lines) if 'text="trained"' in line]
+        for number in range(1, len(ends)):
+            place = next(i for i in trained if f"round={number + 1} " in lines[i][1])
+            before = ends[number - 1]
             for event, step in STEPS.items():
-                when = next(when for when, line in lines if when > before - 1e-9 and event in line)
+                earlier = list(STEPS).index(event) < 3
+                where = reversed(lines[:place]) if earlier else lines[place:]
+                when = next(when for when, line in where if event in line)
                 took[step].append(when - before)
                 before = when
             last[number] = max(last[number], before)
     server = [end - sent for end, sent in zip(ends, last, strict=True)][1:]
     return {step: statistics.fmean(values) for step, values in took.items()} | {
-        "from the last reply until the server has the round": statistics.fmean(server)
+        "from the last node's reply until the round is told": statistics.fmean(server)
     }
 
 
