@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as for `meadow run`")
     given = parser.parse_args()
     name, rounds = given.preset, WARM_UP + ROUNDS
-    tree: Any = read_tree("fedavg" if name in WORKLOADS else name)
     flat = [*(settings(name, rounds) if name in WORKLOADS else {"run.rounds": rounds}).items()]
     try:
+        tree = read_tree("fedavg" if name in WORKLOADS else name)
         experiment = resolve(apply(tree, [*flat, *map(parse_override, given.overrides)]))
         Console().print(table(*measure(experiment)))
     except UserError as error:
