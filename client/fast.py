@@ -1,10 +1,10 @@
 """Which clients kernels train that are faster than the training loop, and what these are given.
 
-With `engine.exact` they have the loop's bits (`client/direct.py`). Without it, on a CPU compiled code trains one client
-after another (`client/fused.py`), on a GPU all clients of a block train at once on stacked parameters (`client/stacked.py`):
-both take the samples in the loop's order and differ from it in the order of sums alone; tests/test_fast.py says by how
-much. What no kernel covers, the loop trains, and `why_not` says why.
-"""
+With `engine.exact` a client's bits depend on nothing but its samples and torch (`client/direct.py`). Without it, on a CPU
+compiled code trains one client after another (`client/fused.py`), whose bits are the compiler's too; on a GPU all clients of
+a block train at once on stacked parameters (`client/stacked.py`). All take the samples in the loop's order and differ
+from it in the order of sums alone; tests/test_direct.py and tests/test_fast.py say by how much. What none covers, the
+loop trains."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import torch
 
 from client.direct import Direct
 from client.fused import Fused
-from client.kernels import Kernels, Member, Network, Unknown, network
+from client.kernels import Kernels, Member, Unknown, network
 from client.optimisers import scheduled
 from client.stacked import Stacked
 from client.training import Trained
@@ -26,10 +26,6 @@ from tasks.data import Data
 from tasks.features import View
 from tasks.metrics import class_weights
 from tasks.task import Task
-
-LARGEST_CONVOLUTION = 2_000_000
-"""Multiplications of a sample in one convolution up to which `fused.c` is faster than the loop on a CPU: above, the
-products are large enough for oneDNN, and a framework's step costs little beside them."""
 
 
 def why_not(experiment: Experiment) -> str:
@@ -63,36 +59,27 @@ def fast(experiment: Experiment, seen: View) -> "Fast | str":
     check_device(experiment)
     if reason := why_not(experiment):
         return reason
-    task = seen.task
+    task, engine, reason = seen.task, experiment.engine, ""
     try:
         if seen.trunk is not None:
             raise Unknown("the trunk is frozen, and the heads cost little")
         found = network(seen.model, tuple(task.dataset.test.x.shape[1:]), task.targets, task.weights)
-        if experiment.engine.exact:
-            return Fast(experiment, task, Direct(found, seen.model, experiment.local))
-        if experiment.engine.device == "cuda":
-            return Fast(experiment, task, Stacked(found, experiment.local, experiment.engine))
-        if reason := too_large(found):
-            return reason
-        return Fast(experiment, task, Fused(found, experiment.local))
+        if engine.device == "cuda":
+            return Fast(experiment, task, Stacked(found, experiment.local, engine))
+        if not engine.exact:
+            try:
+                return Fast(experiment, task, Fused(found, experiment.local))
+            except Unknown as fault:
+                reason = str(fault)
+        return Fast(experiment, task, Direct(found, experiment.local), reason)
     except Unknown as fault:
-        return str(fault)
+        return reason or str(fault)
 
 
 def told(experiment: Experiment, found: "Fast | str") -> str:
-    """What trains: "loop", "direct", "fused" or "stacked"; the loop with the reason, if other bits were allowed."""
-    if isinstance(found, Fast):
-        return found.kernels.title
-    return "loop" if experiment.engine.exact else f"loop: {found}"
-
-
-def too_large(found: Network) -> str:
-    """The convolution that is too large for `fused.c` to be faster, or ""."""
-    for layer in found.layers:
-        (c, *_), (oc, h, w), (kh, kw) = layer.before, layer.after, layer.kernel
-        if layer.kind == "conv" and c * oc * h * w * kh * kw > LARGEST_CONVOLUTION:
-            return f"{layer.weight.removesuffix('.weight')} is large enough for the loop"
-    return ""
+    """What trains: "loop", "direct", "fused" or "stacked", with the reason if faster ones were allowed."""
+    title, reason = (found.kernels.title, found.reason) if isinstance(found, Fast) else ("loop", found)
+    return title if experiment.engine.exact or not reason else f"{title}: {reason}"
 
 
 @dataclass(frozen=True)
@@ -102,6 +89,8 @@ class Fast:
     experiment: Experiment
     task: Task
     kernels: Kernels
+    reason: str = ""
+    """Why no faster ones train, that were allowed."""
     _kept: dict[int, tuple[Data, Data, Sequence[torch.Tensor | None]]] = field(
         default_factory=dict, repr=False, compare=False
     )

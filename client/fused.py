@@ -22,6 +22,9 @@ from config.durable import Arrays
 from config.schema import Local
 
 LANES = 16
+LARGEST_CONVOLUTION = 2_000_000
+"""Multiplications of a sample in one convolution up to which `fused.c` is faster than torch: above, products are large
+enough for oneDNN, and a framework's step costs little beside them."""
 
 _NUMBERS = (
     "kind", "act", "c", "h", "w", "oc", "oh", "ow", "kh", "kw", "ph", "pw", "groups", "weight", "bias"
@@ -73,13 +76,16 @@ class Slot:
 
 
 class Fused:
-    """`client.kernels.Kernels` for a CPU. Raises Unknown where `fused.c` cannot be compiled."""
+    """`client.kernels.Kernels` for a CPU. Raises Unknown where `fused.c` cannot be compiled, does not know a layer, or
+    would be slower."""
 
     title = "fused"
     blocks_at_once = 1
     keeps_samples = True
 
     def __init__(self, network: Network, plan: Local) -> None:
+        if reason := unfit(network):
+            raise Unknown(reason)
         self.network, self._plan, self._library = network, plan, library()
         self._slots: dict[str, Slot] = {}
         size = 0
@@ -224,3 +230,14 @@ def library() -> ctypes.CDLL:
         function = getattr(found, f"fused_{name}")
         function.restype, function.argtypes = result, arguments
     return found
+
+
+def unfit(network: Network) -> str:
+    """The layer that is not for `fused.c`, or ""."""
+    for layer in network.layers:
+        if layer.kind not in _KINDS:
+            return f"fused.c has no {layer.kind}"
+        (c, *_), (oc, h, w), (kh, kw) = layer.before, layer.after, layer.kernel
+        if layer.kind == "conv" and c * oc * h * w * kh * kw > LARGEST_CONVOLUTION:
+            return f"{layer.weight.removesuffix('.weight')} is large enough for torch"
+    return ""

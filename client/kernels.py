@@ -16,7 +16,7 @@ from config.durable import Arrays
 from tasks.data import Target
 from tasks.features import Heads
 from tasks.models import Multihead
-from tasks.networks import FEATURE_NORM_SQUARED, BoundedFeatures
+from tasks.networks import FEATURE_NORM_SQUARED, BoundedFeatures, HalfOfTime, MeanAndMaximum
 
 Sums = dict[str, npt.NDArray[np.float64]]
 
@@ -29,11 +29,12 @@ class Unknown(Exception):
 class Layer:
     """A layer of the trunk, with the activation that follows it. weight, bias: state names, "" where there is none.
 
-    before, after: the shape of a sample, (c, h, w) of an image, (c, 1, 1) of flat features. kernel: of a convolution (with
-    `padding`) or the window of a pooling. groups, eps: of a normalisation; scale: what BoundedFeatures multiplies by.
+    before, after: the shape of a sample, (c, h, w) of an image, (c, 1, w) of a sensor window, (c, 1, 1) of flat features.
+    kernel: of a convolution (with `padding`) or the window of a pooling. groups, eps: of a normalisation; scale: what
+    BoundedFeatures multiplies by.
     """
 
-    kind: Literal["linear", "conv", "pool", "norm", "bounded", "flatten"]
+    kind: Literal["linear", "conv", "pool", "norm", "bounded", "flatten", "over time"]
     before: tuple[int, int, int]
     after: tuple[int, int, int]
     weight: str = ""
@@ -50,7 +51,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Network:
-    """A model as layers and heads. shape: of one sample; image: it stays an image for the first layer, else it is flat.
+    """A model as layers and heads. shape: of one sample; image: it stays an image, or a window, for the first layer, else it
+    is flat.
 
     features: what the heads see. targets, importance: of each head, `heads.<target>.weight` and `.bias`. shapes: of all
     arrays of the model's state, in its order.
@@ -132,8 +134,8 @@ def network(
     if type(model) not in (Multihead, Heads):
         raise Unknown("the model is no trunk with heads")
     modules = list(_flattened("trunk", model.trunk)) if isinstance(model, Multihead) else []
-    image = len(shape) == 3 and bool(modules) and not isinstance(modules[0][1], nn.Flatten)
-    at = (shape[0], shape[1], shape[2]) if image else (math.prod(shape), 1, 1)
+    image = len(shape) in (2, 3) and bool(modules) and not isinstance(modules[0][1], nn.Flatten)
+    at = (shape[0], 1 if len(shape) == 2 else shape[1], shape[-1]) if image else (math.prod(shape), 1, 1)
     first_is_image, layers = image, list[Layer]()
     for number, (place, module) in enumerate(modules):
         if number == 0 and isinstance(module, nn.Flatten):
@@ -145,10 +147,10 @@ def network(
                 raise Unknown(f"{place} does not follow a linear layer, a convolution or a normalisation")
             layers[of] = replace(layers[of], activation=_ACTIVATIONS[type(module)])
             continue
-        layer = _layer(module, at, place, image)
+        layer = _layer(module, at, place, image, len(shape) == 2)
         weight, bias = (f"{place}.{n}" if getattr(module, n, None) is not None else "" for n in ("weight", "bias"))
         layers.append(replace(layer, weight=weight, bias=bias))
-        at, image = layer.after, image and layer.kind != "flatten"
+        at, image = layer.after, image and layer.kind not in ("flatten", "over time")
     if image:
         raise Unknown("the trunk's features are not flat")
     heads = cast(Mapping[str, nn.Module], model.heads)
@@ -177,9 +179,21 @@ def _flattened(place: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]
         yield place, module
 
 
-def _layer(module: nn.Module, before: tuple[int, int, int], place: str, image: bool) -> Layer:
+def _layer(module: nn.Module, before: tuple[int, int, int], place: str, image: bool, window: bool) -> Layer:
     """What a module is and what comes out of it. Raises Unknown."""
     c, h, w = before
+    if image and window:
+        if type(module) is nn.Conv1d:
+            kernel, padding = (1, module.kernel_size[0]), module.padding
+            plain = (module.stride, module.dilation, module.groups, module.padding_mode) == ((1,), (1,), 1, "zeros")
+            if not plain or isinstance(padding, str) or padding[0] >= kernel[1]:
+                raise Unknown(f"{place} is a convolution with stride, groups, dilation or wide padding")
+            after = (module.out_channels, 1, w + 2 * padding[0] - kernel[1] + 1)
+            return Layer("conv", before, after, kernel=kernel, padding=(0, padding[0]))
+        if type(module) is HalfOfTime:
+            return Layer("pool", before, (c, 1, w // 2), kernel=(1, 2))
+        if type(module) is MeanAndMaximum:
+            return Layer("over time", before, (2 * c, 1, 1))
     if type(module) is nn.Linear and not image and module.in_features == c:
         return Layer("linear", before, (module.out_features, 1, 1))
     if type(module) is nn.Conv2d and image:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from client.kernels import Layer, Member, Network, Outcome
+from client.kernels import Layer, Member, Network, Outcome, Unknown
 from config.durable import Arrays
 from config.schema import Engine, Local
 from tasks.data import MISSING
@@ -44,13 +44,15 @@ class Step:
 
 
 class Stacked:
-    """`client.kernels.Kernels` for a GPU; on a CPU too, for the tests."""
+    """`client.kernels.Kernels` for a GPU; on a CPU too, for the tests. Raises Unknown for sensor windows."""
 
     title = "stacked"
     blocks_at_once = 10
     keeps_samples = True
 
     def __init__(self, network: Network, plan: Local, engine: Engine) -> None:
+        if network.image and len(network.shape) == 2:
+            raise Unknown("sensor windows are not among what is stacked")
         self.network, self._plan = network, plan
         self._device = torch.device(engine.device)
         self._half = engine.precision == "bfloat16"

@@ -8,10 +8,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from client.fast import Fast
 from client.node import Node, samples
+from config.durable import Arrays
 from strategies.blocks import WeightedSum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
@@ -30,14 +31,22 @@ def train_blocks(
     A block with a client that fails, or whose arrays are not finite, is among the others: there each is judged alone.
     """
     done = NodeReply([])
-    if not isinstance(node.fast, Fast) or not _plain(node):
+    if not isinstance(node.fast, Fast) or not _plain(node) or not blocks:
         return done, list(requests)
+    # One dictionary for all blocks: kernels take over what is new to them once.
+    first, received = requests[0], from_record(requests[0].arrays)
     asked, left = {request.client: request for request in requests}, {request.client for request in requests}
     at_once = node.fast.kernels.blocks_at_once
     for begin in range(0, len(blocks), at_once):
         part = blocks[begin : begin + at_once]
         try:
-            found = _train(node, node.fast, [[asked[client] for client in clients] for _, clients in part])
+            together = [[asked[client] for client in clients] for _, clients in part]
+            same = all(
+                each.arrays is first.arrays and each.config is first.config for block in together for each in block
+            )
+            if not same or "work" in first.config or received.keys() != node.fast.kernels.network.shapes.keys():
+                continue
+            found = _train(node, node.fast, first.config, received, [clients for _, clients in part])
         except Exception:  # whatever a client's data does, it is met again one by one
             log.debug("blocks %s go one by one", [index for index, _ in part], exc_info=True)
             continue
@@ -64,17 +73,12 @@ def _plain(node: Node) -> bool:
 
 
 def _train(
-    node: Node, fast: Fast, blocks: Sequence[Sequence[Request]]
+    node: Node, fast: Fast, config: ConfigRecord, received: Arrays, clients: Sequence[Sequence[int]]
 ) -> Sequence[tuple[list[Answer], WeightedSum] | None]:
-    """The blocks' answers and sums; None of a block if its clients are asked different things, or anything is not finite."""
-    requests = [request for block in blocks for request in block]
-    record, config = requests[0].arrays, requests[0].config
-    received = from_record(record)
-    same = all(request.arrays is record and request.config is config for request in requests)
-    if not same or "work" in config or received.keys() != fast.kernels.network.shapes.keys():
-        return [None] * len(blocks)
+    """The blocks' answers and sums, by the blocks' clients; None of a block where anything is not finite, and of all if a
+    client has what kernels do not cover."""
     round_, local = int(cast(int, config["round"])), node.experiment.local
-    contents = {request.client: RecordDict() for request in requests}
+    contents = {client: RecordDict() for block in clients for client in block}
     if config["evaluate"]:
         node.clock.now("evaluate")
         load_into(node.model, received)
@@ -82,10 +86,9 @@ def _train(
             data = node.view.data(f"{client}/test", node.task.client(client).test)
             content["evaluation"] = MetricRecord(dict(evaluate(node.view.model, data, node.view.task)))
     node.clock.now("open")
-    clients = [[request.client for request in block] for block in blocks]
     own = {client: node.task.client(client).train for client in contents}
     if not all(map(fast.covers, own.values())):
-        return [None] * len(blocks)
+        return [None] * len(clients)
     known = {client: samples(node, client, data) for client, data in own.items()}
     members = [[fast.member(own[client], round_, client, local) for client in block] for block in clients]
     counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}

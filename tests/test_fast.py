@@ -11,8 +11,8 @@ from torch import nn
 
 from benchmarks import gpu
 from client import fused, together
-from client.fast import Fast, fast, too_large, why_not
-from client.fused import Fused
+from client.fast import Fast, fast, told, why_not
+from client.fused import Fused, unfit
 from client.kernels import Kernels, Unknown, network
 from client.stacked import Stacked
 from client.training import train
@@ -201,17 +201,17 @@ def test_what_is_not_covered_is_trained_exactly(setting: str, tmp_path: Path) ->
     assert runs[0] == runs[1]
 
 
-def test_without_a_compiler_the_loop_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_torch_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = load("fedavg", ["engine.exact=false"])
     task = open_task(experiment)
     seen = View(task.new_model(), task)
-    assert isinstance(fast(experiment, seen), Fast)
+    assert told(experiment, fast(experiment, seen)) == "fused"
     fused.library.cache_clear()
     try:
         monkeypatch.setenv("CC", "no-such-compiler")
-        assert fast(experiment, seen) == "there is no C compiler (cc)"
+        assert told(experiment, fast(experiment, seen)) == "direct: there is no C compiler (cc)"
         monkeypatch.setenv("CC", "false")
-        assert "does not compile" in str(fast(experiment, seen))
+        assert "does not compile" in told(experiment, fast(experiment, seen))
     finally:
         fused.library.cache_clear()
 
@@ -235,13 +235,20 @@ def test_other_layers_are_named(trunk: nn.Module, told: str) -> None:
         network(model, (1, 8, 8), [DIGIT], [1.0])
 
 
-def test_large_convolutions_stay_with_the_loop() -> None:
+def test_large_convolutions_and_windows_stay_with_torch() -> None:
     """The limit is between LeNet's (240,000 multiplications a sample) and those of McMahan et al. (10 million)."""
     for make, fits in ((networks.lenet, True), (networks.mcmahan_cnn, False)):
         trunk, features = make(load("fedavg").task, Inputs((1, 28, 28)))
         model = Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False})
         found = network(model, (1, 28, 28), [DIGIT], [1.0])
-        assert (too_large(found) == "") == fits
+        assert (unfit(found) == "") == fits
+    trunk, features = networks.cnn1d(load("fedavg").task, Inputs((3, 16)))
+    found = network(Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False}), (3, 16), [DIGIT], [1.0])
+    plan = load("fedavg").local
+    with pytest.raises(Unknown, match=r"fused\.c has no over time"):
+        Fused(found, plan)
+    with pytest.raises(Unknown, match="sensor windows"):
+        Stacked(found, plan, Engine())
 
 
 @pytest.mark.parametrize(
