@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.kernels import Member, Network, Outcome, Sums, Unknown
+from client.kernels import TOGETHER, Member, Network, Outcome, Sums, Unknown
 from client.layers import CrossEntropy, Descent, lowest, operations
 from client.training import taken
 from config.durable import Arrays
@@ -27,9 +27,6 @@ LANES = 16
 """Arrays begin at multiples of 64 bytes, as torch's own do: kernels choose their path by alignment."""
 AT_ONCE = 2**15
 """Numbers that are added up at once: what is between stays in a core's cache."""
-TOGETHER = 2**24
-"""Numbers of trained clients, 64 MiB, that wait to be added up in one pass: the sum in float64 is read and written once for
-all of them."""
 
 
 class Direct:

@@ -95,8 +95,9 @@ INLINE vec sums(const vec *v) {
 
 typedef struct { float rate, momentum, decay; int nesterov; } Step;
 
-INLINE void step_vec(float *w, float *m, vec g, Step s) {
-    vec now = load(w);
+/* A client's first step goes from where all clients begin (`from`) to its own parameters (`w`); then both are one. */
+INLINE void step_vec(const float *from, float *w, float *m, vec g, Step s) {
+    vec now = load(from);
     if (s.decay != 0) g += s.decay * now;
     if (s.momentum != 0) {
         vec b = s.momentum * load(m) + g;
@@ -107,18 +108,18 @@ INLINE void step_vec(float *w, float *m, vec g, Step s) {
     store(w, now - s.rate * g);
 }
 
-INLINE void step_one(float *w, float *m, float g, Step s) {
-    if (s.decay != 0) g += s.decay * *w;
+INLINE void step_one(const float *from, float *w, float *m, float g, Step s) {
+    if (s.decay != 0) g += s.decay * *from;
     if (s.momentum != 0) {
         float b = s.momentum * *m + g;
         *m = b;
         g = s.nesterov ? g + s.momentum * b : b;
     }
-    *w -= s.rate * g;
+    *w = *from - s.rate * g;
 }
 
-static void step_all(float *w, float *m, const float *g, int64_t count, Step s) {
-    for (int64_t i = 0; i < count; i++) step_one(w + i, s.momentum != 0 ? m + i : m, g[i], s);
+static void step_all(const float *from, float *w, float *m, const float *g, int64_t count, Step s) {
+    for (int64_t i = 0; i < count; i++) step_one(from + i, w + i, s.momentum != 0 ? m + i : m, g[i], s);
 }
 
 static Step step_of(const Plan *p, double rate) {
@@ -197,7 +198,7 @@ static void linear_back(const float *dy, const float *w, float *dx, int64_t in, 
 
 /* w[j][i] moves against dy[n][j] x[n][i], `rows` outputs by `wide` vectors at a time. */
 INLINE void update_tile(const int rows, const int wide, const float *dy, int64_t ys, const float *x, int64_t xs, int64_t n,
-                        float *w, float *m, Step step) {
+                        const float *from, float *w, float *m, Step step) {
     vec acc[4][4];
 #pragma GCC unroll 4
     for (int q = 0; q < rows; q++)
@@ -215,16 +216,20 @@ INLINE void update_tile(const int rows, const int wide, const float *dy, int64_t
 #pragma GCC unroll 4
     for (int q = 0; q < rows; q++)
 #pragma GCC unroll 4
-        for (int r = 0; r < wide; r++) step_vec(w + q * xs + r * LANES, m + q * xs + r * LANES, acc[q][r], step);
+        for (int r = 0; r < wide; r++) {
+            int64_t at = q * xs + r * LANES;
+            step_vec(from + at, w + at, m + at, acc[q][r], step);
+        }
 }
 
-static void linear_update(const float *dy, const float *x, float *w, float *m, int64_t in, int64_t out, int64_t n, Step step) {
+static void linear_update(const float *dy, const float *x, const float *from, float *w, float *m, int64_t in, int64_t out,
+                          int64_t n, Step step) {
     int64_t xs = ROUND(in), ys = ROUND(out);
     for (int64_t i = 0; i < xs; i += 4 * LANES) {
         int wide = (int)((xs - i) / LANES < 4 ? (xs - i) / LANES : 4);
         for (int64_t j = 0; j < out; j += 4) {
             int rows = (int)(out - j < 4 ? out - j : 4);
-#define TILE(q, r) update_tile(q, r, dy + j, ys, x + i, xs, n, w + j * xs + i, m + j * xs + i, step)
+#define TILE(q, r) update_tile(q, r, dy + j, ys, x + i, xs, n, from + j * xs + i, w + j * xs + i, m + j * xs + i, step)
 #define ROWS(r) (rows == 4 ? TILE(4, r) : rows == 3 ? TILE(3, r) : rows == 2 ? TILE(2, r) : TILE(1, r))
             wide == 4 ? ROWS(4) : wide == 3 ? ROWS(3) : wide == 2 ? ROWS(2) : ROWS(1);
 #undef ROWS
@@ -233,12 +238,12 @@ static void linear_update(const float *dy, const float *x, float *w, float *m, i
     }
 }
 
-static void bias_update(const float *dy, float *b, float *m, int64_t out, int64_t n, Step step) {
+static void bias_update(const float *dy, const float *from, float *b, float *m, int64_t out, int64_t n, Step step) {
     int64_t ys = ROUND(out);
     for (int64_t j = 0; j < out; j++) {
         float g = 0;
         for (int64_t s = 0; s < n; s++) g += dy[s * ys + j];
-        step_one(b + j, m + j, g, step);
+        step_one(from + j, b + j, m + j, g, step);
     }
 }
 
@@ -372,7 +377,7 @@ INLINE float before(float d, float out, int64_t act) {
     return act == RELU ? (out > 0 ? d : 0.0f) : act == TANH ? d * (1 - out * out) : d;
 }
 
-static void conv_backward(const Net *net, const Layer *l, Work *k, float *dx, float *p, int64_t n) {
+static void conv_backward(const Net *net, const Layer *l, Work *k, float *dx, const float *from, float *p, int64_t n) {
     int64_t yrow = ROUND(l->ow * n), qh = l->kh - 1 - l->ph, qw = l->kw - 1 - l->pw, rows = l->oh + 2 * qh;
     int64_t area = l->kh * l->kw;
     for (int64_t c = 0; c < l->oc; c++)
@@ -385,21 +390,23 @@ static void conv_backward(const Net *net, const Layer *l, Work *k, float *dx, fl
         for (int64_t o = 0; o < l->oc; o++)
             for (int64_t c = 0; c < l->c; c++)
                 for (int64_t a = 0; a < area; a++)
-                    k->flipped[(c * l->oc + o) * area + a] = p[l->weight + (o * l->c + c) * area + area - 1 - a];
+                    k->flipped[(c * l->oc + o) * area + a] = from[l->weight + (o * l->c + c) * area + area - 1 - a];
         conv(k->dpadded, k->out_row, l->oc, k->flipped, 0, l->kh, l->kw, dx, l->c, l->h, l->w, n, NONE);
     }
     const float *dy = k->dpadded + qh * k->out_row + qw * n;
     int64_t dplane = rows * k->out_row;
     if (l->rate_w > 0) {
         conv_dw(dy, k->out_row, dplane, k->padded, k->in_row, l, n, k->dw);
-        step_all(p + l->weight, net->moment + l->weight, k->dw, l->oc * l->c * area, step_of(&net->plan, l->rate_w));
+        step_all(from + l->weight, p + l->weight, net->moment + l->weight, k->dw, l->oc * l->c * area,
+                 step_of(&net->plan, l->rate_w));
     }
     if (l->bias >= 0 && l->rate_b > 0)
         for (int64_t c = 0; c < l->oc; c++) {
             vec g = {0};
             for (int64_t y = 0; y < l->oh; y++)
                 for (int64_t i = 0; i < l->ow * n; i += LANES) g += load(dy + c * dplane + y * k->out_row + i);
-            step_one(p + l->bias + c, net->moment + l->bias + c, sum(g), step_of(&net->plan, l->rate_b));
+            int64_t at = l->bias + c;
+            step_one(from + at, p + at, net->moment + at, sum(g), step_of(&net->plan, l->rate_b));
         }
 }
 
@@ -474,14 +481,15 @@ static void norm_forward(const Layer *l, Work *k, const float *x, const float *p
     }
 }
 
-static void norm_backward(const Net *net, const Layer *l, Work *k, float *dx, float *p, int64_t n) {
+static void norm_backward(const Net *net, const Layer *l, Work *k, float *dx, const float *from, float *p, int64_t n) {
     int64_t row = ROUND(l->w * n), per = l->c / l->groups;
     float count = (float)(per * l->h * l->w);
     for (int64_t g = 0; g < l->groups; g++) {
         float *restrict one = k->mean + g * n, *rstd = k->rstd + g * n, *restrict two = k->dw;
         for (int64_t s = 0; s < n; s++) one[s] = two[s] = 0; /* means of dhat, and of dhat hat */
         for (int64_t c = g * per; c < (g + 1) * per; c++) {
-            float dweight = 0, dbias = 0, weight = p[l->weight + c];
+            float dweight = 0, dbias = 0, weight = from[l->weight + c];
+            int64_t w = l->weight + c, b = l->bias + c;
             for (int64_t r = c * l->h; r < (c + 1) * l->h; r++)
                 for (int64_t q = 0; q < l->w; q++)
                     for (int64_t s = 0; s < n; s++) {
@@ -494,8 +502,8 @@ static void norm_backward(const Net *net, const Layer *l, Work *k, float *dx, fl
             if (dx) /* the weight is needed once more, below */
                 for (int64_t r = c * l->h; r < (c + 1) * l->h; r++)
                     for (int64_t i = 0; i < l->w * n; i++) dx[r * row + i] = k->grad[r * row + i] * weight;
-            if (l->rate_w > 0) step_one(p + l->weight + c, net->moment + l->weight + c, dweight, step_of(&net->plan, l->rate_w));
-            if (l->rate_b > 0) step_one(p + l->bias + c, net->moment + l->bias + c, dbias, step_of(&net->plan, l->rate_b));
+            if (l->rate_w > 0) step_one(from + w, p + w, net->moment + w, dweight, step_of(&net->plan, l->rate_w));
+            if (l->rate_b > 0) step_one(from + b, p + b, net->moment + b, dbias, step_of(&net->plan, l->rate_b));
         }
         if (dx)
             for (int64_t r = g * per * l->h; r < (g + 1) * per * l->h; r++)
@@ -648,8 +656,8 @@ static void gather(Net *net, const Layer *l, const float *x, int64_t size, const
 }
 
 /* One step on n samples of the client; adds n times each head's loss to `losses`. */
-static void batch_step(Net *net, float *p, const float *x, int64_t size, const void *const *y, const float *const *weights,
-                       const int64_t *index, int64_t n, double *losses) {
+static void batch_step(Net *net, const float *from, float *p, const float *x, int64_t size, const void *const *y,
+                       const float *const *weights, const int64_t *index, int64_t n, double *losses) {
     const Plan *plan = &net->plan;
     int64_t layers = plan->layers, first = layers; /* the lowest layer that learns */
     for (int64_t i = layers; i-- > 0;)
@@ -659,11 +667,11 @@ static void batch_step(Net *net, float *p, const float *x, int64_t size, const v
     for (int64_t i = 0; i < layers; i++) {
         const Layer *l = net->layer + i;
         Work *k = net->work + i;
-        const float *bias = l->bias >= 0 ? p + l->bias : 0;
-        if (l->kind == LINEAR) linear_forward(in, l->c, p + l->weight, bias, k->out, l->oc, n, l->act);
-        if (l->kind == CONV) conv_forward(l, k, in, p, n);
+        const float *bias = l->bias >= 0 ? from + l->bias : 0;
+        if (l->kind == LINEAR) linear_forward(in, l->c, from + l->weight, bias, k->out, l->oc, n, l->act);
+        if (l->kind == CONV) conv_forward(l, k, in, from, n);
         if (l->kind == POOL) pool_forward(l, k, in, n);
-        if (l->kind == NORM) norm_forward(l, k, in, p, n);
+        if (l->kind == NORM) norm_forward(l, k, in, from, n);
         if (l->kind == BOUNDED) bounded_forward(l, k, in, n);
         if (l->kind == FLATTEN) flatten(l, in, k->out, n, 0);
         in = k->out;
@@ -671,15 +679,17 @@ static void batch_step(Net *net, float *p, const float *x, int64_t size, const v
     for (int64_t i = 0; i < plan->heads; i++) {
         const Head *h = net->head + i;
         float *dx = layers ? net->work[layers - 1].grad : net->features_grad;
-        linear_forward(in, h->features, p + h->weight, h->bias >= 0 ? p + h->bias : 0, net->logits, h->size, n, NONE);
+        const float *bias = h->bias >= 0 ? from + h->bias : 0;
+        linear_forward(in, h->features, from + h->weight, bias, net->logits, h->size, n, NONE);
         losses[i] += loss(h, net->logits, y[i], weights[i], index, n) * (double)n;
-        if (first < layers) linear_back(net->logits, p + h->weight, dx, h->features, h->size, n, i > 0);
+        if (first < layers) linear_back(net->logits, from + h->weight, dx, h->features, h->size, n, i > 0);
         if (h->rate_w > 0)
-            linear_update(net->logits, in, p + h->weight, net->moment + (plan->momentum != 0 ? h->weight : 0), h->features,
-                          h->size, n, step_of(plan, h->rate_w));
+            linear_update(net->logits, in, from + h->weight, p + h->weight,
+                          net->moment + (plan->momentum != 0 ? h->weight : 0), h->features, h->size, n,
+                          step_of(plan, h->rate_w));
         if (h->bias >= 0 && h->rate_b > 0)
-            bias_update(net->logits, p + h->bias, net->moment + (plan->momentum != 0 ? h->bias : 0), h->size, n,
-                        step_of(plan, h->rate_b));
+            bias_update(net->logits, from + h->bias, p + h->bias, net->moment + (plan->momentum != 0 ? h->bias : 0),
+                        h->size, n, step_of(plan, h->rate_b));
     }
     for (int64_t i = layers; i-- > first;) {
         const Layer *l = net->layer + i;
@@ -691,38 +701,69 @@ static void batch_step(Net *net, float *p, const float *x, int64_t size, const v
                 for (int64_t s = 0; s < n; s++)
                     for (int64_t j = 0; j < l->oc; j++)
                         k->grad[s * row + j] = before(k->grad[s * row + j], k->out[s * row + j], l->act);
-            if (dx) linear_back(k->grad, p + l->weight, dx, l->c, l->oc, n, 0);
+            if (dx) linear_back(k->grad, from + l->weight, dx, l->c, l->oc, n, 0);
             if (l->rate_w > 0)
-                linear_update(k->grad, below, p + l->weight, net->moment + (plan->momentum != 0 ? l->weight : 0), l->c, l->oc,
-                              n, step_of(plan, l->rate_w));
+                linear_update(k->grad, below, from + l->weight, p + l->weight,
+                              net->moment + (plan->momentum != 0 ? l->weight : 0), l->c, l->oc, n,
+                              step_of(plan, l->rate_w));
             if (l->bias >= 0 && l->rate_b > 0)
-                bias_update(k->grad, p + l->bias, net->moment + (plan->momentum != 0 ? l->bias : 0), l->oc, n,
-                            step_of(plan, l->rate_b));
+                bias_update(k->grad, from + l->bias, p + l->bias, net->moment + (plan->momentum != 0 ? l->bias : 0),
+                            l->oc, n, step_of(plan, l->rate_b));
         }
-        if (l->kind == CONV) conv_backward(net, l, k, dx, p, n);
+        if (l->kind == CONV) conv_backward(net, l, k, dx, from, p, n);
         if (l->kind == POOL && dx) pool_backward(l, k, dx, n);
-        if (l->kind == NORM) norm_backward(net, l, k, dx, p, n);
+        if (l->kind == NORM) norm_backward(net, l, k, dx, from, p, n);
         if (l->kind == BOUNDED && dx) bounded_backward(l, k, dx, n);
         if (l->kind == FLATTEN && dx) flatten(l, dx, k->grad, n, 1);
     }
 }
 
-/* Train one client: `steps` steps over batches of `batch` of its samples, in the order that `order` gives for each epoch
-   (epochs x samples indices). p: its parameters, changed in place. Returns whether all of them are finite. */
-int fused_train(Net *net, float *p, const float *x, int64_t size, const void *const *y, const float *const *weights,
-                 const int64_t *order, int64_t samples, int64_t batch, int64_t steps, double *losses) {
-    int64_t per = (samples + batch - 1) / batch;
-    if (net->plan.momentum != 0) memset(net->moment, 0, sizeof(float) * net->plan.parameters);
-    for (int64_t t = 0; t < steps; t++) {
-        int64_t from = t % per * batch, n = samples - from < batch ? samples - from : batch;
-        batch_step(net, p, x, size, y, weights, order + t / per * samples + from, n, losses);
+/* Whether every array learns. */
+static int all_learn(const Net *net) {
+    int all = 1;
+    for (int64_t i = 0; i < net->plan.layers; i++) {
+        const Layer *l = net->layer + i;
+        all &= (l->weight < 0 || l->rate_w > 0) && (l->bias < 0 || l->rate_b > 0);
     }
-    int wrong = 0;
-    for (int64_t i = 0; i < net->plan.parameters; i++) wrong |= !(fabsf(p[i]) <= FLT_MAX);
-    return !wrong;
+    for (int64_t i = 0; i < net->plan.heads; i++)
+        all &= net->head[i].rate_w > 0 && (net->head[i].bias < 0 || net->head[i].rate_b > 0);
+    return all;
 }
 
-/* sum[i] += weight p[i], in double precision. */
-void fused_add(double *restrict sum, const float *restrict p, double weight, int64_t count) {
-    for (int64_t i = 0; i < count; i++) sum[i] += weight * (double)p[i];
+/* Train one client: `steps` (one or more) steps over batches of `batch` of its samples, in the order that `order` gives for
+   each epoch (epochs x samples indices), from `start`. p: what it becomes. */
+void fused_train(Net *net, const float *start, float *p, const float *x, int64_t size, const void *const *y,
+                 const float *const *weights, const int64_t *order, int64_t samples, int64_t batch, int64_t steps,
+                 double *losses) {
+    int64_t per = (samples + batch - 1) / batch;
+    int copied = !all_learn(net);
+    if (copied) memcpy(p, start, sizeof(float) * net->plan.parameters);
+    if (net->plan.momentum != 0) memset(net->moment, 0, sizeof(float) * net->plan.parameters);
+    for (int64_t t = 0; t < steps; t++) {
+        int64_t begin = t % per * batch, n = samples - begin < batch ? samples - begin : batch;
+        const int64_t *index = order + t / per * samples + begin;
+        batch_step(net, t || copied ? p : start, p, x, size, y, weights, index, n, losses);
+    }
+}
+
+/* sum[i] (+)= weight p[i] over what several clients have become, in their order and in double precision; whether all are
+   finite. */
+int fused_sum(double *restrict sum, const float *const *p, const double *weights, int64_t clients, int64_t begin, int64_t end,
+              int add) {
+    enum { AT_ONCE = 1024 };
+    int wrong = 0;
+    for (int64_t at = begin; at < end; at += AT_ONCE) {
+        int64_t count = end - at < AT_ONCE ? end - at : AT_ONCE;
+        double *restrict to = sum + at;
+        if (!add) memset(to, 0, sizeof(double) * count);
+        for (int64_t k = 0; k < clients; k++) {
+            const float *restrict what = p[k] + at;
+            double weight = weights[k];
+            for (int64_t i = 0; i < count; i++) {
+                wrong |= !(fabsf(what[i]) <= FLT_MAX);
+                to[i] += weight * (double)what[i];
+            }
+        }
+    }
+    return !wrong;
 }

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from client.kernels import Layer, Member, Network, Outcome, Sums, Unknown
+from client.kernels import TOGETHER, Layer, Member, Network, Outcome, Sums, Unknown
 from config.compiled import NotCompiled, compiled
 from config.durable import Arrays
 from config.schema import Local
@@ -92,7 +93,8 @@ class Fused:
         for name, shape in network.shapes.items():
             slot = self._slots[name] = Slot(size, shape, _padded(shape[1]) if len(shape) == 2 else 0)
             size = _padded(slot.end)
-        self._start, self._work = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        self._start, self._received = np.zeros(size, np.float32), Arrays()
+        self._works = list[npt.NDArray[np.float32]]()
         self._net: int | None = None
         self._batch = 0
 
@@ -108,8 +110,10 @@ class Fused:
         weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
     ) -> Outcome:
         """As `client.kernels.Kernels.train`."""
-        for name, slot in self._slots.items():
-            slot.of(self._start)[...] = start[name]
+        if start is not self._received:  # a node's blocks begin at the same arrays
+            for name, slot in self._slots.items():
+                slot.of(self._start)[...] = start[name]
+            self._received = start
         self._open(max(member.batch for block in blocks for member in block))
         names = [n for layer in self.network.layers for n in (layer.weight, layer.bias)]
         names += [n for pair in self.network.heads for n in pair]
@@ -117,29 +121,32 @@ class Fused:
         self._library.fused_rates(self._net, given.ctypes.data)
         losses, arrays, totals = list[list[float]](), list[Arrays](), list[Sums | None]()
         for number, block in enumerate(blocks):
-            total, finite = np.zeros(len(self._work)), True
-            for place, member in enumerate(block):
-                self._work[:] = self._start
-                loss, is_finite = self._member(member)
-                losses.append(loss)
-                finite = finite and is_finite
-                if weights is None:
-                    arrays.append({name: slot.of(self._work).copy() for name, slot in self._slots.items()})
-                else:
-                    self._add(total, weights[number][place])
-            if weights is not None:
-                totals.append({name: slot.of(total) for name, slot in self._slots.items()} if finite else None)
+            if weights is None:
+                for member in block:
+                    losses.append(self._member(member, 0))
+                    arrays.append({name: slot.of(self._works[0]).copy() for name, slot in self._slots.items()})
+                continue
+            total, finite = np.empty(len(self._start)), True
+            at_once = max(1, TOGETHER // len(self._start))
+            for begin in range(0, len(block), at_once):
+                some = range(begin, min(begin + at_once, len(block)))
+                losses += [self._member(block[i], i - begin) for i in some]
+                finite &= self._add(total, [weights[number][i] for i in some], first=begin == 0)
+            totals.append({name: slot.of(total) for name, slot in self._slots.items()} if finite else None)
         return Outcome(losses, arrays, totals)
 
-    def _member(self, member: Member) -> tuple[list[float], bool]:
-        """Train `_work` in place; each target's loss, summed over the samples seen, and whether all is finite."""
+    def _member(self, member: Member, place: int) -> list[float]:
+        """Train a client in the work at a place; each target's loss, summed over the samples seen."""
+        while len(self._works) <= place:
+            self._works.append(np.zeros_like(self._start))
         heads = len(self.network.targets)
         losses = np.zeros(heads)
         truths = (ctypes.c_void_p * heads)(*(each.data_ptr() for each in member.y))
         weights = (ctypes.c_void_p * heads)(*(None if each is None else each.data_ptr() for each in member.weights))
-        finite = self._library.fused_train(
+        self._library.fused_train(
             self._net,
-            self._work.ctypes.data,
+            self._start.ctypes.data,
+            self._works[place].ctypes.data,
             member.x.data_ptr(),
             math.prod(self.network.shape),
             truths,
@@ -150,19 +157,19 @@ class Fused:
             member.steps,
             losses.ctypes.data,
         )
-        return losses.tolist(), bool(finite)
+        return losses.tolist()
 
-    def _add(self, total: npt.NDArray[np.float64], weights: Mapping[str, float]) -> None:
-        """total += weight times what was trained, in one piece for neighbours of the same weight."""
-        slots = list(self._slots.items())
-        begin = 0
-        for number, (name, _) in enumerate(slots):
-            last = number == len(slots) - 1
-            if last or weights[slots[number + 1][0]] != weights[name]:
-                end = len(total) if last else slots[number + 1][1].begin
-                out, what = total.ctypes.data + 8 * begin, self._work.ctypes.data + 4 * begin
-                self._library.fused_add(out, what, weights[name], end - begin)
-                begin = end
+    def _add(self, total: npt.NDArray[np.float64], weights: Sequence[Mapping[str, float]], first: bool) -> bool:
+        """total += each weight times what that work has become, or begins so; whether all numbers are finite."""
+        works = (ctypes.c_void_p * len(weights))(*(work.ctypes.data for work in self._works[: len(weights)]))
+        finite = True
+        by_name = {name: [each[name] for each in weights] for name in self._slots}
+        for given, names in groupby(self._slots, key=by_name.__getitem__):
+            ours = list(names)
+            places = self._slots[ours[0]].begin, _padded(self._slots[ours[-1]].end)
+            given_now = (ctypes.c_double * len(given))(*given)
+            finite &= bool(self._library.fused_sum(total.ctypes.data, works, given_now, len(given), *places, not first))
+        return finite
 
     def _open(self, batch: int) -> None:
         """Room for batches of this size."""
@@ -173,7 +180,7 @@ class Fused:
         layers, heads = len(network.layers), len(network.heads)
         begin = {name: slot.begin for name, slot in self._slots.items()} | {"": -1}
         about = _Plan(
-            layers, heads, len(self._work), batch, not network.image, plan.momentum, plan.weight_decay, plan.nesterov
+            layers, heads, len(self._start), batch, not network.image, plan.momentum, plan.weight_decay, plan.nesterov
         )
         tops = [
             _Head(
@@ -223,8 +230,8 @@ def library() -> ctypes.CDLL:
         "open": (pointer, [pointer, pointer, pointer, count]),
         "close": (None, [pointer]),
         "rates": (None, [pointer, pointer]),
-        "train": (ctypes.c_int, [pointer] * 3 + [count] + [pointer] * 3 + [count] * 3 + [pointer]),
-        "add": (None, [pointer, pointer, ctypes.c_double, count]),
+        "train": (None, [pointer] * 4 + [count] + [pointer] * 3 + [count] * 3 + [pointer]),
+        "sum": (ctypes.c_int, [pointer] * 3 + [count] * 3 + [ctypes.c_int]),
     }
     for name, (result, arguments) in declare.items():
         function = getattr(found, f"fused_{name}")

@@ -20,6 +20,10 @@ from tasks.networks import FEATURE_NORM_SQUARED, BoundedFeatures, HalfOfTime, Me
 
 Sums = dict[str, npt.NDArray[np.float64]]
 
+TOGETHER = 2**24
+"""Numbers of trained clients, 64 MiB, that wait to be added up in one pass: the sum in float64 is read and written once for
+all of them."""
+
 
 class Unknown(Exception):
     """What no kernel can train, and why; the training loop can."""
