@@ -31,8 +31,8 @@ def account_of(reply: Message, before: Account | None) -> Account | None:
 
     A ledger never gets shorter: a client that says so is not believed, and is reminded of what it said before.
     """
-    said = None if reply.has_error() else reply.content.config_records.get("ledger")
-    if said is None:
+    said = None if reply.has_error() else reply.content.get("ledger")
+    if not isinstance(said, ConfigRecord):
         return None
     entries, sha256, epsilon = said.get("entries"), said.get("sha256"), said.get("epsilon")
     if not isinstance(entries, int) or not isinstance(sha256, str) or not isinstance(epsilon, float):

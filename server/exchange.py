@@ -10,7 +10,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -108,12 +108,16 @@ class Exchange:
                 self._enter(node, reply)
 
     def send(
-        self, messages: Sequence[Message], whole_blocks: bool = False, work: Mapping[int, float] | None = None
+        self,
+        messages: Sequence[Message],
+        whole_blocks: bool = False,
+        work: Mapping[int, float] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[list[Message], dict[tuple[int, ...], WeightedSum]]:
         """Carry client messages and wait for the replies.
 
         `work`: what each client is expected to take, in any unit; blocks are then dealt to the nodes by it, if they are
-        `movable`, and else go where their clients are hosted.
+        `movable`, and else go where their clients are hosted. `meanwhile`: what to do once all is sent.
 
         Returns one reply for each message, in the same order, with an error where the client gave none; and, if
         `whole_blocks` allows nodes to add up, the sums of those blocks and spans of blocks, by their clients, that a
@@ -146,7 +150,7 @@ class Exchange:
         sums: dict[tuple[int, ...], WeightedSum] = {}
         began, busy = time.perf_counter(), dict[int, float]()
         times: dict[int, dict[str, float]] = {}
-        replies = self._carry(requests, self.timeout)
+        replies = self._carry(requests, self.timeout, meanwhile)
         span = time.perf_counter() - began
         for node, reply in replies.items():
             unpacked = _unpack(reply)
@@ -206,13 +210,19 @@ class Exchange:
             self.sizes[first:stop] = sizes[taken : taken + stop - first]
             taken += stop - first
 
-    def _carry(self, contents: dict[int, tuple[str, RecordDict]], timeout: float) -> dict[int, Message | None]:
+    def _carry(
+        self,
+        contents: dict[int, tuple[str, RecordDict]],
+        timeout: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[int, Message | None]:
         """One message to each node; the reply of each, None where the time limit passed. Matched by message id."""
         remote = isinstance(self.grid, HttpGrid)
         messages = [
             Message(content=folded(c) if remote else c, message_type=t, dst_node_id=n) for n, (t, c) in contents.items()
         ]
         waiting = dict(zip(self.grid.push_messages(messages), contents, strict=True)) if messages else {}
+        meanwhile()
         replies: dict[int, Message | None] = dict.fromkeys(contents)
         end = time.monotonic() + timeout
         while waiting and time.monotonic() < end:

@@ -224,7 +224,7 @@ def play_round(session: Session, round_: int) -> None:
     record["times"] = clock.read()
     record["seconds"] = sum(record["times"].values())
     clock.start("write")
-    session.writer.begin(record, checkpoint)
+    session.writer.give(record, checkpoint)
     if experiment.privacy.unit != "none":  # what leaves next presumes that this round has been
         session.writer.wait()
 
@@ -281,7 +281,7 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
         c: 1.0 + called.work.get(c, 1.0) * steps_of(experiment.local, max(1, int(session.sizes[c])))
         for c in called.trained
     }
-    replies, sums = session.exchange.send(messages, whole_blocks=whole, work=None if pooled else work)
+    replies, sums = session.exchange.send(messages, whole, None if pooled else work, meanwhile=session.writer.begin)
     session.clock.part("broadcast", session.exchange.times)
     session.clock.now("write")
     session.writer.wait()

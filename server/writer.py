@@ -12,20 +12,28 @@ from server.folder import RunFolder
 
 
 class Writer:
-    """Writes to a run folder, one round after the other. What goes wrong is raised by the next call."""
+    """Writes to a run folder, one round after the other. What goes wrong is raised by the next `wait`."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._given: tuple[Mapping[str, Any], checkpoints.Checkpoint] | None = None
         self._writing: Future[None] | None = None
 
-    def begin(self, record: Mapping[str, Any], checkpoint: checkpoints.Checkpoint) -> None:
-        """Begin to write a round's record and then its checkpoint, whose arrays must not change until `wait` returns."""
+    def give(self, record: Mapping[str, Any], checkpoint: checkpoints.Checkpoint) -> None:
+        """What a round leaves: its record, and then its checkpoint, whose arrays must not change until `wait` returns."""
         self.wait()
-        self._writing = self._thread.submit(self._write, record, checkpoint)
+        self._given = record, checkpoint
+
+    def begin(self) -> None:
+        """Begin to write what was given. Not before the next messages are sent: Python lets one thread run at a time."""
+        given, self._given = self._given, None
+        if given is not None:
+            self._writing = self._thread.submit(self._write, *given)
 
     def wait(self) -> None:
-        """Return when all is on disk."""
+        """Return when all that was given is on disk."""
+        self.begin()
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
