@@ -147,8 +147,9 @@ class Measured:
         return statistics.median([float(r["seconds"]) for r in self.rounds[1:] or self.rounds])
 
 
-def measure(settings: Experiment) -> Measured:
-    """Run `meadow run` on the experiment in a process of its own."""
+def measure(settings: Experiment, memory: bool = True) -> Measured:
+    """Run `meadow run` on the experiment in a process of its own. To look at its `memory` holds it up for some milliseconds
+    each time."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "e.toml").write_text(to_toml(settings))
@@ -158,10 +159,12 @@ def measure(settings: Experiment) -> Measured:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         peaks = [0, 0]
         watch = threading.Thread(target=_watch, args=(process, peaks))
-        watch.start()
+        if memory:
+            watch.start()
         if process.wait() != 0:
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-        watch.join()
+        if memory:
+            watch.join()
         records = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
         oldest = min((out / "checkpoints").glob("*.json"))
         # A checkpoint is written right after its round.
@@ -225,7 +228,7 @@ def states() -> Iterator[Row]:
 
 def lopsidedness() -> Iterator[Row]:
     """Idle share of the workers with log-normal sizes."""
-    found = measure(lopsided(10))
+    found = measure(lopsided(10), memory=False)
     idle = statistics.median(r["idle"] for r in found.rounds[1:])
     yield _row("log-normal sizes, sigma 1.5: MLP", 100, 100, found) | {"idle": idle}
 
@@ -239,7 +242,7 @@ def populations(most: int) -> Iterator[Row]:
 
 
 def _row(what: str, clients: int, cohort: int, found: Measured) -> Row:
-    memory = {"server MB": found.server / 2**20, "workers MB": found.workers / 2**20}
+    memory = {"server MB": found.server / 2**20, "workers MB": found.workers / 2**20} if found.server else {}
     return {"what": what, "population": clients, "cohort": cohort, "seconds": found.seconds, **memory}
 
 

@@ -6,6 +6,7 @@ train and evaluate: answer for each client in the pack.
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,9 +67,10 @@ def join(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients in the pack."""
+    began = time.perf_counter()
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
-    node.clock.start("open")
+    node.clock.start("open", began)
     with kernels(node.model):
         together, others = train_blocks(node, requests, blocks)
         alone = answer(node, others, train_client)

@@ -14,10 +14,10 @@ class Clock:
     def __init__(self) -> None:
         self.start("open")
 
-    def start(self, phase: str) -> None:
-        """Forget what was, and begin with a phase."""
+    def start(self, phase: str, since: float | None = None) -> None:
+        """Forget what was, and begin with a phase; `since`: when it began (`time.perf_counter`), if that was not now."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._phase, self._since = phase, time.perf_counter()
+        self._phase, self._since = phase, time.perf_counter() if since is None else since
 
     def now(self, phase: str) -> None:
         """From now on it is this phase."""

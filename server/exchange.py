@@ -34,8 +34,10 @@ log = logging.getLogger("meadow.server")
 _PAUSE = 0.05
 _REMOTE_PAUSE = 0.25
 """Seconds between two questions for replies where each is a call to the SuperLink."""
-EVEN = 0.03
+EVEN = 0.02
 """Share of the time by which the last worker may end later before blocks next to each other are parted."""
+LEVEL = 0.005
+"""Share of the even time by which the last worker may end later before pieces are exchanged."""
 DECISIVE = ("flwr", "torch")
 """The libraries of which server and nodes need the same release; its build (+cpu, +cu130) may differ."""
 CLIENT_FAILED = 1
@@ -73,6 +75,8 @@ class Exchange:
     """Each client's place in `_known`, -1 where it has none: four bytes a client, however many there are."""
     _rates: dict[int, float] = field(default_factory=dict)
     """Seconds that a node took for a unit of work, of late."""
+    _opened: set[int] = field(default_factory=set)
+    """Nodes that have trained before: in its first round a node opens its data as well, which tells nothing of its pace."""
 
     def __post_init__(self) -> None:
         self.sizes = np.zeros(self.clients, dtype=np.int64)
@@ -169,7 +173,10 @@ class Exchange:
         if work is not None:
             for node, seconds in busy.items():
                 amount = sum(work[m.metadata.dst_node_id] for m in by_node[node])
-                self._rates[node] = (self._rates.get(node, seconds / amount) + seconds / amount) / 2
+                if node in self._opened:
+                    now, usual = seconds / amount, self._rates.get(node, seconds / amount)
+                    self._rates[node] = usual + (now - usual) / 4
+            self._opened |= busy.keys()
         return [_reply(m, answers.get(m.metadata.dst_node_id, "no node answered for it")) for m in messages], sums
 
     def _deal(self, blocks: Sequence[tuple[int, ...]], work: Mapping[int, float]) -> dict[int, int]:
@@ -239,9 +246,10 @@ class Exchange:
 def deal(work: Sequence[float], rates: Sequence[float]) -> list[int]:
     """Which of several workers (0..len(rates)-1) does each of several pieces of `work`, so that they end together.
 
-    `rates`: the time that each worker takes for a unit. The longest piece comes first and each goes to the worker that ends
-    first with it (Graham 1969): that takes at most 4/3 of the shortest time possible. But where pieces next to each other
-    can stay together (a worker then adds up whole spans of blocks) and the last worker ends at most EVEN later, they do.
+    `rates`: the time that each worker takes for a unit. The longest piece comes first and each goes to the worker that
+    ends first with it (Graham 1969): that takes at most 4/3 of the shortest time possible. Then the worker that ends last
+    gives away a piece, or exchanges one, as long as that helps. But where pieces next to each other can stay together (a
+    worker then adds up whole spans of blocks) and the last worker ends at most EVEN later, they do.
     """
     speeds = np.array([1 / rate for rate in rates])
     amount = np.array(work, dtype=np.float64)
@@ -253,7 +261,37 @@ def deal(work: Sequence[float], rates: Sequence[float]) -> list[int]:
         place = int(np.argmin(ends + amount[piece] / speeds))
         ends[place] += amount[piece] / speeds[place]
         parted[piece] = place
+    _level(amount, speeds, ends, parted)
     return [int(place) for place in (together if end <= (1 + EVEN) * ends.max() else parted)]
+
+
+def _level(
+    amount: npt.NDArray[np.float64],
+    speeds: npt.NDArray[np.float64],
+    ends: npt.NDArray[np.float64],
+    places: npt.NDArray[np.int64],
+) -> None:
+    """Let the worker that ends last give a piece to another one, or exchange two with it, while that makes the later of both
+    end earlier, until the last one ends LEVEL after the even share. `ends` and `places` change."""
+    even = amount.sum() / speeds.sum()
+    while ends.max() > (1 + LEVEL) * even:
+        last = int(np.argmax(ends))
+        ours, best = np.flatnonzero(places == last), (float(ends[last]), -1, -1, -1)
+        for other in set(range(len(speeds))) - {last}:
+            theirs = np.flatnonzero(places == other)
+            back = np.append(amount[theirs], 0)  # in the last column nothing comes back
+            moved = amount[ours][:, None] - back
+            later = np.maximum(ends[last] - moved / speeds[last], ends[other] + moved / speeds[other])
+            i, j = divmod(int(later.argmin()), len(back))
+            best = min(best, (float(later[i, j]), other, int(ours[i]), int(theirs[j]) if j < len(theirs) else -1))
+        _, other, given, taken = best
+        if other < 0:
+            return
+        moved = amount[given] - (amount[taken] if taken >= 0 else 0)
+        places[given] = other
+        places[[taken] if taken >= 0 else []] = last
+        ends[last] -= moved / speeds[last]
+        ends[other] += moved / speeds[other]
 
 
 def _release(version: str) -> str:
