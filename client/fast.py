@@ -24,8 +24,12 @@ from strategies.local import steps_of
 from strategies.trainable import rate_factors, trained
 from tasks.data import Data
 from tasks.features import View
+from tasks.memory import Recent
 from tasks.metrics import class_weights
 from tasks.task import Task
+
+KEPT = 2**28
+"""Bytes of prepared samples that are kept, of the clients that came last."""
 
 
 def why_not(experiment: Experiment) -> str:
@@ -91,8 +95,8 @@ class Fast:
     kernels: Kernels
     reason: str = ""
     """Why no faster ones train, that were allowed."""
-    _kept: dict[int, tuple[Data, Data, Sequence[torch.Tensor | None]]] = field(
-        default_factory=dict, repr=False, compare=False
+    _kept: Recent[int, tuple[Data, Data, Sequence[torch.Tensor | None]]] = field(
+        default_factory=lambda: Recent(KEPT), repr=False, compare=False
     )
 
     def covers(self, data: Data) -> bool:
@@ -108,15 +112,16 @@ class Fast:
         seed = self.experiment.run.seed
         draws = (torch_generator(seed, "shuffle", round_, client, epoch) for epoch in range(rounds))
         order = torch.stack([torch.randperm(len(data), generator=draw) for draw in draws])
-        if client in self._kept and self._kept[client][0] is data:
-            _, own, by_class = self._kept[client]
+        kept = self._kept.get(client)
+        if kept is not None and kept[0] is data:
+            _, own, by_class = kept
         else:
             weights = class_weights(self.task.targets, data.y)
             by_class = [weights.get(t.name) for t in self.task.targets]
             own = Data(self.task.prepare(data.x), data.y)
             if self.kernels.keeps_samples:
                 own = Data(own.x.contiguous(), data.y)
-                self._kept[client] = data, own, by_class
+                self._kept.put(client, (data, own, by_class), own.nbytes)
         return Member(client, own.x, [own.y[t.name] for t in self.task.targets], by_class, order, size, steps)
 
     def rates(self, round_: int, plan: Local, learns: Callable[[str], bool] | None = None) -> dict[str, float]:

@@ -39,6 +39,7 @@ from tasks.data import Data, concatenate
 from tasks.domains import source_samples
 from tasks.evaluation import evaluate, examine
 from tasks.features import View, view
+from tasks.memory import find
 from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle, source_data
 
@@ -76,7 +77,8 @@ def open_node(context: Context) -> Node:
     """The node of this process for the experiment in the run configuration; made once a process."""
     simulated = bool(context.node_config.get("simulated", False))
     nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
-    return _open_node(_resolved(json.dumps(dict(context.run_config))), _state_root(context), simulated, nodes)
+    shared = str(context.node_config.get("data", ""))
+    return _open_node(_resolved(json.dumps(dict(context.run_config))), _state_root(context), simulated, nodes, shared)
 
 
 @functools.lru_cache(maxsize=8)
@@ -86,7 +88,12 @@ def _resolved(flat: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int) -> Node:
+def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared: str) -> Node:
+    for address in shared.split():
+        try:
+            find(address)
+        except OSError as error:  # then this process reads the data by itself
+            log.warning("the data in the machine's memory cannot be opened: %s", error)
     experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)

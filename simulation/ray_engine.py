@@ -23,6 +23,7 @@ from config.schema import Experiment
 from simulation.grid import LocalGrid, error_reply, node_context
 from simulation.mailbox import Address, Letter, Slot, Slots
 from simulation.ray_start import start_ray, stop_ray
+from tasks.task import share_task
 
 _WAIT = 0.5
 _SOME = 0.001
@@ -151,11 +152,17 @@ class RayGrid(LocalGrid):
         super().__init__(nodes)
         self._actors = dict(zip(self._node_ids, workers.actors, strict=True))
         self._contexts = {n: node_context(experiment, i, nodes, state) for i, n in enumerate(self._node_ids)}
+        self._experiment, self._data_is_shared = experiment, False
         self._running: dict[str, Sent] = {}
         self._slots = workers.slots
 
     def start(self, messages: Sequence[Message]) -> None:
         """Hand each message to its worker; array records are handed over once for all of them."""
+        if self._slots is not None and not self._data_is_shared:
+            addresses = " ".join(share_task(self._experiment))
+            for context in self._contexts.values():
+                context.node_config["data"] = addresses
+            self._data_is_shared = True
         shared = []
         for message in messages:
             content = message.content

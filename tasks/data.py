@@ -59,6 +59,11 @@ class Data:
     def __len__(self) -> int:
         return self.x.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.x.nbytes + sum(y.nbytes for y in self.y.values())
+
     def take(self, index: Tensor) -> "Data":
         """The samples at `index` (int64 (k,)), in that order, gathered into fresh tensors.
 

@@ -19,6 +19,7 @@ from config import schema
 from config.errors import UserError
 from config.load import nearest
 from config.seeds import numpy_generator
+from tasks import memory
 from tasks.arrays import arrays
 from tasks.data import Dataset, Raw, make_dataset
 from tasks.digits import digits, printed_dataset
@@ -59,8 +60,19 @@ def open_dataset(task: schema.Task) -> Dataset:
 
     Raises UserError for an unknown data set, files that are missing or malformed, and targets that it has not.
     """
+    own = data_settings(task)
+    return memory.common(own, lambda: _open(own))
+
+
+def data_settings(task: schema.Task) -> schema.Task:
+    """The settings with those at their defaults that do not decide the data."""
     defaults = schema.Task().model_dump()
-    return _open(task.model_copy(update={key: v for key, v in defaults.items() if key not in _DATA_KEYS}))
+    return task.model_copy(update={key: v for key, v in defaults.items() if key not in _DATA_KEYS})
+
+
+def forget_datasets() -> None:
+    """Keep no data set but for those in common memory."""
+    _open.cache_clear()
 
 
 @functools.lru_cache(maxsize=4)

@@ -22,6 +22,7 @@ from config.errors import UserError
 from config.load import to_toml, to_tree
 from config.schema import Experiment
 from tasks.data import Data, Dataset, Target
+from tasks.memory import Recent
 from tasks.partition import LeftOut, Split
 from tasks.peft import added
 from tasks.pipeline import image_pipeline
@@ -128,6 +129,9 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
         raise UserError(f"MEADOW_SHARE = {folder}: {error}; deal again") from None
     facts = {key: share["dataset"][key] for key in ("name", "sha256", "tokens", "images")}
     dataset = Dataset(train=empty, test=test, targets=targets, clients=tuple(share["dataset"]["clients"]), **facts)
+    kept: Recent[int, ClientData] = Recent(2**62)  # there is no pool to gather them from again
+    for client, data in clients.items():
+        kept.put(client, data, 0)
     learned = {target.name: target for target in targets}
     weights = experiment.task.target_weights or (1.0,) * len(experiment.learned)
     return Task(
@@ -142,7 +146,7 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
         counts=np.array(share["labels"], dtype=np.int64) if share["labels"] else None,
         added=added(experiment.local),
         two_domains=experiment.adapt.method == "augment",
-        _clients=clients,
+        _clients=kept,
     )
 
 

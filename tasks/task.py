@@ -4,7 +4,7 @@ Everything here is a function of the experiment alone, so every process of a run
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,11 +18,13 @@ from config.errors import UserError
 from config.load import apply, resolve, to_tree
 from config.schema import Experiment
 from config.seeds import derive, numpy_generator, one_thread, torch_generator
+from tasks import memory
 from tasks.data import MISSING, Data, Dataset, Inputs, Target, concatenate
-from tasks.datasets import open_dataset
+from tasks.datasets import data_settings, forget_datasets, open_dataset
 from tasks.digits import printed_digits
 from tasks.holds import held
 from tasks.laws import Ints
+from tasks.memory import Recent
 from tasks.metrics import loss
 from tasks.models import build, inputs, with_domains
 from tasks.numerics import laid_out
@@ -32,8 +34,8 @@ from tasks.pipeline import Pipeline, image_pipeline
 from tasks.stitch import COLUMNS
 from tasks.weights import TRUNK, pretrained_trunk
 
-_KEPT = 10_000
-"""Clients whose gathered data a process keeps: of a large population those that came last."""
+_KEPT = 2**28
+"""Bytes of gathered data that a process keeps, of the clients that came last."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Task:
     counts: Ints | None = None
     added: Added = field(default_factory=Added)
     two_domains: bool = False
-    _clients: dict[int, ClientData] = field(default_factory=dict, repr=False, compare=False)
+    _clients: Recent[int, ClientData] = field(default_factory=lambda: Recent(_KEPT), repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
         """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond.
@@ -76,17 +78,15 @@ class Task:
         """
         if not 0 <= pid < len(self.split.clients):
             raise IndexError(f"client {pid}: there are clients 0 to {len(self.split.clients) - 1}")
-        if pid not in self._clients:
-            own = self.split.clients[pid]
-            indices = (own.train, own.validation, own.test)
-            parts = [self._masked(pid, self.dataset.train.take(torch.from_numpy(index))) for index in indices]
-            if self.noise:
-                variance = self.noise * (pid + 1) / len(self.split.clients)
-                parts = _with_noise(parts, indices, variance, numpy_generator(self.seed, "feature-shift", pid))
-            while len(self._clients) >= _KEPT:
-                del self._clients[next(iter(self._clients))]
-            self._clients[pid] = ClientData(*parts)
-        return self._clients[pid]
+        if (found := self._clients.get(pid)) is not None:
+            return found
+        own = self.split.clients[pid]
+        indices = (own.train, own.validation, own.test)
+        parts = [self._masked(pid, self.dataset.train.take(torch.from_numpy(index))) for index in indices]
+        if self.noise:
+            variance = self.noise * (pid + 1) / len(self.split.clients)
+            parts = _with_noise(parts, indices, variance, numpy_generator(self.seed, "feature-shift", pid))
+        return self._clients.put(pid, ClientData(*parts), sum(part.nbytes for part in parts))
 
     def _masked(self, pid: int, data: Data) -> Data:
         gone = {name for name, has in zip(self.settings.targets, self.held[pid], strict=True) if not has}
@@ -146,6 +146,24 @@ def open_task(experiment: Experiment) -> Task:
     return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, *more)
 
 
+def share_task(experiment: Experiment) -> list[str]:
+    """Put an experiment's data and split into the machine's common memory (`tasks.memory`); returns their addresses. In
+    another process that has found them `open_task` takes them from there, as this one does from now on."""
+    addresses = []
+    for each in {experiment: None, settle(experiment): None}:
+        task, folds = open_task(each), (each.evaluate.folds, each.evaluate.fold)
+        addresses.append(memory.share(data_settings(each.task), task.dataset))
+        addresses.append(memory.share(_split_of(each.run.seed, each.task, each.partition, *folds), task.split))
+    forget_datasets()
+    _open_task.cache_clear()
+    return [address for address in dict.fromkeys(addresses) if address]
+
+
+def _split_of(seed: int, task: schema.Task, partition: schema.Partition, folds: int, fold: int) -> Hashable:
+    """What decides a split."""
+    return seed, data_settings(task), partition, folds, fold
+
+
 def settle(experiment: Experiment) -> Experiment:
     """The experiment with what only its data can tell filled in: `partition.clients` = 0 is how many there are.
 
@@ -177,7 +195,10 @@ def _open_task(
             f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which no '
             "noise can be added; choose another law"
         )
-    split = deal(partition, strata(dataset.train.y[first.name], first), seed, dataset.owner, folds, fold)
+    split = memory.common(
+        _split_of(seed, task, partition, folds, fold),
+        lambda: deal(partition, strata(dataset.train.y[first.name], first), seed, dataset.owner, folds, fold),
+    )
     holders = held(partition.holds, task.targets, len(split.clients), seed)
     weights = task.target_weights or (1.0,) * len(learned)
     learned_targets, noise = tuple(targets[name] for name in learned), partition.noise if shifted else 0.0
