@@ -93,18 +93,19 @@ def _plain_worker(pipe: Connection, name: str, clients: range) -> None:
 
 
 def meadow(name: str, rounds: int, exact: bool = True) -> list[float]:
-    """`meadow run` on Ray. A round lasts from one record in rounds.jsonl to the next, so its checkpoint counts."""
+    """`meadow run` on Ray. A round lasts from when its record and checkpoint are given to be written to when the next one's
+    are; what is not on disk by then is waited for."""
     from experiments import api
-    from server.folder import RunFolder
+    from server.writer import Writer
 
     stamps = []
-    append = RunFolder.append
+    give = Writer.give
 
-    def stamped(self: RunFolder, record: dict[str, Any]) -> None:
-        append(self, record)
+    def stamped(self: Writer, *given: Any) -> None:
+        give(self, *given)
         stamps.append(time.perf_counter())
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(RunFolder, "append", stamped):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Writer, "give", stamped):
         engine = {"engine.name": "ray", "engine.workers": PROCESSES, "engine.threads": 1, "engine.exact": exact}
         overrides: dict[str, Any] = settings(name, WARM_UP + rounds + 1) | engine
         api.run("fedavg", out=Path(folder) / "run", **overrides)

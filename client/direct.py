@@ -9,22 +9,23 @@ target whose labels are all known, without weights of the classes; the loop trai
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.kernels import TOGETHER, Member, Network, Outcome, Sums, Unknown
+from client.kernels import Member, Network, Outcome, Sums, Unknown, together
 from client.layers import CrossEntropy, Descent, lowest, operations
-from client.training import taken
 from config.durable import Arrays
 from config.schema import Local
-from tasks.data import MISSING, Data
+from tasks.data import MISSING
 
 LANES = 16
 """Arrays begin at multiples of 64 bytes, as torch's own do: kernels choose their path by alignment."""
+GATHERED = 2**22
+"""Numbers of samples that are gathered at once."""
 AT_ONCE = 2**15
 """Numbers that are added up at once: what is between stays in a core's cache."""
 
@@ -83,7 +84,7 @@ class Direct:
                         arrays.append({name: view.numpy().copy() for name, view in self._works[0][1].items()})
                     continue
                 total, finite = np.empty(len(self._start)), True
-                at_once = max(1, TOGETHER // len(self._start))
+                at_once = together(len(self._start))
                 for begin in range(0, len(block), at_once):
                     some = range(begin, min(begin + at_once, len(block)))
                     losses += [[self._member(block[i], rates, i - begin)] for i in some]
@@ -136,24 +137,31 @@ class Direct:
             work.copy_(self._start)
         x = member.x if self.network.image else member.x.flatten(1)
         windows = self.network.image and x.dim() == 3
-        samples = Data(x.transpose(1, 2).contiguous() if windows else x, {"y": member.y[0]})
+        if windows:
+            x = x.transpose(1, 2).contiguous()
         stop = lowest(self._operations, rates)
-        an_epoch = -(-len(x) // member.batch)
+        learning = list(enumerate(self._operations))[: stop - 1 if stop else None : -1]
         seen = []
-        for step in range(member.steps):
-            epoch, position = divmod(step, an_epoch)
-            if position == 0:
-                batches = taken(samples, member.order[epoch], member.batch, at_least_two=False)
-            _, batch = next(batches)
-            at = batch.x.transpose(1, 2).unsqueeze(2) if windows else batch.x
+        for at, y in islice(_batches(x, member.y[0], member.order, member.batch), member.steps):
+            if windows:
+                at = at.transpose(1, 2).unsqueeze(2)
             for operation in self._operations:
                 at = operation.forward(at)
-            loss, back = self._loss.of(at, batch.y["y"])
-            for i in range(len(self._operations) - 1, stop - 1, -1):
-                back = self._operations[i].backward(back, i > stop)
+            loss, back = self._loss.of(at, y)
+            for i, operation in learning:
+                back = operation.backward(back, i > stop)
             self._sgd.stepped()
-            seen.append((len(batch), loss))
+            seen.append((len(y), loss))
         return math.fsum(count * float(loss) for count, loss in seen)
+
+
+def _batches(x: Tensor, y: Tensor, orders: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of each epoch in its order, gathered many at once."""
+    at_once = size * max(1, GATHERED // (size * x[0].numel()))
+    for order in orders:
+        for some in torch.split(order, at_once):
+            there = x.index_select(0, some), y.index_select(0, some)
+            yield from zip(*(torch.split(each, size) for each in there), strict=True)
 
 
 def _strides(shape: Sequence[int], convolution: bool) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from client.kernels import TOGETHER, Layer, Member, Network, Outcome, Sums, Unknown
+from client.kernels import Layer, Member, Network, Outcome, Sums, Unknown, together
 from config.compiled import NotCompiled, compiled
 from config.durable import Arrays
 from config.schema import Local
@@ -127,7 +127,7 @@ class Fused:
                     arrays.append({name: slot.of(self._works[0]).copy() for name, slot in self._slots.items()})
                 continue
             total, finite = np.empty(len(self._start)), True
-            at_once = max(1, TOGETHER // len(self._start))
+            at_once = together(len(self._start))
             for begin in range(0, len(block), at_once):
                 some = range(begin, min(begin + at_once, len(block)))
                 losses += [self._member(block[i], i - begin) for i in some]

@@ -20,10 +20,6 @@ from tasks.networks import FEATURE_NORM_SQUARED, BoundedFeatures, HalfOfTime, Me
 
 Sums = dict[str, npt.NDArray[np.float64]]
 
-TOGETHER = 2**24
-"""Numbers of trained clients, 64 MiB, that wait to be added up in one pass: the sum in float64 is read and written once for
-all of them."""
-
 
 class Unknown(Exception):
     """What no kernel can train, and why; the training loop can."""
@@ -98,6 +94,12 @@ class Outcome:
     losses: list[list[float]]
     arrays: list[Arrays]
     totals: Sequence[Sums | None] = ()
+
+
+def together(size: int) -> int:
+    """How many trained clients of so many numbers wait to be added up in one pass, so that the sum in float64 is read and
+    written once for all of them: as many as a cache holds; of a larger model five, if 64 MiB hold them."""
+    return max(2**20 // size, min(5, 2**24 // size), 1)
 
 
 class Kernels(Protocol):

@@ -245,7 +245,7 @@ class Flatten(Operation):
         return x.flatten(1)
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
-        return back.reshape(self._shape)
+        return back.reshape(self._shape).contiguous(memory_format=torch.channels_last)
 
 
 class OverTime(Operation):

@@ -39,11 +39,23 @@ from tasks.data import Data, concatenate
 from tasks.domains import source_samples
 from tasks.evaluation import evaluate, examine
 from tasks.features import View, view
-from tasks.memory import find
+from tasks.memory import Recent, find
 from tasks.shares import hosted
 from tasks.task import Task, initial_state, open_task, settle, source_data
 
 log = logging.getLogger("meadow.client")
+
+FACTS = 10_000
+"""Clients of which a process keeps `Facts`."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is always so of a client's training data: whether kernels cover it, and its samples, in all and by target."""
+
+    data: Data
+    covered: bool
+    samples: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,7 @@ class Node:
     """Bytes of clients' states that this process may keep in shared memory."""
     clock: Clock = field(default_factory=Clock, repr=False, compare=False)
     """Where the time of the message in hand goes."""
+    facts: Recent[int, Facts] = field(default_factory=lambda: Recent(FACTS), repr=False, compare=False)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 

@@ -11,13 +11,14 @@ from typing import Any, cast
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from client.fast import Fast
-from client.node import Node, samples
+from client.node import Facts, Node, samples
 from config.durable import Arrays
 from strategies.blocks import WeightedSum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
 from strategies.records import from_record
 from strategies.sharing import name_weights
+from tasks.data import Data
 from tasks.evaluation import evaluate, load_into
 
 log = logging.getLogger("meadow.client")
@@ -58,6 +59,14 @@ def train_blocks(
     return done, [request for request in requests if request.client in left]
 
 
+def _facts(node: Node, fast: Fast, client: int, data: Data) -> Facts:
+    """Looked up once for each client's data: for a small model it takes as long as a step."""
+    found = node.facts.get(client)
+    if found is None or found.data is not data:
+        found = node.facts.put(client, Facts(data, fast.covers(data), samples(node, client, data)), 1)
+    return found
+
+
 def _plain(node: Node) -> bool:
     """Whether every client's turn is plain local training from what it received, and it keeps nothing."""
     experiment, half = node.experiment, type(node.half)
@@ -87,9 +96,10 @@ def _train(
             content["evaluation"] = MetricRecord(dict(evaluate(node.view.model, data, node.view.task)))
     node.clock.now("open")
     own = {client: node.task.client(client).train for client in contents}
-    if not all(map(fast.covers, own.values())):
+    facts = {client: _facts(node, fast, client, data) for client, data in own.items()}
+    if not all(each.covered for each in facts.values()):
         return [None] * len(clients)
-    known = {client: samples(node, client, data) for client, data in own.items()}
+    known = {client: each.samples for client, each in facts.items()}
     members = [[fast.member(own[client], round_, client, local) for client in block] for block in clients]
     counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}
     node.clock.now("train")
