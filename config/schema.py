@@ -526,7 +526,8 @@ class Engine(Section):
     workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one a core, or four SuperNodes.")
     threads: int = Field(1, ge=1, description="Threads a worker; two lose against one on a shared machine.")
     exact: bool = Field(
-        True, description="Each client by the training loop; false: by faster kernels where they fit (docs/speed.md)."
+        True,
+        description="A client's bits depend on itself alone; false: faster kernels where they fit (docs/speed.md).",
     )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where those kernels run.")
     precision: Literal["float32", "bfloat16"] = Field(

@@ -2,7 +2,8 @@
 
 Ray's object store takes some milliseconds for a megabyte, since each object lies in memory that was never used before
 (`python -m benchmarks.engines` tells what a round costs). A message here is pickled with its arrays out of band; these lie
-in a slot, a file in memory (memfd) that ends with the command that made it, however it ends.
+in a slot, a file in memory (memfd) that ends with the command that made it, however it ends. What is unpickled was written
+by the command or by its workers: the slots are open to nobody but the user who runs them.
 """
 
 import itertools
