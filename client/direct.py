@@ -9,14 +9,14 @@ target whose labels are all known, without weights of the classes; the loop trai
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from client.kernels import Member, Network, Outcome, Sums, Unknown, together
+from client.adding import add_up, together
+from client.kernels import Member, Network, Outcome, Sums, Unknown
 from client.layers import CrossEntropy, Descent, lowest, operations
 from config.durable import Arrays
 from config.schema import Local
@@ -26,8 +26,6 @@ LANES = 16
 """Arrays begin at multiples of 64 bytes, as torch's own do: kernels choose their path by alignment."""
 GATHERED = 2**22
 """Numbers of samples that are gathered at once."""
-AT_ONCE = 2**15
-"""Numbers that are added up at once: what is between stays in a core's cache."""
 
 
 class Direct:
@@ -42,11 +40,11 @@ class Direct:
         if len(network.targets) > 1 or network.targets[0].kind != "class":
             raise Unknown("there is not one target of classes")
         self.network = network
-        self._places: dict[str, tuple[int, int]] = {}
+        self._begins: dict[str, int] = {}
         size = 0
         for name, shape in network.shapes.items():
-            self._places[name] = (size, size + math.prod(shape))
-            size = -(-self._places[name][1] // LANES) * LANES
+            self._begins[name] = size
+            size += -(-math.prod(shape) // LANES) * LANES
         convolutions = {layer.weight for layer in network.layers if layer.kind == "conv"}
         self._strides = {name: _strides(shape, name in convolutions) for name, shape in network.shapes.items()}
         self._start, self._received = torch.zeros(size), Arrays()
@@ -55,7 +53,6 @@ class Direct:
         self._sgd = Descent(plan)
         self._operations = operations(network, self._sgd)
         self._loss = CrossEntropy(network.importance[0])
-        self._term = np.empty(AT_ONCE)
 
     def covers(self, labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
         """Whether all labels are known, and no class has a weight of its own."""
@@ -88,7 +85,9 @@ class Direct:
                 for begin in range(0, len(block), at_once):
                     some = range(begin, min(begin + at_once, len(block)))
                     losses += [[self._member(block[i], rates, i - begin)] for i in some]
-                    finite &= self._add(total, [weights[number][i] for i in some], first=begin == 0)
+                    works = [work.numpy() for work, _ in self._works[: len(some)]]
+                    theirs = [weights[number][i] for i in some]
+                    finite &= add_up(total, works, theirs, self._begins, first=begin == 0)
                 views = self._views(torch.from_numpy(total))
                 totals.append({n: np.ascontiguousarray(v.numpy()) for n, v in views.items()} if finite else None)
         finally:
@@ -98,34 +97,8 @@ class Direct:
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
         return {
             name: flat.as_strided(self.network.shapes[name], self._strides[name], begin)
-            for name, (begin, _) in self._places.items()
+            for name, begin in self._begins.items()
         }
-
-    def _add(self, total: npt.NDArray[np.float64], weights: Sequence[Mapping[str, float]], first: bool) -> bool:
-        """total += each weight times what that work has become, in order, or begins so; whether all numbers are finite."""
-        finite = True
-        works = [work.numpy() for work, _ in self._works[: len(weights)]]
-        for begin, end, by_work in self._pieces(weights):
-            for number, (work, weight) in enumerate(zip(works, by_work, strict=True)):
-                what, begins = work[begin:end], first and number == 0
-                finite = finite and _finite(what)
-                term = total[begin:end] if begins else self._term[: end - begin]
-                np.multiply(what, weight, out=term, dtype=np.float64)
-                if not begins:
-                    total[begin:end] += term
-        return finite
-
-    def _pieces(self, weights: Sequence[Mapping[str, float]]) -> Iterator[tuple[int, int, list[float]]]:
-        """Stretches of the vector of at most AT_ONCE numbers, in which each work has one weight, and these."""
-        size, usual = len(self._start), [next(iter(each.values())) for each in weights]
-        if all(value == weight for each, weight in zip(weights, usual, strict=True) for value in each.values()):
-            for begin in range(0, size, AT_ONCE):
-                yield begin, min(begin + AT_ONCE, size), usual
-            return
-        begins = [begin for begin, _ in self._places.values()]
-        for name, (first, stop) in zip(self._places, pairwise([*begins, size]), strict=True):
-            for begin in range(first, stop, AT_ONCE):
-                yield begin, min(begin + AT_ONCE, stop), [each[name] for each in weights]
 
     def _member(self, member: Member, rates: Mapping[str, float], place: int) -> float:
         """Train a client in the work at a place; the loss, summed over the samples seen."""
@@ -172,8 +145,3 @@ def _strides(shape: Sequence[int], convolution: bool) -> tuple[int, ...]:
         found[axis] = at
         at *= shape[axis]
     return tuple(found)
-
-
-def _finite(values: npt.NDArray[np.float32]) -> bool:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())

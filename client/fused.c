@@ -745,25 +745,3 @@ void fused_train(Net *net, const float *start, float *p, const float *x, int64_t
         batch_step(net, t || copied ? p : start, p, x, size, y, weights, index, n, losses);
     }
 }
-
-/* sum[i] (+)= weight p[i] over what several clients have become, in their order and in double precision; whether all are
-   finite. */
-int fused_sum(double *restrict sum, const float *const *p, const double *weights, int64_t clients, int64_t begin, int64_t end,
-              int add) {
-    enum { AT_ONCE = 1024 };
-    int wrong = 0;
-    for (int64_t at = begin; at < end; at += AT_ONCE) {
-        int64_t count = end - at < AT_ONCE ? end - at : AT_ONCE;
-        double *restrict to = sum + at;
-        if (!add) memset(to, 0, sizeof(double) * count);
-        for (int64_t k = 0; k < clients; k++) {
-            const float *restrict what = p[k] + at;
-            double weight = weights[k];
-            for (int64_t i = 0; i < count; i++) {
-                wrong |= !(fabsf(what[i]) <= FLT_MAX);
-                to[i] += weight * (double)what[i];
-            }
-        }
-    }
-    return !wrong;
-}

@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from client.kernels import Layer, Member, Network, Outcome, Sums, Unknown, together
+from client.adding import add_up, together
+from client.kernels import Layer, Member, Network, Outcome, Sums, Unknown
 from config.compiled import NotCompiled, compiled
 from config.durable import Arrays
 from config.schema import Local
@@ -93,6 +93,7 @@ class Fused:
         for name, shape in network.shapes.items():
             slot = self._slots[name] = Slot(size, shape, _padded(shape[1]) if len(shape) == 2 else 0)
             size = _padded(slot.end)
+        self._begins = {name: slot.begin for name, slot in self._slots.items()}
         self._start, self._received = np.zeros(size, np.float32), Arrays()
         self._works = list[npt.NDArray[np.float32]]()
         self._net: int | None = None
@@ -131,7 +132,8 @@ class Fused:
             for begin in range(0, len(block), at_once):
                 some = range(begin, min(begin + at_once, len(block)))
                 losses += [self._member(block[i], i - begin) for i in some]
-                finite &= self._add(total, [weights[number][i] for i in some], first=begin == 0)
+                theirs = [weights[number][i] for i in some]
+                finite &= add_up(total, self._works[: len(some)], theirs, self._begins, first=begin == 0)
             totals.append({name: slot.of(total) for name, slot in self._slots.items()} if finite else None)
         return Outcome(losses, arrays, totals)
 
@@ -159,18 +161,6 @@ class Fused:
         )
         return losses.tolist()
 
-    def _add(self, total: npt.NDArray[np.float64], weights: Sequence[Mapping[str, float]], first: bool) -> bool:
-        """total += each weight times what that work has become, or begins so; whether all numbers are finite."""
-        works = (ctypes.c_void_p * len(weights))(*(work.ctypes.data for work in self._works[: len(weights)]))
-        finite = True
-        by_name = {name: [each[name] for each in weights] for name in self._slots}
-        for given, names in groupby(self._slots, key=by_name.__getitem__):
-            ours = list(names)
-            places = self._slots[ours[0]].begin, _padded(self._slots[ours[-1]].end)
-            given_now = (ctypes.c_double * len(given))(*given)
-            finite &= bool(self._library.fused_sum(total.ctypes.data, works, given_now, len(given), *places, not first))
-        return finite
-
     def _open(self, batch: int) -> None:
         """Room for batches of this size."""
         if batch <= self._batch:
@@ -178,7 +168,7 @@ class Fused:
         self.__del__()
         plan, network = self._plan, self.network
         layers, heads = len(network.layers), len(network.heads)
-        begin = {name: slot.begin for name, slot in self._slots.items()} | {"": -1}
+        begin = self._begins | {"": -1}
         about = _Plan(
             layers, heads, len(self._start), batch, not network.image, plan.momentum, plan.weight_decay, plan.nesterov
         )
@@ -231,7 +221,6 @@ def library() -> ctypes.CDLL:
         "close": (None, [pointer]),
         "rates": (None, [pointer, pointer]),
         "train": (None, [pointer] * 4 + [count] + [pointer] * 3 + [count] * 3 + [pointer]),
-        "sum": (ctypes.c_int, [pointer] * 3 + [count] * 3 + [ctypes.c_int]),
     }
     for name, (result, arguments) in declare.items():
         function = getattr(found, f"fused_{name}")

@@ -96,12 +96,6 @@ class Outcome:
     totals: Sequence[Sums | None] = ()
 
 
-def together(size: int) -> int:
-    """How many trained clients of so many numbers wait to be added up in one pass, so that the sum in float64 is read and
-    written once for all of them: as many as a cache holds; of a larger model five, if 64 MiB hold them."""
-    return max(2**20 // size, min(5, 2**24 // size), 1)
-
-
 class Kernels(Protocol):
     """A network that is open for training, with the optimiser of `[local]`: SGD, momentum, weight decay."""
 

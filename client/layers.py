@@ -89,7 +89,7 @@ class Descent:
 
 
 def _choose(multiplications: int) -> None:
-    """Whose the next product is. `restored` puts back what was."""
+    """Whose the next product is, torch's or oneDNN's. `Direct.train` puts back what was."""
     torch.set_float32_matmul_precision("medium" if multiplications >= MANY and keeps_float32() else "highest")
 
 

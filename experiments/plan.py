@@ -10,7 +10,7 @@ from config.schema import Experiment
 from experiments.folds import fold_runs
 from privacy.plan import claim, forecasts, steps_a_round
 from server.cohorts import read_schedule
-from server.rounds import setup
+from server.session import setup
 from strategies import algorithm, make_strategy
 from strategies.fedavg import FedAvg
 from strategies.sharing import nbytes, roles_of

@@ -16,7 +16,7 @@ from rich.text import Text
 from config.schema import Experiment
 from experiments.results import Floats
 from experiments.style import COLOURS, STYLE, WIDTH
-from server.rounds import split_table
+from server.session import split_table
 from tasks.data import Target
 from tasks.laws import Ints
 from tasks.task import Task

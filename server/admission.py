@@ -46,22 +46,22 @@ def admit(
     cannot be taken out again, so a sum counts only if all its clients do, and if it is itself of the right form.
     """
     inside = {client for block in sums for client in block}
-    refused = {}
-    first = {reply.metadata.src_node_id: reply for reply in reversed(replies)}
-    replies = [first[c] for c in dict.fromkeys(reply.metadata.src_node_id for reply in replies)]
+    first: dict[int, Message] = {}
     for reply in replies:
-        client = reply.metadata.src_node_id
+        first.setdefault(reply.metadata.src_node_id, reply)
+    weights, refused = dict[int, dict[str, float]](), dict[int, str]()
+    for client, reply in first.items():
         size = sizes.get(client, 0)
-        reason = _reason(reply, sent, size, client in inside, max_norm)
+        metrics = (
+            {} if reply.has_error() else dict(metrics_of(reply.content).items())
+        )  # Flower's own are slow to look up
+        reason = _reason(reply, metrics, sent, size, client in inside, max_norm)
         if not reason and judge is not None:
-            reason = judge(metrics_of(reply.content), size)
+            reason = judge(metrics, size)
         if reason:
             refused[client] = reason
-    weights = {
-        m.metadata.src_node_id: name_weights(metrics_of(m.content), sent, equal)
-        for m in replies
-        if m.metadata.src_node_id not in refused
-    }
+        else:
+            weights[client] = name_weights(metrics, sent, equal)
     good = {}
     doubles = {name: value.astype(np.float64) for name, value in sent.items()} if sums else {}
     for block, found in sums.items():
@@ -77,17 +77,17 @@ def admit(
             }
         else:
             good[block] = found
-    return Verdict([m for m in replies if m.metadata.src_node_id not in refused], good, refused)
+    return Verdict([reply for client, reply in first.items() if client not in refused], good, refused)
 
 
-def _reason(reply: Message, sent: Arrays, size: int, inside: bool, max_norm: float) -> str:
+def _reason(reply: Message, metrics: Mapping[str, Any], sent: Arrays, size: int, inside: bool, max_norm: float) -> str:
     if reply.has_error():
         return str(reply.error.reason)
     content = reply.content
     ledger = content.get("ledger")
     if isinstance(ledger, ConfigRecord) and "exhausted" in ledger:
         return str(ledger["exhausted"])
-    if reason := weight_fault(metrics_of(content), size):
+    if reason := weight_fault(metrics, size):
         return reason
     return "" if inside else arrays_fault(content, sent, max_norm)
 

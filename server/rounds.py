@@ -1,80 +1,44 @@
 """The rounds: one loop, from the last checkpoint to the last round, and the evaluation of every client at the end."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
-from torch import Tensor, nn
 
-from config.clock import Clock
-from config.cohort import unseen
 from config.durable import Arrays
 from config.errors import RunStopped, UserError
 from config.schema import Experiment
-from config.seeds import numpy_generator
 from privacy.releases import allowed
 from server import checkpoints
 from server.admission import Verdict, admit
 from server.cohorts import call, read_schedule
-from server.evaluation import Scores, add_confusion, describe, over_clients, read_confusion
+from server.evaluation import Scores, add_confusion, describe, over_clients
 from server.exchange import Cohort, Exchange
-from server.folder import RunFolder, open_folder
-from server.protection import Protection, protection
+from server.folder import open_folder
+from server.protection import protection
+from server.scoring import predict_globally, scalar, score_clients, score_globally, scores_in
+from server.session import Session, setup, split_table
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from server.writer import Writer
 from strategies import algorithm, make_strategy
 from strategies.attacks import attack, attackers
 from strategies.blocks import Span, WeightedSum, add, cut, total, weighted_sum
 from strategies.fedavg import FedAvg
-from strategies.local import Setup, steps_of
+from strategies.local import steps_of
 from strategies.packing import block_message
 from strategies.records import from_record, to_record
 from strategies.replies import arrays_fault, metrics_of, weight_fault
-from strategies.sharing import HEADS, Roles, name_weights, nbytes, roles_of
-from tasks.evaluation import load_into, predict
-from tasks.features import View, view
-from tasks.metrics import score
-from tasks.numerics import keeps_float32, kernels
+from strategies.sharing import name_weights, nbytes, roles_of
+from tasks.features import view
+from tasks.numerics import keeps_float32
 from tasks.task import Task, initial_state, open_task
 
 log = logging.getLogger("meadow.server")
-
-MOST_ROWS = 100_000
-"""Clients of which `split.json` has a row each."""
-
-
-@dataclass
-class Session:
-    """What the rounds of one run have in hand. `arrays` (the shared ones) and `protection` are what changes here."""
-
-    experiment: Experiment
-    task: Task
-    roles: Roles
-    start: Arrays
-    arrays: Arrays
-    strategy: Strategy
-    exchange: Exchange
-    folder: RunFolder
-    run_id: str
-    model: nn.Module
-    view: View
-    protection: Protection
-    sizes: npt.NDArray[np.int64]
-    schedule: list[list[int]]
-    writer: Writer
-    clock: Clock = field(default_factory=Clock)
-    """Where the time of the round in hand goes."""
-    void: list[str] = field(default_factory=list)
-    """Attempts at rounds that did not count, "ROUND.ATTEMPT": clients forget what those left them."""
 
 
 def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
@@ -149,17 +113,6 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     return summary
 
 
-def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
-    """What the strategy is made with. A head is trained by the clients that hold its target; unseen ones train nothing."""
-    holders = dict.fromkeys(parts.shared, experiment.participants)
-    held = np.delete(task.held, sorted(unseen(experiment)), axis=0)
-    for target in task.targets:
-        count = int(held[:, experiment.task.targets.index(target.name)].sum())
-        holders |= {name: count for name in parts.shared if name.startswith(f"{HEADS}{target.name}.")}
-    settings, seed = experiment.strategy, experiment.run.seed
-    return Setup(settings, experiment.local, seed, parts, holders, experiment.equal_weights)
-
-
 def play_round(session: Session, round_: int) -> None:
     """One round: cohort, messages, replies, admission, combination, evaluation, record, checkpoint.
 
@@ -196,7 +149,7 @@ def play_round(session: Session, round_: int) -> None:
         combined, _ = session.strategy.aggregate_train(round_, blocks)
         session.arrays = from_record(combined) if combined is not None else session.arrays
     received: dict[int, Scores] = {
-        m.metadata.src_node_id: _scores(m) for m in verdict.admitted if "evaluation" in m.content
+        m.metadata.src_node_id: scores_in(m) for m in verdict.admitted if "evaluation" in m.content
     }
     clients_round = round_ - 1
     clock.now("evaluate")
@@ -359,11 +312,11 @@ def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
     """
     losses = {}
     for target in task.targets:
-        pairs = [(_scalar(m, "num-examples"), _scalar(m, f"loss/{target.name}")) for m in metrics]
+        pairs = [(scalar(m, "num-examples"), scalar(m, f"loss/{target.name}")) for m in metrics]
         known = [(weight, loss) for weight, loss in pairs if weight is not None and loss is not None]
         if known:
             losses[target.name] = {"loss": sum(w * v for w, v in known) / sum(w for w, _ in known)}
-    return {"steps": int(sum(_scalar(m, "steps") or 0 for m in metrics)), "train": losses}
+    return {"steps": int(sum(scalar(m, "steps") or 0 for m in metrics)), "train": losses}
 
 
 def combine_order(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> list[Message]:
@@ -389,77 +342,6 @@ def _block_sum(block: Sequence[int], admitted: Mapping[int, Message], equal: boo
     )
 
 
-def score_globally(session: Session) -> dict[str, dict[str, float]]:
-    """The shared model on the global test set: {target: {metric: value}}; empty where `predict_globally` is."""
-    outputs = predict_globally(session)
-    return score(outputs, session.task.dataset.test.y, session.task.targets, thorough=True) if outputs else {}
-
-
-def predict_globally(session: Session) -> dict[str, Tensor]:
-    """The shared model's outputs on the global test set; empty if part of the model is personal, or nobody asks."""
-    if session.roles.personal or "global" not in session.experiment.evaluate.on:
-        return {}
-    load_into(session.model, session.start | session.arrays)
-    seen = session.view
-    with kernels(session.model):
-        return predict(seen.model, seen.data("test", session.task.dataset.test).x, seen.task.prepare)
-
-
-def score_clients(session: Session, round_: int, last: bool) -> dict[int, ClientScores]:
-    """Ask every client to score the model that it would use after `round_`; who does not answer is left out.
-
-    `last`: thoroughly, and, if that is set, after local fine-tuning too.
-    """
-    everyone: Sequence[int] = range(session.experiment.partition.clients)
-    if last and 0 < (sample := session.experiment.evaluate.sample) < len(everyone):
-        draw = numpy_generator(session.experiment.run.seed, "evaluate")
-        everyone = sorted(int(c) for c in draw.choice(len(everyone), sample, replace=False))
-    fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
-    config = ConfigRecord(
-        {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
-    )
-    sent = to_record(session.arrays)
-    replies, _ = session.exchange.send(
-        list(session.strategy.configure_evaluate(round_, sent, config, Cohort(everyone)))
-    )
-    scores = {}
-    for reply in replies:
-        client = reply.metadata.src_node_id
-        identity = None if reply.has_error() else reply.content.config_records.get("identity")
-        if identity is None:
-            reason = reply.error.reason if reply.has_error() else "its reply says nothing of itself"
-            log.warning("client %d was not evaluated: %s", client, reason)
-            continue
-        counts = reply.content.metric_records.get("confusion") or MetricRecord()
-        scores[client] = ClientScores(
-            _scores(reply),
-            str(identity.get("personal")),
-            bool(identity.get("trained")),
-            read_confusion(counts, session.task, client),
-        )
-    return scores
-
-
-def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
-    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles;
-    under DP neither, unless privacy.release lets them out.
-
-    Of more than MOST_ROWS clients none of these. "holds", where clients hold part of the targets: the clients that hold
-    each. For law = natural "left_out", how many of the data's own clients are too small and how many samples they have,
-    and "names", each client's name in the data.
-    """
-    table: dict[str, Any] = {"target": experiment.task.targets[0]}
-    if (counted := allowed(experiment, "labels")) and experiment.partition.clients <= MOST_ROWS:
-        table |= {"sizes": task.split.sizes.tolist(), "labels": task.label_counts().tolist()}
-    if experiment.partition.holds:
-        columns = zip(experiment.task.targets, task.held.T, strict=True)
-        table["holds"] = {name: np.flatnonzero(has).tolist() for name, has in columns}
-    if task.split.natural is not None:
-        table |= {"left_out": asdict(task.split.left_out)} if counted else {}
-        table["names"] = [task.dataset.clients[number] for number in task.split.natural]
-    return table
-
-
 def _recover(session: Session) -> int:
     """Put the newest whole checkpoint's arrays in place and return its round; 0 where there is none."""
     checkpoint, damaged = checkpoints.latest(session.folder.checkpoints)
@@ -474,16 +356,3 @@ def _recover(session: Session) -> int:
     for record in session.folder.rounds():
         session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]
     return checkpoint.round if checkpoint else 0
-
-
-def _scores(message: Message) -> dict[str, float]:
-    """The scores in a reply that are finite numbers."""
-    record = message.content.get("evaluation")
-    if not isinstance(record, MetricRecord):
-        return {}
-    return {key: value for key in record if (value := _scalar(record, key)) is not None}
-
-
-def _scalar(record: MetricRecord, key: str) -> float | None:
-    value = record.get(key)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -54,6 +54,9 @@ class LocalGrid(Grid):
         self._node_ids = range(SERVER_NODE + 1, SERVER_NODE + 1 + nodes)
         self._next_id = itertools.count(1)
 
+    def open(self) -> None:
+        """Make ready what the server and the nodes have in common."""
+
     @abstractmethod
     def start(self, messages: Sequence[Message]) -> None:
         """Begin to work on messages, whose ids are set."""

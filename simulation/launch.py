@@ -67,6 +67,7 @@ def _run_local(grid: LocalGrid, experiment: Experiment, out: Path, resume: bool)
     become_server()
     threads = torch.get_num_threads()
     try:
+        grid.open()
         app(grid, server_context(experiment, out, resume))
     finally:
         torch.set_num_threads(threads)

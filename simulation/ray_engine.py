@@ -152,17 +152,19 @@ class RayGrid(LocalGrid):
         super().__init__(nodes)
         self._actors = dict(zip(self._node_ids, workers.actors, strict=True))
         self._contexts = {n: node_context(experiment, i, nodes, state) for i, n in enumerate(self._node_ids)}
-        self._experiment, self._data_is_shared = experiment, False
+        self._experiment = experiment
         self._running: dict[str, Sent] = {}
         self._slots = workers.slots
 
-    def start(self, messages: Sequence[Message]) -> None:
-        """Hand each message to its worker; array records are handed over once for all of them."""
-        if self._slots is not None and not self._data_is_shared:
+    def open(self) -> None:
+        """Share the data with the workers of this machine, before the server opens it too."""
+        if self._slots is not None:
             addresses = " ".join(share_task(self._experiment))
             for context in self._contexts.values():
                 context.node_config["data"] = addresses
-            self._data_is_shared = True
+
+    def start(self, messages: Sequence[Message]) -> None:
+        """Hand each message to its worker; array records are handed over once for all of them."""
         shared = []
         for message in messages:
             content = message.content

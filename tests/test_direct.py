@@ -9,7 +9,7 @@ import torch
 from conftest import run_inline, small
 from torch import nn
 
-from client import node, together
+from client import adding, node, together
 from client.direct import Direct
 from client.fast import Fast, fast
 from client.kernels import network
@@ -167,3 +167,27 @@ def test_relu_comes_after_the_pooling_that_follows_its_layer() -> None:
     found = operations(network(model, (2, 12, 12), [DIGIT], [1.0]), Descent(load("fedavg").local))
     kinds = [Convolution, Pool, Relu, Convolution, Tanh, Pool, Flatten, Linear, Relu, Linear]
     assert [type(operation) for operation in found] == kinds
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_sums_have_the_bits_of_their_definition(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled or by NumPy, in one go or in two, with weights by array; numbers that are not finite are told."""
+    if compiled and adding._library() is None:
+        pytest.skip("sums.c does not compile here")
+    if not compiled:
+        monkeypatch.setattr(adding, "_library", lambda: None)
+    draw = np.random.default_rng(0)
+    begins, size = {"a": 0, "b": 16, "c": 16 + 70_000}, 16 + 70_000 + 33
+    works = [draw.normal(size=size).astype(np.float32) for _ in range(4)]
+    weights = [dict.fromkeys(begins, float(3 * k + 1)) | ({"c": 0.3} if k == 2 else {}) for k in range(4)]
+    stops = [*list(begins.values())[1:], size]
+    arrays = [{n: w[b:e] for (n, b), e in zip(begins.items(), stops, strict=True)} for w in works]
+    expected = weighted_sum(zip(weights, arrays, strict=True)).sums
+    total = np.full(size, np.nan)
+    assert adding.add_up(total, works[:3], weights[:3], begins, first=True)
+    assert adding.add_up(total, works[3:], weights[3:], begins, first=False)
+    assert all(total[b:e].tobytes() == expected[n].tobytes() for (n, b), e in zip(begins.items(), stops, strict=True))
+    for wrong in (np.inf, -np.inf, np.nan):
+        works[2][size - 1] = wrong
+        assert not adding.add_up(total, works, weights, begins, first=True)
+    assert adding.add_up(total, works[:2], weights[:2], begins, first=True)

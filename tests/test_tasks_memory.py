@@ -110,6 +110,7 @@ def test_workers_hold_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with engine("ray", 2) as launch:
         summary = launch(experiment, tmp_path / "ray")
     assert [(tmp_path / node).read_text() for node in ("2", "3")] == ["[True, True, True]"] * 2
+    assert lies_in_common_memory(open_task(experiment).dataset.train.x.data_ptr())  # the server's own too
     assert summary["model_sha256"] == run_inline(experiment, tmp_path / "inline")["model_sha256"]
 
 

@@ -1,0 +1,84 @@
+"""Scoring models: the shared one on the global test set, and each client's own on its test part."""
+
+import logging
+import math
+from collections.abc import Sequence
+
+from flwr.app import ConfigRecord, Message, MetricRecord
+from torch import Tensor
+
+from config.seeds import numpy_generator
+from server.evaluation import read_confusion
+from server.exchange import Cohort
+from server.session import Session
+from server.summary import ClientScores
+from strategies.records import to_record
+from tasks.evaluation import load_into, predict
+from tasks.metrics import score
+from tasks.numerics import kernels
+
+log = logging.getLogger("meadow.server")
+
+
+def score_globally(session: Session) -> dict[str, dict[str, float]]:
+    """The shared model on the global test set: {target: {metric: value}}; empty where `predict_globally` is."""
+    outputs = predict_globally(session)
+    return score(outputs, session.task.dataset.test.y, session.task.targets, thorough=True) if outputs else {}
+
+
+def predict_globally(session: Session) -> dict[str, Tensor]:
+    """The shared model's outputs on the global test set; empty if part of the model is personal, or nobody asks."""
+    if session.roles.personal or "global" not in session.experiment.evaluate.on:
+        return {}
+    load_into(session.model, session.start | session.arrays)
+    seen = session.view
+    with kernels(session.model):
+        return predict(seen.model, seen.data("test", session.task.dataset.test).x, seen.task.prepare)
+
+
+def score_clients(session: Session, round_: int, last: bool) -> dict[int, ClientScores]:
+    """Ask every client to score the model that it would use after `round_`; who does not answer is left out.
+
+    `last`: thoroughly, and, if that is set, after local fine-tuning too.
+    """
+    everyone: Sequence[int] = range(session.experiment.partition.clients)
+    if last and 0 < (sample := session.experiment.evaluate.sample) < len(everyone):
+        draw = numpy_generator(session.experiment.run.seed, "evaluate")
+        everyone = sorted(int(c) for c in draw.choice(len(everyone), sample, replace=False))
+    fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
+    config = ConfigRecord(
+        {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
+    )
+    sent = to_record(session.arrays)
+    replies, _ = session.exchange.send(
+        list(session.strategy.configure_evaluate(round_, sent, config, Cohort(everyone)))
+    )
+    scores = {}
+    for reply in replies:
+        client = reply.metadata.src_node_id
+        identity = None if reply.has_error() else reply.content.config_records.get("identity")
+        if identity is None:
+            reason = reply.error.reason if reply.has_error() else "its reply says nothing of itself"
+            log.warning("client %d was not evaluated: %s", client, reason)
+            continue
+        counts = reply.content.metric_records.get("confusion") or MetricRecord()
+        scores[client] = ClientScores(
+            scores_in(reply),
+            str(identity.get("personal")),
+            bool(identity.get("trained")),
+            read_confusion(counts, session.task, client),
+        )
+    return scores
+
+
+def scores_in(message: Message) -> dict[str, float]:
+    """The scores in a reply that are finite numbers."""
+    record = message.content.get("evaluation")
+    if not isinstance(record, MetricRecord):
+        return {}
+    return {key: value for key in record if (value := scalar(record, key)) is not None}
+
+
+def scalar(record: MetricRecord, key: str) -> float | None:
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

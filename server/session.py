@@ -1,0 +1,82 @@
+"""A run in hand: what its rounds share, and what is known of it before the first one."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from config.clock import Clock
+from config.cohort import unseen
+from config.durable import Arrays
+from config.schema import Experiment
+from privacy.releases import allowed
+from server.exchange import Exchange
+from server.folder import RunFolder
+from server.protection import Protection
+from server.writer import Writer
+from strategies.local import Setup
+from strategies.sharing import HEADS, Roles
+from tasks.features import View
+from tasks.task import Task
+
+MOST_ROWS = 100_000
+"""Clients of which `split.json` has a row each."""
+
+
+@dataclass
+class Session:
+    """What the rounds of one run have in hand. `arrays` (the shared ones) and `protection` are what changes here."""
+
+    experiment: Experiment
+    task: Task
+    roles: Roles
+    start: Arrays
+    arrays: Arrays
+    strategy: Strategy
+    exchange: Exchange
+    folder: RunFolder
+    run_id: str
+    model: nn.Module
+    view: View
+    protection: Protection
+    sizes: npt.NDArray[np.int64]
+    schedule: list[list[int]]
+    writer: Writer
+    clock: Clock = field(default_factory=Clock)
+    """Where the time of the round in hand goes."""
+    void: list[str] = field(default_factory=list)
+    """Attempts at rounds that did not count, "ROUND.ATTEMPT": clients forget what those left them."""
+
+
+def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
+    """What the strategy is made with. A head is trained by the clients that hold its target; unseen ones train nothing."""
+    holders = dict.fromkeys(parts.shared, experiment.participants)
+    held = np.delete(task.held, sorted(unseen(experiment)), axis=0)
+    for target in task.targets:
+        count = int(held[:, experiment.task.targets.index(target.name)].sum())
+        holders |= {name: count for name in parts.shared if name.startswith(f"{HEADS}{target.name}.")}
+    settings, seed = experiment.strategy, experiment.run.seed
+    return Setup(settings, experiment.local, seed, parts, holders, experiment.equal_weights)
+
+
+def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
+    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles;
+    under DP neither, unless privacy.release lets them out.
+
+    Of more than MOST_ROWS clients none of these. "holds", where clients hold part of the targets: the clients that hold
+    each. For law = natural "left_out", how many of the data's own clients are too small and how many samples they have,
+    and "names", each client's name in the data.
+    """
+    table: dict[str, Any] = {"target": experiment.task.targets[0]}
+    if (counted := allowed(experiment, "labels")) and experiment.partition.clients <= MOST_ROWS:
+        table |= {"sizes": task.split.sizes.tolist(), "labels": task.label_counts().tolist()}
+    if experiment.partition.holds:
+        columns = zip(experiment.task.targets, task.held.T, strict=True)
+        table["holds"] = {name: np.flatnonzero(has).tolist() for name, has in columns}
+    if task.split.natural is not None:
+        table |= {"left_out": asdict(task.split.left_out)} if counted else {}
+        table["names"] = [task.dataset.clients[number] for number in task.split.natural]
+    return table
