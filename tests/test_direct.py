@@ -13,7 +13,19 @@ from client import adding, node, together
 from client.direct import Direct
 from client.fast import Fast, fast
 from client.kernels import network
-from client.layers import Convolution, Descent, Flatten, Linear, Pool, Relu, Tanh, operations
+from client.layers import (
+    Convolution,
+    Descent,
+    Flatten,
+    Linear,
+    Operation,
+    OverTime,
+    PairsInTime,
+    Pool,
+    Relu,
+    Tanh,
+    operations,
+)
 from client.training import train
 from config.load import load
 from config.seeds import torch_generator, torch_seeded
@@ -191,3 +203,23 @@ def test_sums_have_the_bits_of_their_definition(compiled: bool, monkeypatch: pyt
         works[2][size - 1] = wrong
         assert not adding.add_up(total, works, weights, begins, first=True)
     assert adding.add_up(total, works[:2], weights[:2], begins, first=True)
+
+
+def test_equal_maxima_have_torchs_gradients() -> None:
+    """Small whole numbers, of which many are equal: of a pair the first learns; over time they share."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(3, (5, 8, 12), generator=draw).float()
+    cases: list[tuple[Operation, nn.Module]] = [
+        (PairsInTime(), networks.HalfOfTime()),
+        (OverTime(), networks.MeanAndMaximum()),
+    ]
+    for operation, module in cases:
+        given = x.clone().requires_grad_()
+        expected = module(given)
+        back = torch.randn(expected.shape, generator=draw)
+        expected.backward(back)
+        window = x.transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(2)
+        found = operation.forward(window)
+        assert torch.equal(found.reshape(expected.shape), expected) and given.grad is not None
+        found_back = operation.backward(back if back.dim() == 2 else back.unsqueeze(2), further=True)
+        assert torch.allclose(found_back.squeeze(2), given.grad, rtol=1e-6, atol=1e-7)
