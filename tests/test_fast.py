@@ -157,6 +157,19 @@ def test_fused_clients_do_not_depend_on_their_neighbours() -> None:
         assert all(np.array_equal(alone[n], arrays[n]) for n in start)
 
 
+@pytest.mark.parametrize("kind", ["fused", "stacked"])
+def test_each_training_begins_where_it_is_told(kind: str) -> None:
+    experiment, task, model, clients = setting("mlp")
+    faster = kernels(kind, experiment, task, model, (1, 8, 8))
+    member, rates = faster.member(clients[0], 1, 0, experiment.local), faster.rates(1, experiment.local)
+    start = state_of(model)
+    other = {name: value + np.float32(0.01) for name, value in start.items()}
+    first = [faster.kernels.train(begin, [[member]], rates).arrays[0] for begin in (start, other, start)]
+    again = kernels(kind, experiment, task, model, (1, 8, 8)).kernels.train(other, [[member]], rates).arrays[0]
+    assert all(np.array_equal(first[0][n], first[2][n]) and np.array_equal(first[1][n], again[n]) for n in start)
+    assert distance(first[0], first[1]) > 0
+
+
 RUN = ("engine.exact=false", "partition.clients=23", "partition.min_size=3", "evaluate.every=2")
 
 
