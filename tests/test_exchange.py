@@ -1,6 +1,7 @@
 """The exchange: roll call, nodes that fail, restart or lie, and clients that are addressed by their partition id."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.clock import PHASES
 from config.errors import RunStopped
 from config.identity import code_sha256, versions
 from server.exchange import Exchange, deal
@@ -180,3 +182,32 @@ def test_the_last_worker_gives_away_what_helps() -> None:
     work = [113.0, 48.0, 26.0, 54.0, 39.0, 51.0, 45.0, 42.0, 73.0, 43.0]
     places = deal(work, [1.0, 1.0])
     assert sum(w for w, place in zip(work, places, strict=True) if place) in (266.0, 267.0, 268.0)
+
+
+def test_a_nodes_first_round_tells_nothing_of_its_pace() -> None:
+    """It opens its data in it. Of forty equal clients each node then has two blocks, and later the faster one has more."""
+    dealt: list[dict[int, int]] = []
+    paces = {5: iter([0.05, 0.01, 0.01]), 9: iter([0.005, 0.03, 0.03])}
+
+    def timed(number: int) -> Callable[[Message], RecordDict]:
+        roll = node([], simulated=True) if number == 9 else node(range(40), simulated=True)
+
+        def answer(message: Message) -> RecordDict:
+            if message.metadata.message_type == "query":
+                return roll(message)
+            requests, _ = unpack_requests(message.content)
+            dealt[-1][number] = len(requests)
+            time.sleep(0.06)
+            times = dict.fromkeys(PHASES, 0.0) | {"train": next(paces[number]) * len(requests) / 20}
+            return pack_replies(NodeReply([Answer(r.client, reply_content(r.client)) for r in requests], times=times))
+
+        return answer
+
+    grid = FakeGrid({5: timed(5), 9: timed(9)})
+    found = Exchange(grid, "run", {}, {"data": "d", "split": "s"}, 40, 1.0, movable=True)
+    found.gather()
+    content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
+    for _ in range(3):
+        dealt.append({})
+        found.send([Message(content, c, "train") for c in range(40)], work=dict.fromkeys(range(40), 1.0))
+    assert dealt == [{5: 20, 9: 20}, {5: 20, 9: 20}, {5: 30, 9: 10}]
