@@ -54,10 +54,11 @@ def test_another_process_finds_what_is_shared_and_writes_to_its_own() -> None:
     ours, theirs = fresh.Pipe()
     other = fresh.Process(target=child, args=(theirs, address))
     other.start()
+    assert ours.poll(60)
     found_x, found_y = ours.recv()
     assert found_x.tobytes() == x.contiguous().numpy().tobytes() and found_x.dtype == np.float32
     assert all(np.array_equal(found_y[name], data.y[name].numpy()) for name in data.y)
-    assert ours.recv() == (True, True) and ours.recv() == 0.0
+    assert ours.poll(60) and ours.recv() == (True, True) and ours.poll(60) and ours.recv() == 0.0
     other.join()
     mine: Data = common("data", lambda: data)
     assert mine is not data and torch.equal(mine.x, x) and lies_in_common_memory(mine.x.data_ptr())
