@@ -63,7 +63,7 @@ def admit(
         else:
             weights[client] = name_weights(metrics, sent, equal)
     good = {}
-    doubles = {name: value.astype(np.float64) for name, value in sent.items()} if sums else {}
+    doubles = {name: np.broadcast_to(np.float64(0), value.shape) for name, value in sent.items()}  # a sum's form
     for block, found in sums.items():
         wrong = [c for c in block if c in refused]
         reason = (
