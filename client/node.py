@@ -53,7 +53,6 @@ FACTS = 10_000
 class Facts:
     """What is always so of a client's training data: whether kernels cover it, and its samples, in all and by target."""
 
-    data: Data
     covered: bool
     samples: dict[str, int]
 

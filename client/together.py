@@ -60,11 +60,9 @@ def train_blocks(
 
 
 def _facts(node: Node, fast: Fast, client: int, data: Data) -> Facts:
-    """Looked up once for each client's data: for a small model it takes as long as a step."""
+    """Looked up once for each client: for a small model it takes as long as a step."""
     found = node.facts.get(client)
-    if found is None or found.data is not data:
-        found = node.facts.put(client, Facts(data, fast.covers(data), samples(node, client, data)), 1)
-    return found
+    return found or node.facts.put(client, Facts(fast.covers(data), samples(node, client, data)), 1)
 
 
 def _plain(node: Node) -> bool:
