@@ -36,10 +36,14 @@ def add_up(
 
     total, works: of one length, in which the arrays begin at `begins`, ascending from 0. weights: of each work, by array.
     """
-    add = _by_numpy if (library := _library()) is None else functools.partial(_by_library, library)
-    finite = True
+    library, count, finite = _library(), len(works), True
+    places = (ctypes.c_void_p * count)(*(work.ctypes.data for work in works))
     for begin, end, given in _stretches(weights, begins, len(total)):
-        finite &= add(total, works, given, begin, end, first)
+        if library is None:
+            finite &= _by_numpy(total, works, given, begin, end, first)
+        else:
+            by_work = (ctypes.c_double * count)(*given)
+            finite &= bool(library.add_up(total.ctypes.data, places, by_work, count, begin, end, first))
     return finite
 
 
@@ -53,20 +57,6 @@ def _stretches(
     ]
     ends = [*(begin for begin, _ in found[1:]), size]
     return ((begin, end, given) for (begin, given), end in zip(found, ends, strict=True))
-
-
-def _by_library(
-    library: ctypes.CDLL,
-    total: npt.NDArray[np.float64],
-    works: Sequence[npt.NDArray[np.float32]],
-    weights: Sequence[float],
-    begin: int,
-    end: int,
-    first: bool,
-) -> bool:
-    places = (ctypes.c_void_p * len(works))(*(work.ctypes.data for work in works))
-    given = (ctypes.c_double * len(weights))(*weights)
-    return bool(library.add_up(total.ctypes.data, places, given, len(works), begin, end, first))
 
 
 def _by_numpy(

@@ -34,8 +34,9 @@ _RETRIES = 2
 
 
 class Call(NamedTuple):
-    """What a worker on this machine is asked. message and the records that belong into it are letters in the slot `sent`;
-    the reply goes into the slot `reply`. context: pickled, the same for all calls of a run."""
+    """What a worker on this machine is asked, pickled by the command whose worker it is. message and the records that belong
+    into it are letters in the slot `sent`; the reply goes into the slot `reply`. context: pickled, the same for all calls of
+    a run."""
 
     message: Letter
     records: dict[str, Letter]

@@ -73,9 +73,12 @@ def share(what: Hashable, value: object) -> str:
 
 
 def find(address: str) -> None:
-    """Let `common` have a piece that another process shares. Raises OSError if it is gone."""
-    if address not in {piece.address for piece in _pieces.values()}:
-        what, value = _read(address)
+    """Let `common` have a piece that another process shares. Raises OSError if it is gone.
+
+    It is looked at each time: an address is given to another piece once its own has gone.
+    """
+    what, value = _read(address)
+    if what not in _pieces:
         _keep(what, _Piece(value, address))
 
 

@@ -73,6 +73,18 @@ def test_what_is_gone_cannot_be_found() -> None:
             find(address)
 
 
+def test_an_address_is_not_taken_for_the_piece_that_it_was() -> None:
+    """A worker that outlives a run knows addresses of pieces that have gone; their numbers come again."""
+    address = share("old", torch.zeros(100))
+    old = memory._pieces.pop("old").value
+    memory._pieces["old"] = memory._Piece(old, address)  # as another process has it, whose owner has let it go
+    new = memory._File()
+    assert new.address == address
+    memory._write(new, ("new", torch.ones(100)))
+    find(address)
+    assert float(common("new", lambda: torch.zeros(1)).sum()) == 100 and float(common("old", lambda: old).sum()) == 0
+
+
 def test_a_task_from_common_memory_is_the_same_task() -> None:
     experiment = small("fedavg", "partition.clients=5")
     before = open_task(experiment)
