@@ -128,94 +128,108 @@ static Step step_of(const Plan *p, double rate) {
 
 /* --- linear layers: y[n][j] = x[n][i] w[j][i] + b[j] ------------------------------------------------------------------ */
 
+/* Tiles of products are up to SIDE x SIDE vectors of sums, which the registers hold. TILES(T, a, b): T(a, b) with both as
+   constants, so that the compiler unrolls it. */
+#define SIDE 5
+#define TILES_OF(T, a, b) ((b) == 5 ? T(a, 5) : (b) == 4 ? T(a, 4) : (b) == 3 ? T(a, 3) : (b) == 2 ? T(a, 2) : T(a, 1))
+#define TILES(T, a, b)                                                                                                  \
+    ((a) == 5   ? TILES_OF(T, 5, b)                                                                                     \
+     : (a) == 4 ? TILES_OF(T, 4, b)                                                                                     \
+     : (a) == 3 ? TILES_OF(T, 3, b)                                                                                     \
+     : (a) == 2 ? TILES_OF(T, 2, b)                                                                                     \
+                : TILES_OF(T, 1, b))
+
+INLINE int least(int64_t left) { return (int)(left < SIDE ? left : SIDE); }
+
+/* `rows` samples by `outs` outputs: the products of each pair, summed up. */
+INLINE void forward_tile(const int rows, const int outs, const float *x, const float *w, int64_t xs, float *got) {
+    vec acc[2 * LANES] = {{0}};
+    for (int64_t i = 0; i < xs; i += LANES) {
+        vec c[SIDE];
+#pragma GCC unroll 5
+        for (int r = 0; r < outs; r++) c[r] = load(w + r * xs + i);
+#pragma GCC unroll 5
+        for (int q = 0; q < rows; q++) {
+            vec a = load(x + q * xs + i);
+#pragma GCC unroll 5
+            for (int r = 0; r < outs; r++) acc[q * outs + r] += a * c[r];
+        }
+    }
+    store(got, sums(acc));
+    if (rows * outs > LANES) store(got + LANES, sums(acc + LANES));
+}
+
 static void linear_forward(const float *x, int64_t in, const float *w, const float *b, float *y, int64_t out, int64_t n,
                            int64_t act) {
     int64_t xs = ROUND(in), ys = ROUND(out);
-    for (int64_t j = 0; j < out; j += 4) {
-        const float *wr[4];
-        for (int q = 0; q < 4; q++) wr[q] = w + (j + q < out ? j + q : out - 1) * xs;
-        for (int64_t s = 0; s < n; s += 4) {
-            const float *xr[4];
-            for (int q = 0; q < 4; q++) xr[q] = x + (s + q < n ? s + q : n - 1) * xs;
-            vec acc[16] = {{0}};
-            for (int64_t i = 0; i < xs; i += LANES) {
-                vec a[4], c[4];
-#pragma GCC unroll 4
-                for (int q = 0; q < 4; q++) a[q] = load(xr[q] + i), c[q] = load(wr[q] + i);
-#pragma GCC unroll 4
-                for (int q = 0; q < 4; q++)
-#pragma GCC unroll 4
-                    for (int r = 0; r < 4; r++) acc[4 * q + r] += a[q] * c[r];
-            }
-            float got[LANES];
-            store(got, sums(acc));
-            for (int q = 0; q < 4 && s + q < n; q++)
-                for (int r = 0; r < 4 && j + r < out; r++) {
-                    float v = got[4 * q + r] + (b ? b[j + r] : 0.0f);
+    for (int64_t j = 0; j < out; j += SIDE)
+        for (int64_t s = 0; s < n; s += SIDE) {
+            float got[2 * LANES];
+            int rows = least(n - s), outs = least(out - j);
+#define TILE(q, r) forward_tile(q, r, x + s * xs, w + j * xs, xs, got)
+            TILES(TILE, rows, outs);
+#undef TILE
+            for (int q = 0; q < rows; q++)
+                for (int r = 0; r < outs; r++) {
+                    float v = got[q * outs + r] + (b ? b[j + r] : 0.0f);
                     y[(s + q) * ys + j + r] = act == RELU ? (v > 0 ? v : 0) : act == TANH ? tanhf(v) : v;
                 }
         }
-    }
 }
 
 /* dx[n][i] (+)= dy[n][j] w[j][i], `rows` samples by `wide` vectors at a time. */
 INLINE void back_tile(const int rows, const int wide, const float *dy, int64_t ys, const float *w, int64_t xs, int64_t out,
                       float *dx, int add) {
-    vec acc[4][4];
-#pragma GCC unroll 4
+    vec acc[SIDE][SIDE];
+#pragma GCC unroll 5
     for (int q = 0; q < rows; q++)
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int r = 0; r < wide; r++) acc[q][r] = add ? load(dx + q * xs + r * LANES) : (vec){0};
     for (int64_t j = 0; j < out; j++) {
-        vec c[4];
-#pragma GCC unroll 4
+        vec c[SIDE];
+#pragma GCC unroll 5
         for (int r = 0; r < wide; r++) c[r] = load(w + j * xs + r * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int q = 0; q < rows; q++)
-#pragma GCC unroll 4
+#pragma GCC unroll 5
             for (int r = 0; r < wide; r++) acc[q][r] += dy[q * ys + j] * c[r];
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int q = 0; q < rows; q++)
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int r = 0; r < wide; r++) store(dx + q * xs + r * LANES, acc[q][r]);
 }
 
 static void linear_back(const float *dy, const float *w, float *dx, int64_t in, int64_t out, int64_t n, int add) {
     int64_t xs = ROUND(in), ys = ROUND(out);
-    for (int64_t i = 0; i < xs; i += 4 * LANES) {
-        int wide = (int)((xs - i) / LANES < 4 ? (xs - i) / LANES : 4);
-        for (int64_t s = 0; s < n; s += 4) {
-            int rows = (int)(n - s < 4 ? n - s : 4);
+    for (int64_t i = 0; i < xs; i += SIDE * LANES)
+        for (int64_t s = 0; s < n; s += SIDE) {
 #define TILE(q, r) back_tile(q, r, dy + s * ys, ys, w + i, xs, out, dx + s * xs + i, add)
-#define ROWS(r) (rows == 4 ? TILE(4, r) : rows == 3 ? TILE(3, r) : rows == 2 ? TILE(2, r) : TILE(1, r))
-            wide == 4 ? ROWS(4) : wide == 3 ? ROWS(3) : wide == 2 ? ROWS(2) : ROWS(1);
-#undef ROWS
+            TILES(TILE, least(n - s), least((xs - i) / LANES));
 #undef TILE
         }
-    }
 }
 
 /* w[j][i] moves against dy[n][j] x[n][i], `rows` outputs by `wide` vectors at a time. */
 INLINE void update_tile(const int rows, const int wide, const float *dy, int64_t ys, const float *x, int64_t xs, int64_t n,
                         const float *from, float *w, float *m, Step step) {
-    vec acc[4][4];
-#pragma GCC unroll 4
+    vec acc[SIDE][SIDE];
+#pragma GCC unroll 5
     for (int q = 0; q < rows; q++)
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int r = 0; r < wide; r++) acc[q][r] = (vec){0};
     for (int64_t s = 0; s < n; s++) {
-        vec c[4];
-#pragma GCC unroll 4
+        vec c[SIDE];
+#pragma GCC unroll 5
         for (int r = 0; r < wide; r++) c[r] = load(x + s * xs + r * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int q = 0; q < rows; q++)
-#pragma GCC unroll 4
+#pragma GCC unroll 5
             for (int r = 0; r < wide; r++) acc[q][r] += dy[s * ys + q] * c[r];
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int q = 0; q < rows; q++)
-#pragma GCC unroll 4
+#pragma GCC unroll 5
         for (int r = 0; r < wide; r++) {
             int64_t at = q * xs + r * LANES;
             step_vec(from + at, w + at, m + at, acc[q][r], step);
@@ -225,17 +239,12 @@ INLINE void update_tile(const int rows, const int wide, const float *dy, int64_t
 static void linear_update(const float *dy, const float *x, const float *from, float *w, float *m, int64_t in, int64_t out,
                           int64_t n, Step step) {
     int64_t xs = ROUND(in), ys = ROUND(out);
-    for (int64_t i = 0; i < xs; i += 4 * LANES) {
-        int wide = (int)((xs - i) / LANES < 4 ? (xs - i) / LANES : 4);
-        for (int64_t j = 0; j < out; j += 4) {
-            int rows = (int)(out - j < 4 ? out - j : 4);
+    for (int64_t i = 0; i < xs; i += SIDE * LANES)
+        for (int64_t j = 0; j < out; j += SIDE) {
 #define TILE(q, r) update_tile(q, r, dy + j, ys, x + i, xs, n, from + j * xs + i, w + j * xs + i, m + j * xs + i, step)
-#define ROWS(r) (rows == 4 ? TILE(4, r) : rows == 3 ? TILE(3, r) : rows == 2 ? TILE(2, r) : TILE(1, r))
-            wide == 4 ? ROWS(4) : wide == 3 ? ROWS(3) : wide == 2 ? ROWS(2) : ROWS(1);
-#undef ROWS
+            TILES(TILE, least(out - j), least((xs - i) / LANES));
 #undef TILE
         }
-    }
 }
 
 static void bias_update(const float *dy, const float *from, float *b, float *m, int64_t out, int64_t n, Step step) {
