@@ -170,11 +170,17 @@ static void linear_forward(const float *x, int64_t in, const float *w, const flo
             TILES(TILE, rows, outs);
 #undef TILE
             for (int q = 0; q < rows; q++)
-                for (int r = 0; r < outs; r++) {
-                    float v = got[q * outs + r] + (b ? b[j + r] : 0.0f);
-                    y[(s + q) * ys + j + r] = act == RELU ? (v > 0 ? v : 0) : act == TANH ? tanhf(v) : v;
-                }
+                for (int r = 0; r < outs; r++) y[(s + q) * ys + j + r] = got[q * outs + r];
         }
+    for (int64_t s = 0; s < n; s++) {
+        float *row = y + s * ys;
+        if (b)
+            for (int64_t j = 0; j < out; j++) row[j] += b[j];
+        if (act == RELU)
+            for (int64_t j = 0; j < out; j++) row[j] = row[j] > 0 ? row[j] : 0;
+        if (act == TANH)
+            for (int64_t j = 0; j < out; j++) row[j] = tanhf(row[j]);
+    }
 }
 
 /* dx[n][i] (+)= dy[n][j] w[j][i], `rows` samples by `wide` vectors at a time. */
@@ -249,10 +255,12 @@ static void linear_update(const float *dy, const float *x, const float *from, fl
 
 static void bias_update(const float *dy, const float *from, float *b, float *m, int64_t out, int64_t n, Step step) {
     int64_t ys = ROUND(out);
-    for (int64_t j = 0; j < out; j++) {
-        float g = 0;
-        for (int64_t s = 0; s < n; s++) g += dy[s * ys + j];
-        step_one(from + j, b + j, m + j, g, step);
+    for (int64_t j = 0; j < ys; j += LANES) {
+        vec sums = {0};
+        float g[LANES];
+        for (int64_t s = 0; s < n; s++) sums += load(dy + s * ys + j);
+        store(g, sums);
+        step_all(from + j, b + j, m + j, g, out - j < LANES ? out - j : LANES, step);
     }
 }
 
