@@ -41,13 +41,13 @@ def engine(name: str, workers: int = 0, threads: int = 1, address: str = "") -> 
         )
     elif name == "ray":
         from simulation.ray_engine import (  # Ray takes a second to import; only those who use it pay
-            RayGrid,
+            ray_grid,
             ray_workers,
         )
 
         with ray_workers(workers, threads, address) as pool:
             yield lambda experiment, out, resume=False: _run_local(
-                RayGrid(experiment, out / "state", pool), experiment, out, resume
+                ray_grid(experiment, out / "state", pool), experiment, out, resume
             )
     else:
         from simulation.processes import run_processes

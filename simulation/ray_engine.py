@@ -1,14 +1,15 @@
 """The Ray engine: actors as nodes. Each hosts an even share of the clients, who always come back to it.
 
 Whatever several messages have in common, above all the global model, is handed over once: through shared memory to workers
-on this machine (`simulation/mailbox.py`), through Ray's object store to those of a cluster.
+on this machine (`simulation/mailbox.py`), which are called over a socket each (`simulation/lines.py`); through Ray's object
+store to those of a cluster, which are called through Ray.
 """
 
 import os
 import pickle
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from config.schema import Experiment
 from simulation.grid import LocalGrid, error_reply, node_context
+from simulation.lines import RETRIES, Lines, connect
 from simulation.mailbox import Address, Letter, Slot, Slots
 from simulation.ray_start import start_ray, stop_ray
 from tasks.task import share_task
@@ -29,8 +31,6 @@ _WAIT = 0.5
 _SOME = 0.001
 """Cores that a worker asks Ray for: hardly any, for how many there are is ours to say; but one that asks for nothing is put
 on any machine, wherever it was sent (measured with Ray 2.55.1)."""
-_RETRIES = 2
-"""Times that a message is given again to a worker that died of it; then its clients count as failed."""
 
 
 class Call(NamedTuple):
@@ -52,9 +52,14 @@ class NodeActor:
         self._slots: dict[int, Slot] = {}
         self._contexts: dict[bytes, Context] = {}
 
-    def handle_here(self, call: bytes) -> Letter:
-        """`handle` for a pickled `Call`. (Each argument that Ray hands over by itself takes it a tenth of a millisecond.)"""
-        given: Call = pickle.loads(call)
+    def serve(self, path: str, worker: int) -> None:
+        """Answer the calls of a line, one after another, until the command hangs up or is gone."""
+        with suppress(EOFError, OSError), connect(path, worker) as line:
+            while True:
+                line.send_bytes(pickle.dumps(self.handle_here(pickle.loads(line.recv_bytes()))))
+
+    def handle_here(self, given: Call) -> Letter:
+        """`handle` for a `Call`."""
         if given.context not in self._contexts:
             self._contexts = {given.context: pickle.loads(given.context)}
         slot = self._slot(given.sent)
@@ -85,36 +90,26 @@ class Workers:
 
     def __init__(self, count: int, threads: int, on_this_machine: bool) -> None:
         self.actors: list[ActorHandle[Any]] = []
+        self.lines = Lines(count) if on_this_machine and hasattr(os, "memfd_create") else None
+        self.serving: list[Any] = []
+        """Of workers with a line what Ray answers when they hang up."""
+        self.slots = Slots()
         remote: Any = ray.remote(NodeActor)
-        for home in _homes(count):
+        for number, home in enumerate(_homes(count)):
             # A killed worker comes back (Flower's engine puts it back in its pool dead) and answers what it was asked
             # again: a client's answer is a function of the message and of its stored state, so the bits are the same.
             # If its machine is lost, it comes back on another one.
             where = NodeAffinitySchedulingStrategy(home, soft=True)
             options = remote.options(
-                num_cpus=_SOME, max_restarts=-1, max_task_retries=_RETRIES, scheduling_strategy=where
+                num_cpus=_SOME,
+                max_restarts=-1,
+                max_task_retries=-1 if self.lines else RETRIES,
+                scheduling_strategy=where,
             )
             self.actors.append(options.remote())
+            if self.lines is not None:
+                self.serving.append(self.actors[-1].serve.remote(self.lines.path, number))
         self.threads = threads
-        self.slots = Slots() if on_this_machine and hasattr(os, "memfd_create") else None
-
-
-@dataclass
-class Sent:
-    """A message on its way: what Ray answers for it, and the slots that are its own and its round's."""
-
-    reference: Any
-    message: Message
-    reply: Slot | None = None
-    batch: "Batch | None" = None
-
-
-@dataclass
-class Batch:
-    """Messages that were sent together: the slot of what they have in common, and how many are not answered yet."""
-
-    slot: Slot
-    waiting: int
 
 
 @contextmanager
@@ -123,7 +118,12 @@ def ray_workers(count: int, threads: int, address: str = "") -> Iterator[Workers
     stopped at the end."""
     start_ray(count, threads, address)
     try:
-        yield Workers(count or sum(_machines().values()), threads, on_this_machine=not address)
+        workers = Workers(count or sum(_machines().values()), threads, on_this_machine=not address)
+        try:
+            yield workers
+        finally:
+            if workers.lines is not None:
+                workers.lines.close()
     finally:
         stop_ray()
 
@@ -145,70 +145,130 @@ def _homes(count: int) -> list[str]:
     return [node for node, workers in taken.items() for _ in range(workers)]
 
 
-class RayGrid(LocalGrid):
+def ray_grid(experiment: Experiment, state: Path, workers: Workers) -> LocalGrid:
     """A node for each worker."""
+    if workers.lines is None:
+        return ClusterGrid(experiment, state, workers)
+    return MachineGrid(experiment, state, workers, workers.lines)
+
+
+class RayGrid(LocalGrid):
+    """A node for each worker. A subclass says how messages get there and back."""
 
     def __init__(self, experiment: Experiment, state: Path, workers: Workers) -> None:
         nodes = len(workers.actors)
         super().__init__(nodes)
-        self._actors = dict(zip(self._node_ids, workers.actors, strict=True))
         self._contexts = {n: node_context(experiment, i, nodes, state) for i, n in enumerate(self._node_ids)}
-        self._experiment = experiment
-        self._running: dict[str, Sent] = {}
-        self._slots = workers.slots
 
-    def open(self) -> None:
-        """Share the data with the workers of this machine, before the server opens it too."""
-        if self._slots is not None:
-            addresses = " ".join(share_task(self._experiment))
-            for context in self._contexts.values():
-                context.node_config["data"] = addresses
+    def _parted(self, messages: Sequence[Message]) -> tuple[list[dict[str, int]], list[ArrayRecord]]:
+        """Take the array records out of messages: of each message their names with their places in the list of all, which
+        has each record once."""
+        records: dict[int, tuple[int, ArrayRecord]] = {}
+        places = []
+        for message in messages:
+            own = {name: record for name, record in message.content.items() if isinstance(record, ArrayRecord)}
+            message.content = RecordDict({name: r for name, r in message.content.items() if name not in own})
+            places.append({n: records.setdefault(id(r), (len(records), r))[0] for n, r in own.items()})
+        return places, [record for _, record in records.values()]
+
+
+class ClusterGrid(RayGrid):
+    """Workers of a cluster, reached through Ray."""
+
+    def __init__(self, experiment: Experiment, state: Path, workers: Workers) -> None:
+        super().__init__(experiment, state, workers)
+        self._actors = dict(zip(self._node_ids, workers.actors, strict=True))
+        self._running: dict[str, tuple[Any, Message]] = {}
 
     def start(self, messages: Sequence[Message]) -> None:
         """Hand each message to its worker; array records are handed over once for all of them."""
-        shared = []
-        for message in messages:
-            content = message.content
-            shared.append({name: record for name, record in content.items() if isinstance(record, ArrayRecord)})
-            message.content = RecordDict({name: r for name, r in content.items() if name not in shared[-1]})
-        records = list({id(record): record for each in shared for record in each.values()}.values())
-        number = {id(record): i for i, record in enumerate(records)}
-        if self._slots is None:
-            stored = [ray.put(record) for record in records]
-            for message, own in zip(messages, shared, strict=True):
-                node, theirs = message.metadata.dst_node_id, [stored[number[id(record)]] for record in own.values()]
-                reference: Any = self._actors[node].handle.remote(message, self._contexts[node], list(own), *theirs)
-                self._running[message.metadata.message_id] = Sent(reference, message)
-            return
-        batch = Batch(self._slots.take(), len(messages))
-        letters = batch.slot.write([*records, *messages])
-        for message, own, letter in zip(messages, shared, letters[len(records) :], strict=True):
-            node, reply = message.metadata.dst_node_id, self._slots.take()
-            records_of = {name: letters[number[id(record)]] for name, record in own.items()}
-            call = Call(letter, records_of, pickle.dumps(self._contexts[node]), batch.slot.address, reply.address)
-            reference = self._actors[node].handle_here.remote(pickle.dumps(call))
-            self._running[message.metadata.message_id] = Sent(reference, message, reply, batch)
+        places, records = self._parted(messages)
+        stored = [ray.put(record) for record in records]
+        for message, own in zip(messages, places, strict=True):
+            node, theirs = message.metadata.dst_node_id, [stored[place] for place in own.values()]
+            reference: Any = self._actors[node].handle.remote(message, self._contexts[node], list(own), *theirs)
+            self._running[message.metadata.message_id] = reference, message
 
     def collect(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that are there; waits up to half a second for the first."""
-        waiting = {self._running[i].reference: i for i in message_ids if i in self._running}
+        waiting = {self._running[i][0]: i for i in message_ids if i in self._running}
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=_WAIT) if waiting else ([], [])
         more, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if done else ([], [])
-        replies = []
-        for reference in more:
-            replies.append(self._reply(self._running.pop(waiting[reference])))
-        return replies
+        return [self._reply(*self._running.pop(waiting[reference])) for reference in more]
 
-    def _reply(self, sent: Sent) -> Message:
-        """The reply that is there; its slots may be used again then. Those of a message that nobody asks for are not."""
+    def _reply(self, reference: Any, message: Message) -> Message:
         try:
-            answer = ray.get(sent.reference)
-            reply: Message = answer if sent.reply is None else sent.reply.read(answer)
+            reply: Message = ray.get(reference)
+            return reply
         except RayError as error:
-            reply = error_reply(sent.message, f"the worker was lost: {type(error).__name__}")
-        if self._slots is not None and sent.reply is not None and sent.batch is not None:
-            self._slots.give_back(sent.reply)
-            sent.batch.waiting -= 1
-            if not sent.batch.waiting:
-                self._slots.give_back(sent.batch.slot)
+            return error_reply(message, f"the worker was lost: {type(error).__name__}")
+
+
+@dataclass
+class Batch:
+    """Messages that were sent together: the slot of what they have in common, and how many are not answered yet."""
+
+    slot: Slot
+    waiting: int
+
+
+class Sent(NamedTuple):
+    """A message on its way, with the slot of its reply and its batch."""
+
+    message: Message
+    reply: Slot
+    batch: Batch
+
+
+class MachineGrid(RayGrid):
+    """Workers of this machine, each at the end of a line. The data is held once for all of them and the server."""
+
+    def __init__(self, experiment: Experiment, state: Path, workers: Workers, lines: Lines) -> None:
+        super().__init__(experiment, state, workers)
+        self._experiment, self._workers, self._lines = experiment, workers, lines
+        self._sent: dict[int, Sent] = {}
+        self._arrived: dict[str, Message] = {}
+
+    def open(self) -> None:
+        """Share the data with the workers, before the server opens it too."""
+        addresses = " ".join(share_task(self._experiment))
+        for context in self._contexts.values():
+            context.node_config["data"] = addresses
+
+    def start(self, messages: Sequence[Message]) -> None:
+        """Hand each message to its worker; array records are handed over once for all of them."""
+        slots = self._workers.slots
+        places, records = self._parted(messages)
+        batch = Batch(slots.take(), len(messages))
+        letters = batch.slot.write([*records, *messages])
+        for message, own, letter in zip(messages, places, letters[len(records) :], strict=True):
+            node, reply = message.metadata.dst_node_id, slots.take()
+            theirs, context = {name: letters[place] for name, place in own.items()}, pickle.dumps(self._contexts[node])
+            call = Call(letter, theirs, context, batch.slot.address, reply.address)
+            number = self._lines.call(self._node_ids.index(node), pickle.dumps(call))
+            self._sent[number] = Sent(message, reply, batch)
+
+    def collect(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that are there; waits up to half a second for the first."""
+        asked = list(message_ids)
+        there = any(each in self._arrived for each in asked)
+        found = self._lines.answers(0 if there else _WAIT)
+        if not found and not there:
+            serving = self._workers.serving
+            ended, _ = ray.wait(serving, num_returns=len(serving), timeout=0)
+            found = [lost for reference in ended for lost in self._lines.lose(serving.index(reference))]
+        for number, answer in found:
+            if sent := self._sent.pop(number, None):  # else it was for a run that has ended
+                self._arrived[sent.message.metadata.message_id] = self._reply(sent, answer)
+        return [self._arrived.pop(each) for each in asked if each in self._arrived]
+
+    def _reply(self, sent: Sent, answer: bytes | None) -> Message:
+        """The reply in a message's slot; its slots may then be used again."""
+        lost = error_reply(sent.message, "the worker was lost") if answer is None else None
+        reply: Message = lost or sent.reply.read(pickle.loads(answer or b""))
+        slots = self._workers.slots
+        slots.give_back(sent.reply)
+        sent.batch.waiting -= 1
+        if not sent.batch.waiting:
+            slots.give_back(sent.batch.slot)
         return reply
