@@ -20,7 +20,7 @@ from config.schema import Experiment
 
 
 class RunFolder:
-    """One run's folder on disk. Files are written whole or not at all; `rounds.jsonl` grows by a synced line a round."""
+    """One run's folder on disk. Files are written whole or not at all; `rounds.jsonl` grows by a line a round."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,10 +39,13 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one round's record."""
+        """Add one round's record; whole on disk after `sync`."""
         with (self.path / "rounds.jsonl").open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
+
+    def sync(self) -> None:
+        """Return when all records are on disk."""
+        with (self.path / "rounds.jsonl").open("a") as file:
             os.fsync(file.fileno())
 
     def cut_back(self, round_: int) -> None:

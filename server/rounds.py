@@ -24,12 +24,12 @@ from server.protection import protection
 from server.scoring import predict_globally, scalar, score_clients, score_globally, scores_in
 from server.session import Session, setup, split_table
 from server.summary import ClientScores, client_rows, summarise, test_sizes, used
-from server.writer import Writer
+from server.writer import EVERY, Writer
 from strategies import algorithm, make_strategy
 from strategies.attacks import attack, attackers
 from strategies.blocks import Span, WeightedSum, add, cut, total, weighted_sum
 from strategies.fedavg import FedAvg
-from strategies.local import steps_of
+from strategies.local import Half, steps_of
 from strategies.packing import block_message
 from strategies.records import from_record, to_record
 from strategies.replies import arrays_fault, metrics_of, weight_fault
@@ -76,9 +76,10 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     seen = view(task, model, frozen=parts.trunk_is_frozen)
     strategy = make_strategy(setup(experiment, task, parts))
     sizes, schedule = task.split.sizes[:, 0], read_schedule(experiment)
+    alone = experiment.privacy.unit == "none" and type(half.client) is Half and not parts.personal
     session = Session(
         experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard, sizes, schedule,
-        Writer(folder),
+        Writer(folder, EVERY if alone else 0),
     )  # fmt: skip
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}

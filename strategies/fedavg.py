@@ -63,7 +63,7 @@ class FedAvg(Strategy):
         return ""
 
     def state(self) -> Arrays:
-        """What the strategy keeps from round to round; it goes into every checkpoint."""
+        """What the strategy keeps from round to round, in arrays that it does not change later; it goes into checkpoints."""
         return {}
 
     def load_state(self, arrays: Arrays) -> None:

@@ -73,7 +73,8 @@ def test_a_second_attempt_draws_anew() -> None:
     assert again == [draw_cohort(experiment, r, attempt=2) for r in range(1, 51)]
 
 
-def test_a_schedule_from_a_file(tmp_path: Path) -> None:
+def test_a_schedule_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.rounds.EVERY", 0)
     (tmp_path / "who").write_text("# two, then one, then nobody\n3 1\n2,\n\n")
     plan = ("cohort.sampling=schedule", f"cohort.schedule={tmp_path / 'who'}", "cohort.quorum=0")
     run_inline(small("fedavg", *plan), tmp_path / "run")

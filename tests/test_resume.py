@@ -13,11 +13,13 @@ from conftest import run_inline, small
 
 import client.store
 import config.durable
+import server.rounds
 from config.durable import Arrays
 from config.errors import UserError
 from config.load import to_toml
 from config.schema import Experiment
 from server.checkpoints import Checkpoint, latest, save
+from server.session import Session
 
 COMPARED = ("status", "rounds", "model_sha256", "personal_sha256", "split_sha256", "metrics", "clients")
 
@@ -70,13 +72,21 @@ PLATEAU = ("local.schedule=plateau", "local.schedule_patience=0", "local.lr=0.3"
 
 
 @pytest.mark.parametrize(
-    "method",
-    [("fedper",), ("fedper", "engine.state_memory=0"), ("local", "engine.state_memory=0"), ("fedavg", *PLATEAU)],
+    ("method", "every"),
+    [
+        (("fedper",), 3600),
+        (("fedper", "engine.state_memory=0"), 3600),
+        (("local", "engine.state_memory=0"), 3600),
+        (("fedavg", *PLATEAU), 3600),
+        (("fedavg", *PLATEAU), 0),
+    ],
     ids=str,
 )
 def test_killed_at_any_write_and_resumed_gives_the_same_bits(
-    method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: tuple[str, ...], every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`every`: seconds between checkpoints; where clients keep something there is one a round whatever it says."""
+    monkeypatch.setattr("server.rounds.EVERY", every)
     experiment = small(method[0], *method[1:], "cohort.size=3", "partition.clients=4")
     total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
     assert total > 3 * 4
@@ -87,6 +97,35 @@ def test_killed_at_any_write_and_resumed_gives_the_same_bits(
             run_inline(experiment, out)
         resumed = run_inline(experiment, out, resume=True)
         assert [resumed[k] for k in COMPARED] == [expected[k] for k in COMPARED], number
+
+
+def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first round has one, and the last, however the run ends; a run that was stopped goes on from there."""
+    monkeypatch.setattr("server.rounds.EVERY", 3600)
+    private = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
+    kept = []
+    for number, method in enumerate([("fedavg",), ("fedper",), ("fedavg", *private)]):
+        run_inline(small(*method, "run.rounds=4"), tmp_path / str(number))
+        kept.append([int(p.stem[-8:]) for p in sorted((tmp_path / str(number) / "checkpoints").glob("*.json"))])
+    assert kept == [[1, 4], [2, 3, 4], [2, 3, 4]]
+
+    play = server.rounds.play_round
+
+    def stop(session: Session, round_: int) -> None:
+        if round_ == 4:
+            raise KeyboardInterrupt
+        play(session, round_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("server.rounds.play_round", stop)
+        assert run_inline(small("fedavg", "run.rounds=4"), tmp_path / "stopped")["status"] == "stopped"
+    found, _ = latest(tmp_path / "stopped" / "checkpoints")
+    assert found is not None and found.round == 3
+    resumed = run_inline(small("fedavg", "run.rounds=4"), tmp_path / "stopped", resume=True)
+    whole = run_inline(small("fedavg", "run.rounds=4"), tmp_path / "whole")
+    assert [resumed[k] for k in COMPARED] == [whole[k] for k in COMPARED]
 
 
 def test_killed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
