@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord
 
 from client.fast import Fast
 from client.node import Facts, Node, samples
@@ -16,7 +16,7 @@ from config.durable import Arrays
 from strategies.blocks import WeightedSum
 from strategies.local import Half
 from strategies.packing import Answer, NodeReply, Request
-from strategies.records import from_record
+from strategies.records import from_record, to_content, to_metrics
 from strategies.sharing import name_weights
 from tasks.data import Data
 from tasks.evaluation import evaluate, load_into
@@ -85,15 +85,15 @@ def _train(
     """The blocks' answers and sums, by the blocks' clients; None of a block where anything is not finite, and of all if a
     client has what kernels do not cover."""
     round_, local = int(cast(int, config["round"])), node.experiment.local
-    contents = {client: RecordDict() for block in clients for client in block}
+    scores = dict[int, MetricRecord]()
     if config["evaluate"]:
         node.clock.now("evaluate")
         load_into(node.model, received)
-        for client, content in contents.items():
+        for client in (client for block in clients for client in block):
             data = node.view.data(f"{client}/test", node.task.client(client).test)
-            content["evaluation"] = MetricRecord(dict(evaluate(node.view.model, data, node.view.task)))
+            scores[client] = to_metrics(evaluate(node.view.model, data, node.view.task))
     node.clock.now("open")
-    own = {client: node.task.client(client).train for client in contents}
+    own = {client: node.task.client(client).train for block in clients for client in block}
     facts = {client: _facts(node, fast, client, data) for client, data in own.items()}
     if not all(each.covered for each in facts.values()):
         return [None] * len(clients)
@@ -113,8 +113,10 @@ def _train(
             trained = fast.trained(member, next(losses))
             metrics: dict[str, Any] = {**known[member.client], "steps": trained.steps}
             metrics |= {f"loss/{target}": value for target, value in trained.losses.items()}
-            contents[member.client]["metrics"] = MetricRecord(metrics)
-            answers.append(Answer(member.client, contents[member.client], summed=True))
+            content: dict[str, MetricRecord] = {"metrics": to_metrics(metrics)}
+            if member.client in scores:
+                content["evaluation"] = scores[member.client]
+            answers.append(Answer(member.client, to_content(content), summed=True))
         weights = {name: sum(counts[m.client][name] for m in block) for name in received}
         whole = all(counts[m.client][name] > 0 for m in block for name in received)
         found.append((answers, WeightedSum(total, weights)) if total is not None and whole else None)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import RecordDict
 from torch import Tensor, nn
 
 import client.node
@@ -45,8 +45,8 @@ from privacy.noise import Stream
 from privacy.plan import claim, client_cost, client_denominator, client_noise, steps_a_round
 from server.folder import RunFolder
 from server.protection import Protection, adaptive, protection
-from simulation.grid import become_server
 from simulation.launch import engine
+from strategies.packing import Answer
 from strategies.records import to_record
 from strategies.sharing import roles_of
 from tasks.data import Data, Target
@@ -271,20 +271,18 @@ def _client(experiment: Experiment, task: Task) -> list[Check]:
 
 def _combined(experiment: Experiment, z: float, hits: np.ndarray) -> Floats:
     """What each round's model shows of each canary client, in clips, (rounds, canaries)."""
-    become_server()
     guard = Protection(experiment, ("w",), bound=experiment.privacy.clip, noise_multiplier=z)
     guard.begin(True, None)
     model: Arrays = {"w": np.zeros(CANARIES, np.float64)}
     scores = []
     for round_, row in enumerate(hits, 1):
         bound = guard.bound
-        messages = []
+        answers = []
         for number in np.flatnonzero(row):
             update = model["w"].copy()
             update[number] += _LONG * bound
-            content = RecordDict({"arrays": to_record({"w": update})})
-            messages.append(Message(content, dst_node_id=int(number), message_type=MessageType.TRAIN))
-        after = guard.combine(model, messages, round_)
+            answers.append(Answer(int(number), RecordDict({"arrays": to_record({"w": update})})))
+        after = guard.combine(model, answers, round_)
         scores.append(_floats(after, model) * client_denominator(experiment) / bound)
         model = after
     return np.stack(scores)

@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from config.errors import RunStopped
 from config.schema import Experiment
+from strategies.packing import Answer
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Account:
     exhausted: str = ""
 
 
-def account_of(reply: Message, before: Account | None) -> Account | None:
+def account_of(reply: Answer, before: Account | None) -> Account | None:
     """What a reply says of the ledger; None if it says nothing, or something that cannot be.
 
     A ledger never gets shorter: a client that says so is not believed, and is reminded of what it said before.
     """
-    said = None if reply.has_error() else reply.content.get("ledger")
+    said = None if reply.content is None else reply.content.get("ledger")
     if not isinstance(said, ConfigRecord):
         return None
     entries, sha256, epsilon = said.get("entries"), said.get("sha256"), said.get("epsilon")

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ConfigRecord, Message
+from flwr.app import ConfigRecord
 
 from config.durable import Arrays
 from strategies.blocks import Span, WeightedSum, cut, fault, total
+from strategies.packing import Answer
 from strategies.replies import arrays_fault, metrics_of, weight_fault
 from strategies.sharing import name_weights
 
@@ -22,13 +23,13 @@ Judge = Callable[[Mapping[str, Any], int], str]
 class Verdict:
     """The replies that count, in the order of the clients, the sums that count, and why each other client does not."""
 
-    admitted: list[Message]
+    admitted: list[Answer]
     sums: dict[tuple[int, ...], WeightedSum]
     refused: dict[int, str]
 
 
 def admit(
-    replies: Sequence[Message],
+    replies: Sequence[Answer],
     sums: Sums,
     sent: Arrays,
     sizes: Mapping[int, int],
@@ -46,15 +47,15 @@ def admit(
     cannot be taken out again, so a sum counts only if all its clients do, and if it is itself of the right form.
     """
     inside = {client for block in sums for client in block}
-    first: dict[int, Message] = {}
+    first: dict[int, Answer] = {}
     for reply in replies:
-        first.setdefault(reply.metadata.src_node_id, reply)
+        first.setdefault(reply.client, reply)
     weights, refused = dict[int, dict[str, float]](), dict[int, str]()
     for client, reply in first.items():
         size = sizes.get(client, 0)
         metrics = (
-            {} if reply.has_error() else dict(metrics_of(reply.content).items())
-        )  # Flower's own are slow to look up
+            {} if reply.content is None else dict(metrics_of(reply.content).items())
+        )  # Flower's are slow to look up
         reason = _reason(reply, metrics, sent, size, client in inside, max_norm)
         if not reason and judge is not None:
             reason = judge(metrics, size)
@@ -80,10 +81,10 @@ def admit(
     return Verdict([reply for client, reply in first.items() if client not in refused], good, refused)
 
 
-def _reason(reply: Message, metrics: Mapping[str, Any], sent: Arrays, size: int, inside: bool, max_norm: float) -> str:
-    if reply.has_error():
-        return str(reply.error.reason)
+def _reason(reply: Answer, metrics: Mapping[str, Any], sent: Arrays, size: int, inside: bool, max_norm: float) -> str:
     content = reply.content
+    if content is None:
+        return reply.error
     ledger = content.get("ledger")
     if isinstance(ledger, ConfigRecord) and "exhausted" in ledger:
         return str(ledger["exhausted"])

@@ -16,7 +16,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
@@ -26,7 +26,7 @@ from config.errors import RunStopped
 from config.identity import code_sha256, versions
 from strategies.blocks import Span, WeightedSum, cut, spans
 from strategies.folding import folded, is_folded, unfolded
-from strategies.packing import NodeReply, Request, pack_requests, unpack_replies
+from strategies.packing import Answer, NodeReply, Request, pack_requests, unpack_replies
 from strategies.records import to_record
 
 log = logging.getLogger("meadow.server")
@@ -40,8 +40,6 @@ LEVEL = 0.005
 """Share of the even time by which the last worker may end later before pieces are exchanged."""
 DECISIVE = ("flwr", "torch")
 """The libraries of which server and nodes need the same release; its build (+cpu, +cu130) may differ."""
-CLIENT_FAILED = 1
-"""Code of the error that a reply carries for a client that raised, or whose node did not answer."""
 
 
 @dataclass
@@ -117,15 +115,15 @@ class Exchange:
         whole_blocks: bool = False,
         work: Mapping[int, float] | None = None,
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> tuple[list[Message], dict[tuple[int, ...], WeightedSum]]:
+    ) -> tuple[list[Answer], dict[tuple[int, ...], WeightedSum]]:
         """Carry client messages and wait for the replies.
 
         `work`: what each client is expected to take, in any unit; blocks are then dealt to the nodes by it, if they are
         `movable`, and else go where their clients are hosted. `meanwhile`: what to do once all is sent.
 
-        Returns one reply for each message, in the same order, with an error where the client gave none; and, if
+        Returns one answer for each message, in the same order, with an error where the client gave none; and, if
         `whole_blocks` allows nodes to add up, the sums of those blocks and spans of blocks, by their clients, that a
-        node answered as a whole (their clients' replies then have no "arrays").
+        node answered as a whole (their clients' answers then have no "arrays").
         """
         self.meet()
         by_node: dict[int, list[Message]] = {}
@@ -150,7 +148,7 @@ class Exchange:
             asks = [Request(m.metadata.dst_node_id, m.content) for m in theirs]
             packed = pack_requests(asks, list(own.items()), held)
             requests[node] = (theirs[0].metadata.message_type, packed)
-        answers: dict[int, RecordDict | str] = {}
+        answers: dict[int, Answer] = {}
         sums: dict[tuple[int, ...], WeightedSum] = {}
         began, busy = time.perf_counter(), dict[int, float]()
         times: dict[int, dict[str, float]] = {}
@@ -159,15 +157,13 @@ class Exchange:
         for node, reply in replies.items():
             unpacked = _unpack(reply)
             if isinstance(unpacked, str):
-                answers |= {m.metadata.dst_node_id: unpacked for m in by_node[node]}
+                answers |= {c: Answer(c, error=unpacked) for c in (m.metadata.dst_node_id for m in by_node[node])}
                 continue
             if 0 < (seconds := sum(unpacked.times.values())) < span and min(unpacked.times.values()) >= 0:
                 busy[node], times[node] = seconds, unpacked.times
             asked = {m.metadata.dst_node_id for m in by_node[node]}
             sums |= {whole[node][span]: total for span, total in unpacked.sums.items() if span in whole[node]}
-            answers |= {
-                a.client: a.error if a.content is None else a.content for a in unpacked.answers if a.client in asked
-            }
+            answers |= {answer.client: answer for answer in unpacked.answers if answer.client in asked}
         self.times = times[max(busy, key=busy.__getitem__)] if busy else {"train": span}
         self.idle = 1 - sum(busy.values()) / (span * len(self._nodes)) if busy and self.simulated else None
         if work is not None:
@@ -177,7 +173,8 @@ class Exchange:
                     now, usual = seconds / amount, self._rates.get(node, seconds / amount)
                     self._rates[node] = usual + (now - usual) / 4
             self._opened |= busy.keys()
-        return [_reply(m, answers.get(m.metadata.dst_node_id, "no node answered for it")) for m in messages], sums
+        clients = [m.metadata.dst_node_id for m in messages]
+        return [answers.get(c) or Answer(c, error="no node answered for it") for c in clients], sums
 
     def _deal(self, blocks: Sequence[tuple[int, ...]], work: Mapping[int, float]) -> dict[int, int]:
         """The node of each client: whole blocks by what they are expected to take on each node."""
@@ -320,10 +317,10 @@ def _unpack(reply: Message | None) -> NodeReply | str:
         return f"its node's reply cannot be read: {error!r}"
 
 
-def _reply(message: Message, answer: RecordDict | str) -> Message:
-    if isinstance(answer, str):
-        return Message(Error(code=CLIENT_FAILED, reason=answer), reply_to=message)
-    return Message(answer, reply_to=message)
+def as_messages(answers: Iterable[Answer], messages: Iterable[Message]) -> list[Message]:
+    """Answers with content as replies to the messages that asked for them: what Flower's strategies take."""
+    asked = {message.metadata.dst_node_id: message for message in messages}
+    return [Message(a.content, reply_to=asked[a.client]) for a in answers if a.content is not None]
 
 
 class Cohort(Grid):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from torch import nn
 
 from config.durable import Arrays, read_json, write_json
@@ -23,6 +23,7 @@ from privacy.dpsgd import chosen_mode, refuse_what_mixes_samples
 from privacy.ledger import noise_seed, secret, simulated_secret
 from privacy.releases import releases
 from server.accounts import Account, account_of, over_accounts, remind, require_budget
+from strategies.packing import Answer
 from strategies.records import from_record
 from strategies.sharing import Roles, arrays_sha256
 from tasks.task import Task
@@ -83,21 +84,21 @@ class Protection:
         """Put into the messages what each client last said of its ledger."""
         remind(messages, self.accounts)
 
-    def read(self, replies: Iterable[Message], round_: int) -> list[int]:
+    def read(self, replies: Iterable[Answer], round_: int) -> list[int]:
         """Take in what the replies say of the ledgers; return who has left with this round, ascending.
 
         Raises RunStopped if the run is to stop then, or nobody is left.
         """
         left = []
         for reply in replies:
-            client = reply.metadata.src_node_id
+            client = reply.client
             if (account := account_of(reply, self.accounts.get(client))) is not None:
                 self.accounts[client] = account
                 left += [client] if account.exhausted else []
         require_budget(self.experiment, self.accounts, round_)
         return sorted(left)
 
-    def combine(self, sent: Arrays, admitted: Sequence[Message], round_: int) -> Arrays:
+    def combine(self, sent: Arrays, admitted: Sequence[Answer], round_: int) -> Arrays:
         """Client-level DP: the next model out of the clients' replies, in their order; none at all moves it by noise alone.
 
         What does not learn stays as it was sent. Moves the clip of the next round, if that is adaptive. The noise is a
@@ -106,7 +107,7 @@ class Protection:
         """
         privacy, experiment = self.experiment.privacy, self.experiment
         before = {name: sent[name] for name in self.learned}
-        clipped = [self._clipped(before, message) for message in admitted]
+        clipped = [self._clipped(before, answer.content) for answer in admitted if answer.content is not None]
         facts = [str(round_), repr(self.bound), arrays_sha256(before), *(arrays_sha256(c.update) for c in clipped)]
         inputs = hashlib.sha256(" ".join(facts).encode()).hexdigest()
         self._charge(inputs, round_)
@@ -191,8 +192,8 @@ class Protection:
                 f"and privacy.epsilon = {budget:g}"
             )
 
-    def _clipped(self, before: Arrays, message: Message) -> Clipped:
-        received = from_record(message.content.array_records["arrays"])
+    def _clipped(self, before: Arrays, content: RecordDict) -> Clipped:
+        received = from_record(content.array_records["arrays"])
         return clip(before, {name: value for name, value in received.items() if name in before}, self.bound)
 
     def _generator(self, inputs: str, purpose: str) -> np.random.Generator:

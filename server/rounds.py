@@ -18,7 +18,7 @@ from server import checkpoints
 from server.admission import Verdict, admit
 from server.cohorts import call, read_schedule
 from server.evaluation import Scores, add_confusion, describe, over_clients
-from server.exchange import Cohort, Exchange
+from server.exchange import Cohort, Exchange, as_messages
 from server.folder import open_folder
 from server.protection import protection
 from server.scoring import predict_globally, scalar, score_clients, score_globally, scores_in
@@ -30,7 +30,7 @@ from strategies.attacks import attack, attackers
 from strategies.blocks import Span, WeightedSum, add, cut, total, weighted_sum
 from strategies.fedavg import FedAvg
 from strategies.local import Half, steps_of
-from strategies.packing import block_message
+from strategies.packing import Answer, block_message
 from strategies.records import from_record, to_record
 from strategies.replies import arrays_fault, metrics_of, weight_fault
 from strategies.sharing import name_weights, nbytes, roles_of
@@ -144,13 +144,11 @@ def play_round(session: Session, round_: int) -> None:
     traffic = _traffic(session, round_, tried)
     if experiment.privacy.unit == "client":
         session.arrays = guard.combine(session.arrays, verdict.admitted, round_)
-    elif blocks := (
-        combine_order(tried.trained, verdict, experiment.equal_weights) if tried.sums_only else verdict.admitted
-    ):
-        combined, _ = session.strategy.aggregate_train(round_, blocks)
+    elif verdict.admitted:
+        combined, _ = session.strategy.aggregate_train(round_, _for_strategy(tried, experiment.equal_weights))
         session.arrays = from_record(combined) if combined is not None else session.arrays
     received: dict[int, Scores] = {
-        m.metadata.src_node_id: scores_in(m) for m in verdict.admitted if "evaluation" in m.content
+        client: scores_in(content) for client, content in _contents(verdict).items() if "evaluation" in content
     }
     clients_round = round_ - 1
     clock.now("evaluate")
@@ -165,7 +163,7 @@ def play_round(session: Session, round_: int) -> None:
         "times": {},
         "idle": session.exchange.idle,
         **{key: value + sum(v[key] for v in void) for key, value in traffic.items()},
-        **_training(session.task, [metrics_of(m.content) for m in verdict.admitted]),
+        **_training(session.task, [metrics_of(content) for content in _contents(verdict).values()]),
         "global": score_globally(session)
         if round_ % experiment.evaluate.every == 0 or round_ == experiment.run.rounds
         else {},
@@ -185,10 +183,12 @@ def play_round(session: Session, round_: int) -> None:
 
 @dataclass(frozen=True)
 class Tried:
-    """One attempt at a round: who was asked, who of these trained, which replies count, and what was sent to each."""
+    """One attempt at a round: who was asked, who of these trained, and by which messages; which replies count, and the
+    arrays that were sent to each."""
 
     cohort: list[int]
     trained: list[int]
+    messages: list[Message]
     verdict: Verdict
     sent: Arrays
     sums_only: bool
@@ -266,13 +266,12 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
         quorum = min(quorum, len(called.asked) - len(left))
     if experiment.privacy.unit == "client" and experiment.cohort.sampling == "poisson":
         quorum = 0
-    return Tried(
-        called.asked, called.trained, Verdict(verdict.admitted, verdict.sums, refused), sent, sums_only, quorum
-    )
+    verdict = Verdict(verdict.admitted, verdict.sums, refused)
+    return Tried(called.asked, called.trained, messages, verdict, sent, sums_only, quorum)
 
 
 def _attack(
-    replies: Sequence[Message],
+    replies: Sequence[Answer],
     bad: frozenset[int],
     sent: Arrays,
     sizes: Mapping[int, int],
@@ -280,7 +279,7 @@ def _attack(
     round_: int,
 ) -> None:
     """Put what the attackers send in the place of what they trained. They look at sound replies alone."""
-    came = {m.metadata.src_node_id: m.content for m in replies if not m.has_error()}
+    came = {reply.client: reply.content for reply in replies if reply.content is not None}
     updates = {
         client: from_record(content.array_records["arrays"])
         for client, content in came.items()
@@ -320,26 +319,37 @@ def _training(task: Task, metrics: Sequence[MetricRecord]) -> dict[str, Any]:
     return {"steps": int(sum(scalar(m, "steps") or 0 for m in metrics)), "train": losses}
 
 
-def combine_order(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> list[Message]:
-    """The round's sum as the one message that strategies built on sums take: of what nodes have added up, and of single
-    replies, added up here; no message if there are none."""
-    admitted, blocks = {m.metadata.src_node_id: m for m in verdict.admitted}, cut(cohort)
+def _contents(verdict: Verdict) -> dict[int, RecordDict]:
+    """What the clients that count replied."""
+    return {reply.client: reply.content for reply in verdict.admitted if reply.content is not None}
+
+
+def _for_strategy(tried: Tried, equal: bool) -> list[Message]:
+    """The replies that count as a strategy takes them: one built on sums the round's sum as one message."""
+    if not tried.sums_only:
+        return as_messages(tried.verdict.admitted, tried.messages)
+    whole = round_sum(tried.trained, tried.verdict, equal)
+    return [block_message(whole, tried.messages[0])] if whole is not None else []
+
+
+def round_sum(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> WeightedSum | None:
+    """The sum over a cohort of what nodes have added up, and of single replies, added up here; None if there are none."""
+    admitted, sums, blocks = _contents(verdict), verdict.sums, cut(cohort)
 
     def known(span: Span) -> WeightedSum | None:
-        found = verdict.sums.get(tuple(c for block in blocks[slice(*span)] for c in block))
+        found = sums.get(tuple(c for block in blocks[slice(*span)] for c in block))
         if found is None and span[1] - span[0] == 1 and any(c in admitted for c in blocks[span[0]]):
             return _block_sum(blocks[span[0]], admitted, equal)
         return found
 
-    whole = total((0, len(blocks)), known, add) if blocks else None
-    return [block_message(whole, verdict.admitted[0])] if whole is not None else []
+    return total((0, len(blocks)), known, add) if blocks else None
 
 
-def _block_sum(block: Sequence[int], admitted: Mapping[int, Message], equal: bool) -> WeightedSum:
+def _block_sum(block: Sequence[int], admitted: Mapping[int, RecordDict], equal: bool) -> WeightedSum:
     return weighted_sum(
-        (name_weights(metrics_of(m.content), arrays, equal), arrays)
-        for m in (admitted[c] for c in block if c in admitted)
-        for arrays in [from_record(m.content.array_records["arrays"])]
+        (name_weights(metrics_of(content), arrays, equal), arrays)
+        for content in (admitted[c] for c in block if c in admitted)
+        for arrays in [from_record(content.array_records["arrays"])]
     )
 
 

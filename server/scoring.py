@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 
-from flwr.app import ConfigRecord, Message, MetricRecord
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from config.seeds import numpy_generator
@@ -55,15 +55,15 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
     )
     scores = {}
     for reply in replies:
-        client = reply.metadata.src_node_id
-        identity = None if reply.has_error() else reply.content.config_records.get("identity")
-        if identity is None:
-            reason = reply.error.reason if reply.has_error() else "its reply says nothing of itself"
+        client, content = reply.client, reply.content
+        identity = content.config_records.get("identity") if content is not None else None
+        if content is None or identity is None:
+            reason = reply.error or "its reply says nothing of itself"
             log.warning("client %d was not evaluated: %s", client, reason)
             continue
-        counts = reply.content.metric_records.get("confusion") or MetricRecord()
+        counts = content.metric_records.get("confusion") or MetricRecord()
         scores[client] = ClientScores(
-            scores_in(reply),
+            scores_in(content),
             str(identity.get("personal")),
             bool(identity.get("trained")),
             read_confusion(counts, session.task, client),
@@ -71,9 +71,9 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
     return scores
 
 
-def scores_in(message: Message) -> dict[str, float]:
+def scores_in(content: RecordDict) -> dict[str, float]:
     """The scores in a reply that are finite numbers."""
-    record = message.content.get("evaluation")
+    record = content.get("evaluation")
     if not isinstance(record, MetricRecord):
         return {}
     return {key: value for key in record if (value := scalar(record, key)) is not None}

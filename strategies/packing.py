@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from config.clock import PHASES
 from strategies.blocks import Span, WeightedSum, add, parts
-from strategies.records import from_record, to_record
+from strategies.records import from_record, to_content, to_record
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def add_spans(reply: NodeReply, spans: Sequence[Span]) -> None:
 
 def pack_replies(reply: NodeReply) -> RecordDict:
     """One content for the server out of a node's answers and sums."""
-    packed = RecordDict()
+    packed: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
     for answer in reply.answers:
         if answer.content is None:
             packed[f"{answer.client}.error"] = ConfigRecord({"reason": answer.error})
@@ -137,13 +137,14 @@ def pack_replies(reply: NodeReply) -> RecordDict:
             **({"times": [reply.times[phase] for phase in PHASES]} if reply.times else {}),
         }
     )
-    return packed
+    return to_content(packed)
 
 
 def unpack_replies(packed: RecordDict) -> NodeReply:
     """The inverse of `pack_replies`. Raises KeyError, TypeError or ValueError if the content is not a packed reply."""
     plan = cast(ConfigRecord, packed["pack"])
-    contents = {client: RecordDict() for client in cast(list[int], plan["clients"])}
+    contents: dict[int, dict[str, ArrayRecord | MetricRecord | ConfigRecord]]
+    contents = {client: {} for client in cast(list[int], plan["clients"])}
     sums: dict[Span, WeightedSum] = {}
     for name, record in packed.items():
         owner, _, key = name.partition(".")
@@ -161,7 +162,7 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
         if isinstance(error, ConfigRecord):
             answers.append(Answer(client, error=str(error["reason"])))
         else:
-            answers.append(Answer(client, content, summed=client in summed))
+            answers.append(Answer(client, to_content(content), summed=client in summed))
     times = [float(seconds) for seconds in cast(list[float], plan.get("times", []))]
     return NodeReply(answers, sums, dict(zip(PHASES, times, strict=True)) if times else {})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ from config.load import load
 from server.admission import admit
 from server.evaluation import over_clients
 from server.exchange import Cohort
-from server.rounds import combine_order
+from server.rounds import round_sum
 from simulation.grid import become_server
 from strategies import make_strategy
 from strategies.blocks import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
@@ -25,7 +25,7 @@ from strategies.packing import (
     NodeReply,
     Request,
     add_spans,
-    block_of,
+    block_message,
     pack_replies,
     pack_requests,
     unpack_replies,
@@ -42,14 +42,12 @@ def arrays_of(seed: int) -> Arrays:
     return {"trunk.w": draw.normal(size=(3, 2)).astype(np.float32), "heads.b": draw.normal(size=4).astype(np.float32)}
 
 
-def reply(client: int, arrays: Arrays | None, **metrics: Any) -> Message:
+def reply(client: int, arrays: Arrays | None, **metrics: Any) -> Answer:
     """A client's reply as the server sees it."""
-    become_server()
-    request = Message(RecordDict(), client, "train")
     content = RecordDict({"metrics": MetricRecord({"num-examples": 10, "steps": 1} | metrics)})
     if arrays is not None:
         content["arrays"] = to_record(arrays)
-    return Message(content, reply_to=request)
+    return Answer(client, content)
 
 
 def test_two_clients_one_to_three() -> None:
@@ -119,8 +117,10 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
         plan, parts = load("fedavg"), Roles(("w",), ("w",), (), ())
         setup = Setup(plan.strategy, plan.local, 0, parts, {"w": 61}, equal_weights=False)
         strategy = make_strategy(setup)
-        list(strategy.configure_train(1, to_record(before), ConfigRecord(), Cohort(sorted(cohort))))
-        mean, _ = strategy.aggregate_train(1, combine_order(sorted(cohort), verdict))
+        asked = list(strategy.configure_train(1, to_record(before), ConfigRecord(), Cohort(sorted(cohort))))
+        whole = round_sum(sorted(cohort), verdict)
+        assert whole is not None
+        mean, _ = strategy.aggregate_train(1, [block_message(whole, asked[0])])
         assert mean is not None
         results.add(arrays_sha256(from_record(mean)))
     assert len(results) == 1
@@ -150,7 +150,8 @@ def test_bits_do_not_depend_on_who_adds_up_spans(clients: int, seed: int) -> Non
         replies = [reply(c, None if c in inside else updates[c], **{"num-examples": sizes[c]}) for c in range(clients)]
         verdict = admit(replies, sums, sent, dict(enumerate([2.0] * clients)))
         assert not verdict.refused
-        (total,) = map(block_of, combine_order(range(clients), verdict))
+        total = round_sum(range(clients), verdict)
+        assert total is not None
         results.add((arrays_sha256(total.sums), total.weights["w"]))
     assert len(results) == 1
 
@@ -224,7 +225,7 @@ def test_poisoned_arrays_are_turned_away(name: str) -> None:
     sent = arrays_of(0)
     bad = reply(1, sent | {k: np.asarray(v) for k, v in POISON[name].items()})
     verdict = admit([reply(0, sent), bad, reply(2, sent)], {}, sent, {0: 10, 1: 10, 2: 10})
-    assert [m.metadata.src_node_id for m in verdict.admitted] == [0, 2]
+    assert [answer.client for answer in verdict.admitted] == [0, 2]
     assert set(verdict.refused) == {1} and "trunk" in verdict.refused[1]
 
 
@@ -239,8 +240,10 @@ def test_missing_arrays_bytes_that_are_none_and_errors_are_turned_away() -> None
     sent = arrays_of(0)
     missing = reply(1, {"trunk.w": sent["trunk.w"]})
     garbage = reply(2, sent)
+    assert garbage.content is not None
     garbage.content["arrays"] = ArrayRecord({k: Array("float32", (1,), "numpy.ndarray", b"pickled?") for k in sent})
     no_metrics = reply(3, sent)
+    assert no_metrics.content is not None
     del no_metrics.content["metrics"]
     verdict = admit([reply(0, sent), missing, garbage, no_metrics], {}, sent, dict.fromkeys(range(4), 10))
     assert set(verdict.refused) == {1, 2, 3}
@@ -257,8 +260,8 @@ def test_a_sum_counts_only_as_a_whole() -> None:
     verdict = admit(replies, sums, sent, dict.fromkeys(clients, 10))
     assert set(verdict.refused) == {*first, *third}
     assert "declared" in verdict.refused[3] and "client 3 is refused" in verdict.refused[4]
-    (message,) = combine_order(clients, verdict)
-    assert all(np.array_equal(block_of(message).sums[k], sums[second].sums[k]) for k in sent)
+    total = round_sum(clients, verdict)
+    assert total is not None and all(np.array_equal(total.sums[k], sums[second].sums[k]) for k in sent)
 
 
 def test_arrays_that_are_in_no_sum_are_missing() -> None:

@@ -87,11 +87,9 @@ def exchange(nodes: dict[int, Callable[[Message], RecordDict]], clients: int, ti
 def ask(found: Exchange, clients: Sequence[int], whole_blocks: bool = False) -> tuple[dict[int, str | float], Any]:
     content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
     replies, sums = found.send([Message(content, c, "train") for c in clients], whole_blocks)
-    assert [r.metadata.src_node_id for r in replies] == list(clients)
+    assert [r.client for r in replies] == list(clients)
     said = {
-        r.metadata.src_node_id: str(r.error.reason)
-        if r.has_error()
-        else float(r.content.array_records["arrays"]["w"].numpy()[0])
+        r.client: r.error if r.content is None else float(r.content.array_records["arrays"]["w"].numpy()[0])
         for r in replies
     }
     return said, sums
