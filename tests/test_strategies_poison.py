@@ -131,7 +131,7 @@ def test_a_second_reply_does_not_count(name: str, tmp_path: Path, monkeypatch: p
     honest = server.rounds.admit
 
     def twice(replies: Any, sums: Any, sent: Arrays, *args: Any, **kwargs: Any) -> Any:
-        worse = [reply for reply in replies if reply.metadata.src_node_id in (2, 5)]
+        worse = [reply for reply in replies if reply.client in (2, 5)]
         return honest([*replies, *worse], sums, sent, *args, **kwargs)
 
     monkeypatch.setattr(server.rounds, "admit", twice)
