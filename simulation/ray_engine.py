@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from config.load import from_flat, to_flat
 from config.schema import Experiment
 from simulation.grid import LocalGrid, error_reply, node_context
 from simulation.lines import RETRIES, Lines, connect
@@ -51,6 +52,15 @@ class NodeActor:
     def __init__(self) -> None:
         self._slots: dict[int, Slot] = {}
         self._contexts: dict[bytes, Context] = {}
+
+    def home(self) -> str:
+        """Ray's id of this worker's machine."""
+        found: str = ray.get_runtime_context().get_node_id()  # type: ignore[no-untyped-call]
+        return found
+
+    def share(self, flat: dict[str, Any]) -> str:
+        """Put an experiment's data into this machine's common memory: the addresses, "" where it has none."""
+        return " ".join(share_task(from_flat(flat)))
 
     def serve(self, path: str, worker: int) -> None:
         """Answer the calls of a line, one after another, until the command hangs up or is gone."""
@@ -173,12 +183,28 @@ class RayGrid(LocalGrid):
 
 
 class ClusterGrid(RayGrid):
-    """Workers of a cluster, reached through Ray."""
+    """Workers of a cluster, reached through Ray. The data is held once for those of a machine."""
 
     def __init__(self, experiment: Experiment, state: Path, workers: Workers) -> None:
         super().__init__(experiment, state, workers)
+        self._experiment = experiment
         self._actors = dict(zip(self._node_ids, workers.actors, strict=True))
         self._running: dict[str, tuple[Any, Message]] = {}
+
+    def open(self) -> None:
+        """Let the first worker of each machine share the data with the others there; on this one, this process."""
+        here, flat = ray.get_runtime_context().get_node_id(), to_flat(self._experiment)
+        try:
+            places: list[str] = ray.get([actor.home.remote() for actor in self._actors.values()])
+            homes = dict(zip(self._node_ids, places, strict=True))
+            first = {home: node for node, home in reversed(homes.items()) if home != here}
+            calls: dict[str, Any] = {home: self._actors[node].share.remote(flat) for home, node in first.items()}
+            addresses = {home: str(ray.get(call)) for home, call in calls.items()}
+        except RayError:  # each worker then reads the data by itself, and says in the roll call what is wrong
+            return
+        addresses[here] = " ".join(share_task(self._experiment))
+        for node, home in homes.items():
+            self._contexts[node].node_config["data"] = addresses[home]
 
     def start(self, messages: Sequence[Message]) -> None:
         """Hand each message to its worker; array records are handed over once for all of them."""

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 MOST = 8
 """Pieces that a process keeps; then the oldest goes."""
+_NAME = "meadow-data"
 _ALIGNED = 64
 _HEAD = 16
 """Bytes that say where the arrays begin."""
@@ -38,7 +39,7 @@ class _File:
     """A file in memory, there as long as this object."""
 
     def __init__(self) -> None:
-        self.number = os.memfd_create("meadow-data")
+        self.number = os.memfd_create(_NAME)
         self.address = f"/proc/{os.getpid()}/fd/{self.number}"
 
     def __del__(self) -> None:
@@ -110,7 +111,9 @@ def _write(file: _File, value: object) -> None:
 
 
 def _read(address: str) -> Any:
-    """What lies at an address; its arrays are the file's pages until they are written to."""
+    """What lies at an address; its arrays are the file's pages until they are written to. Raises OSError if it is gone."""
+    if _NAME not in str(Path(address).readlink()):
+        raise FileNotFoundError(f"{address} is another file now")
     with Path(address).open("rb") as file:
         memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
     begin = int.from_bytes(memory[:_HEAD], "little")

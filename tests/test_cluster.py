@@ -1,6 +1,7 @@
 """Two Ray nodes on this machine stand in for two machines: a run joins them, and goes on when one of them is lost."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from conftest import run_inline, small
 from ray.cluster_utils import Cluster
 
 from config.errors import UserError
-from simulation.launch import engine
-from simulation.ray_engine import ray_workers
+from simulation.launch import _run_local, engine
+from simulation.ray_engine import ray_grid, ray_workers
 
 SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 
@@ -41,6 +42,27 @@ def test_a_run_joins_a_cluster_and_goes_on_without_a_lost_machine(cluster: Any, 
         assert found["status"] == "done" and [found[key] for key in SAME] == [expected[key] for key in SAME]
         records = [json.loads(line) for line in (tmp_path / folder / "rounds.jsonl").read_text().splitlines()]
         assert [r["failed"] for r in records] == [[]] * 5
+
+
+@pytest.mark.slow
+def test_the_data_is_held_once_a_machine(cluster: Any, tmp_path: Path) -> None:
+    """All workers of a machine have the pieces of one process: of the command on its own, of the first worker elsewhere."""
+
+    def pieces(worker: Any) -> tuple[str, int, set[str]]:
+        from tasks import memory
+
+        found = {piece.address.split("/")[2] for piece in memory._pieces.values()}
+        return ray.get_runtime_context().get_node_id(), os.getpid(), found
+
+    experiment = small("fedavg", f"engine.address={cluster.address}")
+    with ray_workers(4, 1, cluster.address) as pool:
+        run = _run_local(ray_grid(experiment, tmp_path / "state", pool), experiment, tmp_path / "run", False)
+        here = ray.get_runtime_context().get_node_id()
+        workers = ray.get([actor.__ray_call__.remote(pieces) for actor in pool.actors])
+    elsewhere = [pid for home, pid, _ in workers if home != here]
+    assert len(elsewhere) == 2
+    assert all(found == {str(os.getpid() if home == here else elsewhere[0])} for home, _, found in workers)
+    assert run["model_sha256"] == run_inline(experiment, tmp_path / "inline")["model_sha256"]
 
 
 @pytest.mark.slow
