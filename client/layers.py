@@ -1,11 +1,14 @@
 """A known network's layers as operations that autograd would run, each forward and back, learning on the way back.
 
 Images lie by pixels (`channels_last`), and a sensor window is an image of one row: so oneDNN's convolutions and torch's
-normalisation and pooling are vectorised. `client/direct.py` trains with these.
+normalisation are vectorised. `client/direct.py` trains with these.
 """
 
+import ctypes
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from client.kernels import Layer, Network
+from config.compiled import NotCompiled, compiled
 from config.schema import Local
 from tasks.networks import BoundedFeatures
 from tasks.numerics import keeps_float32
@@ -206,37 +210,45 @@ class Tanh(Operation):
 
 
 class Pool(Operation):
-    """The maximum of each window; windows do not overlap."""
+    """The maximum of each window; windows do not overlap. By compiled code (`pooling.c`) where there is a compiler, else by
+    torch, to the same bits."""
 
     def __init__(self, layer: Layer) -> None:
-        self._size, self._ceil = list(layer.kernel), layer.ceil
+        self._size, self._ceil, (c, *after) = list(layer.kernel), layer.ceil, layer.after
+        self._library = _pooling()
+        self._numbers = [*layer.before[1:], c, *after, *layer.kernel]
 
     def forward(self, x: Tensor) -> Tensor:
-        self._x = x
-        out, self._places = _pooled(x, self._size, self._size, [0, 0], [1, 1], self._ceil)
-        return out  # type: ignore[no-any-return]
+        self._x = x = x.contiguous(memory_format=torch.channels_last)
+        if self._library is None:
+            out, self._places = _pooled(x, self._size, self._size, [0, 0], [1, 1], self._ceil)
+            return out  # type: ignore[no-any-return]
+        _, _, c, h, w, *_ = self._numbers
+        out, self._places = x.new_empty(len(x), h, w, c), torch.empty(len(x), h, w, c, dtype=torch.int32)
+        self._library.pool_forward(x.data_ptr(), out.data_ptr(), self._places.data_ptr(), len(x), *self._numbers)
+        return out.permute(0, 3, 1, 2)
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
-        return _pooled_back(back, self._x, self._size, self._size, [0, 0], [1, 1], self._ceil, self._places)  # type: ignore[no-any-return]
+        back = back.contiguous(memory_format=torch.channels_last)
+        if self._library is None:
+            return _pooled_back(back, self._x, self._size, self._size, [0, 0], [1, 1], self._ceil, self._places)  # type: ignore[no-any-return]
+        found = torch.empty_like(self._x)
+        self._library.pool_backward(
+            back.data_ptr(), self._places.data_ptr(), found.data_ptr(), len(back), *self._numbers
+        )
+        return found
 
 
-class PairsInTime(Operation):
-    """`Pool` of windows of one row and two columns, of an even number of columns: two vectors, without indices."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, _, w = x.shape
-        pairs = x.permute(0, 2, 3, 1).reshape(n, w // 2, 2, c)
-        first, second = pairs[:, :, 0], pairs[:, :, 1]
-        self._first = first >= second
-        return torch.maximum(first, second).permute(0, 2, 1).unsqueeze(2)
-
-    def backward(self, back: Tensor, further: bool) -> Tensor:
-        n, c, _, w = back.shape
-        found = back.new_empty(n, w, 2, c)
-        flat = back.permute(0, 2, 3, 1).reshape(n, w, c)
-        torch.mul(flat, self._first, out=found[:, :, 0])
-        torch.sub(flat, found[:, :, 0], out=found[:, :, 1])
-        return found.view(n, 2 * w, c).permute(0, 2, 1).unsqueeze(2)
+@functools.cache
+def _pooling() -> ctypes.CDLL | None:
+    """The compiled `pooling.c`, where it can be had."""
+    try:
+        found = compiled(Path(__file__).with_name("pooling.c"))
+    except NotCompiled:
+        return None
+    for function in (found.pool_forward, found.pool_backward):
+        function.restype, function.argtypes = None, [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 8]
+    return found
 
 
 class Flatten(Operation):
@@ -319,8 +331,7 @@ def _operation(layer: Layer, sgd: Descent) -> Operation:
     if layer.kind == "norm":
         return Norm(layer, sgd)
     if layer.kind == "pool":
-        pairs = layer.before[1] == 1 and layer.kernel == (1, 2) and layer.before[2] % 2 == 0
-        return PairsInTime() if pairs else Pool(layer)
+        return Pool(layer)
     if layer.kind == "flatten":
         return Flatten()
     return OverTime() if layer.kind == "over time" else Bounded()

@@ -55,8 +55,7 @@ class NodeActor:
 
     def home(self) -> str:
         """Ray's id of this worker's machine."""
-        found: str = ray.get_runtime_context().get_node_id()  # type: ignore[no-untyped-call]
-        return found
+        return ray.get_runtime_context().get_node_id()
 
     def share(self, flat: dict[str, Any]) -> str:
         """Put an experiment's data into this machine's common memory: the addresses, "" where it has none."""

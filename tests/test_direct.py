@@ -1,18 +1,20 @@
 """The loop without its tape against the loop, whatever the layers, the optimiser and the clients' sizes."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run_inline, small
 from torch import nn
 
-from client import adding, node, together
+from client import adding, layers, node, together
 from client.direct import Direct
 from client.fast import Fast, fast
-from client.kernels import network
+from client.kernels import Layer, network
 from client.layers import (
     Convolution,
     Descent,
@@ -20,7 +22,6 @@ from client.layers import (
     Linear,
     Operation,
     OverTime,
-    PairsInTime,
     Pool,
     Relu,
     Tanh,
@@ -205,12 +206,60 @@ def test_sums_have_the_bits_of_their_definition(compiled: bool, monkeypatch: pyt
     assert adding.add_up(total, works[:2], weights[:2], begins, first=True)
 
 
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize("window", [(2, 2), (1, 2), (3, 2), (2, 5)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 6, 16, 17, 40])
+def test_compiled_pooling_has_the_bits_of_torchs(channels: int, window: tuple[int, int], ceil: bool) -> None:
+    """Forward and back, where edges are left out or part of a window, where numbers are equal, and where some are none."""
+    if layers._pooling() is None:
+        pytest.skip("pooling.c does not compile here")
+    draw, whole = torch.Generator().manual_seed(channels), math.ceil if ceil else math.floor
+    for h, w in ((2, 5), (7, 11), (12, 10)):
+        after = (channels, whole(h / window[0]), whole(w / window[1]))
+        if 0 in after:
+            continue
+        x = torch.randint(4, (3, channels, h, w), generator=draw).float().contiguous(memory_format=torch.channels_last)
+        x[1, 0, 0, 1] = x[2, -1, 1, 0] = torch.nan
+        given = x.clone().requires_grad_()
+        expected = F.max_pool2d(given, window, ceil_mode=ceil)
+        back = torch.randn(expected.shape, generator=draw)
+        expected.backward(back)
+        pool = Pool(Layer("pool", (channels, h, w), after, kernel=window, ceil=ceil))
+        assert torch.equal(pool.forward(x).nan_to_num(-1), expected.nan_to_num(-1)) and given.grad is not None
+        assert torch.equal(pool.backward(back, further=True), given.grad)
+
+
+@pytest.mark.parametrize("channels", [1, 6, 17])
+def test_compiled_pooling_writes_nothing_behind_its_arrays(channels: int) -> None:
+    library, room = layers._pooling(), 64
+    if library is None:
+        pytest.skip("pooling.c does not compile here")
+    sizes = (2, 4, 6, channels, 2, 3, 2, 2)
+    large, small = (torch.full((2 * h * w * channels + room,), 7.0) for h, w in ((4, 6), (2, 3)))
+    places = torch.full((len(small),), 7, dtype=torch.int32)
+    library.pool_forward(large.data_ptr(), small.data_ptr(), places.data_ptr(), *sizes)
+    library.pool_backward(small.data_ptr(), places.data_ptr(), large.data_ptr(), *sizes)
+    assert all(bool((each[-room:] == 7).all()) for each in (large, small, places))
+    assert large[:-room].sum() == 7 * (len(small) - room)
+
+
+def test_pooling_without_a_compiler_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, back = torch.randn(4, 6, 9, 8, generator=draw), torch.randn(4, 6, 4, 4, generator=draw)
+    found = []
+    for library in (layers._pooling(), None):
+        monkeypatch.setattr(layers, "_pooling", lambda library=library: library)
+        pool = Pool(Layer("pool", (6, 9, 8), (6, 4, 4), kernel=(2, 2)))
+        found.append((pool.forward(x), pool.backward(back, further=True)))
+    assert all(torch.equal(*both) for both in zip(*found, strict=True))
+
+
 def test_equal_maxima_have_torchs_gradients() -> None:
     """Small whole numbers, of which many are equal: of a pair the first learns; over time they share."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randint(3, (5, 8, 12), generator=draw).float()
     cases: list[tuple[Operation, nn.Module]] = [
-        (PairsInTime(), networks.HalfOfTime()),
+        (Pool(Layer("pool", (8, 1, 12), (8, 1, 6), kernel=(1, 2))), networks.HalfOfTime()),
         (OverTime(), networks.MeanAndMaximum()),
     ]
     for operation, module in cases:
