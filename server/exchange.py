@@ -32,6 +32,8 @@ from strategies.records import to_record
 log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
+PATIENCE = 5.0
+"""Seconds in which a node that answers the roll call with an error may come to its senses before a run begins."""
 _REMOTE_PAUSE = 0.25
 """Seconds between two questions for replies where each is a call to the SuperLink."""
 EVEN = 0.02
@@ -67,6 +69,8 @@ class Exchange:
     """Whether every node so far has said that it is simulated: its secrets are then none."""
     training: set[str] = field(default_factory=set)
     """What trains on the nodes (`client.node.Node.training`)."""
+    _faulty: dict[int, float] = field(default_factory=dict)
+    """Since when a node has answered the roll call with an error."""
     _nodes: set[int] = field(default_factory=set)
     _known: list[int] = field(default_factory=list)
     _hosts: npt.NDArray[np.int32] = field(init=False)
@@ -86,7 +90,7 @@ class Exchange:
         return self._known[place] if place >= 0 and self._known[place] in self._nodes else None
 
     def gather(self) -> None:
-        """Wait until every client is hosted by some node. Raises RunStopped after the time limit."""
+        """Wait until every client is hosted by some node. Raises RunStopped after the time limit, and if a node cannot."""
         end = time.monotonic() + self.timeout
         while True:
             self.meet()
@@ -185,9 +189,20 @@ class Exchange:
         return {client: nodes[place] for block, place in zip(blocks, places, strict=True) for client in block}
 
     def _enter(self, node: int, reply: Message | None) -> None:
-        if reply is None or reply.has_error():
-            log.warning("node %d did not answer the roll call: %s", node, reply.error.reason if reply else "time out")
+        if reply is None:
+            log.warning("node %d did not answer the roll call in time", node)
             return
+        if reply.has_error():
+            reason, now = str(reply.error.reason), time.monotonic()
+            waited = now - self._faulty.setdefault(node, now)
+            if waited > PATIENCE and bool((self._hosts < 0).any()):  # else the run goes on without it
+                last = (reason.strip().splitlines() or ["no reason"])[-1]
+                raise RunStopped(
+                    f"node {node} answers the roll call with an error: {last}; mend it and start the run again"
+                )
+            log.warning("node %d answers the roll call with an error: %s", node, reason)
+            return
+        self._faulty.pop(node, None)
         roll = reply.content.config_records.get("roll", ConfigRecord())
         for what, ours in {"code": code_sha256(), **self.expected}.items():
             if roll.get(what) != ours:

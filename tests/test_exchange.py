@@ -143,6 +143,24 @@ def test_a_node_of_another_kind_is_refused(what: str) -> None:
         exchange({5: node([0], **{what: "other"})}, 1).gather()
 
 
+def test_a_node_that_cannot_open_its_clients_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first error may pass; one that stays ends the run with its reason, long before `cohort.timeout`."""
+    errors = 2
+
+    def hesitant(message: Message) -> RecordDict:
+        nonlocal errors
+        if errors and message.metadata.message_type == "query":
+            errors -= 1
+            raise OSError("no data\nunder /data")
+        return node([0])(message)
+
+    exchange({5: hesitant}, 1, timeout=60).gather()
+    monkeypatch.setattr("server.exchange.PATIENCE", 0)
+    errors = 10**9
+    with pytest.raises(RunStopped, match=r"node 5 .*: under /data; mend it"):
+        exchange({5: hesitant}, 1, timeout=60).gather()
+
+
 @pytest.mark.parametrize("name", ["flwr", "torch"])
 def test_a_node_with_another_release_of_a_library_is_refused(name: str) -> None:
     other = json.dumps(versions() | {name: "1.2.3"})
