@@ -65,7 +65,8 @@ class Lines:
     """The command's ends. Workers connect when they are up, and again when they have been brought back."""
 
     def __init__(self, workers: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="meadow-", ignore_cleanup_errors=True)
+        # Not under TMPDIR: the system takes no socket's path of more than 107 characters.
+        self._folder = tempfile.TemporaryDirectory(prefix="meadow-", dir="/tmp", ignore_cleanup_errors=True)
         self.path = str(Path(self._folder.name) / "lines")
         self._door = socket.socket(socket.AF_UNIX)
         self._door.bind(self.path)
