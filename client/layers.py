@@ -210,10 +210,11 @@ class Tanh(Operation):
 
 
 class Pool(Operation):
-    """The maximum of each window; windows do not overlap. By compiled code (`pooling.c`) where there is a compiler, else by
-    torch, to the same bits."""
+    """The maximum of each window; windows do not overlap. Then ReLU, if that is what comes. By compiled code (`pooling.c`) where
+    there is a compiler, else by torch, to the same bits."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, relu: bool = False) -> None:
+        self._relu = Relu() if relu else None
         self._size, self._ceil, (c, *after) = list(layer.kernel), layer.ceil, layer.after
         self._library = _pooling()
         self._numbers = [*layer.before[1:], c, *after, *layer.kernel]
@@ -222,15 +223,17 @@ class Pool(Operation):
         self._x = x = x.contiguous(memory_format=torch.channels_last)
         if self._library is None:
             out, self._places = _pooled(x, self._size, self._size, [0, 0], [1, 1], self._ceil)
-            return out  # type: ignore[no-any-return]
+            return self._relu.forward(out) if self._relu else out
         _, _, c, h, w, *_ = self._numbers
         out, self._places = x.new_empty(len(x), h, w, c), torch.empty(len(x), h, w, c, dtype=torch.int32)
-        self._library.pool_forward(x.data_ptr(), out.data_ptr(), self._places.data_ptr(), len(x), *self._numbers)
+        places, numbers = self._places.data_ptr(), (len(x), *self._numbers)
+        self._library.pool_forward(x.data_ptr(), out.data_ptr(), places, *numbers, self._relu is not None)
         return out.permute(0, 3, 1, 2)
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
         back = back.contiguous(memory_format=torch.channels_last)
         if self._library is None:
+            back = self._relu.backward(back, further) if self._relu else back
             return _pooled_back(back, self._x, self._size, self._size, [0, 0], [1, 1], self._ceil, self._places)  # type: ignore[no-any-return]
         found = torch.empty_like(self._x)
         self._library.pool_backward(
@@ -246,8 +249,8 @@ def _pooling() -> ctypes.CDLL | None:
         found = compiled(Path(__file__).with_name("pooling.c"))
     except NotCompiled:
         return None
-    for function in (found.pool_forward, found.pool_backward):
-        function.restype, function.argtypes = None, [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 8]
+    for function, numbers in ((found.pool_forward, 9), (found.pool_backward, 8)):
+        function.restype, function.argtypes = None, [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * numbers]
     return found
 
 
@@ -307,17 +310,16 @@ class CrossEntropy:
 
 
 def operations(network: Network, sgd: Descent) -> list[Operation]:
-    """The network as operations, one after another, the head the last one; ReLU behind the pooling that follows its layer:
+    """The network as operations, one after another, the head the last one; ReLU after the pooling that follows its layer:
     the numbers are those of ReLU first, and they are a quarter."""
     found: list[Operation] = []
     activations = {"relu": Relu, "tanh": Tanh}
     for i, layer in enumerate(network.layers):
-        found.append(_operation(layer, sgd))
+        after_relu = bool(i) and network.layers[i - 1].activation == "relu"
+        found.append(Pool(layer, after_relu) if layer.kind == "pool" else _operation(layer, sgd))
         pooled = layer.activation == "relu" and [after.kind for after in network.layers[i + 1 : i + 2]] == ["pool"]
         if layer.activation and not pooled:
             found.append(activations[layer.activation]())
-        if layer.kind == "pool" and i and network.layers[i - 1].activation == "relu":
-            found.append(Relu())
     weight, bias = network.heads[0]
     head = Layer("linear", (network.features, 1, 1), (network.targets[0].size, 1, 1), weight, bias)
     return [*found, Linear(head, sgd)]
@@ -330,8 +332,6 @@ def _operation(layer: Layer, sgd: Descent) -> Operation:
         return Convolution(layer, sgd)
     if layer.kind == "norm":
         return Norm(layer, sgd)
-    if layer.kind == "pool":
-        return Pool(layer)
     if layer.kind == "flatten":
         return Flatten()
     return OverTime() if layer.kind == "over time" else Bounded()

@@ -1,5 +1,5 @@
 /* Pooling of images that lie by pixels, [n][h][w][c], to the bits of torch's, which is slow on few channels: the maximum of
-   windows that do not overlap, of equal ones the first, and what is no number before all others.
+   windows that do not overlap, of equal ones the first, and what is no number before all others; then ReLU, if asked for.
 
    A pixel's channels are taken LANES at once, however many there are: what is written too far is written again, since all
    is written from front to back; the last pixels are taken one number at a time. */
@@ -13,9 +13,9 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* -> out[n][oh][ow][c], and at which place of its window the maximum was. */
+/* -> out[n][oh][ow][c], and at which place of its window the maximum was; -1 where ReLU lets no gradient through. */
 INLINE void forward(const float *x, float *out, int32_t *place, int64_t n, int64_t h, int64_t w, int64_t c, int64_t oh,
-                    int64_t ow, int64_t kh, int64_t kw) {
+                    int64_t ow, int64_t kh, int64_t kw, int64_t relu) {
     const float *end = x + n * h * w * c, *full = out + n * oh * ow * c;
     for (int64_t r = 0; r < n * oh; r++) {
         int64_t y = r % oh * kh, rows = h - y < kh ? h - y : kh;
@@ -32,6 +32,7 @@ INLINE void forward(const float *x, float *out, int32_t *place, int64_t n, int64
                             float now = at[(u * w + v) * c + k];
                             if (now > out[k] || now != now) out[k] = now, place[k] = (int32_t)(u * kw + v);
                         }
+                    if (relu && out[k] <= 0) out[k] = 0, place[k] = -1;
                 }
                 continue;
             }
@@ -45,6 +46,10 @@ INLINE void forward(const float *x, float *out, int32_t *place, int64_t n, int64
                         most = (vec)(((ivec)now & more) | ((ivec)most & ~more));
                         where = (more & (int32_t)(u * kw + v)) | (where & ~more);
                     }
+                if (relu) {
+                    ivec no = most <= 0;
+                    most = (vec)((ivec)most & ~no), where |= no;
+                }
                 *(vec *)(out + k) = most;
                 *(ivec *)(place + k) = where;
             }
@@ -80,13 +85,13 @@ INLINE void backward(const float *d, const int32_t *place, float *dx, int64_t n,
 }
 
 void pool_forward(const float *x, float *out, int32_t *place, int64_t n, int64_t h, int64_t w, int64_t c, int64_t oh,
-                  int64_t ow, int64_t kh, int64_t kw) {
+                  int64_t ow, int64_t kh, int64_t kw, int64_t relu) {
     if (kh == 2 && kw == 2)
-        forward(x, out, place, n, h, w, c, oh, ow, 2, 2);
+        forward(x, out, place, n, h, w, c, oh, ow, 2, 2, relu);
     else if (kh == 1 && kw == 2)
-        forward(x, out, place, n, h, w, c, oh, ow, 1, 2);
+        forward(x, out, place, n, h, w, c, oh, ow, 1, 2, relu);
     else
-        forward(x, out, place, n, h, w, c, oh, ow, kh, kw);
+        forward(x, out, place, n, h, w, c, oh, ow, kh, kw, relu);
 }
 
 void pool_backward(const float *d, const int32_t *place, float *dx, int64_t n, int64_t h, int64_t w, int64_t c, int64_t oh,

@@ -178,7 +178,7 @@ def test_relu_comes_after_the_pooling_that_follows_its_layer() -> None:
     trunk, features = relu_first(None, Inputs((2, 12, 12)))
     model = Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False})
     found = operations(network(model, (2, 12, 12), [DIGIT], [1.0]), Descent(load("fedavg").local))
-    kinds = [Convolution, Pool, Relu, Convolution, Tanh, Pool, Flatten, Linear, Relu, Linear]
+    kinds = [Convolution, Pool, Convolution, Tanh, Pool, Flatten, Linear, Relu, Linear]
     assert [type(operation) for operation in found] == kinds
 
 
@@ -209,7 +209,10 @@ def test_sums_have_the_bits_of_their_definition(compiled: bool, monkeypatch: pyt
 @pytest.mark.parametrize("ceil", [False, True])
 @pytest.mark.parametrize("window", [(2, 2), (1, 2), (3, 2), (2, 5)], ids=str)
 @pytest.mark.parametrize("channels", [1, 3, 6, 16, 17, 40])
-def test_compiled_pooling_has_the_bits_of_torchs(channels: int, window: tuple[int, int], ceil: bool) -> None:
+@pytest.mark.parametrize("relu", [False, True])
+def test_compiled_pooling_has_the_bits_of_torchs(
+    channels: int, window: tuple[int, int], ceil: bool, relu: bool
+) -> None:
     """Forward and back, where edges are left out or part of a window, where numbers are equal, and where some are none."""
     if layers._pooling() is None:
         pytest.skip("pooling.c does not compile here")
@@ -220,11 +223,13 @@ def test_compiled_pooling_has_the_bits_of_torchs(channels: int, window: tuple[in
             continue
         x = torch.randint(4, (3, channels, h, w), generator=draw).float().contiguous(memory_format=torch.channels_last)
         x[1, 0, 0, 1] = x[2, -1, 1, 0] = torch.nan
+        x[:, :, :, 3] -= 3  # so that ReLU has something to do
         given = x.clone().requires_grad_()
         expected = F.max_pool2d(given, window, ceil_mode=ceil)
+        expected = expected.relu() if relu else expected
         back = torch.randn(expected.shape, generator=draw)
         expected.backward(back)
-        pool = Pool(Layer("pool", (channels, h, w), after, kernel=window, ceil=ceil))
+        pool = Pool(Layer("pool", (channels, h, w), after, kernel=window, ceil=ceil), relu)
         assert torch.equal(pool.forward(x).nan_to_num(-1), expected.nan_to_num(-1)) and given.grad is not None
         assert torch.equal(pool.backward(back, further=True), given.grad)
 
@@ -237,7 +242,7 @@ def test_compiled_pooling_writes_nothing_behind_its_arrays(channels: int) -> Non
     sizes = (2, 4, 6, channels, 2, 3, 2, 2)
     large, small = (torch.full((2 * h * w * channels + room,), 7.0) for h, w in ((4, 6), (2, 3)))
     places = torch.full((len(small),), 7, dtype=torch.int32)
-    library.pool_forward(large.data_ptr(), small.data_ptr(), places.data_ptr(), *sizes)
+    library.pool_forward(large.data_ptr(), small.data_ptr(), places.data_ptr(), *sizes, 0)
     library.pool_backward(small.data_ptr(), places.data_ptr(), large.data_ptr(), *sizes)
     assert all(bool((each[-room:] == 7).all()) for each in (large, small, places))
     assert large[:-room].sum() == 7 * (len(small) - room)
@@ -249,9 +254,15 @@ def test_pooling_without_a_compiler_is_torchs(monkeypatch: pytest.MonkeyPatch) -
     found = []
     for library in (layers._pooling(), None):
         monkeypatch.setattr(layers, "_pooling", lambda library=library: library)
-        pool = Pool(Layer("pool", (6, 9, 8), (6, 4, 4), kernel=(2, 2)))
-        found.append((pool.forward(x), pool.backward(back, further=True)))
-    assert all(torch.equal(*both) for both in zip(*found, strict=True))
+        for relu in (False, True):
+            pool = Pool(Layer("pool", (6, 9, 8), (6, 4, 4), kernel=(2, 2)), relu)
+            found.append((pool.forward(x), pool.backward(back, further=True)))
+    compiled, by_torch = found[:2], found[2:]
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(compiled, by_torch, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_equal_maxima_have_torchs_gradients() -> None:
