@@ -210,8 +210,8 @@ class Tanh(Operation):
 
 
 class Pool(Operation):
-    """The maximum of each window; windows do not overlap. Then ReLU, if that is what comes. By compiled code (`pooling.c`) where
-    there is a compiler, else by torch, to the same bits."""
+    """The maximum of each window; windows do not overlap. Then ReLU, if that is what comes. By compiled code (`pooling.c`)
+    where there is a compiler, else by torch, to the same bits."""
 
     def __init__(self, layer: Layer, relu: bool = False) -> None:
         self._relu = Relu() if relu else None
