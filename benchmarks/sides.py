@@ -160,8 +160,8 @@ def _pfl_workers(name: str, rounds: int) -> list[float] | None:
             for rank in range(PROCESSES)
         ]
         output = workers[0].communicate()[0]
-        failed = any([worker.wait() for worker in workers])
-    stamps: list[float] | None = None if failed else json.loads(output.strip().splitlines()[-1])
+        ended = [worker.wait() for worker in workers]
+    stamps: list[float] | None = None if any(ended) else json.loads(output.strip().splitlines()[-1])
     return stamps
 
 
