@@ -32,7 +32,7 @@ INLINE void forward(const float *x, float *out, int32_t *place, int64_t n, int64
                             float now = at[(u * w + v) * c + k];
                             if (now > out[k] || now != now) out[k] = now, place[k] = (int32_t)(u * kw + v);
                         }
-                    if (relu && out[k] <= 0) out[k] = 0, place[k] = -1;
+                    if (relu && out[k] <= 0) out[k] = out[k] < 0 ? 0 : out[k], place[k] = -1;
                 }
                 continue;
             }
@@ -47,8 +47,8 @@ INLINE void forward(const float *x, float *out, int32_t *place, int64_t n, int64
                         where = (more & (int32_t)(u * kw + v)) | (where & ~more);
                     }
                 if (relu) {
-                    ivec no = most <= 0;
-                    most = (vec)((ivec)most & ~no), where |= no;
+                    ivec under = most < 0, no = most <= 0; /* -0 stays as it is, as in torch */
+                    most = (vec)((ivec)most & ~under), where |= no;
                 }
                 *(vec *)(out + k) = most;
                 *(ivec *)(place + k) = where;

@@ -108,6 +108,7 @@ class Exchange:
         """Call the roll of nodes that are new since the last time; a restarted node takes its clients back."""
         present = set(self.grid.get_node_ids())
         self._nodes &= present
+        self._faulty = {node: since for node, since in self._faulty.items() if node in present}
         if new := sorted(present - self._nodes):
             content = RecordDict({"base": to_record(self.base), "config": ConfigRecord({"run": self.run_id})})
             for node, reply in self._carry(dict.fromkeys(new, (MessageType.QUERY, content)), self.timeout).items():
@@ -191,6 +192,7 @@ class Exchange:
     def _enter(self, node: int, reply: Message | None) -> None:
         if reply is None:
             log.warning("node %d did not answer the roll call in time", node)
+            self._faulty.pop(node, None)
             return
         if reply.has_error():
             reason, now = str(reply.error.reason), time.monotonic()

@@ -33,10 +33,15 @@ class RunFolder:
         return manifest
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The round records so far; a torn last line is not one."""
+        """The round records so far, up to the first line that is torn."""
         path = self.path / "rounds.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        found: list[dict[str, Any]] = []
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            try:
+                found.append(json.loads(line if line.endswith(b"\n") else b""))
+            except ValueError:
+                break
+        return found
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one round's record; whole on disk after `sync`."""

@@ -29,11 +29,11 @@ from strategies import algorithm, make_strategy
 from strategies.attacks import attack, attackers
 from strategies.blocks import Span, WeightedSum, add, cut, total, weighted_sum
 from strategies.fedavg import FedAvg
-from strategies.local import Half, steps_of
+from strategies.local import Algorithm, Half, steps_of
 from strategies.packing import Answer, block_message
 from strategies.records import from_record, to_record
 from strategies.replies import arrays_fault, metrics_of, weight_fault
-from strategies.sharing import name_weights, nbytes, roles_of
+from strategies.sharing import Roles, name_weights, nbytes, roles_of
 from tasks.features import view
 from tasks.numerics import keeps_float32
 from tasks.task import Task, initial_state, open_task
@@ -76,10 +76,9 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     seen = view(task, model, frozen=parts.trunk_is_frozen)
     strategy = make_strategy(setup(experiment, task, parts))
     sizes, schedule = task.split.sizes[:, 0], read_schedule(experiment)
-    alone = experiment.privacy.unit == "none" and type(half.client) is Half and not parts.personal
     session = Session(
         experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard, sizes, schedule,
-        Writer(folder, EVERY if alone else 0),
+        Writer(folder, 0 if _each_round(experiment, half, parts) else EVERY),
     )  # fmt: skip
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}
@@ -112,6 +111,15 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     summary["engine"] = {"exact": experiment.engine.exact, "training": sorted(exchange.training)}
     folder.write_summary(summary)
     return summary
+
+
+def _each_round(experiment: Experiment, half: Algorithm, parts: Roles) -> bool:
+    """Whether each round has a checkpoint of its own: under DP, and where clients keep something from round to round."""
+    local = experiment.local
+    loop_keeps = (
+        local.schedule == "plateau" or local.balance not in ("fixed", "pcgrad") or experiment.adapt.method != "none"
+    )
+    return experiment.privacy.unit != "none" or type(half.client) is not Half or bool(parts.personal) or loop_keeps
 
 
 def play_round(session: Session, round_: int) -> None:

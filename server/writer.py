@@ -53,7 +53,11 @@ class Writer:
         self.begin()
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.result()
+            try:
+                writing.result()
+            except BaseException:  # no checkpoint without its round's record
+                self._late = None
+                raise
 
     def end(self) -> None:
         """`wait`, for the last time: the last round has its checkpoint then."""

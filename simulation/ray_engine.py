@@ -65,10 +65,16 @@ class NodeActor:
         """Answer the calls of a line, one after another, until the command hangs up or is gone."""
         with suppress(EOFError, OSError), connect(path, worker) as line:
             while True:
-                line.send_bytes(pickle.dumps(self.handle_here(pickle.loads(line.recv_bytes()))))
+                line.send_bytes(self.handle_here(line.recv_bytes()))
 
-    def handle_here(self, given: Call) -> Letter:
-        """`handle` for a `Call`."""
+    def handle_here(self, call: bytes) -> bytes:
+        """`handle` for a pickled `Call`: the answer's letter, pickled, or why there is none."""
+        try:
+            return pickle.dumps(self._letter(pickle.loads(call)))
+        except Exception:  # a slot that is gone or cannot be had costs this call, not the worker
+            return pickle.dumps(traceback.format_exc())
+
+    def _letter(self, given: Call) -> Letter:
         if given.context not in self._contexts:
             self._contexts = {given.context: pickle.loads(given.context)}
         slot = self._slot(given.sent)
@@ -103,6 +109,8 @@ class Workers:
         self.serving: list[Any] = []
         """Of workers with a line what Ray answers when they hang up."""
         self.slots = Slots()
+        self.sent: dict[int, Sent] = {}
+        """What is on its way on a line, by the call's number; of runs that have ended too, as its slots are in use."""
         remote: Any = ray.remote(NodeActor)
         for number, home in enumerate(_homes(count)):
             # A killed worker comes back (Flower's engine puts it back in its pool dead) and answers what it was asked
@@ -193,12 +201,13 @@ class ClusterGrid(RayGrid):
     def open(self) -> None:
         """Let the first worker of each machine share the data with the others there; on this one, this process."""
         here, flat = ray.get_runtime_context().get_node_id(), to_flat(self._experiment)
+        limit = self._experiment.cohort.timeout
         try:
-            places: list[str] = ray.get([actor.home.remote() for actor in self._actors.values()])
+            places: list[str] = ray.get([actor.home.remote() for actor in self._actors.values()], timeout=limit)
             homes = dict(zip(self._node_ids, places, strict=True))
             first = {home: node for node, home in reversed(homes.items()) if home != here}
             calls: dict[str, Any] = {home: self._actors[node].share.remote(flat) for home, node in first.items()}
-            addresses = {home: str(ray.get(call)) for home, call in calls.items()}
+            addresses = {home: str(ray.get(call, timeout=limit)) for home, call in calls.items()}
         except RayError:  # each worker then reads the data by itself, and says in the roll call what is wrong
             return
         addresses[here] = " ".join(share_task(self._experiment))
@@ -251,7 +260,7 @@ class MachineGrid(RayGrid):
     def __init__(self, experiment: Experiment, state: Path, workers: Workers, lines: Lines) -> None:
         super().__init__(experiment, state, workers)
         self._experiment, self._workers, self._lines = experiment, workers, lines
-        self._sent: dict[int, Sent] = {}
+        self._ours = set[int]()
         self._arrived: dict[str, Message] = {}
 
     def open(self) -> None:
@@ -271,7 +280,8 @@ class MachineGrid(RayGrid):
             theirs, context = {name: letters[place] for name, place in own.items()}, pickle.dumps(self._contexts[node])
             call = Call(letter, theirs, context, batch.slot.address, reply.address)
             number = self._lines.call(self._node_ids.index(node), pickle.dumps(call))
-            self._sent[number] = Sent(message, reply, batch)
+            self._workers.sent[number] = Sent(message, reply, batch)
+            self._ours.add(number)
 
     def collect(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that are there; waits up to half a second for the first."""
@@ -283,14 +293,16 @@ class MachineGrid(RayGrid):
             ended, _ = ray.wait(serving, num_returns=len(serving), timeout=0)
             found = [lost for reference in ended for lost in self._lines.lose(serving.index(reference))]
         for number, answer in found:
-            if sent := self._sent.pop(number, None):  # else it was for a run that has ended
-                self._arrived[sent.message.metadata.message_id] = self._reply(sent, answer)
+            reply = self._reply(self._workers.sent.pop(number), answer)
+            if number in self._ours:  # else it was for a run that has ended
+                self._ours.remove(number)
+                self._arrived[reply.metadata.reply_to_message_id] = reply
         return [self._arrived.pop(each) for each in asked if each in self._arrived]
 
     def _reply(self, sent: Sent, answer: bytes | None) -> Message:
         """The reply in a message's slot; its slots may then be used again."""
-        lost = error_reply(sent.message, "the worker was lost") if answer is None else None
-        reply: Message = lost or sent.reply.read(pickle.loads(answer or b""))
+        said = "the worker was lost" if answer is None else pickle.loads(answer)
+        reply: Message = error_reply(sent.message, said) if isinstance(said, str) else sent.reply.read(said)
         slots = self._workers.slots
         slots.give_back(sent.reply)
         sent.batch.waiting -= 1

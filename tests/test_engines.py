@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -68,6 +69,12 @@ def test_a_killed_worker_comes_back(deaths: int, tmp_path: Path, monkeypatch: py
     if deaths == 1:
         expected = run_inline(experiment, tmp_path / "inline")
         assert [summary[key] for key in SAME] == [expected[key] for key in SAME]
+
+
+def test_a_call_that_cannot_be_read_costs_itself_and_not_the_worker() -> None:
+    from simulation.ray_engine import NodeActor
+
+    assert "UnpicklingError" in pickle.loads(NodeActor().handle_here(b"no pickle"))
 
 
 def simulate(out: Path, preset: str, *overrides: str) -> dict[str, Any]:

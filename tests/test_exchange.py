@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -156,6 +156,12 @@ def test_a_node_that_cannot_open_its_clients_is_not_waited_for(monkeypatch: pyte
 
     exchange({5: hesitant}, 1, timeout=60).gather()
     monkeypatch.setattr("server.exchange.PATIENCE", 0)
+    found, errors = exchange({5: hesitant, 6: node([1])}, 2), 1
+    found.meet()
+    del cast(FakeGrid, found.grid).nodes[5]
+    found.meet()
+    cast(FakeGrid, found.grid).nodes[5], errors = hesitant, 1
+    found.meet()  # it was gone meanwhile: this is its first error again
     errors = 10**9
     with pytest.raises(RunStopped, match=r"node 5 .*: under /data; mend it"):
         exchange({5: hesitant}, 1, timeout=60).gather()
