@@ -18,15 +18,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from config.schema import Partition
-from config.schema import Task as Settings
-from config.seeds import numpy_generator, torch_generator, torch_seeded
-from tasks.data import Data, Target, make_dataset
-from tasks.holds import held
-from tasks.laws import LAWS
-from tasks.partition import deal
-from tasks.pipeline import Pipeline, image_pipeline
-from tasks.task import Task
+from meadow.config.schema import Partition
+from meadow.config.schema import Task as Settings
+from meadow.runtime.seeds import numpy_generator, torch_generator, torch_seeded
+from meadow.tasks.data import Data, Target, make_dataset
+from meadow.tasks.pipeline import Pipeline, image_pipeline
+from meadow.tasks.splits.holds import held
+from meadow.tasks.splits.laws import LAWS
+from meadow.tasks.splits.partition import deal
+from meadow.tasks.task import Task
 
 LABELS = 10
 ALPHA = 10.0  # lower, and no split by quantity gives each of so many clients three samples

@@ -5,8 +5,8 @@
 One client of `benchmarks/workloads.py` after another, in this process, on one thread: 60 samples and three steps with an
 expected batch of 20 (Poisson rate 1/3), noise multiplier 1. The sides take turns; a figure is the median over all turns
 but the first of the thread's own processor time, to which other processes on the machine add little. "Meadow" is
-`client.training.train` as a node calls it; "make_private" is Opacus as its tutorial has it, once a client, because a
-client's data is its own.
+`meadow.client.loop.training.train` as a node calls it; "make_private" is Opacus as its tutorial has it, once a client,
+because a client's data is its own.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from meadow.client.loop.training import train
 from opacus import PrivacyEngine
 from rich.console import Console
 from rich.table import Table
@@ -28,14 +29,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.engines import about
 from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
-from client.training import train
-from config.load import load
-from config.seeds import one_thread
-from config.still import hold_still
-from privacy.dpsgd import GradSample, Mechanism, Permit, chosen_mode
-from privacy.noise import Stream
-from tasks.numerics import kernels
-from tasks.task import open_task
+from meadow.config.load import load
+from meadow.privacy.dpsgd import GradSample, Mechanism, Permit, chosen_mode
+from meadow.privacy.noise import Stream
+from meadow.runtime.module_cache import hold_still
+from meadow.runtime.seeds import one_thread
+from meadow.tasks.numerics import kernels
+from meadow.tasks.task import open_task
 
 _RATE, _STEPS = BATCH / SAMPLES, SAMPLES // BATCH
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.sides import PROCESSES, SIDES
 from benchmarks.workloads import WORKLOADS
-from config.identity import versions
+from meadow.runtime.identity import versions
 
 Seconds = dict[tuple[str, str], list[float]]
 """Of each workload and engine, the seconds of its rounds."""

@@ -18,21 +18,21 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from meadow.client.trainers.network import Member, network
+from meadow.client.trainers.stacked import Stacked
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from client.kernels import Member, network
-from client.stacked import Stacked
-from config.load import load
-from config.schema import Engine, Task
-from config.seeds import torch_generator, torch_seeded
-from strategies.blocks import BLOCK
-from tasks import networks
-from tasks.data import Inputs, Target
-from tasks.evaluation import state_of
-from tasks.models import Multihead
+from meadow.arrays.sums import BLOCK
+from meadow.config.load import load
+from meadow.config.schema import Engine, Task
+from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.tasks.data import Inputs, Target
+from meadow.tasks.evaluation import state_of
+from meadow.tasks.models import networks
+from meadow.tasks.models.multihead import Multihead
 
 BATCH, LR, CLASSES = 20, 0.05, 10
 SHAPE = (1, 28, 28)

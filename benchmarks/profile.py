@@ -1,4 +1,4 @@
-"""Where a round's time goes, phase by phase (`config.clock`):
+"""Where a round's time goes, phase by phase (`meadow.runtime.clock`):
 
     python -m benchmarks.profile PRESET [KEY=VALUE ...]
 
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from meadow.server.folder import RunFolder
+from meadow.server.writer import Writer
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.workloads import WORKLOADS, settings
-from config.clock import PHASES
-from config.errors import UserError
-from config.load import apply, parse_override, read_tree, resolve
-from config.schema import Experiment
-from experiments.api import Job, run_many
-from server.folder import RunFolder
-from server.writer import Writer
+from meadow.config.load import apply, parse_override, read_tree, resolve
+from meadow.config.schema import Experiment
+from meadow.experiments.api import Job, run_many
+from meadow.runtime.clock import PHASES
+from meadow.runtime.errors import UserError
 
 WARM_UP = 2
 ROUNDS = 20

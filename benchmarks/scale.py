@@ -29,17 +29,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.protocol import Algorithm, Half, Outcome, Turn
 from rich.console import Console
 from rich.table import Table
 
-from config.identity import ROOT, versions
-from config.load import resolve, to_toml
-from config.schema import Experiment, Task
-from config.seeds import numpy_generator
-from strategies.fedavg import FedAvg
-from strategies.local import Algorithm, Half, Outcome, Turn
-from strategies.sharing import beside
-from tasks.data import Part, Raw
+from meadow.arrays.named import beside
+from meadow.config.load import resolve, to_toml
+from meadow.config.schema import Experiment, Task
+from meadow.runtime.identity import ROOT, versions
+from meadow.runtime.seeds import numpy_generator
+from meadow.tasks.data import Part, Raw
 
 WORKERS = 2
 SAMPLES = 4

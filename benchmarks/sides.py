@@ -24,10 +24,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from meadow.simulation.children import free_port
 from torch.nn.utils import parameters_to_vector
 
 from benchmarks.workloads import CLIENTS, LR, SAMPLES, WORKLOADS, settings, train_plainly
-from simulation.children import free_port
 
 PROCESSES = 2
 WARM_UP = 2
@@ -95,8 +95,9 @@ def _plain_worker(pipe: Connection, name: str, clients: range) -> None:
 def meadow(name: str, rounds: int, exact: bool = True) -> list[float]:
     """`meadow run` on Ray. A round lasts from when its record and checkpoint are given to be written to when the next one's
     are; what is not on disk by then is waited for."""
-    from experiments import api
-    from server.writer import Writer
+    from meadow.server.writer import Writer
+
+    from meadow.experiments import api
 
     stamps = []
     give = Writer.give

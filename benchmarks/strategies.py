@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from config.load import load
-from experiments.api import Job, Summary, run_many
+from meadow.config.load import load
+from meadow.experiments.api import Job, Summary, run_many
 
 FASHION = (
     "task.dataset=FashionMNIST",

@@ -8,8 +8,8 @@ from collections import OrderedDict
 
 from torch import nn
 
-from config.schema import Task
-from tasks.data import Inputs
+from meadow.config.schema import Task
+from meadow.tasks.data import Inputs
 
 
 def trunk(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:

@@ -17,9 +17,9 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from config.load import load
-from experiments.api import Job, run_many
-from experiments.style import COLOURS, STYLE, to_file
+from meadow.config.load import load
+from meadow.experiments.api import Job, run_many
+from meadow.experiments.pictures.style import COLOURS, STYLE, to_file
 
 METHODS = {"local": "from scratch", "transfer": "transfer (head)", "finetune": "fine-tuning (all)"}
 SIZES = (5, 10, 20, 50)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
-from config.schema import Task
-from config.seeds import torch_generator, torch_seeded
-from tasks import networks
-from tasks.data import Inputs, Part, Raw
+from meadow.config.schema import Task
+from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.tasks.data import Inputs, Part, Raw
+from meadow.tasks.models import networks
 
 CLIENTS = 100
 SAMPLES = 60

@@ -1,4 +1,5 @@
-"""The Flower ClientApp, the same on every grid. Messages come packed for all clients of a node (`strategies/packing.py`).
+"""The Flower ClientApp, the same on every grid. Messages come packed for all clients of a node
+(`strategies/wire/packing.py`).
 
 query: join a run, with the arrays that every client starts from; the reply is this node's line of the roll call.
 train and evaluate: answer for each client in the pack.
@@ -12,17 +13,25 @@ from collections.abc import Sequence
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from meadow.client.blocks import train_blocks
+from meadow.client.node import add_up, answer, evaluate_client, hosted_here, open_node, store_of, train_client
+from meadow.client.store import Store
+from meadow.strategies.wire.packing import (
+    Answer,
+    NodeReply,
+    Request,
+    add_spans,
+    pack_replies,
+    unpack_requests,
+    whole_spans,
+)
 
-from client.node import add_up, answer, evaluate_client, hosted_here, open_node, store_of, train_client
-from client.store import Store
-from client.together import train_blocks
-from config.identity import code_sha256, versions
-from config.logs import log_lines
-from privacy.releases import allowed
-from strategies.folding import fold_for_wire
-from strategies.packing import Answer, NodeReply, Request, add_spans, pack_replies, unpack_requests, whole_spans
-from strategies.records import from_record
-from tasks.numerics import kernels
+from meadow.arrays.flower import from_record
+from meadow.arrays.folding import fold_for_wire
+from meadow.privacy.releases import allowed
+from meadow.runtime.identity import code_sha256, versions
+from meadow.runtime.logs import log_lines
+from meadow.tasks.numerics import kernels
 
 log = logging.getLogger("meadow.client")
 

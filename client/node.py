@@ -12,36 +12,36 @@ from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from meadow.client.context import ClientTurn, with_wrong_labels
+from meadow.client.loop.anchors import teaches
+from meadow.client.loop.training import LOOP, Beside, train
+from meadow.client.release import Exhausted, Keeper, charge, noised_update
+from meadow.client.store import SHARED_MEMORY, Store
+from meadow.client.trainers.choose import Fast, fast, told
+from meadow.strategies import algorithm
+from meadow.strategies.attacks import ON_LABELS, attackers
+from meadow.strategies.protocol import Half
+from meadow.strategies.roles import Roles, name_weights, roles_of
+from meadow.strategies.wire.packing import Answer, NodeReply, Request
+from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
 from torch import nn
 
-from client.anchors import teaches
-from client.fast import Fast, fast, told
-from client.privately import Exhausted, Keeper, charge, noised_update
-from client.store import SHARED_MEMORY, Store
-from client.training import LOOP, Beside, train
-from client.turn import ClientTurn, with_wrong_labels
-from config.clock import Clock
-from config.durable import Arrays
-from config.load import from_flat, to_flat
-from config.schema import Experiment
-from config.still import hold_still
-from privacy.ledger import LedgerFault
-from privacy.releases import allowed
-from strategies import algorithm
-from strategies.attacks import ON_LABELS, attackers
-from strategies.blocks import Span, WeightedSum, weighted_sum
-from strategies.local import Half
-from strategies.packing import Answer, NodeReply, Request
-from strategies.records import from_record, to_record
-from strategies.replies import arrays_fault, metrics_of, weight_fault
-from strategies.sharing import Roles, arrays_sha256, name_weights, of_kind, roles_of, split_beside
-from tasks.data import Data, concatenate
-from tasks.domains import source_samples
-from tasks.evaluation import evaluate, examine
-from tasks.features import View, view
-from tasks.memory import Recent, find
-from tasks.shares import hosted
-from tasks.task import Task, initial_state, open_task, settle, source_data
+from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.memory import Recent, find
+from meadow.arrays.named import Arrays, arrays_sha256, of_kind, split_beside
+from meadow.arrays.sums import Span, WeightedSum, weighted_sum
+from meadow.config.load import from_flat, to_flat
+from meadow.config.schema import Experiment
+from meadow.privacy.ledger import LedgerFault
+from meadow.privacy.releases import allowed
+from meadow.runtime.clock import Clock
+from meadow.runtime.module_cache import hold_still
+from meadow.tasks.data import Data, concatenate
+from meadow.tasks.evaluation import evaluate, examine
+from meadow.tasks.features import View, view
+from meadow.tasks.readers.domains import source_samples
+from meadow.tasks.splits.shares import hosted
+from meadow.tasks.task import Task, initial_state, open_task, settle, source_data
 
 log = logging.getLogger("meadow.client")
 
@@ -81,7 +81,7 @@ class Node:
 
     @property
     def training(self) -> str:
-        """What trains here (`client.fast.told`)."""
+        """What trains here (`meadow.client.trainers.choose.told`)."""
         return told(self.experiment, self.fast)
 
 
@@ -163,7 +163,7 @@ def train_client(node: Node, request: Request) -> RecordDict:
 
     Under example-level and local DP the release is charged before anything else happens, and "ledger" says what the
     client's ledger then holds; if the budget does not allow the release, that is all, with "exhausted", the reason. What
-    else is in a reply under DP is what `privacy.releases.allowed` lets out; each client weighs 1.
+    else is in a reply under DP is what `meadow.privacy.releases.allowed` lets out; each client weighs 1.
     """
     config = request.config
     round_, store = int(cast(int, config["round"])), _store(node, request)
@@ -227,7 +227,7 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     the client has of its own, and whether it has anything) and, if the message asks for a thorough evaluation,
     "confusion" (of the used model, by class target: its confusion counts, row after row) and, if evaluate.on names it,
     the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
-    `privacy.releases.allowed` lets out.
+    `meadow.privacy.releases.allowed` lets out.
     """
     config = request.config
     round_ = int(cast(int, config["round"]))

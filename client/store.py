@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config.durable import Arrays, DamagedFile, read_arrays, write_arrays, write_bytes
+from meadow.arrays.files import DamagedFile, read_arrays, write_arrays, write_bytes
+from meadow.arrays.named import Arrays
 
 SHARED_MEMORY = Path("/dev/shm")
 _ALIGNED = 64

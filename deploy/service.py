@@ -20,8 +20,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from config.identity import ROOT, code_sha256
-from config.logs import tell
+from meadow.runtime.identity import ROOT, code_sha256
+from meadow.runtime.logs import tell
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))

@@ -20,14 +20,14 @@ from typing import Any, TypeVar
 
 import httpx
 import tomli_w
+from meadow.server.folder import RunFolder, check_folder
 
-from config.errors import UserError
-from config.identity import ROOT
-from config.load import load, to_flat
-from config.schema import Experiment
 from deploy.control import CONNECTION, STATE, connect, log, newest_run, online, register, stop
-from experiments.report import write_report
-from server.folder import RunFolder, check_folder
+from meadow.config.load import load, to_flat
+from meadow.config.schema import Experiment
+from meadow.experiments.report import write_report
+from meadow.runtime.errors import UserError
+from meadow.runtime.identity import ROOT
 
 SHARE = Path(os.environ.get("MEADOW_SHARE", "/own/share"))
 RUNS = Path(os.environ.get("MEADOW_RUNS", "/runs"))

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from meadow.strategies.wire.packing import Answer
 
-from config.errors import RunStopped
-from config.schema import Experiment
-from strategies.packing import Answer
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import RunStopped
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ConfigRecord
+from meadow.strategies.roles import name_weights
+from meadow.strategies.wire.packing import Answer
+from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
 
-from config.durable import Arrays
-from strategies.blocks import Span, WeightedSum, cut, fault, total
-from strategies.packing import Answer
-from strategies.replies import arrays_fault, metrics_of, weight_fault
-from strategies.sharing import name_weights
+from meadow.arrays.named import Arrays
+from meadow.arrays.sums import Span, WeightedSum, cut, fault, total
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
 Judge = Callable[[Mapping[str, Any], int], str]
@@ -41,9 +41,9 @@ def admit(
     """Judge each reply: it came, its weight is a positive number no larger than declared, its arrays fit what was sent.
 
     `sizes`: training samples that each client declared at roll call. `equal`: each client counts 1
-    (`strategies.sharing.name_weights`). `max_norm`: the longest update, 0 for any. `judge`: what the strategy has to say
-    of a reply's metrics. Of two replies of one client the first counts. A client's arrays may be missing only if they are
-    inside its block's sum, which a node makes of arrays that it judged by the same `fault`. What is inside a sum
+    (`meadow.strategies.roles.name_weights`). `max_norm`: the longest update, 0 for any. `judge`: what the strategy has
+    to say of a reply's metrics. Of two replies of one client the first counts. A client's arrays may be missing only if
+    they are inside its block's sum, which a node makes of arrays that it judged by the same `fault`. What is inside a sum
     cannot be taken out again, so a sum counts only if all its clients do, and if it is itself of the right form.
     """
     inside = {client for block in sums for client in block}

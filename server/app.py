@@ -5,11 +5,11 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from meadow.server.rounds import run_experiment
 
-from config.load import from_flat
-from config.logs import log_lines
-from server.rounds import run_experiment
-from tasks.task import settle
+from meadow.config.load import from_flat
+from meadow.runtime.logs import log_lines
+from meadow.tasks.task import settle
 
 app = ServerApp()
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config.durable import Arrays, DamagedFile, read_arrays, read_json, write_arrays, write_json
-from strategies.sharing import arrays_sha256, beside, of_kind, split_beside
+from meadow.arrays.files import DamagedFile, read_arrays, read_json, write_arrays, write_json
+from meadow.arrays.named import Arrays, arrays_sha256, beside, of_kind, split_beside
 
 KEEP = 3
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from config.cohort import draw_cohort, unseen
-from config.errors import UserError
-from config.schema import Experiment
-from config.seeds import numpy_generator
+from meadow.config.cohort import draw_cohort, unseen
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ def call(
 ) -> Call:
     """Draw a round's cohort, then what `[cohort]` simulates: dropout, stragglers, and who of too many comes too late.
 
-    `sizes`: each client's training samples. `secret`: as `config.cohort.draw_cohort`. `without`: clients that have left.
-    Latencies are a client's place in a random order, stragglers behind the rest.
+    `sizes`: each client's training samples. `secret`: as `meadow.config.cohort.draw_cohort`. `without`: clients that
+    have left. Latencies are a client's place in a random order, stragglers behind the rest.
     """
     cohort, seed = experiment.cohort, experiment.run.seed
     asked = [c for c in draw_cohort(experiment, round_, sizes, schedule, attempt, secret) if c not in without]

@@ -8,9 +8,9 @@ import numpy as np
 from flwr.app import MetricRecord
 from torch import Tensor
 
-from tasks.data import Target
-from tasks.metrics import LOWER_IS_BETTER, MOST_CLASSES, Ints, confusion, roc
-from tasks.task import Task
+from meadow.tasks.data import Target
+from meadow.tasks.metrics import LOWER_IS_BETTER, MOST_CLASSES, Ints, confusion, roc
+from meadow.tasks.task import Task
 
 Scores = Mapping[str, float]
 """One client's or one model's scores, "target/metric" -> value."""
@@ -70,7 +70,7 @@ def describe(outputs: Mapping[str, Tensor], y: Mapping[str, Tensor], targets: Se
     """What a model's outputs look like, for `evaluation.json`: {target: {classes, confusion, roc}}, for JSON.
 
     classes: the names of the classes or labels; confusion: rows of counts, the truth by row, of class targets; roc:
-    {class: {false_positive, true_positive, auroc}} as `tasks.metrics.roc` says. Targets of other kinds, or with more
+    {class: {false_positive, true_positive, auroc}} as `meadow.tasks.metrics.roc` says. Targets of other kinds, or with more
     than MOST_CLASSES, are left out.
     """
     found: dict[str, Any] = {}

@@ -20,14 +20,14 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
+from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_requests, unpack_replies
 
-from config.durable import Arrays
-from config.errors import RunStopped
-from config.identity import code_sha256, versions
-from strategies.blocks import Span, WeightedSum, cut, spans
-from strategies.folding import folded, is_folded, unfolded
-from strategies.packing import Answer, NodeReply, Request, pack_requests, unpack_replies
-from strategies.records import to_record
+from meadow.arrays.flower import to_record
+from meadow.arrays.folding import folded, is_folded, unfolded
+from meadow.arrays.named import Arrays
+from meadow.arrays.sums import Span, WeightedSum, cut, spans
+from meadow.runtime.errors import RunStopped
+from meadow.runtime.identity import code_sha256, versions
 
 log = logging.getLogger("meadow.server")
 
@@ -63,12 +63,12 @@ class Exchange:
     idle: float | None = None
     """In the last exchange the share of the nodes' time in which they had nothing to do; None if they do not say."""
     times: dict[str, float] = field(default_factory=dict)
-    """In the last exchange the seconds, by phase (`config.clock`), of the node that took longest; all of it counts as
-    training where nodes do not say."""
+    """In the last exchange the seconds, by phase (`meadow.runtime.clock`), of the node that took longest; all of it
+    counts as training where nodes do not say."""
     simulated: bool = True
     """Whether every node so far has said that it is simulated: its secrets are then none."""
     training: set[str] = field(default_factory=set)
-    """What trains on the nodes (`client.node.Node.training`)."""
+    """What trains on the nodes (`meadow.client.node.Node.training`)."""
     _faulty: dict[int, float] = field(default_factory=dict)
     """Since when a node has answered the roll call with an error."""
     _nodes: set[int] = field(default_factory=set)

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from config.durable import DamagedFile, read_json, write_bytes, write_json
-from config.errors import UserError
-from config.identity import ROOT, code_sha256, versions
-from config.load import flatten, load, to_toml, to_tree
-from config.schema import Experiment
+from meadow.arrays.files import DamagedFile, read_json, write_bytes, write_json
+from meadow.config.load import flatten, load, to_toml, to_tree
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.identity import ROOT, code_sha256, versions
 
 
 class RunFolder:
@@ -77,7 +77,7 @@ class RunFolder:
         write_json(self.path / "summary.json", summary)
 
     def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
-        """Write `evaluation.json`: confusion counts and ROC curves at the end (`server.evaluation.describe`)."""
+        """Write `evaluation.json`: confusion counts and ROC curves at the end (`meadow.server.evaluation.describe`)."""
         write_json(self.path / "evaluation.json", evaluation)
 
     def forget_summary(self) -> None:

@@ -12,21 +12,30 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Message, RecordDict
+from meadow.server.accounts import Account, account_of, over_accounts, remind, require_budget
+from meadow.strategies.roles import Roles
+from meadow.strategies.wire.packing import Answer
 from torch import nn
 
-from config.durable import Arrays, read_json, write_json
-from config.errors import RunStopped, UserError
-from config.schema import Experiment
-from privacy import plan
-from privacy.client_level import AdaptiveClip, Clipped, clip, combine, next_clip, refuse_small_cohort, update_noise
-from privacy.dpsgd import chosen_mode, refuse_what_mixes_samples
-from privacy.ledger import noise_seed, secret, simulated_secret
-from privacy.releases import releases
-from server.accounts import Account, account_of, over_accounts, remind, require_budget
-from strategies.packing import Answer
-from strategies.records import from_record
-from strategies.sharing import Roles, arrays_sha256
-from tasks.task import Task
+from meadow.arrays.files import read_json, write_json
+from meadow.arrays.flower import from_record
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.config.schema import Experiment
+from meadow.privacy import plan
+from meadow.privacy.client_level import (
+    AdaptiveClip,
+    Clipped,
+    clip,
+    combine,
+    next_clip,
+    refuse_small_cohort,
+    update_noise,
+)
+from meadow.privacy.dpsgd import chosen_mode, refuse_what_mixes_samples
+from meadow.privacy.ledger import noise_seed, secret, simulated_secret
+from meadow.privacy.releases import releases
+from meadow.runtime.errors import RunStopped, UserError
+from meadow.tasks.task import Task
 
 _MADE = "releases.json"
 """In the run's folder: `Protection.made`."""
@@ -234,7 +243,7 @@ def _refuse(experiment: Experiment, task: Task, roles: Roles) -> None:
     if experiment.privacy.unit == "example":
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in roles.trained)
-        for place, module in model.named_modules():  # as `client.trainable.freeze` does
+        for place, module in model.named_modules():  # as `meadow.client.loop.trainable.freeze` does
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             module.training = any((f"{place}.{name}" if place else name) in roles.trained for name, _ in own)
             if experiment.local.statistics == "kept" and isinstance(module, nn.modules.batchnorm._BatchNorm):

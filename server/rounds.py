@@ -9,34 +9,34 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
+from meadow.server import checkpoints
+from meadow.server.admission import Verdict, admit
+from meadow.server.cohorts import call, read_schedule
+from meadow.server.evaluation import Scores, add_confusion, describe, over_clients
+from meadow.server.exchange import Cohort, Exchange, as_messages
+from meadow.server.folder import open_folder
+from meadow.server.protection import protection
+from meadow.server.scoring import predict_globally, scalar, score_clients, score_globally, scores_in
+from meadow.server.session import Session, setup, split_table
+from meadow.server.summary import ClientScores, client_rows, summarise, test_sizes, used
+from meadow.server.writer import EVERY, Writer
+from meadow.strategies import algorithm, make_strategy
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.attacks import attack, attackers
+from meadow.strategies.protocol import Algorithm, Half, steps_of
+from meadow.strategies.roles import Roles, name_weights, roles_of
+from meadow.strategies.wire.packing import Answer, block_message
+from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
 
-from config.durable import Arrays
-from config.errors import RunStopped, UserError
-from config.schema import Experiment
-from privacy.releases import allowed
-from server import checkpoints
-from server.admission import Verdict, admit
-from server.cohorts import call, read_schedule
-from server.evaluation import Scores, add_confusion, describe, over_clients
-from server.exchange import Cohort, Exchange, as_messages
-from server.folder import open_folder
-from server.protection import protection
-from server.scoring import predict_globally, scalar, score_clients, score_globally, scores_in
-from server.session import Session, setup, split_table
-from server.summary import ClientScores, client_rows, summarise, test_sizes, used
-from server.writer import EVERY, Writer
-from strategies import algorithm, make_strategy
-from strategies.attacks import attack, attackers
-from strategies.blocks import Span, WeightedSum, add, cut, total, weighted_sum
-from strategies.fedavg import FedAvg
-from strategies.local import Algorithm, Half, steps_of
-from strategies.packing import Answer, block_message
-from strategies.records import from_record, to_record
-from strategies.replies import arrays_fault, metrics_of, weight_fault
-from strategies.sharing import Roles, name_weights, nbytes, roles_of
-from tasks.features import view
-from tasks.numerics import keeps_float32
-from tasks.task import Task, initial_state, open_task
+from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.named import Arrays, nbytes
+from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
+from meadow.config.schema import Experiment
+from meadow.privacy.releases import allowed
+from meadow.runtime.errors import RunStopped, UserError
+from meadow.tasks.features import view
+from meadow.tasks.numerics import keeps_float32
+from meadow.tasks.task import Task, initial_state, open_task
 
 log = logging.getLogger("meadow.server")
 

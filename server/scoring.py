@@ -5,17 +5,17 @@ import math
 from collections.abc import Sequence
 
 from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from meadow.server.evaluation import read_confusion
+from meadow.server.exchange import Cohort
+from meadow.server.session import Session
+from meadow.server.summary import ClientScores
 from torch import Tensor
 
-from config.seeds import numpy_generator
-from server.evaluation import read_confusion
-from server.exchange import Cohort
-from server.session import Session
-from server.summary import ClientScores
-from strategies.records import to_record
-from tasks.evaluation import load_into, predict
-from tasks.metrics import score
-from tasks.numerics import kernels
+from meadow.arrays.flower import to_record
+from meadow.runtime.seeds import numpy_generator
+from meadow.tasks.evaluation import load_into, predict
+from meadow.tasks.metrics import score
+from meadow.tasks.numerics import kernels
 
 log = logging.getLogger("meadow.server")
 

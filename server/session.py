@@ -6,21 +6,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from flwr.serverapp.strategy import Strategy
+from meadow.server.exchange import Exchange
+from meadow.server.folder import RunFolder
+from meadow.server.protection import Protection
+from meadow.server.writer import Writer
+from meadow.strategies.protocol import Setup
+from meadow.strategies.roles import HEADS, Roles
 from torch import nn
 
-from config.clock import Clock
-from config.cohort import unseen
-from config.durable import Arrays
-from config.schema import Experiment
-from privacy.releases import allowed
-from server.exchange import Exchange
-from server.folder import RunFolder
-from server.protection import Protection
-from server.writer import Writer
-from strategies.local import Setup
-from strategies.sharing import HEADS, Roles
-from tasks.features import View
-from tasks.task import Task
+from meadow.arrays.named import Arrays
+from meadow.config.cohort import unseen
+from meadow.config.schema import Experiment
+from meadow.privacy.releases import allowed
+from meadow.runtime.clock import Clock
+from meadow.tasks.features import View
+from meadow.tasks.task import Task
 
 MOST_ROWS = 100_000
 """Clients of which `split.json` has a row each."""

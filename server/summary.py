@@ -9,19 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from meadow.server.evaluation import Scores, mean_tree, over_clients
+from meadow.server.folder import RunFolder
+from meadow.server.protection import Protection
+from meadow.strategies.trainable import HEADS, is_added, trained
 
-from config.cohort import unseen
-from config.durable import Arrays
-from config.schema import Experiment
-from privacy.releases import allowed
-from server.evaluation import Scores, mean_tree, over_clients
-from server.folder import RunFolder
-from server.protection import Protection
-from strategies.sharing import arrays_sha256
-from strategies.trainable import HEADS, is_added, trained
-from tasks.evaluation import evaluate
-from tasks.metrics import THOROUGH, Ints
-from tasks.task import Task, source_data, source_model
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.config.cohort import unseen
+from meadow.config.schema import Experiment
+from meadow.privacy.releases import allowed
+from meadow.tasks.evaluation import evaluate
+from meadow.tasks.metrics import THOROUGH, Ints
+from meadow.tasks.task import Task, source_data, source_model
 
 LAST = 10
 
@@ -167,7 +166,7 @@ def client_rows(
 
 def _of_the_whole(experiment: Experiment, task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Parameters that local training changes; bytes that did not travel, against sharing the whole model (without what
-    `tasks/peft.py` adds) with the same clients in the same rounds; 0 without federation."""
+    `meadow/tasks/models/peft.py` adds) with the same clients in the same rounds; 0 without federation."""
     model = task.new_model()
     learning = trained(experiment, model.state_dict())
     sizes = {name: p.numel() for name, p in model.named_parameters() if name in learning}

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from server import checkpoints
-from server.folder import RunFolder
+from meadow.server import checkpoints
+from meadow.server.folder import RunFolder
 
 EVERY = 1.0
 """Seconds from one checkpoint to the next, where clients keep nothing: of what they keep, each state since the oldest

@@ -11,8 +11,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from config.load import to_flat
-from config.schema import Experiment
+from meadow.config.load import to_flat
+from meadow.config.schema import Experiment
 
 SERVER_NODE = 1
 RUN_ID = 1

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from meadow.client.trainers.choose import check_device
+from meadow.server.app import app
+from meadow.server.folder import RunFolder, check_folder
+from meadow.simulation.grid import LocalGrid, become_server, server_context
+from meadow.simulation.inline import InlineGrid
 
-from client.fast import check_device
-from config.errors import UserError
-from config.schema import Experiment
-from server.app import app
-from server.folder import RunFolder, check_folder
-from simulation.grid import LocalGrid, become_server, server_context
-from simulation.inline import InlineGrid
-from tasks.task import open_task
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.tasks.task import open_task
 
 SUPERNODES = 4
 
@@ -40,7 +40,7 @@ def engine(name: str, workers: int = 0, threads: int = 1, address: str = "") -> 
             InlineGrid(experiment, out / "state"), experiment, out, resume
         )
     elif name == "ray":
-        from simulation.ray_engine import (  # Ray takes a second to import; only those who use it pay
+        from meadow.simulation.ray_engine import (  # Ray takes a second to import; only those who use it pay
             ray_grid,
             ray_workers,
         )
@@ -50,7 +50,7 @@ def engine(name: str, workers: int = 0, threads: int = 1, address: str = "") -> 
                 ray_grid(experiment, out / "state", pool), experiment, out, resume
             )
     else:
-        from simulation.processes import run_processes
+        from meadow.simulation.processes import run_processes
 
         def deploy(experiment: Experiment, out: Path, resume: bool = False) -> dict[str, Any]:
             check_folder(out, experiment, resume)

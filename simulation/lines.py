@@ -1,7 +1,7 @@
 """Calls to the workers of this machine, over a Unix socket each.
 
 Ray starts the workers, and brings a killed one back; a call through it takes one and a half milliseconds there and as long
-back, through a socket a tenth of one. What is large stays in shared memory (`simulation/mailbox.py`). The socket lies in a
+back, through a socket a tenth of one. What is large stays in shared memory (`meadow/arrays/slots.py`). The socket lies in a
 folder that is open to nobody but the user who runs the command, as what passes is pickled.
 """
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import tomli_w
+from meadow.simulation.children import MEMORY, Children, children, free_port, tail
 
-from config.errors import UserError
-from config.identity import ROOT
-from config.load import to_flat
-from config.schema import Experiment
-from simulation.children import MEMORY, Children, children, free_port, tail
+from meadow.config.load import to_flat
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.identity import ROOT
 
 Value = bool | int | float | str
 

@@ -1,7 +1,7 @@
 """The Ray engine: actors as nodes. Each hosts an even share of the clients, who always come back to it.
 
 Whatever several messages have in common, above all the global model, is handed over once: through shared memory to workers
-on this machine (`simulation/mailbox.py`), which are called over a socket each (`simulation/lines.py`); through Ray's object
+on this machine (`meadow/arrays/slots.py`), which are called over a socket each (`simulation/lines.py`); through Ray's object
 store to those of a cluster, which are called through Ray.
 """
 
@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 
 import ray
 from flwr.app import ArrayRecord, Context, Message, RecordDict
+from meadow.simulation.grid import LocalGrid, error_reply, node_context
+from meadow.simulation.lines import RETRIES, Lines, connect
+from meadow.simulation.ray_start import start_ray, stop_ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from config.load import from_flat, to_flat
-from config.schema import Experiment
-from simulation.grid import LocalGrid, error_reply, node_context
-from simulation.lines import RETRIES, Lines, connect
-from simulation.mailbox import Address, Letter, Slot, Slots
-from simulation.ray_start import start_ray, stop_ray
-from tasks.task import share_task
+from meadow.arrays.slots import Address, Letter, Slot, Slots
+from meadow.config.load import from_flat, to_flat
+from meadow.config.schema import Experiment
+from meadow.tasks.task import share_task
 
 _WAIT = 0.5
 _SOME = 0.001
@@ -90,7 +90,7 @@ class NodeActor:
 
     def handle(self, message: Message, context: Context, names: list[str], *records: ArrayRecord) -> Message:
         """Answer a message, with the records put back under their names."""
-        from client.app import app  # imported in the worker, by name, once
+        from meadow.client.app import app  # imported in the worker, by name, once
 
         for name, record in zip(names, records, strict=True):
             message.content[name] = record

@@ -10,10 +10,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+from meadow.simulation.children import MEMORY
 
-from config.errors import UserError
-from config.identity import ROOT
-from simulation.children import MEMORY
+from meadow.runtime.errors import UserError
+from meadow.runtime.identity import ROOT
 
 _PATIENCE = 10.0
 """Seconds in which a cluster must take a connection."""
@@ -45,7 +45,7 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
     else:
         # Ray starts workers before they are asked for. They take the variables from it (those of a runtime_env would
         # mean other workers, and these for nothing) and import the client's code at once.
-        with _variables(variables | {"RAY_preload_python_modules": "client.app"}):
+        with _variables(variables | {"RAY_preload_python_modules": "meadow.client.app"}):
             ray.init(address="local", num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
     _mine = True
 

@@ -3,14 +3,15 @@
 import importlib
 
 from flwr.serverapp.strategy import Strategy
+from meadow.strategies.protocol import Algorithm, Setup
 
-from config.algorithms import ALGORITHMS
-from config.errors import UserError
-from strategies.local import Algorithm, Setup
+from meadow.config.algorithms import ALGORITHMS
+from meadow.runtime.errors import UserError
 
 
 def algorithm(name: str) -> Algorithm:
-    """What `strategy.name` stands for: one of `config.algorithms`, or a user's own "module:object" on the current path.
+    """What `strategy.name` stands for: one of `meadow.config.algorithms`, or a user's own "module:object" on the
+    current path.
 
     Raises UserError if there is no such object, or if it is no `Algorithm`.
     """
@@ -24,7 +25,7 @@ def algorithm(name: str) -> Algorithm:
         ) from None
     if not isinstance(found, Algorithm):
         raise UserError(
-            f'strategy.name = "{name}" is a {type(found).__name__}; it must be a strategies.local.Algorithm '
+            f'strategy.name = "{name}" is a {type(found).__name__}; it must be a meadow.strategies.protocol.Algorithm '
             "(docs/strategies.md shows one)"
         )
     return found

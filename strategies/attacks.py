@@ -17,9 +17,9 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from config.durable import Arrays
-from config.schema import Attack, Experiment
-from config.seeds import numpy_generator
+from meadow.arrays.named import Arrays
+from meadow.config.schema import Attack, Experiment
+from meadow.runtime.seeds import numpy_generator
 
 ON_LABELS = ("label-flip", "replacement")
 

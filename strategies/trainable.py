@@ -6,24 +6,25 @@ its modules that hold state, in the order in which the model names them; the top
 
 from collections.abc import Iterable
 
-from config.schema import Experiment, Local
+from meadow.config.schema import Experiment, Local
 
 HEADS = "heads."
 """State names of the heads start with this, all others belong to the trunk ("body")."""
 
 ADDED = ("lora_a", "lora_b", "adapter")
-"""Names of the modules that `tasks/peft.py` adds to a layer."""
+"""Names of the modules that `meadow/tasks/models/peft.py` adds to a layer."""
 
 
 def layer(name: str) -> str:
-    """The layer that an array belongs to: its module; what `tasks/peft.py` adds to a layer belongs to that layer."""
+    """The layer that an array belongs to: its module; what `meadow/tasks/models/peft.py` adds to a layer belongs to
+    that layer."""
     parts = name.split(".")[:-1]
     added = next((i for i, part in enumerate(parts) if part in ADDED), len(parts))
     return ".".join(parts[:added])
 
 
 def is_added(name: str, *kinds: str) -> bool:
-    """Whether an array is one of those that `tasks/peft.py` adds, of any kind or of those named."""
+    """Whether an array is one of those that `meadow/tasks/models/peft.py` adds, of any kind or of those named."""
     return any(part in (kinds or ADDED) for part in name.split("."))
 
 
@@ -56,7 +57,7 @@ def trained(experiment: Experiment, names: Iterable[str], at_stage: int | None =
 
     gradual: at stage k, the `gradual_modules` times k top layers; without a stage, all that learn at some time in the
     run. lora and adapters: what they add (A not, where it is frozen). fisher: every array; which of its entries, the
-    mask decides (`client/trainable.py`).
+    mask decides (`client/loop/trainable.py`).
     """
     local, order = experiment.local, tuple(names)
     kind, _, count = local.trainable.partition(":")

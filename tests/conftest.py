@@ -10,11 +10,12 @@ from hypothesis import settings
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-from config.load import load
-from config.schema import Experiment
-from config.seeds import one_thread
-from simulation.launch import engine
-from strategies.packing import NodeReply
+from meadow.simulation.launch import engine
+from meadow.strategies.wire.packing import NodeReply
+
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.runtime.seeds import one_thread
 
 # How long an example takes says more of the machine than of the code.
 settings.register_profile("untimed", deadline=None)
@@ -41,6 +42,9 @@ def run_inline(experiment: Experiment, out: Path, resume: bool = False) -> dict[
 
 
 def clients_answer(monkeypatch: pytest.MonkeyPatch, how: Callable[..., Any]) -> None:
-    """Let each client answer to training by `how`, in the place of `client.node.train_client`; none as part of a block."""
-    monkeypatch.setattr("client.app.train_blocks", lambda node, requests, blocks: (NodeReply([]), list(requests)))
-    monkeypatch.setattr("client.app.train_client", how)
+    """Let each client answer to training by `how`, in the place of `meadow.client.node.train_client`; none as part of a
+    block."""
+    monkeypatch.setattr(
+        "meadow.client.app.train_blocks", lambda node, requests, blocks: (NodeReply([]), list(requests))
+    )
+    monkeypatch.setattr("meadow.client.app.train_client", how)

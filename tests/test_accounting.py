@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from config.errors import UserError
-from privacy.accounting import (
+from meadow.privacy.accounting import (
     client_guarantee,
     epsilon,
     example_guarantee,
@@ -19,6 +18,7 @@ from privacy.accounting import (
     noise_multiplier,
     steps_within,
 )
+from meadow.runtime.errors import UserError
 
 MIXED = [(0.1, 1.0, 100), (0.05, 1.5, 200), (0.1, 2.0, 300)]
 REFERENCES = [

@@ -9,10 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_inline, small
-from torch import Tensor, nn
-
-from client.adaptation import Adaptation
-from client.alignment import (
+from meadow.client.loop.adaptation import Adaptation
+from meadow.client.loop.alignment import (
     coral,
     deep_coral,
     domain_classifier,
@@ -20,18 +18,20 @@ from client.alignment import (
     reversal_strength,
     reversed_gradient,
 )
-from client.training import Beside, train
-from config.durable import read_arrays
-from config.errors import UserError
-from config.load import load
-from config.schema import Experiment
-from config.seeds import torch_seeded
-from tasks.data import Data
-from tasks.domains import source_samples
-from tasks.evaluation import load_into, state_of
-from tasks.metrics import losses
-from tasks.models import TwoDomains, augmented
-from tasks.task import Task, initial_state, open_task, source_data
+from meadow.client.loop.training import Beside, train
+from torch import Tensor, nn
+
+from meadow.arrays.files import read_arrays
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_seeded
+from meadow.tasks.data import Data
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.metrics import losses
+from meadow.tasks.models.multihead import TwoDomains, augmented
+from meadow.tasks.readers.domains import source_samples
+from meadow.tasks.task import Task, initial_state, open_task, source_data
 
 WIDTHS = (0.5, 1.0, 3.0)
 

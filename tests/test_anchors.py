@@ -8,20 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_inline, small
+from meadow.client.loop.anchors import Teacher, pull, soft_cross_entropy, source_fisher, teacher
+from meadow.client.loop.training import train
+from meadow.server.checkpoints import latest
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from client.anchors import Teacher, pull, soft_cross_entropy, source_fisher, teacher
-from client.training import train
-from config.errors import UserError
-from config.load import load
-from config.schema import Experiment
-from config.seeds import torch_generator
-from server.checkpoints import latest
-from tasks.data import Target
-from tasks.evaluation import evaluate, load_into, state_of
-from tasks.metrics import losses
-from tasks.task import Task, initial_state, open_task, source_data, source_state
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_generator
+from meadow.tasks.data import Target
+from meadow.tasks.evaluation import evaluate, load_into, state_of
+from meadow.tasks.metrics import losses
+from meadow.tasks.task import Task, initial_state, open_task, source_data, source_state
 
 DIGIT = Target("t", "class", 4)
 

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import meadow.client.loop.objective
+import meadow.client.node
+import meadow.client.release
+import meadow.server.protection
 import numpy as np
 import pytest
 import torch
@@ -14,21 +18,17 @@ from scipy import stats
 from torch import Tensor
 from typer.testing import CliRunner
 
-import client.node
-import client.objective
-import client.privately
-import privacy.client_level
-import privacy.dpsgd
-import privacy.ledger
-import server.protection
-from config.errors import UserError
-from experiments.audit import audit
-from experiments.command import app
-from privacy.accounting import epsilon
-from privacy.audit import Check, noise_check, one_run_bound, sampling_checks
-from privacy.dpsgd import Privatiser
-from privacy.ledger import Ledger
-from privacy.noise import Stream
+import meadow.privacy.client_level
+import meadow.privacy.dpsgd
+import meadow.privacy.ledger
+from meadow.experiments.audit import audit
+from meadow.experiments.command import app
+from meadow.privacy.accounting import epsilon
+from meadow.privacy.dpsgd import Privatiser
+from meadow.privacy.ledger import Ledger
+from meadow.privacy.noise import Stream
+from meadow.privacy.statistics import Check, noise_check, one_run_bound, sampling_checks
+from meadow.runtime.errors import UserError
 
 EXAMPLE = (
     "privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.sample_rate=0.1", "local.steps=10",
@@ -99,7 +99,7 @@ def test_it_measures_in_the_mode_that_the_run_trains_in(
 
 
 def scaled(factor: float) -> Callable[..., Any]:
-    honest = privacy.dpsgd.gaussian
+    honest = meadow.privacy.dpsgd.gaussian
 
     def gaussian(out: Tensor, deviation: float, stream: Stream) -> None:
         honest(out, deviation * factor, stream)
@@ -109,7 +109,7 @@ def scaled(factor: float) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 0.97])
 def test_too_little_noise_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy.dpsgd, "gaussian", scaled(factor))
+    monkeypatch.setattr(meadow.privacy.dpsgd, "gaussian", scaled(factor))
     assert "noise multiplier, by canaries out" in found(*EXAMPLE)
 
 
@@ -125,13 +125,13 @@ def test_shuffling_sold_as_poisson_sampling_is_found(monkeypatch: pytest.MonkeyP
             left += stream.uniform(n).argsort().tensor_split(max(1, round(1 / rate)))
         return left.pop().sort().values
 
-    monkeypatch.setattr(privacy.dpsgd, "poisson", shuffled)
+    monkeypatch.setattr(meadow.privacy.dpsgd, "poisson", shuffled)
     assert {"variance of batch sizes", "variance of a record's times"} <= found(*EXAMPLE)
 
 
 def test_a_higher_sampling_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = privacy.dpsgd.poisson
-    monkeypatch.setattr(privacy.dpsgd, "poisson", lambda n, rate, stream: honest(n, min(1, 1.25 * rate), stream))
+    honest = meadow.privacy.dpsgd.poisson
+    monkeypatch.setattr(meadow.privacy.dpsgd, "poisson", lambda n, rate, stream: honest(n, min(1, 1.25 * rate), stream))
     assert "sampling rate" in found(*EXAMPLE)
 
 
@@ -141,13 +141,13 @@ def test_no_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = client.objective.sample_losses
+    honest = meadow.client.loop.objective.sample_losses
 
     def coupled(*args: Any) -> dict[str, Tensor]:
         each = honest(*args)
         return {name: values * (1 + values.detach().mean() - values.mean()) for name, values in each.items()}
 
-    monkeypatch.setattr(client.objective, "sample_losses", coupled)
+    monkeypatch.setattr(meadow.client.loop.objective, "sample_losses", coupled)
     assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=ghost")
     # Book-keeping sees it as it trains.
     with pytest.raises(UserError, match="depends on the other samples of its batch"):
@@ -171,13 +171,13 @@ def test_a_ledger_that_drops_an_entry_is_found(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("settings", [EXAMPLE, LOCAL, CLIENT], ids=["example", "local", "client"])
 def test_fresh_noise_in_a_replayed_round_is_found(settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = iter(range(10**6))
-    monkeypatch.setattr(client.privately, "noise_seed", lambda *_: next(fresh))
-    monkeypatch.setattr(server.protection, "noise_seed", lambda *_: next(fresh))
+    monkeypatch.setattr(meadow.client.release, "noise_seed", lambda *_: next(fresh))
+    monkeypatch.setattr(meadow.server.protection, "noise_seed", lambda *_: next(fresh))
     assert found(*settings) == {"a round made again"}
 
 
 def test_an_account_that_begins_anew_each_round_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(privacy.ledger, "_history", lambda entries, unit: ())
+    monkeypatch.setattr(meadow.privacy.ledger, "_history", lambda entries, unit: ())
     assert found(*EXAMPLE) == {"epsilon in the summary"}
 
 
@@ -195,7 +195,7 @@ def test_a_personal_head_without_noise_is_found(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(Privatiser, "_noisy", silent)
         assert {f"noise on {name}" for name in heads} <= found(*EXAMPLE)
 
-    from strategies.local import Half
+    from meadow.strategies.protocol import Half
 
     half = Half.train
 
@@ -208,7 +208,7 @@ def test_a_personal_head_without_noise_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_batch_norm_in_train_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tasks.task
+    import meadow.tasks.task
 
     class Normed(torch.nn.Module):
         def __init__(self) -> None:
@@ -219,25 +219,31 @@ def test_batch_norm_in_train_mode_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"digit": self.heads["digit"](self.trunk(x))}
 
-    monkeypatch.setattr(tasks.task, "build", lambda *_: Normed())
+    monkeypatch.setattr(meadow.tasks.task, "build", lambda *_: Normed())
     with pytest.raises(UserError, match=r'"trunk.2".*mixes the samples of a batch.*task.norm = "group"'):
         audit(small("fedavg", *EXAMPLE))
 
 
 def test_sabotage_of_whole_clients_and_of_local_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    combine, clip, noised = server.protection.combine, server.protection.clip, privacy.client_level.noised
+    combine, clip, noised = (
+        meadow.server.protection.combine,
+        meadow.server.protection.clip,
+        meadow.privacy.client_level.noised,
+    )
     with monkeypatch.context() as patch:
-        patch.setattr(server.protection, "combine", lambda s, u, bound, z, d, g: combine(s, u, bound, 0.8 * z, d, g))
+        patch.setattr(
+            meadow.server.protection, "combine", lambda s, u, bound, z, d, g: combine(s, u, bound, 0.8 * z, d, g)
+        )
         assert "noise multiplier, by canaries out" in found(*CLIENT)
     with monkeypatch.context() as patch:
-        patch.setattr(server.protection, "clip", lambda sent, trained, bound: clip(sent, trained, 2 * bound))
+        patch.setattr(meadow.server.protection, "clip", lambda sent, trained, bound: clip(sent, trained, 2 * bound))
         with pytest.raises(ValueError, match="norm <= clip"):  # the sum itself refuses what is longer
             found(*CLIENT)
     with monkeypatch.context() as patch:
-        patch.setattr(client.privately, "noised", lambda u, bound, z, g: noised(u, bound, 0.9 * z, g))
+        patch.setattr(meadow.client.release, "noised", lambda u, bound, z, g: noised(u, bound, 0.9 * z, g))
         assert "noise multiplier" in found(*LOCAL)
     with monkeypatch.context() as patch:
-        patch.setattr(client.privately, "clip", lambda sent, trained, bound: clip(sent, trained, 3 * bound))
+        patch.setattr(meadow.client.release, "clip", lambda sent, trained, bound: clip(sent, trained, 3 * bound))
         assert found(*LOCAL) == {"longest update"}
 
 
@@ -245,7 +251,7 @@ def test_the_command_exits_3_where_the_claim_does_not_hold(monkeypatch: pytest.M
     given = ["audit", "fedavg", *EXAMPLE, "partition.clients=4", "--json"]
     honest = CliRunner().invoke(app, given)
     assert honest.exit_code == 0 and json.loads(honest.stdout)["holds"]
-    monkeypatch.setattr(privacy.dpsgd, "gaussian", scaled(0.5))
+    monkeypatch.setattr(meadow.privacy.dpsgd, "gaussian", scaled(0.5))
     wrong = CliRunner().invoke(app, given)
     assert wrong.exit_code == 3 and not json.loads(wrong.stdout)["holds"]
     told = CliRunner().invoke(app, given[:-1])
@@ -268,7 +274,7 @@ def test_a_bound_of_no_abstention_and_delta_0_is_clopper_and_pearsons() -> None:
 
 def test_bounds_stay_below_the_truth_of_a_gaussian_and_come_near_it() -> None:
     """1,000 canaries of sensitivity 1 under a Gaussian of deviation 0.4, of which epsilon is known."""
-    from privacy.audit import bound_checks
+    from meadow.privacy.statistics import bound_checks
 
     generator = np.random.Generator(np.random.Philox(1))
     truth = epsilon([(1.0, 0.4, 1)], 1e-5)

@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
+from meadow.client.loop.balance import DynamicAverage, GradNorm, Surgery, Uncertainty, make_balance, surgery
+from meadow.client.loop.training import Beside, train
+from meadow.server.checkpoints import latest
 from torch import Tensor, nn
 
-from client.balance import DynamicAverage, GradNorm, Surgery, Uncertainty, make_balance, surgery
-from client.training import Beside, train
-from config.cohort import draw_cohort
-from config.durable import Arrays, read_arrays
-from config.errors import UserError
-from config.load import load
-from config.schema import Experiment, Local
-from config.schema import Task as Settings
-from server.checkpoints import latest
-from tasks.data import Data, Inputs, Target
-from tasks.evaluation import load_into, state_of
-from tasks.metrics import losses
-from tasks.models import build
-from tasks.task import Task, initial_state, open_task, source_state
+from meadow.arrays.files import read_arrays
+from meadow.arrays.named import Arrays
+from meadow.config.cohort import draw_cohort
+from meadow.config.load import load
+from meadow.config.schema import Experiment, Local
+from meadow.config.schema import Task as Settings
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import Data, Inputs, Target
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.metrics import losses
+from meadow.tasks.models.multihead import build
+from meadow.tasks.task import Task, initial_state, open_task, source_state
 
 A, B = Target("a", "class", 2), Target("b", "value", 1)
 

@@ -7,9 +7,9 @@ from conftest import small
 
 from benchmarks.profile import measure
 from benchmarks.workloads import BATCH, WORKLOADS
-from config.schema import Task
-from tasks.data import Target
-from tasks.models import build
+from meadow.config.schema import Task
+from meadow.tasks.data import Target
+from meadow.tasks.models.multihead import build
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

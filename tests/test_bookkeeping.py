@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from config.errors import UserError
-from config.seeds import torch_seeded
-from privacy import bookkeeping
-from privacy.bookkeeping import Book, covers
+from meadow.privacy import bookkeeping
+from meadow.privacy.bookkeeping import Book, covers
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_seeded
 
 N = 6
 

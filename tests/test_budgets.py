@@ -12,13 +12,13 @@ from scipy import stats
 from test_report import make_run, text_of
 from typer.testing import CliRunner
 
-from config.errors import UserError
-from config.load import read_tree, to_toml
-from experiments.budgets import answer, client_costs, group_costs, groups_of, lines_of, section, utility_cost
-from experiments.command import app
-from experiments.compare import sweep_jobs
-from experiments.report import write_report
-from experiments.results import find_runs
+from meadow.config.load import read_tree, to_toml
+from meadow.experiments.budgets import answer, client_costs, group_costs, groups_of, lines_of, section, utility_cost
+from meadow.experiments.command import app
+from meadow.experiments.compare import sweep_jobs
+from meadow.experiments.report import write_report
+from meadow.experiments.results import find_runs
+from meadow.runtime.errors import UserError
 
 PRIVATE = ("privacy.unit=example", "privacy.sample_rate=0.1", "local.steps=2", "privacy.release=metrics")
 SPLIT = {"sizes": [[9, 1, 1], [3, 1, 1], [4, 1, 1], [40, 1, 1]], "labels": [[9, 2], [5, 0], [6, 0], [40, 2]]}

@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from config.durable import Arrays
-from config.errors import UserError
-from config.seeds import numpy_generator
-from privacy.accounting import epsilon
-from privacy.client_level import (
+from meadow.arrays.named import Arrays
+from meadow.privacy.accounting import epsilon
+from meadow.privacy.client_level import (
     AdaptiveClip,
     clip,
     combine,
@@ -22,6 +20,8 @@ from privacy.client_level import (
     refuse_small_cohort,
     update_noise,
 )
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import numpy_generator
 
 FLOATS = arrays(np.float32, (3, 2), elements=st.floats(-(2.0**100), 2.0**100, width=32))
 

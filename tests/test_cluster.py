@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import ray
 from conftest import run_inline, small
+from meadow.simulation.launch import _run_local, engine
+from meadow.simulation.ray_engine import ray_grid, ray_workers
 from ray.cluster_utils import Cluster
 
-from config.errors import UserError
-from simulation.launch import _run_local, engine
-from simulation.ray_engine import ray_grid, ray_workers
+from meadow.runtime.errors import UserError
 
 SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 
@@ -49,7 +49,7 @@ def test_the_data_is_held_once_a_machine(cluster: Any, tmp_path: Path) -> None:
     """All workers of a machine have the pieces of one process: of the command on its own, of the first worker elsewhere."""
 
     def pieces(worker: Any) -> tuple[str, int, set[str]]:
-        from tasks import memory
+        from meadow.arrays import memory
 
         found = {piece.address.split("/")[2] for piece in memory._pieces.values()}
         return ray.get_runtime_context().get_node_id(), os.getpid(), found

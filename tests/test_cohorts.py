@@ -5,19 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import meadow.client.node
 import numpy as np
 import pytest
 from conftest import clients_answer, run_inline, small
+from meadow.client.store import Store
+from meadow.server.checkpoints import latest
+from meadow.server.cohorts import call, read_schedule
 
-import client.node
-from client.store import Store
-from config.cohort import draw_cohort, unseen
-from config.durable import Arrays
-from config.errors import UserError
-from config.schema import Experiment
-from server.checkpoints import latest
-from server.cohorts import call, read_schedule
-from tasks.task import open_task
+from meadow.arrays.named import Arrays
+from meadow.config.cohort import draw_cohort, unseen
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.tasks.task import open_task
 
 ROUNDS = 2000
 
@@ -74,7 +74,7 @@ def test_a_second_attempt_draws_anew() -> None:
 
 
 def test_a_schedule_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.rounds.EVERY", 0)
+    monkeypatch.setattr("meadow.server.rounds.EVERY", 0)
     (tmp_path / "who").write_text("# two, then one, then nobody\n3 1\n2,\n\n")
     plan = ("cohort.sampling=schedule", f"cohort.schedule={tmp_path / 'who'}", "cohort.quorum=0")
     run_inline(small("fedavg", *plan), tmp_path / "run")
@@ -141,7 +141,7 @@ def test_stragglers_make_part_of_their_steps(tmp_path: Path, monkeypatch: pytest
     experiment = small("fedavg", "cohort.stragglers=0.5", "local.steps=20", "run.rounds=1")
     called = call(experiment, 1, ())
     steps: dict[int, Any] = {}
-    honest = client.node.train_client
+    honest = meadow.client.node.train_client
 
     def watched(node: Any, request: Any) -> Any:
         reply = honest(node, request)
@@ -176,7 +176,7 @@ def test_over_selection_makes_up_for_dropout(tmp_path: Path) -> None:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    honest = client.node.train_client
+    honest = meadow.client.node.train_client
 
     def train(node: Any, request: Any) -> Any:
         config = request.content.config_records["config"]
@@ -242,9 +242,10 @@ def test_unseen_clients_never_train_and_are_scored(tmp_path: Path) -> None:
 
 def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
     """After k epochs: the score that the model has when trained k epochs more on the client's own part."""
-    from client.training import train
-    from tasks.evaluation import evaluate, load_into
-    from tasks.task import initial_state
+    from meadow.client.loop.training import train
+
+    from meadow.tasks.evaluation import evaluate, load_into
+    from meadow.tasks.task import initial_state
 
     experiment = small("fedavg", "evaluate.fine_tune_epochs=2")
     run_inline(experiment, tmp_path)

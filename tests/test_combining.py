@@ -9,18 +9,15 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from config.durable import Arrays
-from config.load import load
-from server.admission import admit
-from server.evaluation import over_clients
-from server.exchange import Cohort
-from server.rounds import round_sum
-from simulation.grid import become_server
-from strategies import make_strategy
-from strategies.blocks import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
-from strategies.local import Setup
-from strategies.packing import (
+from meadow.server.admission import admit
+from meadow.server.evaluation import over_clients
+from meadow.server.exchange import Cohort
+from meadow.server.rounds import round_sum
+from meadow.simulation.grid import become_server
+from meadow.strategies import make_strategy
+from meadow.strategies.protocol import Setup
+from meadow.strategies.roles import Roles, roles
+from meadow.strategies.wire.packing import (
     Answer,
     NodeReply,
     Request,
@@ -31,8 +28,11 @@ from strategies.packing import (
     unpack_replies,
     unpack_requests,
 )
-from strategies.records import Kept, from_record, to_record
-from strategies.sharing import Roles, arrays_sha256, roles
+
+from meadow.arrays.flower import Kept, from_record, to_record
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.arrays.sums import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
+from meadow.config.load import load
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from conftest import run_inline, small
 
-from config.identity import ROOT
-from config.load import load
-from experiments.plan import plan
-from tasks.task import open_task
+from meadow.config.load import load
+from meadow.experiments.plan import plan
+from meadow.runtime.identity import ROOT
+from meadow.tasks.task import open_task
 
 QUICK = ["run.rounds=2", "partition.clients=4", "task.source_samples=200", "task.source_epochs=1", "--engine", "inline"]
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.errors import UserError
-from config.load import flatten, from_flat, load, preset_names, read_tree, to_flat, to_toml, to_tree
-from config.schema import Experiment, Strategy
-from config.seeds import derive, torch_generator, torch_seeded
+from meadow.config.load import flatten, from_flat, load, preset_names, read_tree, to_flat, to_toml, to_tree
+from meadow.config.schema import Experiment, Strategy
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import derive, torch_generator, torch_seeded
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -17,9 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import meadow.client.app
 import pytest
 from conftest import run_inline
 from flwr.app import RecordDict
+from meadow.client.node import Node
+from meadow.client.node import train_client as train_one
+from meadow.strategies.wire.packing import Request
 from stack import (
     PROJECT,
     PROXY,
@@ -37,11 +41,7 @@ from stack import (
     start_engine,
 )
 
-import client.app
-from client.node import Node
-from client.node import train_client as train_one
-from config.load import load
-from strategies.packing import Request
+from meadow.config.load import load
 
 pytestmark = pytest.mark.docker
 
@@ -248,7 +248,7 @@ def inline_with_losses(stack: Stack, out: Path, monkeypatch: pytest.MonkeyPatch)
             raise ConnectionError("this node's reply was lost in that round")
         return reply
 
-    monkeypatch.setattr(client.app, "train_client", lossy)
+    monkeypatch.setattr(meadow.client.app, "train_client", lossy)
     return run_inline(load(stack.preset, stack.overrides), out / "inline")
 
 

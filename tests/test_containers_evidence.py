@@ -12,7 +12,7 @@ import pytest
 from conftest import run_inline
 from stack import PROXY, REFUSED, Stack, ask, compose, container, docker, start_engine
 
-from config.load import load
+from meadow.config.load import load
 
 pytestmark = [pytest.mark.docker, pytest.mark.evidence]
 SERVICES = ("superlink", "serverapp", "proxy", "run", *(f"node-{i}" for i in range(4)))
@@ -87,9 +87,11 @@ def test_figures(tmp_path: Path) -> None:
         return time.monotonic() - began
 
     build()
-    (stack.place / "client/training.py").open("a").write("# a change\n")
+    (stack.place / "client/loop/training.py").open("a").write("# a change\n")
     print(f"\nrebuild after a change of code  {build():.1f} s")
-    (stack.place / "client/training.py").write_bytes((Path(__file__).parents[1] / "client/training.py").read_bytes())
+    (stack.place / "client/loop/training.py").write_bytes(
+        (Path(__file__).parents[1] / "client/loop/training.py").read_bytes()
+    )
     build()
     peak: dict[str, float] = {}
     subprocess.run([*compose(), "down", "-v"], cwd=stack.place, env=stack.environment, capture_output=True, timeout=120)

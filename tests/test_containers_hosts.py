@@ -17,7 +17,7 @@ import pytest
 from conftest import run_inline
 from stack import ROOT, docker, start_engine
 
-from config.load import load
+from meadow.config.load import load
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 OVERRIDES = ["run.rounds=2", "partition.clients=4"]

@@ -20,11 +20,11 @@ import yaml
 from compose_spec import PyCompose
 from conftest import run_inline
 from cryptography import x509
+from meadow.simulation.children import free_port
 
-from config.identity import ROOT, code_sha256
-from config.load import load
 from deploy import keys
-from simulation.children import free_port
+from meadow.config.load import load
+from meadow.runtime.identity import ROOT, code_sha256
 
 OVERRIDES = ["run.rounds=2", "partition.clients=4"]
 
@@ -85,7 +85,7 @@ def test_flower_bundles_the_app_whole(tmp_path: Path) -> None:
 
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))) as bundle:
         bundle.extractall(tmp_path)
-    ask = "from config.identity import ROOT, code_sha256; print(ROOT, code_sha256())"
+    ask = "from meadow.runtime.identity import ROOT, code_sha256; print(ROOT, code_sha256())"
     clean = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
     said = subprocess.run(
         [sys.executable, "-c", ask], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_inline, small
-from torch import nn
-
-from client import adding, layers, node, together
-from client.direct import Direct
-from client.fast import Fast, fast
-from client.kernels import Layer, network
-from client.layers import (
+from meadow.client import blocks as together
+from meadow.client import node
+from meadow.client.loop.training import train
+from meadow.client.trainers import layers
+from meadow.client.trainers.choose import Fast, fast
+from meadow.client.trainers.direct import Direct
+from meadow.client.trainers.layers import (
     Convolution,
     Descent,
     Flatten,
@@ -27,18 +27,21 @@ from client.layers import (
     Tanh,
     operations,
 )
-from client.training import train
-from config.load import load
-from config.seeds import torch_generator, torch_seeded
-from server import checkpoints
-from strategies.blocks import weighted_sum
-from tasks import networks
-from tasks.data import MISSING, Data, Inputs, Target
-from tasks.evaluation import load_into, state_of
-from tasks.features import View
-from tasks.models import Multihead
-from tasks.numerics import kernels, laid_out
-from tasks.task import Task, open_task
+from meadow.client.trainers.network import Layer, network
+from meadow.server import checkpoints
+from torch import nn
+
+from meadow.arrays.sums import weighted_sum
+from meadow.config.load import load
+from meadow.native import sums as adding
+from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.tasks.data import MISSING, Data, Inputs, Target
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.features import View
+from meadow.tasks.models import networks
+from meadow.tasks.models.multihead import Multihead
+from meadow.tasks.numerics import kernels, laid_out
+from meadow.tasks.task import Task, open_task
 
 DIGIT = Target("digit", "class", 10)
 BOUND = 1e-5
@@ -63,7 +66,7 @@ def relu_first(task: object, inputs: Inputs) -> tuple[nn.Module, int]:
 
 
 def wide(task: object, inputs: Inputs) -> tuple[nn.Module, int]:
-    """A layer so large that oneDNN multiplies (`tasks.numerics.LARGE`)."""
+    """A layer so large that oneDNN multiplies (`meadow.tasks.numerics.LARGE`)."""
     return nn.Sequential(nn.Flatten(), nn.Linear(1024, 300), nn.ReLU()), 300
 
 

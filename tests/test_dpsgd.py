@@ -13,10 +13,10 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from config.errors import UserError
-from config.seeds import torch_generator, torch_seeded
-from privacy.dpsgd import Mechanism, Privatiser, chosen_mode, poisson
-from privacy.noise import Stream
+from meadow.privacy.dpsgd import Mechanism, Privatiser, chosen_mode, poisson
+from meadow.privacy.noise import Stream
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_generator, torch_seeded
 
 N = 7
 
@@ -315,7 +315,7 @@ def test_clip_and_noise_are_those_of_opacus(family: str, mode: str, monkeypatch:
         for part, parameter in zip(parts, model.parameters(), strict=True):
             part.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=drawn).flatten())
 
-    monkeypatch.setattr("privacy.dpsgd.gaussian", gaussian)
+    monkeypatch.setattr("meadow.privacy.dpsgd.gaussian", gaussian)
     found = private(model, losses, index, plan, mode)
     for module in model.modules():
         if hasattr(module, "inplace"):
@@ -380,7 +380,7 @@ def test_adding_one_sample_moves_the_sum_by_the_clip_at_most(mode: str) -> None:
 def test_pieces_of_a_large_sample_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     model, losses = case("cnn")
     whole = private(model, losses, torch.arange(N), no_noise(0.5), "hooks")
-    monkeypatch.setattr("privacy.dpsgd._VALUES_AT_ONCE", 500)
+    monkeypatch.setattr("meadow.privacy.dpsgd._VALUES_AT_ONCE", 500)
     sizes = []
 
     def watched(index: Tensor) -> Tensor:

@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import small
+from meadow.client.loop.trainable import freeze, mask
+from meadow.client.loop.training import train
+from meadow.strategies.trainable import stage, trained
 from torch import Tensor, nn
 
-from client.trainable import freeze, mask
-from client.training import train
-from config import schema
-from config.load import load
-from config.schema import Experiment
-from config.seeds import torch_seeded
-from privacy.dpsgd import Mechanism, Permit
-from privacy.noise import Stream
-from strategies.trainable import stage, trained
-from tasks.data import Part, Raw
-from tasks.evaluation import load_into
-from tasks.metrics import losses
-from tasks.task import initial_state, open_task
-from tasks.vision import torchvision
+from meadow.config import schema
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.privacy.dpsgd import Mechanism, Permit
+from meadow.privacy.noise import Stream
+from meadow.runtime.seeds import torch_seeded
+from meadow.tasks.data import Part, Raw
+from meadow.tasks.evaluation import load_into
+from meadow.tasks.metrics import losses
+from meadow.tasks.models.vision import torchvision
+from meadow.tasks.task import initial_state, open_task
 
 ONE_STEP = ("local.momentum=0", "local.lr=1", "local.steps=1", "local.clip_norm=0")
 
@@ -103,7 +103,7 @@ OTHERS = {
     "cnn1d": "windows", "lenet": "images", "mcmahan-cnn": "images", "cnn": "images", "bilstm": "texts",
     "charlstm": "characters",
 }  # fmt: skip
-"""Model -> its data. LeNet's norms and the recurrent layers' replacement are privacy.dpsgd's own affair."""
+"""Model -> its data. LeNet's norms and the recurrent layers' replacement are meadow.privacy.dpsgd's own affair."""
 
 TORCHVISION = (
     "squeezenet1_1", "mobilenet_v3_small", "resnet18", "resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "vgg11",

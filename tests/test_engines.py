@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from conftest import run_inline, small
+from meadow.simulation.children import children
+from meadow.simulation.launch import Launch, engine
+from meadow.simulation.processes import run_app, superlink
 
-from config.identity import ROOT
-from config.load import from_flat, load, to_flat, to_toml
-from simulation.children import children
-from simulation.launch import Launch, engine
-from simulation.processes import run_app, superlink
+from meadow.config.load import from_flat, load, to_flat, to_toml
+from meadow.runtime.identity import ROOT
 
 SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 PRESETS = ("fedavg", "fedper", "transfer", "federated-finetune", "multitask", "pooled")
@@ -40,9 +40,9 @@ def test_ray_gives_the_bits_of_inline(ray_launch: Launch, preset: str, clients: 
 @pytest.mark.parametrize("deaths", [1, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_killed_worker_comes_back(deaths: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed once in a round it answers again, with the same bits; killed whenever asked, its clients fail that round."""
-    import simulation.ray_engine
+    import meadow.simulation.ray_engine
 
-    class Mortal(simulation.ray_engine.NodeActor):
+    class Mortal(meadow.simulation.ray_engine.NodeActor):
         """Dies by SIGKILL of the second round's message for client 0, as often as told."""
 
         def handle(self, message: Any, context: Any, names: list[str], *records: Any) -> Any:
@@ -55,7 +55,7 @@ def test_a_killed_worker_comes_back(deaths: int, tmp_path: Path, monkeypatch: py
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().handle(message, context, names, *records)
 
-    monkeypatch.setattr(simulation.ray_engine, "NodeActor", Mortal)
+    monkeypatch.setattr(meadow.simulation.ray_engine, "NodeActor", Mortal)
     experiment = small("fedper", "run.rounds=4", "partition.clients=23", "partition.min_size=3")
     with engine("ray", 2) as launch:
         summary = launch(experiment, tmp_path / "ray")
@@ -72,7 +72,7 @@ def test_a_killed_worker_comes_back(deaths: int, tmp_path: Path, monkeypatch: py
 
 
 def test_a_call_that_cannot_be_read_costs_itself_and_not_the_worker() -> None:
-    from simulation.ray_engine import NodeActor
+    from meadow.simulation.ray_engine import NodeActor
 
     assert "UnpicklingError" in pickle.loads(NodeActor().handle_here(b"no pickle"))
 

@@ -6,20 +6,20 @@ import math
 from pathlib import Path
 from typing import Any
 
+import meadow.client.node
 import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
 from flwr.app import MetricRecord
+from meadow.server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
 
-import client.node
-from config.load import load
-from config.schema import Task
-from privacy.releases import releases
-from server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
-from tasks.data import Part, Raw, Target
-from tasks.metrics import PRIMARY, class_weights
-from tasks.task import open_task
+from meadow.config.load import load
+from meadow.config.schema import Task
+from meadow.privacy.releases import releases
+from meadow.tasks.data import Part, Raw, Target
+from meadow.tasks.metrics import PRIMARY, class_weights
+from meadow.tasks.task import open_task
 
 
 def files(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
@@ -106,7 +106,7 @@ def test_confusion_counts_are_taken_only_where_they_may_be_true(lie: str) -> Non
 
 
 def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = client.node.evaluate_client
+    honest = meadow.client.node.evaluate_client
 
     def lying(node: Any, request: Any) -> Any:
         reply = honest(node, request)
@@ -114,7 +114,7 @@ def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path, monkeypat
             reply["confusion"] = MetricRecord({"digit": LIES["negative"]})
         return reply
 
-    monkeypatch.setattr("client.app.evaluate_client", lying)
+    monkeypatch.setattr("meadow.client.app.evaluate_client", lying)
     assert run_inline(small("fedper"), tmp_path)["status"] == "done"
     assert files(tmp_path)[1]["clients"]["digit"]["clients"] == 7
 

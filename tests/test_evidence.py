@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import run_inline
 
-from config.load import load
-from tasks.data import MISSING
-from tasks.datasets import open_dataset
+from meadow.config.load import load
+from meadow.tasks.data import MISSING
+from meadow.tasks.readers.datasets import open_dataset
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 

@@ -10,15 +10,15 @@ import pytest
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
+from meadow.server.exchange import Exchange, deal
+from meadow.simulation.grid import LocalGrid, become_server, error_reply
+from meadow.strategies.wire.packing import Answer, NodeReply, pack_replies, unpack_requests
 
-from config.clock import PHASES
-from config.errors import RunStopped
-from config.identity import code_sha256, versions
-from server.exchange import Exchange, deal
-from simulation.grid import LocalGrid, become_server, error_reply
-from strategies.blocks import weighted_sum
-from strategies.packing import Answer, NodeReply, pack_replies, unpack_requests
-from strategies.records import to_record
+from meadow.arrays.flower import to_record
+from meadow.arrays.sums import weighted_sum
+from meadow.runtime.clock import PHASES
+from meadow.runtime.errors import RunStopped
+from meadow.runtime.identity import code_sha256, versions
 
 ROLL = {"code": code_sha256(), "data": "d", "split": "s", "versions": json.dumps(versions())}
 
@@ -155,7 +155,7 @@ def test_a_node_that_cannot_open_its_clients_is_not_waited_for(monkeypatch: pyte
         return node([0])(message)
 
     exchange({5: hesitant}, 1, timeout=60).gather()
-    monkeypatch.setattr("server.exchange.PATIENCE", 0)
+    monkeypatch.setattr("meadow.server.exchange.PATIENCE", 0)
     found, errors = exchange({5: hesitant, 6: node([1])}, 2), 1
     found.meet()
     del cast(FakeGrid, found.grid).nodes[5]

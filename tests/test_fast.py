@@ -7,28 +7,29 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
+from meadow.client import blocks as together
+from meadow.client.loop.training import train
+from meadow.client.trainers import fused
+from meadow.client.trainers.choose import Fast, fast, told, why_not
+from meadow.client.trainers.fused import Fused, unfit
+from meadow.client.trainers.network import Kernels, Unknown, network
+from meadow.client.trainers.stacked import Stacked
+from meadow.simulation.launch import engine
 from torch import nn
 
 from benchmarks import gpu
-from client import fused, together
-from client.fast import Fast, fast, told, why_not
-from client.fused import Fused, unfit
-from client.kernels import Kernels, Unknown, network
-from client.stacked import Stacked
-from client.training import train
-from config.durable import Arrays
-from config.errors import UserError
-from config.load import load
-from config.schema import Engine, Experiment
-from config.seeds import torch_generator, torch_seeded
-from experiments.plan import plan
-from simulation.launch import engine
-from tasks import networks
-from tasks.data import MISSING, Data, Inputs, Target
-from tasks.evaluation import load_into, state_of
-from tasks.features import View
-from tasks.models import Multihead
-from tasks.task import Task, open_task
+from meadow.arrays.named import Arrays
+from meadow.config.load import load
+from meadow.config.schema import Engine, Experiment
+from meadow.experiments.plan import plan
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.tasks.data import MISSING, Data, Inputs, Target
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.features import View
+from meadow.tasks.models import networks
+from meadow.tasks.models.multihead import Multihead
+from meadow.tasks.task import Task, open_task
 
 BOUND = 1e-4
 """How far apart the moves of a client by the kernels and by the loop are, as a share of the move's length, over a round's

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import small
+from meadow.simulation.launch import engine
 
-from config.errors import UserError
-from config.load import load
-from config.schema import Experiment
-from experiments.api import Job, Summary, run, run_many
-from experiments.compare import methods_jobs
-from experiments.folds import fold_runs, write_folds
-from experiments.plan import plan
-from experiments.ranking import ranking
-from experiments.report import write_report
-from experiments.results import find_runs
-from simulation.launch import engine
-from tasks.task import open_task
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.experiments.api import Job, Summary, run, run_many
+from meadow.experiments.compare import methods_jobs
+from meadow.experiments.folds import fold_runs, write_folds
+from meadow.experiments.plan import plan
+from meadow.experiments.ranking import ranking
+from meadow.experiments.report import write_report
+from meadow.experiments.results import find_runs
+from meadow.runtime.errors import UserError
+from meadow.tasks.task import open_task
 
 QUICK = ("run.rounds=2", "partition.clients=4", "task.source_samples=200", "task.source_epochs=1", "engine.name=inline")
 METRICS = ("clients", "digit", "accuracy", "mean")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from privacy.accounting import epsilon
-from privacy.ledger import (
+from meadow.privacy.accounting import epsilon
+from meadow.privacy.ledger import (
     Budget,
     BudgetSpent,
     Disk,
@@ -25,7 +25,7 @@ from privacy.ledger import (
     secret,
     simulated_secret,
 )
-from privacy.noise import Stream
+from meadow.privacy.noise import Stream
 
 DATA = hashlib.sha256(b"data").hexdigest()
 PART = ((0.1, 1.0, 10),)

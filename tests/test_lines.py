@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import pytest
-
-from simulation.lines import RETRIES, Lines, connect
+from meadow.simulation.lines import RETRIES, Lines, connect
 
 
 @pytest.fixture

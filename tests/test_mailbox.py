@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from simulation.mailbox import SMALL, Address, Letter, Slot, Slots
-from strategies.records import from_record, to_record
+from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.slots import SMALL, Address, Letter, Slot, Slots
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
 

@@ -8,8 +8,8 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
-from privacy import noise
-from privacy.noise import Stream
+from meadow.privacy import noise
+from meadow.privacy.noise import Stream
 
 
 def test_the_bits_are_those_of_aes_in_counter_mode() -> None:

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
+from meadow.client.loop.optimisers import PLATEAU, make_optimizer, plateau, scheduled
+from meadow.client.loop.training import Beside, batch_at, train
+from meadow.client.loop.validation import validation_loss
 from torch import Tensor, nn
 
-from client.optimisers import PLATEAU, make_optimizer, plateau, scheduled
-from client.training import Beside, batch_at, train
-from client.validation import validation_loss
-from config.durable import Arrays, read_arrays
-from config.schema import Experiment, Local
-from tasks.data import MISSING, Data, Target
-from tasks.evaluation import load_into, state_of
-from tasks.metrics import losses
-from tasks.task import Task, initial_state, open_task
+from meadow.arrays.files import read_arrays
+from meadow.arrays.named import Arrays
+from meadow.config.schema import Experiment, Local
+from meadow.tasks.data import MISSING, Data, Target
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.metrics import losses
+from meadow.tasks.task import Task, initial_state, open_task
 
 GRADIENTS = [torch.tensor(g, dtype=torch.float64) for g in ([1.0, -2.0], [0.5, 3.0], [-4.0, 0.1], [2.0, 2.0])]
 LR, DECAY, MOMENTUM = 0.1, 0.02, 0.8

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 from conftest import run_inline, small
+from meadow.simulation.children import children, free_port
+from meadow.simulation.launch import engine
+from meadow.simulation.processes import command, environment, inline_config, run_app, superlink
 from test_engines import SAME
 
-from config.identity import ROOT
-from config.load import to_flat
-from config.schema import Experiment
-from privacy.accounting import epsilon
-from simulation.children import children, free_port
-from simulation.launch import engine
-from simulation.processes import command, environment, inline_config, run_app, superlink
+from meadow.config.load import to_flat
+from meadow.config.schema import Experiment
+from meadow.privacy.accounting import epsilon
+from meadow.runtime.identity import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -17,45 +17,45 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import meadow.client.app
+import meadow.client.context
+import meadow.client.release
+import meadow.server.protection
 import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
 from flwr.app import Message, RecordDict
 from hypothesis import strategies as st
+from meadow.client.loop.training import train
+from meadow.server.checkpoints import latest
+from meadow.server.folder import RunFolder
+from meadow.simulation.inline import InlineGrid
+from meadow.simulation.launch import Launch, engine
+from meadow.strategies.roles import Roles
 from test_resume import COMPARED
 from torch import nn
 
-import client.app
-import client.privately
-import client.turn
-import config.durable
-import privacy.ledger
-import server.protection
-from client.training import train
-from config.algorithms import ALGORITHMS, AVERAGES, PRIVATE
-from config.cohort import participations
-from config.durable import Arrays
-from config.errors import UserError
-from config.load import to_toml
-from config.schema import RELEASES, Experiment
-from experiments.plan import plan
-from experiments.report import write_report
-from privacy.accounting import client_guarantee, epsilon, local_guarantee
-from privacy.dpsgd import Mechanism, Permit, poisson
-from privacy.ledger import noise_seed, simulated_secret
-from privacy.noise import Stream
-from privacy.plan import forecasts
-from server.checkpoints import latest
-from server.folder import RunFolder
-from simulation.inline import InlineGrid
-from simulation.launch import Launch, engine
-from strategies.records import from_record
-from strategies.sharing import Roles, arrays_sha256
-from tasks.data import Target
-from tasks.evaluation import load_into, state_of
-from tasks.metrics import losses, sample_losses
-from tasks.task import initial_state, open_task
+import meadow.arrays.files
+import meadow.privacy.ledger
+from meadow.arrays.flower import from_record
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.config.algorithms import ALGORITHMS, AVERAGES, PRIVATE
+from meadow.config.cohort import participations
+from meadow.config.load import to_toml
+from meadow.config.schema import RELEASES, Experiment
+from meadow.experiments.plan import plan
+from meadow.experiments.report import write_report
+from meadow.privacy.accounting import client_guarantee, epsilon, local_guarantee
+from meadow.privacy.dpsgd import Mechanism, Permit, poisson
+from meadow.privacy.ledger import noise_seed, simulated_secret
+from meadow.privacy.noise import Stream
+from meadow.privacy.plan import forecasts
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import Target
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.metrics import losses, sample_losses
+from meadow.tasks.task import initial_state, open_task
 
 EXAMPLE = ("privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.sample_rate=0.1", "local.steps=3")
 LOCAL = ("privacy.unit=local", "privacy.noise_multiplier=4.0")
@@ -174,8 +174,8 @@ def test_no_training_begins_before_its_entry_is_on_disk(
         seen.append((round_, number))
         return train(*args, **more)
 
-    monkeypatch.setattr(client.turn, "train", watched)
-    monkeypatch.setattr("client.node.fast", lambda *_: "the loop is watched")
+    monkeypatch.setattr(meadow.client.context, "train", watched)
+    monkeypatch.setattr("meadow.client.node.fast", lambda *_: "the loop is watched")
     run_inline(small("fedavg", *settings), tmp_path)
     assert seen == [(r, c) for r in (1, 2, 3) for c in range(8)]
 
@@ -204,9 +204,11 @@ def test_other_inputs_are_another_release_with_other_noise(tmp_path: Path) -> No
     run_inline(experiment, tmp_path)
     drawn: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        honest = client.privately.noise_seed
-        patch.setattr(client.privately, "noise_seed", lambda *a: drawn.append(honest(*a)) or drawn[-1])
-        patch.setattr("strategies.fedavg.mean", lambda total, before: {n: v + 1 for n, v in before.items()})
+        honest = meadow.client.release.noise_seed
+        patch.setattr(meadow.client.release, "noise_seed", lambda *a: drawn.append(honest(*a)) or drawn[-1])
+        patch.setattr(
+            "meadow.strategies.algorithms.fedavg.mean", lambda total, before: {n: v + 1 for n, v in before.items()}
+        )
         for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*")]:
             path.unlink()
         summary = run_inline(experiment, tmp_path, resume=True)
@@ -253,14 +255,14 @@ def test_what_was_spent_before_counts_in_calibration_and_in_epsilon(tmp_path: Pa
     shutil.copytree(tmp_path / "a" / "state", tmp_path / "b" / ".state")
     second = small("fedavg", *EXAMPLE, "partition.clients=2", "privacy.noise_multiplier=0", "privacy.epsilon=4")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simulation.inline.node_context", _context(tmp_path / "b" / ".state"))
+        patch.setattr("meadow.simulation.inline.node_context", _context(tmp_path / "b" / ".state"))
         both = run_inline(second, tmp_path / "b")
     assert epsilon([(0.1, 1.0, 9)], 1e-5) < 3
     assert 0.995 * 4 <= both["privacy"]["epsilon"]["max"] <= 4
 
 
 def _context(state: Path | None = None, simulated: bool = True) -> Any:
-    from simulation.grid import node_context
+    from meadow.simulation.grid import node_context
 
     def made(experiment: Experiment, index: int, nodes: int, given: Path) -> Any:
         context = node_context(experiment, index, nodes, state or given)
@@ -275,7 +277,7 @@ def test_in_a_deployment_the_noise_is_in_no_file_that_others_have(settings: tupl
     experiment = small("fedavg", *settings, "partition.clients=4", "run.rounds=2")
     simulated = run_inline(experiment, tmp_path / "a")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("simulation.inline.node_context", _context(simulated=False))
+        patch.setattr("meadow.simulation.inline.node_context", _context(simulated=False))
         deployed = [run_inline(experiment, tmp_path / name) for name in ("b", "c")]
     assert len({run["model_sha256"] for run in (simulated, *deployed)}) == 3
     assert deployed[0]["privacy"]["noise"] == "from secrets that are in no experiment file"
@@ -393,7 +395,7 @@ def test_an_errors_text_stays_with_the_client(tmp_path: Path, monkeypatch: pytes
     def failing(*args: Any, **more: Any) -> Any:
         raise ValueError("the patient in row 7 has no label")
 
-    monkeypatch.setattr(client.turn, "train", failing)
+    monkeypatch.setattr(meadow.client.context, "train", failing)
     for release, told in (("", False), ("errors", True)):
         experiment = small("fedavg", *EXAMPLE, f"privacy.release={release}")
         reason = run_inline(experiment, tmp_path / (release or "none"))["reason"]
@@ -401,7 +403,7 @@ def test_an_errors_text_stays_with_the_client(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_model_or_a_weight_that_breaks_the_promise_is_refused_before_the_run() -> None:
-    from server.protection import protection
+    from meadow.server.protection import protection
 
     names = ("trunk.0.weight", "trunk.0.bias", "trunk.1.weight", "trunk.1.bias", "trunk.1.running_mean", "heads.0.bias")
     everything = Roles(names, names, (), ())
@@ -586,7 +588,7 @@ def noised_alike(experiment: Experiment, out: Path) -> Arrays:
     """The final model, with noise that does not depend on the settings."""
     count = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.privately, "noise_seed", lambda *_: next(count))
+        patch.setattr(meadow.client.release, "noise_seed", lambda *_: next(count))
         run_inline(experiment, out)
     return final(out)
 
@@ -734,7 +736,11 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int, truth: Path) -> list[in
             last()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    disk, write_bytes, seed = privacy.ledger.Disk, config.durable.write_bytes, client.privately.noise_seed
+    disk, write_bytes, seed = (
+        meadow.privacy.ledger.Disk,
+        meadow.arrays.files.write_bytes,
+        meadow.client.release.noise_seed,
+    )
     honest_write, honest_sync = disk.write, disk.sync
 
     def write(self: Any, descriptor: int, content: bytes) -> None:
@@ -765,8 +771,8 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int, truth: Path) -> list[in
         point()
         return number
 
-    monkeypatch.setattr(client.privately, "noise_seed", noise)
-    monkeypatch.setattr(server.protection, "noise_seed", combined)
+    monkeypatch.setattr(meadow.client.release, "noise_seed", noise)
+    monkeypatch.setattr(meadow.server.protection, "noise_seed", combined)
     append = RunFolder.append
 
     def record(self: RunFolder, line: Any) -> None:
@@ -774,7 +780,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int, truth: Path) -> list[in
         point()
 
     monkeypatch.setattr(RunFolder, "append", record)
-    for module in ("config.durable", "server.folder"):
+    for module in ("meadow.arrays.files", "meadow.server.folder"):
         monkeypatch.setattr(f"{module}.write_bytes", write_whole)
     return count
 
@@ -837,7 +843,7 @@ def test_a_round_is_the_clipped_sum_and_one_noise_over_the_expected_cohort(
     )
     drawn: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        from server.protection import Protection
+        from meadow.server.protection import Protection
 
         class Recording:
             def __init__(self, honest: np.random.Generator) -> None:
@@ -864,7 +870,7 @@ def test_client_level_noise_has_its_deviation_and_epsilon_is_that_of_poisson_rou
     experiment = small("fedavg", *CLIENT, "run.rounds=2", "privacy.clip=1e-3", "privacy.noise_multiplier=3")
     summary = run_inline(experiment, tmp_path)
     checkpoints = sorted((tmp_path / "checkpoints").glob("*.safetensors"))
-    first, second = (config.durable.read_arrays(path) for path in checkpoints)
+    first, second = (meadow.arrays.files.read_arrays(path) for path in checkpoints)
     moves = np.concatenate([(second[n] - first[n]).ravel() for n in first]).astype(np.float64) / (3 * 1e-3 / 4)
     assert len(moves) > 2000
     # The sum of squares of n normals has mean n and deviation sqrt(2 n); the updates add at most (4 / 3)^2 or so.
@@ -880,7 +886,9 @@ def test_an_empty_cohort_is_a_round_of_noise_and_costs_as_any_other(tmp_path: Pa
     empty = [record["round"] for record in lines(tmp_path) if not record["cohort"]]
     assert empty and summary["status"] == "done"
     assert summary["privacy"]["epsilon"]["max"] == client_guarantee([(0.5, 1.0, 6)], 1e-5).epsilon
-    hashes = {arrays_sha256(config.durable.read_arrays(p)) for p in (tmp_path / "checkpoints").glob("*.safetensors")}
+    hashes = {
+        arrays_sha256(meadow.arrays.files.read_arrays(p)) for p in (tmp_path / "checkpoints").glob("*.safetensors")
+    }
     assert len(hashes) == 3
 
 
@@ -911,9 +919,9 @@ def test_a_round_of_whole_clients_made_again_with_other_replies_is_another_relea
     run_inline(experiment, tmp_path)
     for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*3.*")]:
         path.unlink()
-    honest, seed, drawn = server.protection.clip, server.protection.noise_seed, []
-    monkeypatch.setattr(server.protection, "clip", lambda before, after, bound: honest(before, after, bound / 2))
-    monkeypatch.setattr(server.protection, "noise_seed", lambda *a: drawn.append(seed(*a)) or drawn[-1])
+    honest, seed, drawn = meadow.server.protection.clip, meadow.server.protection.noise_seed, []
+    monkeypatch.setattr(meadow.server.protection, "clip", lambda before, after, bound: honest(before, after, bound / 2))
+    monkeypatch.setattr(meadow.server.protection, "noise_seed", lambda *a: drawn.append(seed(*a)) or drawn[-1])
     again = run_inline(experiment, tmp_path, resume=True)
     made = json.loads((tmp_path / "releases.json").read_text())
     assert len(set(made)) == len(made) == rounds_paid
@@ -961,8 +969,8 @@ def test_a_noised_update_is_what_the_ledgers_entry_gives(
         bare[args[5]] = state_of(args[0])
         return result
 
-    monkeypatch.setattr(client.turn, "train", watched)
-    monkeypatch.setattr("client.node.fast", lambda *_: "the loop is watched")
+    monkeypatch.setattr(meadow.client.context, "train", watched)
+    monkeypatch.setattr("meadow.client.node.fast", lambda *_: "the loop is watched")
     experiment = small(
         "fedavg", *LOCAL, "run.rounds=1", "privacy.clip=0.2", "partition.clients=3", "partition.law=quantity"
     )
@@ -1020,9 +1028,9 @@ def test_another_share_of_the_steps_is_another_release(tmp_path: Path) -> None:
     """The server decides how much work it asks for; the noise of one answer never covers another update."""
     experiment = small("fedavg", *LOCAL, "partition.clients=4")
     task = open_task(experiment)
-    keeper = client.privately.Keeper(experiment, tmp_path, task.dataset.sha256, task.split.sha256, simulated=True)
+    keeper = meadow.client.release.Keeper(experiment, tmp_path, task.dataset.sha256, task.split.sha256, simulated=True)
     start = initial_state(experiment)
-    releases = [client.privately.charge(keeper, RecordDict(), 1, 0, start, work) for work in (1.0, 0.5, 1.0)]
+    releases = [meadow.client.release.charge(keeper, RecordDict(), 1, 0, start, work) for work in (1.0, 0.5, 1.0)]
     entries = [release.charged.mark.entries for release in releases]
     assert releases[0].noise_seed == releases[2].noise_seed != releases[1].noise_seed
     assert max(entries) == 2

@@ -2,9 +2,9 @@
 
 import pytest
 
-from config.errors import UserError
-from config.load import load
-from config.schema import Privacy
+from meadow.config.load import load
+from meadow.config.schema import Privacy
+from meadow.runtime.errors import UserError
 
 EXAMPLE = ("privacy.unit=example", "privacy.epsilon=3", "privacy.sample_rate=0.1")
 CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=1")

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from config.errors import UserError
-from config.schema import (
+from meadow.config.schema import (
     RELEASES,
     Cohort,
     Evaluate,
@@ -21,8 +20,8 @@ from config.schema import (
     Run,
     Strategy,
 )
-from privacy.accounting import epsilon
-from privacy.plan import (
+from meadow.privacy.accounting import epsilon
+from meadow.privacy.plan import (
     budgets,
     client_cost,
     client_denominator,
@@ -33,7 +32,8 @@ from privacy.plan import (
     local_noise,
     steps_a_round,
 )
-from privacy.releases import OUTSIDE, SWITCHES, allowed, releases
+from meadow.privacy.releases import OUTSIDE, SWITCHES, allowed, releases
+from meadow.runtime.errors import UserError
 
 
 def experiment(**privacy: Any) -> Experiment:

@@ -15,14 +15,22 @@ import pytest
 from rich.console import Console
 from scipy import stats
 
-from config.errors import UserError
-from config.load import load, to_toml
-from experiments.plots import confusion_matrices, mean_roc, spread_apart
-from experiments.progress import Tail, follow, line, time_left
-from experiments.ranking import number, ranking, ranking_table, worded
-from experiments.report import write_report
-from experiments.results import by_method, compare_paired, find_runs, metrics_of, read_rounds, read_run, t_interval
-from experiments.words import bytes_text, metric_label, seconds_text
+from meadow.config.load import load, to_toml
+from meadow.experiments.pictures.plots import confusion_matrices, mean_roc, spread_apart
+from meadow.experiments.progress import Tail, follow, line, time_left
+from meadow.experiments.ranking import number, ranking, ranking_table, worded
+from meadow.experiments.report import write_report
+from meadow.experiments.results import (
+    by_method,
+    compare_paired,
+    find_runs,
+    metrics_of,
+    read_rounds,
+    read_run,
+    t_interval,
+)
+from meadow.experiments.words import bytes_text, metric_label, seconds_text
+from meadow.runtime.errors import UserError
 
 
 def over_clients(values: Sequence[float]) -> dict[str, float]:

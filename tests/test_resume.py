@@ -8,20 +8,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import meadow.client.store
+import meadow.server.rounds
 import pytest
 from conftest import run_inline, small
+from meadow.server.checkpoints import Checkpoint, latest, save
+from meadow.server.folder import RunFolder
+from meadow.server.session import Session
+from meadow.server.writer import Writer
 
-import client.store
-import config.durable
-import server.rounds
-from config.durable import Arrays
-from config.errors import UserError
-from config.load import to_toml
-from config.schema import Experiment
-from server.checkpoints import Checkpoint, latest, save
-from server.folder import RunFolder
-from server.session import Session
-from server.writer import Writer
+import meadow.arrays.files
+from meadow.arrays.named import Arrays
+from meadow.config.load import to_toml
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
 
 COMPARED = ("status", "rounds", "model_sha256", "personal_sha256", "split_sha256", "metrics", "clients")
 
@@ -33,7 +33,7 @@ class Killed(BaseException):
 def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     """Let everything end at the given write of a file, half of which gets onto the disk under its temporary name."""
     count = [0]
-    honest = config.durable.write_bytes
+    honest = meadow.arrays.files.write_bytes
 
     def write(path: Path, content: bytes) -> None:
         count[0] += 1
@@ -44,7 +44,7 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
             raise Killed
         honest(path, content)
 
-    in_memory = client.store._write
+    in_memory = meadow.client.store._write
 
     def write_in_memory(path: Path, arrays: Arrays, spare: Path | None) -> int:
         count[0] += 1
@@ -57,9 +57,9 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
             raise Killed
         return in_memory(path, arrays, spare)
 
-    for module in ("config.durable", "server.folder", "client.store"):
+    for module in ("meadow.arrays.files", "meadow.server.folder", "meadow.client.store"):
         monkeypatch.setattr(f"{module}.write_bytes", write)
-    monkeypatch.setattr("client.store._write", write_in_memory)
+    monkeypatch.setattr("meadow.client.store._write", write_in_memory)
     return count
 
 
@@ -89,7 +89,7 @@ def test_killed_at_any_write_and_resumed_gives_the_same_bits(
     method: tuple[str, ...], every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`every`: seconds between checkpoints; where clients keep something there is one a round whatever it says."""
-    monkeypatch.setattr("server.rounds.EVERY", every)
+    monkeypatch.setattr("meadow.server.rounds.EVERY", every)
     experiment = small(method[0], *method[1:], "cohort.size=3", "partition.clients=4")
     total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
     assert total > 3 * 3
@@ -106,7 +106,7 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first round has one, and the last, however the run ends; a run that was stopped goes on from there."""
-    monkeypatch.setattr("server.rounds.EVERY", 3600)
+    monkeypatch.setattr("meadow.server.rounds.EVERY", 3600)
     private = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
     kept = []
     for number, method in enumerate([("fedavg",), ("fedper",), ("fedavg", *private), ("fedavg", *PLATEAU)]):
@@ -114,7 +114,7 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
         kept.append([int(p.stem[-8:]) for p in sorted((tmp_path / str(number) / "checkpoints").glob("*.json"))])
     assert kept == [[1, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4]]
 
-    play = server.rounds.play_round
+    play = meadow.server.rounds.play_round
 
     def stop(session: Session, round_: int) -> None:
         if round_ == 4:
@@ -122,7 +122,7 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
         play(session, round_)
 
     with monkeypatch.context() as patch:
-        patch.setattr("server.rounds.play_round", stop)
+        patch.setattr("meadow.server.rounds.play_round", stop)
         assert run_inline(small("fedavg", "run.rounds=4"), tmp_path / "stopped")["status"] == "stopped"
     found, _ = latest(tmp_path / "stopped" / "checkpoints")
     assert found is not None and found.round == 3
@@ -195,13 +195,13 @@ def test_a_flipped_bit_anywhere_in_a_file_of_arrays_is_found(tmp_path: Path) -> 
     import numpy as np
 
     path = tmp_path / "a.safetensors"
-    config.durable.write_arrays(path, {"w": np.arange(6, dtype=np.float32)})
+    meadow.arrays.files.write_arrays(path, {"w": np.arange(6, dtype=np.float32)})
     whole = path.read_bytes()
-    assert config.durable.read_arrays(path)["w"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert meadow.arrays.files.read_arrays(path)["w"].tolist() == [0, 1, 2, 3, 4, 5]
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(config.durable.DamagedFile, match="SHA-256"):
-            config.durable.read_arrays(path)
+        with pytest.raises(meadow.arrays.files.DamagedFile, match="SHA-256"):
+            meadow.arrays.files.read_arrays(path)
 
 
 def test_arrays_of_another_round_are_no_checkpoint(tmp_path: Path) -> None:

@@ -6,25 +6,26 @@ import math
 from pathlib import Path
 from typing import Any
 
+import meadow.client.node
 import numpy as np
 import pytest
 import torch
 from conftest import clients_answer, run_inline, small
 from flwr.app import MetricRecord
+from meadow.client.loop.training import train
+from meadow.server.checkpoints import latest
+from meadow.strategies.roles import roles
 
-import client.node
-from client.training import train
-from config.cohort import draw_cohort
-from config.durable import Arrays, read_arrays
-from config.errors import UserError
-from config.load import load
-from config.schema import Experiment
-from server.checkpoints import latest
-from strategies.records import from_record, to_record
-from strategies.sharing import arrays_sha256, roles
-from tasks.evaluation import load_into, state_of
-from tasks.metrics import losses
-from tasks.task import initial_state, open_task
+from meadow.arrays.files import read_arrays
+from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.config.cohort import draw_cohort
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.metrics import losses
+from meadow.tasks.task import initial_state, open_task
 
 ONE_STEP = ("run.rounds=1", "local.batch_size=0", "local.epochs=1")
 
@@ -171,7 +172,7 @@ def test_never_sampled_clients_are_evaluated_and_counted(tmp_path: Path) -> None
 
 
 def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = client.node.train_client
+    honest = meadow.client.node.train_client
 
     def failing(node: Any, request: Any) -> Any:
         if request.client == 3:
@@ -192,7 +193,7 @@ def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pyt
 
 def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client sits in the middle of a block that its node would have added up: the others still count, bit by bit."""
-    honest = client.node.train_client
+    honest = meadow.client.node.train_client
 
     def without(node: Any, request: Any) -> Any:
         if request.client == 3:
@@ -245,7 +246,7 @@ def test_the_trunk_learns_at_its_own_rate(tmp_path: Path) -> None:
 
 def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metrics that are missing, not finite or of another kind are left out; the model is the same without them."""
-    honest = client.node.train_client
+    honest = meadow.client.node.train_client
     nonsense: list[dict[str, Any]] = [{"loss/digit": math.nan}, {"loss/digit": [1.0, 2.0]}, {"steps": math.inf}]
 
     def boasting(node: Any, request: Any) -> Any:

@@ -15,9 +15,9 @@ from datasets import Dataset, disable_progress_bars
 from flwr_datasets import partitioner as flower
 from scipy import stats
 
-from config.schema import Partition
-from tasks.laws import LAWS
-from tasks.partition import Split, deal, label_counts
+from meadow.config.schema import Partition
+from meadow.tasks.splits.laws import LAWS
+from meadow.tasks.splits.partition import Split, deal, label_counts
 
 Ints = npt.NDArray[np.int64]
 Statistic = Callable[[Ints], float]

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import meadow.client.store
 import numpy as np
 import pytest
 from conftest import run_inline, small
+from meadow.client.store import Store
 
-import client.store
-from client.store import Store
-from config.durable import Arrays, DamagedFile
+from meadow.arrays.files import DamagedFile
+from meadow.arrays.named import Arrays
 
 ODD: Arrays = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
@@ -21,7 +22,7 @@ ODD: Arrays = {
 @pytest.fixture(autouse=True)
 def _own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shm").mkdir()
-    monkeypatch.setattr(client.store, "SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(meadow.client.store, "SHARED_MEMORY", tmp_path / "shm")
 
 
 def same(found: Arrays, expected: Arrays) -> bool:
@@ -66,7 +67,7 @@ def test_the_limit_is_kept_and_the_rest_is_on_disk(tmp_path: Path) -> None:
 
 def test_states_that_a_restart_of_the_machine_lost_are_missed(tmp_path: Path) -> None:
     Store(tmp_path / "state", "run", 10**6).save(0, 1, ODD, 0)
-    client.store.shutil.rmtree(next((tmp_path / "shm").iterdir()))
+    meadow.client.store.shutil.rmtree(next((tmp_path / "shm").iterdir()))
     for memory in (0, 10**6):
         with pytest.raises(DamagedFile, match="state_memory"):
             Store(tmp_path / "state", "run", memory).load(0, 2)
@@ -75,8 +76,8 @@ def test_states_that_a_restart_of_the_machine_lost_are_missed(tmp_path: Path) ->
 def test_the_memory_of_a_run_whose_folder_is_gone_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store(tmp_path / "gone", "old", 10**6).save(0, 1, ODD, 0)
     Store(tmp_path / "there", "kept", 10**6).save(0, 1, ODD, 0)
-    client.store.shutil.rmtree(tmp_path / "gone")
-    monkeypatch.setattr(client.store, "_FRESH", -1.0)
+    meadow.client.store.shutil.rmtree(tmp_path / "gone")
+    monkeypatch.setattr(meadow.client.store, "_FRESH", -1.0)
     Store(tmp_path / "there", "new", 10**6).save(0, 1, ODD, 0)
     assert {p.name for p in next((tmp_path / "shm").iterdir()).iterdir()} == {"kept", "new"}
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import meadow.server.rounds
 import numpy as np
 import pytest
 from conftest import run_inline, small
+from meadow.server.checkpoints import latest
 
-import server.rounds
-from config.algorithms import ALGORITHMS
-from config.errors import UserError
-from config.schema import SHARES
-from server.checkpoints import latest
+from meadow.config.algorithms import ALGORITHMS
+from meadow.config.schema import SHARES
+from meadow.runtime.errors import UserError
 
 TINY = (
     "partition.clients=3", "partition.law=iid", "run.rounds=2", "task.hidden=3", "local.steps=1", "evaluate.on=global",
@@ -81,7 +81,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, monkeypatch:
     cohort = ("run.rounds=4", "cohort.size=3", "partition.clients=4", "strategy.mix_lr=0.1", "local.epochs=1")
     experiment = small("fedavg", f"strategy.name={name}", *settings, *cohort)
     expected = run_inline(experiment, tmp_path / "whole")
-    honest = server.rounds.try_round
+    honest = meadow.server.rounds.try_round
 
     def killed(session: Any, round_: int, attempt: int) -> Any:
         tried = honest(session, round_, attempt)
@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, monkeypatch:
         return tried
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(server.rounds, "try_round", killed)
+        patch.setattr(meadow.server.rounds, "try_round", killed)
         run_inline(experiment, tmp_path / "cut")
     resumed = run_inline(experiment, tmp_path / "cut", resume=True)
     for key in ("model_sha256", "personal_sha256", "metrics", "rounds"):
@@ -103,7 +103,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, monkeypatch:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ray", "processes"])
 def test_strategies_have_the_same_bits_on_every_engine(engine: str, tmp_path: Path) -> None:
-    from simulation.launch import engine as launcher
+    from meadow.simulation.launch import engine as launcher
 
     with launcher(engine, 2, 1) as launch:
         for name in ("scaffold", "ditto", "fednova", "median") if engine == "ray" else ("scaffold", "ditto"):

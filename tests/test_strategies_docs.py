@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from meadow.strategies import algorithm
 from two_clients import N, data, double, experiment, gradient, mean, run, same, start, step
 
-from config.algorithms import ALGORITHMS
-from config.errors import UserError
-from config.load import preset_names
-from config.schema import SHARES, Attack, Cohort, Strategy
-from strategies import algorithm
-from strategies.sharing import of_kind
+from meadow.arrays.named import of_kind
+from meadow.config.algorithms import ALGORITHMS
+from meadow.config.load import preset_names
+from meadow.config.schema import SHARES, Attack, Cohort, Strategy
+from meadow.runtime.errors import UserError
 
 __all__ = ["double"]
 
@@ -71,8 +71,8 @@ def test_strategy_files_are_short() -> None:
     ("name", "words"),
     [
         ("nowhere:X", "No module named 'nowhere'"),
-        ("strategies.fedavg:NONE", "has no attribute 'NONE'"),
-        ("strategies.fedavg:FedAvg", "must be a strategies.local.Algorithm"),
+        ("meadow.strategies.algorithms.fedavg:NONE", "has no attribute 'NONE'"),
+        ("meadow.strategies.algorithms.fedavg:FedAvg", "must be a meadow.strategies.protocol.Algorithm"),
     ],
 )
 def test_what_is_no_strategy_is_named(name: str, words: str) -> None:

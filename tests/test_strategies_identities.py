@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import run_inline, small
+from meadow.server.checkpoints import latest
+from meadow.strategies.norms import norms
+from meadow.strategies.roles import roles_of
 from torch import nn
 
-from config.durable import Arrays, read_arrays
-from config.errors import UserError
-from config.schema import Experiment
-from server.checkpoints import latest
-from strategies.norms import norms
-from strategies.sharing import of_kind, roles_of
-from tasks.task import initial_state, open_task
-from tasks.vision import torchvision
+from meadow.arrays.files import read_arrays
+from meadow.arrays.named import Arrays, of_kind
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.tasks.models.vision import torchvision
+from meadow.tasks.task import initial_state, open_task
 
 LIVELY = ("local.weight_decay=0.01", "local.momentum=0.9", "partition.clients=3", "run.rounds=2", "local.epochs=1")
 NORMED = ("task.model=two_clients:normed", "local.batch_size=0")
@@ -112,19 +113,19 @@ def test_a_personal_model_beside_does_not_touch_what_is_shared(name: str, tmp_pa
 
 def phases(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Arrays, Arrays, int]]:
     """Of each call of the training loop: the model before and after it, and its steps."""
-    import client.turn
+    import meadow.client.context
 
-    honest = client.turn.train
+    honest = meadow.client.context.train
     seen: list[tuple[Arrays, Arrays, int]] = []
 
     def watched(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = client.turn.state_of(model)
+        before = meadow.client.context.state_of(model)
         trained = honest(model, *args, **kwargs)
-        seen.append((before, client.turn.state_of(model), trained.steps))
+        seen.append((before, meadow.client.context.state_of(model), trained.steps))
         return trained
 
-    monkeypatch.setattr(client.turn, "train", watched)
-    monkeypatch.setattr("client.node.fast", lambda *_: "the loop is watched")
+    monkeypatch.setattr(meadow.client.context, "train", watched)
+    monkeypatch.setattr("meadow.client.node.fast", lambda *_: "the loop is watched")
     return seen
 
 

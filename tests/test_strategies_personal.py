@@ -27,9 +27,9 @@ from two_clients import (
     stored,
 )
 
-from config.schema import Experiment
-from strategies.sharing import of_kind
-from tasks.task import open_task
+from meadow.arrays.named import of_kind
+from meadow.config.schema import Experiment
+from meadow.tasks.task import open_task
 
 pytestmark = pytest.mark.usefixtures("double")
 __all__ = ["double"]

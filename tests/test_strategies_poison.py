@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import meadow.client.node
+import meadow.server.rounds
 import numpy as np
 import pytest
 from conftest import clients_answer, run_inline, small
 from flwr.app import Array, ArrayRecord, RecordDict
+from meadow.server.checkpoints import latest
 
-import client.node
-import server.rounds
-from config.algorithms import ALGORITHMS
-from config.durable import Arrays
-from server.checkpoints import latest
-from strategies.records import from_record, to_record
+from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.named import Arrays
+from meadow.config.algorithms import ALGORITHMS
 
 HONEST = 4
 
@@ -81,7 +81,7 @@ def poisoned_runs(
         "task.hidden=4", "partition.law=iid", "partition.min_size=3", "local.steps=1", "evaluate.on=global",
         "evaluate.every=2", "cohort.max_norm=1e6",
     )  # fmt: skip
-    honest = client.node.train_client
+    honest = meadow.client.node.train_client
     kinds = dict(enumerate(poisons.values(), start=1))  # client 0 is honest, and so are the last ones
 
     def absent(node: Any, request: Any) -> Any:
@@ -128,11 +128,11 @@ def test_a_poisoned_control_variate_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_second_reply_does_not_count(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = small("fedavg", f"strategy.name={name}", "run.rounds=2", "evaluate.on=global")
     expected = run_inline(experiment, tmp_path / "once")
-    honest = server.rounds.admit
+    honest = meadow.server.rounds.admit
 
     def twice(replies: Any, sums: Any, sent: Arrays, *args: Any, **kwargs: Any) -> Any:
         worse = [reply for reply in replies if reply.client in (2, 5)]
         return honest([*replies, *worse], sums, sent, *args, **kwargs)
 
-    monkeypatch.setattr(server.rounds, "admit", twice)
+    monkeypatch.setattr(meadow.server.rounds, "admit", twice)
     assert run_inline(experiment, tmp_path / "twice")["model_sha256"] == expected["model_sha256"]

@@ -11,18 +11,9 @@ import pytest
 from conftest import run_inline, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
-from scipy.stats import norm, trim_mean
-
-from config.durable import read_arrays
-from config.load import load
-from config.schema import Attack, Experiment
-from config.schema import Strategy as Settings
-from config.seeds import numpy_generator
-from server.checkpoints import latest
-from simulation.grid import become_server
-from strategies.attacks import attack, attackers, largest_z
-from strategies.robust import (
+from meadow.server.checkpoints import latest
+from meadow.simulation.grid import become_server
+from meadow.strategies.algorithms.robust import (
     BULYAN,
     KRUM,
     MEDIAN,
@@ -35,7 +26,16 @@ from strategies.robust import (
     multi_krum,
     weighted_mean,
 )
-from tasks.task import initial_state, open_task
+from meadow.strategies.attacks import attack, attackers, largest_z
+from scipy.optimize import minimize
+from scipy.stats import norm, trim_mean
+
+from meadow.arrays.files import read_arrays
+from meadow.config.load import load
+from meadow.config.schema import Attack, Experiment
+from meadow.config.schema import Strategy as Settings
+from meadow.runtime.seeds import numpy_generator
+from meadow.tasks.task import initial_state, open_task
 
 Floats = npt.NDArray[np.float64]
 
@@ -228,10 +228,10 @@ def test_alies_largest_z() -> None:
 
 def sent_by(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """Which clients' labels were changed before training."""
-    import client.node
+    import meadow.client.node
 
     changed: list[set[int]] = [set()]
-    honest = client.node.with_wrong_labels
+    honest = meadow.client.node.with_wrong_labels
 
     def watched(data: Any, targets: Any) -> Any:
         result = honest(data, targets)
@@ -240,7 +240,7 @@ def sent_by(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch) 
             assert (result.y[target.name] + data.y[target.name] == target.size - 1).all()
         return result
 
-    monkeypatch.setattr(client.node, "with_wrong_labels", watched)
+    monkeypatch.setattr(meadow.client.node, "with_wrong_labels", watched)
     run_inline(experiment, out)
     return changed
 

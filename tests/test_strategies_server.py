@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from two_clients import LR, N, State, data, descend, double, experiment, gradient, mean, run, same, start, step, stored
 
-from strategies.sharing import beside, of_kind
+from meadow.arrays.named import beside, of_kind
 
 pytestmark = pytest.mark.usefixtures("double")
 __all__ = ["double"]
@@ -115,7 +115,7 @@ def test_fednova(tmp_path: Path) -> None:
 
 def test_fednovas_normaliser_with_momentum() -> None:
     """Section 4.1: the weights of the gradients of five steps with velocity v <- rho v + g, added up one by one."""
-    from strategies.fednova import normaliser
+    from meadow.strategies.algorithms.fednova import normaliser
 
     rho, steps = 0.9, 5
     weights = [sum(rho**j for j in range(steps - k)) for k in range(steps)]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from config.load import load
-from config.schema import Task
-from tasks.data import data_sha256
-from tasks.datasets import open_dataset
-from tasks.digits import printed_digits, slant
-from tasks.task import open_task, source_state
+from meadow.config.load import load
+from meadow.config.schema import Task
+from meadow.tasks.data import data_sha256
+from meadow.tasks.readers.datasets import open_dataset
+from meadow.tasks.readers.digits import printed_digits, slant
+from meadow.tasks.task import open_task, source_state
 
 DIGITS_SHA256 = "25104659fae2e4d93dab04d1781f1591be76e5843749605b6bcd75780dd59585"
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from conftest import run_inline, small
 
-from config.durable import read_arrays
-from config.load import load
-from tasks.evaluation import evaluate, load_into, predict
-from tasks.features import view
-from tasks.models import Multihead
-from tasks.task import initial_state, open_task
+from meadow.arrays.files import read_arrays
+from meadow.config.load import load
+from meadow.tasks.evaluation import evaluate, load_into, predict
+from meadow.tasks.features import view
+from meadow.tasks.models.multihead import Multihead
+from meadow.tasks.task import initial_state, open_task
 
 EXPERIMENT = load("transfer", ["partition.clients=4", "task.source_samples=200", "task.source_epochs=1"])
 

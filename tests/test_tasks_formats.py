@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import UserError
-from config.load import resolve
-from config.schema import Task
-from tasks.data import MISSING, Dataset
-from tasks.datasets import open_dataset
+from meadow.config.load import resolve
+from meadow.config.schema import Task
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import MISSING, Dataset
+from meadow.tasks.readers.datasets import open_dataset
 
 HEADER = "age,kind,gap,who,y\n"
 ROWS = "40,a,1,x,0\n50,b,,x,1\n60,a,3,z,1\n"

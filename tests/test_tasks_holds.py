@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import run_inline, small
 
-from config.errors import UserError
-from config.schema import Partition
-from config.schema import Task as Settings
-from config.seeds import numpy_generator
-from tasks.data import MISSING, Data, Target, make_dataset
-from tasks.holds import held
-from tasks.partition import deal
-from tasks.task import Task, open_task
+from meadow.config.schema import Partition
+from meadow.config.schema import Task as Settings
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import numpy_generator
+from meadow.tasks.data import MISSING, Data, Target, make_dataset
+from meadow.tasks.splits.holds import held
+from meadow.tasks.splits.partition import deal
+from meadow.tasks.task import Task, open_task
 
 TARGETS = ("digit", "slant", "ink")
 CLIENTS = 5
@@ -85,7 +85,7 @@ def test_the_fold_of_the_experiment_is_each_clients_test_part() -> None:
 def test_tokens_cannot_be_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     data = Data(torch.ones(40, 6, dtype=torch.int64), {"digit": torch.arange(40) % 2})
     dataset = make_dataset("text", data, data, (Target("digit", "class", 2),), tokens=2)
-    monkeypatch.setattr("tasks.task.open_dataset", lambda settings: dataset)
+    monkeypatch.setattr("meadow.tasks.task.open_dataset", lambda settings: dataset)
     experiment = small("fedavg", "partition.law=feature-shift", "task.targets=digit", "run.seed=987")
     with pytest.raises(UserError, match="feature-shift"):
         open_task(experiment)
@@ -156,7 +156,7 @@ def test_split_json_of_a_natural_split_names_clients_and_who_is_left_out(
     data = Data(x, {"digit": torch.arange(80) % 2})
     target = Target("digit", "class", 2)
     dataset = make_dataset("test", data, data, (target,), owner=owner, clients=("a", "b", "c"), images=True)
-    monkeypatch.setattr("tasks.task.open_dataset", lambda settings: dataset)
+    monkeypatch.setattr("meadow.tasks.task.open_dataset", lambda settings: dataset)
     natural = ["partition.law=natural", "task.targets=digit", "run.rounds=1", "run.seed=986", "partition.clients=2"]
     run_inline(small("fedavg", *natural), tmp_path)
     table = json.loads((tmp_path / "split.json").read_text())

@@ -19,22 +19,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meadow.client.loop.training import train
 from PIL import Image
 from scipy.io import savemat
 
-from client.training import train
-from config.errors import UserError
-from config.load import load
-from config.schema import Task
-from config.seeds import torch_seeded
-from tasks import decoding
-from tasks.data import Data, Dataset
-from tasks.datasets import open_dataset
-from tasks.decoding import decode_files
-from tasks.models import inputs
-from tasks.pipeline import image_pipeline
-from tasks.task import open_task
-from tasks.vision import torchvision
+from meadow.config.load import load
+from meadow.config.schema import Task
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_seeded
+from meadow.tasks.data import Data, Dataset
+from meadow.tasks.models.multihead import inputs
+from meadow.tasks.models.vision import torchvision
+from meadow.tasks.pipeline import image_pipeline
+from meadow.tasks.readers import decoding
+from meadow.tasks.readers.datasets import open_dataset
+from meadow.tasks.readers.decoding import decode_files
+from meadow.tasks.task import open_task
 
 REAL = os.environ.get("MEADOW_DATA", "")
 needs_data = pytest.mark.skipif(not REAL, reason="set MEADOW_DATA to the folder of real data")

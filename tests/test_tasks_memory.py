@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
+from meadow.simulation.launch import engine
 
-from simulation.launch import engine
-from tasks import memory
-from tasks.data import Data
-from tasks.memory import Recent, common, find, share
-from tasks.task import open_task, share_task
+from meadow.arrays import memory
+from meadow.arrays.memory import Recent, common, find, share
+from meadow.tasks.data import Data
+from meadow.tasks.task import open_task, share_task
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
 
@@ -101,13 +101,13 @@ def test_a_task_from_common_memory_is_the_same_task() -> None:
 
 def test_workers_hold_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither of the data nor of the split; the bits are the inline engine's, who reads them by itself."""
-    import simulation.ray_engine
+    import meadow.simulation.ray_engine
 
-    class Looking(simulation.ray_engine.NodeActor):
+    class Looking(meadow.simulation.ray_engine.NodeActor):
         """Says where its data lies."""
 
         def handle(self, message: Any, context: Any, names: list[str], *records: Any) -> Any:
-            from client.node import open_node  # all by value: a worker cannot import this file
+            from meadow.client.node import open_node  # all by value: a worker cannot import this file
 
             answer = super().handle(message, context, names, *records)
             lines = Path("/proc/self/maps").read_text().splitlines()
@@ -118,7 +118,7 @@ def test_workers_hold_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             (tmp_path / f"{context.node_id}").write_text(f"{inside}")
             return answer
 
-    monkeypatch.setattr(simulation.ray_engine, "NodeActor", Looking)
+    monkeypatch.setattr(meadow.simulation.ray_engine, "NodeActor", Looking)
     experiment = small("fedavg", "partition.clients=20", "cohort.timeout=60")
     with engine("ray", 2) as launch:
         summary = launch(experiment, tmp_path / "ray")
@@ -128,10 +128,10 @@ def test_workers_hold_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_worker_that_finds_no_data_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import simulation.ray_engine
+    import meadow.simulation.ray_engine
 
     experiment = small("fedavg", "partition.clients=20", "cohort.timeout=60")
-    monkeypatch.setattr(simulation.ray_engine, "share_task", lambda experiment: ["/proc/self/fd/9999"])
+    monkeypatch.setattr(meadow.simulation.ray_engine, "share_task", lambda experiment: ["/proc/self/fd/9999"])
     with engine("ray", 2) as launch:
         summary = launch(experiment, tmp_path / "ray")
     assert summary["model_sha256"] == run_inline(experiment, tmp_path / "inline")["model_sha256"]

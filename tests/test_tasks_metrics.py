@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from meadow.client.loop.training import train
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from client.training import train
-from config.load import load
-from tasks.data import MISSING, Target
-from tasks.evaluation import load_into
-from tasks.metrics import (
+from meadow.config.load import load
+from meadow.tasks.data import MISSING, Target
+from meadow.tasks.evaluation import load_into
+from meadow.tasks.metrics import (
     LOWER_IS_BETTER,
     MOST_CLASSES,
     MOST_POINTS,
@@ -33,7 +33,7 @@ from tasks.metrics import (
     roc,
     score,
 )
-from tasks.task import initial_state, open_task
+from meadow.tasks.task import initial_state, open_task
 
 DIGIT, SLANT = Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25, offset=0.5)
 PAIR = Target("pair", "class", 2)

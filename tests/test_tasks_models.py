@@ -9,13 +9,13 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from config.errors import UserError
-from config.load import load
-from config.schema import Experiment
-from config.schema import Task as Settings
-from tasks.data import Inputs, Target
-from tasks.models import build
-from tasks.task import initial_state, open_task, source_state
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.config.schema import Task as Settings
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import Inputs, Target
+from meadow.tasks.models.multihead import build
+from meadow.tasks.task import initial_state, open_task, source_state
 
 DIGIT, SLANT = Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25)
 BOTH = (DIGIT, SLANT)

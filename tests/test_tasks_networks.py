@@ -12,16 +12,16 @@ from opacus.validators import ModuleValidator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from config.errors import UserError
-from config.schema import Task
-from config.seeds import torch_seeded
-from tasks import backbones, weights
-from tasks.backbones import torchvision_trunk
-from tasks.data import Inputs, Target
-from tasks.evaluation import load_into
-from tasks.models import OWN, Multihead, build
-from tasks.networks import BiLSTM
-from tasks.vision import torchvision
+from meadow.config.schema import Task
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_seeded
+from meadow.tasks.data import Inputs, Target
+from meadow.tasks.evaluation import load_into
+from meadow.tasks.models import backbones, weights
+from meadow.tasks.models.backbones import torchvision_trunk
+from meadow.tasks.models.multihead import OWN, Multihead, build
+from meadow.tasks.models.networks import BiLSTM
+from meadow.tasks.models.vision import torchvision
 
 TEN = (Target("label", "class", 10),)
 COLOUR = Inputs((3, 64, 64))

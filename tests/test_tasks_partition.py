@@ -11,12 +11,12 @@ import pytest
 import torch
 from scipy import stats
 
-from config.errors import UserError
-from config.schema import Partition
-from config.seeds import numpy_generator
-from tasks import laws
-from tasks.data import Target
-from tasks.partition import LeftOut, Split, deal, label_counts, strata
+from meadow.config.schema import Partition
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import numpy_generator
+from meadow.tasks.data import Target
+from meadow.tasks.splits import laws
+from meadow.tasks.splits.partition import LeftOut, Split, deal, label_counts, strata
 
 Ints = npt.NDArray[np.int64]
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import UserError
-from config.load import load
-from config.schema import Experiment
-from tasks.data import Data
-from tasks.shares import deal_out, hosted, read_share
-from tasks.task import initial_state, open_task
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import Data
+from meadow.tasks.splits.shares import deal_out, hosted, read_share
+from meadow.tasks.task import initial_state, open_task
 
 EXPERIMENT = load({"partition": {"clients": 7, "holds": "1"}, "task": {"source_samples": 200, "source_epochs": 1}})
 

@@ -3,8 +3,8 @@
 import torch
 from conftest import small
 
-from strategies.sharing import arrays_sha256
-from tasks.task import _source_state, source_state
+from meadow.arrays.named import arrays_sha256
+from meadow.tasks.task import _source_state, source_state
 
 
 def test_source_model_has_the_same_bits_under_any_thread_count() -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from config.schema import Task
-from tasks.datasets import open_dataset
-from tasks.stars import INNER, star, stars
+from meadow.config.schema import Task
+from meadow.tasks.readers.datasets import open_dataset
+from meadow.tasks.readers.stars import INNER, star, stars
 
 TASK = Task(dataset="stars", targets=("points", "size"))
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import UserError
-from config.schema import Task
-from tasks.data import Dataset
-from tasks.datasets import open_dataset
-from tasks.decoding import resize_arrays
-from tasks.tables import read_table
+from meadow.config.schema import Task
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import Dataset
+from meadow.tasks.readers.datasets import open_dataset
+from meadow.tasks.readers.decoding import resize_arrays
+from meadow.tasks.readers.tables import read_table
 
 REAL = os.environ.get("MEADOW_DATA", "")
 needs_data = pytest.mark.skipif(not REAL, reason="set MEADOW_DATA to the folder of real data")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import UserError
-from tasks.data import MISSING, Data, Part, Raw, Target
-from tasks.targets import encode, read_kind
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import MISSING, Data, Part, Raw, Target
+from meadow.tasks.targets import encode, read_kind
 
 NAN = float("nan")
 

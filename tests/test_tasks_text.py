@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from config.errors import UserError
-from config.schema import Task
-from tasks.data import MISSING, Dataset
-from tasks.datasets import open_dataset
-from tasks.text import CHARACTERS
+from meadow.config.schema import Task
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import MISSING, Dataset
+from meadow.tasks.readers.datasets import open_dataset
+from meadow.tasks.readers.text import CHARACTERS
 
 TRAIN = "text,label,who\nThe cat sat.,1,x\nthe dog,0,y\ncat cat cat cat cat,1,x\n"
 REAL = pytest.mark.skipif("MEADOW_DATA" not in os.environ, reason="needs MEADOW_DATA")

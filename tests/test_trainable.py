@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_inline, small
+from meadow.client.loop.fisher import empirical_fisher, true_fisher
+from meadow.client.loop.trainable import freeze, mask, top
+from meadow.client.loop.training import train
+from meadow.server.checkpoints import latest
+from meadow.strategies.roles import roles
+from meadow.strategies.trainable import layers, rate_factors, stage, trained
 from torch import Tensor, nn
 
-from client.fisher import empirical_fisher, true_fisher
-from client.trainable import freeze, mask, top
-from client.training import train
-from config.durable import read_arrays
-from config.errors import UserError
-from config.load import load
-from config.schema import Experiment
-from config.seeds import torch_generator
-from server.checkpoints import latest
-from strategies.sharing import roles
-from strategies.trainable import layers, rate_factors, stage, trained
-from tasks.data import Data, Inputs, Target
-from tasks.evaluation import load_into, state_of
-from tasks.models import Multihead, build
-from tasks.peft import Added, extend, merged
-from tasks.task import Task, initial_state, open_task
+from meadow.arrays.files import read_arrays
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_generator
+from meadow.tasks.data import Data, Inputs, Target
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.models.multihead import Multihead, build
+from meadow.tasks.models.peft import Added, extend, merged
+from meadow.tasks.task import Task, initial_state, open_task
 
 FAMILIES: dict[str, tuple[str, ...]] = {"mlp": ("task.model=mlp",), "cnn": ("task.model=cnn",), "batchnorm": ()}
 """Models on the default data: what the experiment file says to get them. The last one is built here, below."""

@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import small
+from meadow.client.loop.training import train
 from torch import nn
 
-from client.training import train
-from config.errors import UserError
-from config.load import load
-from privacy.dpsgd import Mechanism, Permit
-from privacy.noise import Stream
-from tasks.evaluation import load_into, state_of
-from tasks.task import initial_state, open_task
+from meadow.config.load import load
+from meadow.privacy.dpsgd import Mechanism, Permit
+from meadow.privacy.noise import Stream
+from meadow.runtime.errors import UserError
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.task import initial_state, open_task
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "head": ("local.trainable=head",),

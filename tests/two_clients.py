@@ -8,23 +8,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import meadow.client.node
+import meadow.server.rounds
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from conftest import run_inline
+from meadow.server.checkpoints import Checkpoint, latest
 from torch import Tensor, nn
 
-import client.node
-import server.rounds
-import tasks.task
-from config import schema
-from config.durable import Arrays, read_arrays
-from config.load import load
-from config.schema import Experiment
-from server.checkpoints import Checkpoint, latest
-from tasks.data import Inputs, Part, Raw
-from tasks.task import open_task
+import meadow.tasks.task
+from meadow.arrays.files import read_arrays
+from meadow.arrays.named import Arrays
+from meadow.config import schema
+from meadow.config.load import load
+from meadow.config.schema import Experiment
+from meadow.tasks.data import Inputs, Part, Raw
+from meadow.tasks.task import open_task
 
 Floats = npt.NDArray[np.float64]
 State = dict[str, Floats]
@@ -78,7 +79,7 @@ def experiment(*overrides: str) -> Experiment:
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything in float64: the models, the state before the first round, and with these all that follows."""
-    build, initial = tasks.task.build, tasks.task.initial_state
+    build, initial = meadow.tasks.task.build, meadow.tasks.task.initial_state
 
     def build_double(*args: Any) -> nn.Module:
         return build(*args).double()
@@ -86,15 +87,15 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
     def initial_double(plan: Experiment) -> Arrays:
         return {name: value.astype(np.float64) for name, value in initial(plan).items()}
 
-    monkeypatch.setattr(tasks.task, "build", build_double)
-    for module in (client.node, server.rounds):
+    monkeypatch.setattr(meadow.tasks.task, "build", build_double)
+    for module in (meadow.client.node, meadow.server.rounds):
         monkeypatch.setattr(module, "initial_state", initial_double)
-    client.node._open_node.cache_clear()
+    meadow.client.node._open_node.cache_clear()
 
 
 def start(plan: Experiment) -> State:
     """The state before the first round."""
-    return {name: value.astype(np.float64) for name, value in tasks.task.initial_state(plan).items()}
+    return {name: value.astype(np.float64) for name, value in meadow.tasks.task.initial_state(plan).items()}
 
 
 def data(plan: Experiment, number: int) -> tuple[Floats, Floats]:

@@ -1,0 +1,163 @@
+"""A client's turn: what an algorithm's client half is given (`meadow.strategies.protocol.Turn`), on the node's model
+and data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
+from meadow.client.loop.training import LOOP, Beside, Correction, Trained, train
+from meadow.client.trainers.choose import Fast
+from meadow.strategies.protocol import Batch, Term, steps_of
+from meadow.strategies.roles import Roles
+from meadow.strategies.trainable import rate_factors
+from torch import Tensor, nn
+
+from meadow.arrays.named import Arrays, beside, of_kind
+from meadow.config import schema
+from meadow.config.schema import Experiment
+from meadow.privacy.dpsgd import Permit
+from meadow.tasks.data import Data, Target
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.metrics import class_weights, losses
+from meadow.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class ClientTurn:
+    """One client in one round. `whole` is the complete model, of which `model`, the one that learns, may be a view.
+
+    fast: what trains plain local steps in the loop's place.
+    work: the share of its steps that the client gets through (1, but for a simulated straggler). permit: what makes its
+    one training of this turn private. remembered: what the loop must be given back in the next turn; `fit` fills it.
+    """
+
+    experiment: Experiment
+    task: Task
+    roles: Roles
+    whole: nn.Module
+    model: nn.Module
+    data: Data
+    round: int
+    client: int
+    received: Arrays
+    extra: Arrays
+    memory: Arrays
+    base: Callable[[], Arrays]
+    personal: Arrays
+    work: float = 1.0
+    validation: Data | None = None
+    source: Data | None = None
+    permit: Permit | None = None
+    remembered: Arrays = field(default_factory=dict)
+    fast: Fast | None = None
+
+    @property
+    def settings(self) -> schema.Strategy:
+        return self.experiment.strategy
+
+    @property
+    def local(self) -> schema.Local:
+        return self.experiment.local
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def start(self) -> Arrays:
+        if self.roles.personal or self.roles.fixed:
+            start = self.base() | self.personal | self.received
+            return {name: start[name] for name in self.whole.state_dict()}
+        return dict(self.received)
+
+    def initial(self) -> Arrays:
+        return self.base()
+
+    def load(self, arrays: Arrays) -> None:
+        load_into(self.whole, arrays)
+
+    def arrays(self) -> Arrays:
+        return state_of(self.whole)
+
+    def fit(
+        self,
+        *,
+        epochs: int = 0,
+        repeat: int = 1,
+        learns: Callable[[str], bool] | None = None,
+        correct: Correction | None = None,
+        term: Term | None = None,
+        leaves: bool = True,
+    ) -> Trained:
+        experiment, plan = self.experiment, self.experiment.local
+        if repeat > 1 or self.work < 1:
+            steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
+            plan = plan.model_copy(update={"steps": steps * repeat})
+            experiment, epochs = experiment.model_copy(update={"local": plan}), 0
+        plain = correct is None and term is None and self.permit is None
+        if self.fast is not None and plain and self.fast.covers(self.data):
+            member = self.fast.member(self.data, self.round, self.client, plan, epochs)
+            done = self.fast.kernels.train(state_of(self.model), [[member]], self.fast.rates(self.round, plan, learns))
+            load_into(self.model, done.arrays[0])
+            return self.fast.trained(member, done.losses[0])
+        trained = train(
+            self.model,
+            self.data,
+            self.task,
+            experiment,
+            self.round,
+            self.client,
+            epochs,
+            learns=learns,
+            correct=correct,
+            term=term,
+            beside=Beside(self.validation, of_kind(LOOP, self.memory), self.source),
+            permit=self.permit if leaves else None,
+        )
+        if not self.remembered:
+            self.remembered.update(beside(LOOP, trained.memory))
+        return trained
+
+    def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:
+        weights = class_weights(self.task.targets, self.data.y)
+        parts = losses(model(batch.x), batch.y, self.task.targets, weights, self.local.label_smoothing)
+        each = [w * parts[t.name] for w, t in zip(self.task.weights, self.task.targets, strict=True)]
+        return sum(each[1:], start=each[0])
+
+    def batch(self) -> Batch:
+        return Data(self.task.prepare(self.data.x), self.data.y)
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        parameters = dict(model.named_parameters())
+        return make_optimizer(
+            parameters, self.local, {name: rate / self.local.lr for name, rate in self._rates.items()}
+        )
+
+    def rate(self, name: str) -> float:
+        return self._rates[name]
+
+    @property
+    def _rates(self) -> dict[str, float]:
+        now = self.local.lr * scheduled(self.local, self.round, self.experiment.run.rounds)
+        return {name: now * factor for name, factor in rate_factors(self.local, self.whole.state_dict()).items()}
+
+    def class_counts(self) -> dict[str, Tensor]:
+        counts = {}
+        for target in self.task.targets:
+            if target.kind == "class":
+                truth = self.data.y[target.name]
+                counts[target.name] = torch.bincount(truth[target.known(truth)], minlength=target.size).float()
+        return counts
+
+
+def with_wrong_labels(data: Data, targets: Sequence[Target]) -> Data:
+    """The data of a label-flipping attacker: class c of C becomes C - 1 - c, a label 1 - y, a value its mirror image about
+    the target's offset. Missing ones stay missing."""
+    flipped = {}
+    for target in targets:
+        y = data.y[target.name]
+        if target.kind == "class":
+            flipped[target.name] = torch.where(target.known(y), target.size - 1 - y, y)
+        else:
+            flipped[target.name] = 1 - y if target.kind == "labels" else 2 * target.offset - y
+    return Data(data.x, data.y | flipped)

@@ -1,0 +1,1 @@
+"""The training loop by autograd, and its parts."""

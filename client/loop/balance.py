@@ -1,0 +1,201 @@
+"""How much each target counts in a step when several are learned at once: `local.balance`, beside the fixed weights.
+
+Whatever the method, a target's loss first has its weight of `task.target_weights`, and a target of which a batch has no
+label takes no part in it. What a method has learned or seen lasts from round to round, with the client.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from meadow.strategies.trainable import HEADS, layer
+from torch import Tensor, nn
+
+from meadow.arrays.named import Arrays
+from meadow.config.schema import Local
+from meadow.tasks.data import Target
+
+Losses = Mapping[str, Tensor]
+"""Each target's loss times its fixed weight, scalars, by target."""
+
+
+class Balance:
+    """Fixed weights: the plain sum. What every method has: `parameters` that the optimiser is to learn with the model,
+    `backward` for each step, `epoch_ends` after each epoch, and `remember` at the end of the round."""
+
+    def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
+        self.plan = plan
+        self.targets = targets
+        self.parameters: list[nn.Parameter] = []
+
+    def backward(
+        self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Set the gradients of `learning`, which are None, to those of the balanced losses of the targets `present` in
+        the batch, and of `rest`, which counts as it is."""
+        balanced = self.balanced({name: value for name, value in each.items() if name in present})
+        # A target that is not present has loss 0: it gives its head a gradient of zeros, not none.
+        terms = [balanced.get(name, value) for name, value in each.items()]
+        terms += [rest] if rest is not None else []
+        total = sum(terms[1:], start=terms[0])
+        total.backward()  # type: ignore[no-untyped-call]
+
+    def balanced(self, each: Losses) -> Losses:
+        """The losses of the targets that are present, each as it is to count."""
+        return each
+
+    def epoch_ends(self) -> None:
+        """Hear that an epoch, or the rest of one that the round had time for, is over."""
+
+    def remember(self) -> Arrays:
+        """What the client's next round is to be given."""
+        return {}
+
+
+class Uncertainty(Balance):
+    """Kendall et al. 2018, equation 7, with s = log sigma^2 learned for each target from 0 on: a class, labels or
+    quantiles count exp(-s) L + s / 2; a value, whose L is a squared error, exp(-s) L / 2 + s / 2."""
+
+    NAME = "balance/log-variance"
+
+    def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
+        super().__init__(plan, targets, memory)
+        start = memory.get(self.NAME, np.zeros(len(targets), dtype=np.float32))
+        self.s = {t.name: nn.Parameter(torch.tensor(float(v))) for t, v in zip(targets, start, strict=True)}
+        self.parameters = list(self.s.values())
+        self.halves = {t.name: 0.5 if t.kind == "value" else 1.0 for t in targets}
+
+    def balanced(self, each: Losses) -> Losses:
+        return {n: self.halves[n] * torch.exp(-self.s[n]) * v + self.s[n] / 2 for n, v in each.items()}
+
+    def remember(self) -> Arrays:
+        return {self.NAME: np.array([float(s.detach()) for s in self.parameters], dtype=np.float32)}
+
+
+class DynamicAverage(Balance):
+    """DWA (Liu et al. 2019, equation 7): K softmax(r / T) with r = L(e - 1) / L(e - 2), a target's losses over the
+    client's last two epochs, means over their steps; 1 until there are two, and for a target that was not present."""
+
+    NAME = "balance/epoch-losses"
+
+    def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
+        super().__init__(plan, targets, memory)
+        self.seen = memory.get(self.NAME, np.full((2, len(targets)), np.nan))
+        self.now: dict[str, list[float]] = {t.name: [] for t in targets}
+
+    def weights(self) -> dict[str, float]:
+        """Each target's weight in the present epoch."""
+        ratio = self.seen[1] / np.where(self.seen[0] > 0, self.seen[0], np.nan)
+        known = np.isfinite(ratio)
+        result = np.ones(len(self.targets))
+        if known.any():
+            power = np.exp((ratio[known] - ratio[known].max()) / self.plan.dwa_temperature)
+            result[known] = known.sum() * power / power.sum()
+        return {t.name: float(w) for t, w in zip(self.targets, result, strict=True)}
+
+    def balanced(self, each: Losses) -> Losses:
+        weights = self.weights()
+        for name, value in each.items():
+            self.now[name].append(float(value.detach()))
+        return {name: weights[name] * value for name, value in each.items()}
+
+    def epoch_ends(self) -> None:
+        means = [np.mean(self.now[t.name]) if self.now[t.name] else np.nan for t in self.targets]
+        self.seen = np.stack([self.seen[1], np.array(means)])
+        self.now = {t.name: [] for t in self.targets}
+
+    def remember(self) -> Arrays:
+        return {self.NAME: self.seen}
+
+
+class GradNorm(Balance):
+    """GradNorm (Chen et al. 2018, algorithm 1): weights w, in all as many as targets, that move at `gradnorm_lr` down
+    the gradient of sum |G - mean(G) r^alpha|. G = w |dL/dW|, W the arrays of the top layer of the trunk that learn; r is
+    L / L(0) over its mean, L(0) the client's first loss. A weight stays above 0.01."""
+
+    NAME = "balance/gradnorm"
+    LEAST = 0.01
+
+    def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
+        super().__init__(plan, targets, memory)
+        self.w, self.first = memory.get(self.NAME, np.stack([np.ones(len(targets)), np.full(len(targets), np.nan)]))
+
+    def backward(
+        self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
+    ) -> None:
+        at = [i for i, t in enumerate(self.targets) if t.name in present]
+        trunk = [name for name in learning if not name.startswith(HEADS)]
+        if at and trunk:
+            top = [learning[name] for name in trunk if layer(name) == layer(trunk[-1])]
+            self._move(at, {i: each[self.targets[i].name] for i in at}, top)
+        super().backward(each, present, rest, learning)
+
+    def balanced(self, each: Losses) -> Losses:
+        return {t.name: float(w) * each[t.name] for t, w in zip(self.targets, self.w, strict=True) if t.name in each}
+
+    def _move(self, at: Sequence[int], each: Mapping[int, Tensor], top: Sequence[nn.Parameter]) -> None:
+        losses = np.array([float(each[i].detach()) for i in at])
+        lengths = np.array([_length(torch.autograd.grad(each[i], top, retain_graph=True)) for i in at])
+        self.first[at] = np.where(np.isnan(self.first[at]), losses, self.first[at])
+        ratio = losses / np.maximum(self.first[at], 1e-12)
+        pace = (ratio / max(ratio.mean(), 1e-12)) ** self.plan.gradnorm_alpha
+        norms = self.w[at] * lengths
+        slope = np.sign(norms - norms.mean() * pace) * lengths
+        moved = np.maximum(self.w[at] - self.plan.gradnorm_lr * slope, self.LEAST)
+        self.w[at] = moved * self.w[at].sum() / moved.sum()
+
+    def remember(self) -> Arrays:
+        return {self.NAME: np.stack([self.w, self.first])}
+
+
+class Surgery(Balance):
+    """PCGrad (Yu et al. 2020, algorithm 1) on the trunk: each target's gradient loses what points against another's,
+    the others in random order, and then they are added. Heads, which no two targets share, have the plain sum."""
+
+    def backward(
+        self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
+    ) -> None:
+        trunk = [p for name, p in learning.items() if not name.startswith(HEADS)]
+        gradients = []
+        for name in each if trunk else ():
+            if name in present:
+                parts = torch.autograd.grad(each[name], trunk, retain_graph=True, materialize_grads=True)
+                gradients.append(torch.cat([part.flatten() for part in parts]))
+        super().backward(each, present, rest, learning)
+        if len(gradients) < 2:
+            return
+        # What the plain sum has too much is taken from it: so `rest` keeps its own gradient.
+        change = surgery(gradients) - torch.stack(gradients).sum(0)
+        for parameter, part in zip(trunk, torch.split(change, [p.numel() for p in trunk]), strict=True):
+            moved = part.view_as(parameter)
+            parameter.grad = moved if parameter.grad is None else parameter.grad + moved
+
+
+def surgery(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum over targets of each one's gradient (1-D, equal lengths) after its projections, by torch's generator."""
+    result = torch.zeros_like(gradients[0])
+    for i, own in enumerate(gradients):
+        left = own.clone()
+        for j in torch.randperm(len(gradients)).tolist():
+            other = gradients[j]
+            against = torch.dot(left, other)
+            if j != i and against < 0:
+                left -= against / torch.dot(other, other) * other
+        result += left
+    return result
+
+
+def make_balance(plan: Local, targets: Sequence[Target], memory: Arrays) -> Balance:
+    """The balance of `local.balance`, with what the client's last round remembered."""
+    kinds: dict[str, Callable[[Local, Sequence[Target], Arrays], Balance]] = {
+        "fixed": Balance,
+        "uncertainty": Uncertainty,
+        "dwa": DynamicAverage,
+        "gradnorm": GradNorm,
+        "pcgrad": Surgery,
+    }
+    return kinds[plan.balance](plan, targets, memory)
+
+
+def _length(gradients: Sequence[Tensor]) -> float:
+    return float(torch.sqrt(torch.stack([(g.double() ** 2).sum() for g in gradients]).sum()))

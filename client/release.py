@@ -1,0 +1,161 @@
+"""A client's private release: whether its budget allows it, the ledger entry that it costs, and the noise that it gets.
+
+All that a server sends may be wrong. The client alone decides, by its own ledger, whether it trains and with which noise.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.config.cohort import participations
+from meadow.config.load import to_flat
+from meadow.config.schema import Experiment
+from meadow.privacy import plan
+from meadow.privacy.accounting import epsilon
+from meadow.privacy.client_level import clip, noised
+from meadow.privacy.dpsgd import Permit
+from meadow.privacy.ledger import (
+    Budget,
+    BudgetSpent,
+    Charged,
+    Ledger,
+    Mark,
+    Release,
+    noise_seed,
+    secret,
+    simulated_secret,
+)
+from meadow.privacy.noise import Stream
+from meadow.runtime.errors import UserError
+from meadow.runtime.identity import code_sha256, versions
+
+
+class Exhausted(Exception):
+    """The next release would cost more than is left of the budget. `state` is what the server is told of the ledger."""
+
+    def __init__(self, reason: str, state: ConfigRecord) -> None:
+        super().__init__(reason)
+        self.state = state
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """What a node keeps its clients' ledgers with. `simulated`: secrets derive from the run's seed, and are none."""
+
+    experiment: Experiment
+    root: Path
+    data_sha256: str
+    split_sha256: str
+    simulated: bool
+
+    def ledger(self, client: int) -> Ledger:
+        """The client's ledger, by the client's number and the data's identity, over all runs below this root."""
+        owner = "pool" if self.experiment.run.placement == "pooled" else "clients"
+        return Ledger(self.root / "ledgers" / owner, client, self.data_sha256)
+
+    def secret(self, client: int) -> bytes:
+        """What the client's noise derives from: 32 bytes that no one else has, but in a simulation, so that runs repeat."""
+        if self.simulated:
+            return simulated_secret(self.experiment.run.seed, client)
+        return secret(self.root / "ledgers")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A release that is charged and may be made: the ledger's entry, what seeds its noise, and the noise it was charged
+    with (unit = "local": z, in units of the clip). `permit` is what trains it if the unit is an example."""
+
+    charged: Charged
+    state: ConfigRecord
+    noise_seed: int
+    noise_multiplier: float
+    permit: Permit | None = None
+
+
+def charge(
+    keeper: Keeper, content: RecordDict, round_: int, client: int, start: Mapping[str, Any], work: float = 1.0
+) -> Allowed:
+    """Charge the client's next release, so that on return its entry is on the disk.
+
+    `start`: all arrays that training starts from, by name. `work`: the share of its steps that the client is told to take:
+    another share is another release, since the same noise on another update would let their difference out bare. Raises
+    LedgerFault if the ledger is not what it was, and Exhausted if the budget does not allow the release; nothing is
+    charged then.
+    """
+    experiment, privacy = keeper.experiment, keeper.experiment.privacy
+    ledger, mark, run = keeper.ledger(client), _mark(content), _run(keeper)
+    unit = "example" if privacy.unit == "example" else "local"
+    clients = 1 if experiment.run.placement == "pooled" else experiment.partition.clients
+    budget = plan.budgets(experiment, clients)[client]
+    rounds, mechanism = participations(experiment)[client], None
+    try:
+        spent = ledger.history(unit, mark, before=run)
+        if unit == "example":
+            mechanism = plan.dpsgd(experiment, rounds, budget, spent)
+            noise = mechanism.noise_multiplier
+            parts = ((mechanism.sample_rate, noise, mechanism.steps),)
+        else:
+            noise = plan.local_noise(experiment, rounds, budget, spent)
+            parts = ((1.0, noise / 2, 1),)
+        facts = f"{keeper.split_sha256} {client} {work!r} {arrays_sha256(start)}"
+        release = Release(run, round_, unit, parts, hashlib.sha256(facts.encode()).hexdigest())
+        charged = ledger.charge(release, Budget(budget, privacy.delta, privacy.accountant), mark)
+    except (UserError, BudgetSpent) as reason:
+        state = _state(keeper, ledger.mark(), _spent(experiment, ledger, unit))
+        raise Exhausted(f"client {client}: {reason}", state) from None
+    own = keeper.secret(client)
+    seed = noise_seed(own, charged.sha256)
+    permit = None
+    if mechanism is not None:
+        sampling = Stream(noise_seed(own, charged.sha256, "sampling"))
+        permit = Permit(mechanism, sampling, Stream(seed), privacy.grad_sample)
+    return Allowed(charged, _state(keeper, charged.mark, charged.epsilon), seed, noise, permit)
+
+
+def noised_update(experiment: Experiment, allowed: Allowed, received: Arrays, trained: Arrays) -> Arrays:
+    """What leaves under local DP: what was received, plus the clipped and noised update; dtypes as received.
+
+    `received` and `trained`: the arrays that are shared and learned, by name.
+    """
+    bound = experiment.privacy.clip
+    generator = np.random.Generator(np.random.Philox(allowed.noise_seed))
+    update = noised(clip(received, trained, bound).update, bound, allowed.noise_multiplier, generator)
+    return {name: (before.astype(np.float64) + update[name]).astype(before.dtype) for name, before in received.items()}
+
+
+def _mark(content: RecordDict) -> Mark | None:
+    """What the server says that it last heard of the ledger."""
+    known = content.config_records.get("ledger")
+    return None if known is None else Mark(int(cast(int, known["entries"])), str(known["sha256"]))
+
+
+def _state(keeper: Keeper, mark: Mark, spent: float) -> ConfigRecord:
+    """What the server is told of the ledger, all of it public: how many releases, what they cost, the newest one's hash."""
+    return ConfigRecord(
+        {"entries": mark.entries, "sha256": mark.sha256, "epsilon": spent, "secret": not keeper.simulated}
+    )
+
+
+def _spent(experiment: Experiment, ledger: Ledger, unit: str) -> float:
+    privacy = experiment.privacy
+    return epsilon(ledger.history(unit), privacy.delta, privacy.accountant)
+
+
+def _run(keeper: Keeper) -> str:
+    """A hash of every setting that has a part in the release. With a real secret also of the code and the versions: two
+    different computations with the same noise would let their difference out bare."""
+    settings: dict[str, Any] = {
+        key: value
+        for key, value in to_flat(keeper.experiment).items()
+        if key != "run.name" and not (keeper.simulated and key.startswith("engine."))
+    }
+    if not keeper.simulated:
+        settings |= {"code": code_sha256()} | versions()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

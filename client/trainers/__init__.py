@@ -1,0 +1,1 @@
+"""Trainers: what runs a client's local training, and how one of them is chosen."""

@@ -1,0 +1,225 @@
+"""What kernels faster than the training loop are given: a model as a list of layers that they know, and clients' samples.
+
+`client/trainers/fused.py` (CPU) and `client/trainers/stacked.py` (GPU) train these; `client/trainers/choose.py` decides
+when.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from meadow.arrays.named import Arrays
+from meadow.tasks.data import Target
+from meadow.tasks.features import Heads
+from meadow.tasks.models.multihead import Multihead
+from meadow.tasks.models.networks import FEATURE_NORM_SQUARED, BoundedFeatures, HalfOfTime, MeanAndMaximum
+
+Sums = dict[str, npt.NDArray[np.float64]]
+
+
+class Unknown(Exception):
+    """What no kernel can train, and why; the training loop can."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the trunk, with the activation that follows it. weight, bias: state names, "" where there is none.
+
+    before, after: the shape of a sample, (c, h, w) of an image, (c, 1, w) of a sensor window, (c, 1, 1) of flat features.
+    kernel: of a convolution (with `padding`) or the window of a pooling. groups, eps: of a normalisation; scale: what
+    BoundedFeatures multiplies by.
+    """
+
+    kind: Literal["linear", "conv", "pool", "norm", "bounded", "flatten", "over time"]
+    before: tuple[int, int, int]
+    after: tuple[int, int, int]
+    weight: str = ""
+    bias: str = ""
+    activation: Literal["", "relu", "tanh"] = ""
+    kernel: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    groups: int = 1
+    eps: float = 0.0
+    scale: float = 1.0
+    ceil: bool = False
+    """Of a pooling: windows that reach over the edge count."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model as layers and heads. shape: of one sample; image: it stays an image, or a window, for the first layer, else it
+    is flat.
+
+    features: what the heads see. targets, importance: of each head, `heads.<target>.weight` and `.bias`. shapes: of all
+    arrays of the model's state, in its order.
+    """
+
+    layers: tuple[Layer, ...]
+    features: int
+    targets: tuple[Target, ...]
+    importance: tuple[float, ...]
+    shape: tuple[int, ...]
+    image: bool
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def heads(self) -> list[tuple[str, str]]:
+        """State names of each head's weight and bias."""
+        return [(f"heads.{t.name}.weight", f"heads.{t.name}.bias") for t in self.targets]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client as kernels take it. x: float32 (n, *shape); y of each target, int64 or float32 (n,); weights: of the classes
+    of each target that has any; order: int64 (epochs, n); `steps` steps of `batch` samples, but for the last of an epoch."""
+
+    client: int
+    x: Tensor
+    y: Sequence[Tensor]
+    weights: Sequence[Tensor | None]
+    order: Tensor
+    batch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of each member, block after block, the sum of each target's loss over the samples seen, and either what it has become,
+    or, where weights were given, the weighted sum of each block in float64, None if one of its members is not finite."""
+
+    losses: list[list[float]]
+    arrays: list[Arrays]
+    totals: Sequence[Sums | None] = ()
+
+
+class Kernels(Protocol):
+    """A network that is open for training, with the optimiser of `[local]`: SGD, momentum, weight decay."""
+
+    title: str
+    network: Network
+    blocks_at_once: int
+    keeps_samples: bool
+    """Whether a client's samples are best prepared once and kept."""
+
+    def covers(self, labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
+        """Whether clients with these labels and weights of classes, of each target, can be trained."""
+        ...
+
+    def train(
+        self,
+        start: Arrays,
+        blocks: Sequence[Sequence[Member]],
+        rates: Mapping[str, float],
+        weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
+    ) -> Outcome:
+        """Train each member from `start` at these learning rates by name; an array that has none does not learn.
+
+        At most `blocks_at_once` blocks. `weights`: of each member, by name, what it counts in its block's sum.
+        """
+        ...
+
+
+_ACTIVATIONS: dict[type[nn.Module], Literal["relu", "tanh"]] = {nn.ReLU: "relu", nn.Tanh: "tanh"}
+
+
+def network(
+    model: nn.Module, shape: tuple[int, ...], targets: Sequence[Target], importance: Sequence[float]
+) -> Network:
+    """The network of a model for samples of this shape. Raises Unknown for one that has anything else than a sequence of
+    known layers under linear heads of class and value targets."""
+    if type(model) not in (Multihead, Heads):
+        raise Unknown("the model is no trunk with heads")
+    modules = list(_flattened("trunk", model.trunk)) if isinstance(model, Multihead) else []
+    image = len(shape) in (2, 3) and bool(modules) and not isinstance(modules[0][1], nn.Flatten)
+    at = (shape[0], 1 if len(shape) == 2 else shape[1], shape[-1]) if image else (math.prod(shape), 1, 1)
+    first_is_image, layers = image, list[Layer]()
+    for number, (place, module) in enumerate(modules):
+        if number == 0 and isinstance(module, nn.Flatten):
+            continue
+        if type(module) in _ACTIVATIONS:
+            # The maximum of a window after ReLU is ReLU of its maximum, and where both are 0 no gradient passes.
+            of = -2 if len(layers) > 1 and layers[-1].kind == "pool" and type(module) is nn.ReLU else -1
+            if not layers or layers[of].activation or layers[of].kind not in ("linear", "conv", "norm"):
+                raise Unknown(f"{place} does not follow a linear layer, a convolution or a normalisation")
+            layers[of] = replace(layers[of], activation=_ACTIVATIONS[type(module)])
+            continue
+        layer = _layer(module, at, place, image, len(shape) == 2)
+        weight, bias = (f"{place}.{n}" if getattr(module, n, None) is not None else "" for n in ("weight", "bias"))
+        layers.append(replace(layer, weight=weight, bias=bias))
+        at, image = layer.after, image and layer.kind not in ("flatten", "over time")
+    if image:
+        raise Unknown("the trunk's features are not flat")
+    heads = cast(Mapping[str, nn.Module], model.heads)
+    for target in targets:
+        head = heads[target.name]
+        if type(head) is not nn.Linear or head.in_features != at[0] or head.bias is None:
+            raise Unknown(f"the head of {target.name} is no linear layer")
+        if target.kind not in ("class", "value"):
+            raise Unknown(f"the target {target.name} is neither a class nor a value")
+    state = model.state_dict()
+    found = Network(
+        tuple(layers), at[0], tuple(targets), tuple(importance), shape, first_is_image,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+    )  # fmt: skip
+    known = {n for layer in layers for n in (layer.weight, layer.bias)} | {n for pair in found.heads for n in pair}
+    if other := [name for name in state if name not in known]:
+        raise Unknown(f"{other[0]} belongs to no layer that is known")
+    return found
+
+
+def _flattened(place: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if isinstance(module, nn.Sequential):
+        for name, child in module.named_children():
+            yield from _flattened(f"{place}.{name}", child)
+    else:
+        yield place, module
+
+
+def _layer(module: nn.Module, before: tuple[int, int, int], place: str, image: bool, window: bool) -> Layer:
+    """What a module is and what comes out of it. Raises Unknown."""
+    c, h, w = before
+    if image and window:
+        if type(module) is nn.Conv1d:
+            kernel, padding = (1, module.kernel_size[0]), module.padding
+            plain = (module.stride, module.dilation, module.groups, module.padding_mode) == ((1,), (1,), 1, "zeros")
+            if not plain or isinstance(padding, str) or padding[0] >= kernel[1]:
+                raise Unknown(f"{place} is a convolution with stride, groups, dilation or wide padding")
+            after = (module.out_channels, 1, w + 2 * padding[0] - kernel[1] + 1)
+            return Layer("conv", before, after, kernel=kernel, padding=(0, padding[0]))
+        if type(module) is HalfOfTime:
+            return Layer("pool", before, (c, 1, w // 2), kernel=(1, 2))
+        if type(module) is MeanAndMaximum:
+            return Layer("over time", before, (2 * c, 1, 1))
+    if type(module) is nn.Linear and not image and module.in_features == c:
+        return Layer("linear", before, (module.out_features, 1, 1))
+    if type(module) is nn.Conv2d and image:
+        (kh, kw), padding = module.kernel_size, module.padding
+        plain = (module.stride, module.dilation, module.groups, module.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+        if not plain or isinstance(padding, str) or padding[0] >= kh or padding[1] >= kw:
+            raise Unknown(f"{place} is a convolution with stride, groups, dilation or wide padding")
+        after = (module.out_channels, h + 2 * padding[0] - kh + 1, w + 2 * padding[1] - kw + 1)
+        return Layer("conv", before, after, kernel=(kh, kw), padding=(padding[0], padding[1]))
+    if type(module) is nn.MaxPool2d and image:
+        kernel = _pair(module.kernel_size)
+        if _pair(module.stride) != kernel or _pair(module.padding) != (0, 0) or _pair(module.dilation) != (1, 1):
+            raise Unknown(f"{place} has windows that overlap, or padding")
+        whole = math.ceil if module.ceil_mode else math.floor
+        return Layer(
+            "pool", before, (c, whole(h / kernel[0]), whole(w / kernel[1])), kernel=kernel, ceil=module.ceil_mode
+        )
+    if type(module) is nn.GroupNorm and image and module.affine:
+        return Layer("norm", before, before, groups=module.num_groups, eps=module.eps)
+    if type(module) is BoundedFeatures and not image:
+        return Layer("bounded", before, before, eps=1e-5, scale=math.sqrt(FEATURE_NORM_SQUARED / c))
+    if type(module) is nn.Flatten and image and (module.start_dim, module.end_dim) == (1, -1):
+        return Layer("flatten", before, (c * h * w, 1, 1))
+    raise Unknown(f"{place} is a {type(module).__name__}, which is no layer that is known")
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value[0]), int(value[1])) if isinstance(value, tuple) else (int(value), int(value))

@@ -1,0 +1,165 @@
+"""Reading an experiment: a preset's name or a TOML file, then dotted overrides, then one check of everything."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+
+Tree = dict[str, Any]
+
+
+def preset_names() -> list[str]:
+    """The names of the presets that Meadow brings, sorted."""
+    return sorted(f.name[:-5] for f in resources.files("meadow.config.presets").iterdir() if f.name.endswith(".toml"))
+
+
+def preset_about(name: str) -> str:
+    """The first comment line of a preset: what it is."""
+    text = resources.files("meadow.config.presets").joinpath(f"{name}.toml").read_text()
+    return text.splitlines()[0].lstrip("# ")
+
+
+def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
+    """The settings that a preset, a TOML file or a mapping names, as nested dictionaries; nothing is filled in.
+
+    Raises UserError for an unknown preset, a missing file or text that is not TOML.
+    """
+    if isinstance(experiment, Mapping):
+        return {k: dict(v) if isinstance(v, Mapping) else v for k, v in experiment.items()}
+    name = str(experiment)
+    if name in preset_names():
+        return tomllib.loads(resources.files("meadow.config.presets").joinpath(f"{name}.toml").read_text())
+    path = Path(name)
+    if not path.is_file():
+        if path.suffix == ".toml" or len(path.parts) > 1:
+            raise UserError(f"experiment = {name}: there is no such file")
+        raise UserError(
+            f"experiment = {name}: neither a preset nor a TOML file{nearest(name, preset_names()) or '.'} "
+            f"Presets: {', '.join(preset_names())}"
+        )
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{name} is not a TOML file: {error}") from None
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem))
+    return tree
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `section.key=value`; the value is read as TOML and, where it is none, as a plain string."""
+    key, separator, value = text.partition("=")
+    if not separator or key.count(".") != 1:
+        raise UserError(f"{text}: an override is written section.key=value, for example run.rounds=5")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value
+
+
+def apply(tree: Tree, overrides: Iterable[tuple[str, Any]]) -> Tree:
+    """A copy of the tree with dotted keys replaced."""
+    result: Tree = {k: dict(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    for dotted, value in overrides:
+        section, _, key = dotted.partition(".")
+        place = result.setdefault(section, {})
+        if isinstance(place, dict):
+            place[key] = value
+    return result
+
+
+def resolve(tree: Mapping[str, Any]) -> Experiment:
+    """Check a tree of settings and fill in every default.
+
+    Raises UserError that lists all faults at once, each with its dotted key, its value, the reason and, for an unknown
+    key, the nearest one that exists.
+    """
+    try:
+        return Experiment.model_validate(dict(tree))
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(fault) for fault in error.errors())) from None
+
+
+def load(experiment: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
+    """Read, override and check an experiment in one go."""
+    return resolve(apply(read_tree(experiment), [parse_override(o) for o in overrides]))
+
+
+def flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield ("section.key", value) for every setting of a two-level tree."""
+    for section, values in tree.items():
+        for key, value in values.items():
+            yield f"{section}.{key}", value
+
+
+def to_tree(experiment: Experiment) -> Tree:
+    """The complete experiment as nested dictionaries of TOML's types."""
+    return experiment.model_dump(mode="json")
+
+
+def to_toml(experiment: Experiment) -> str:
+    """The complete experiment as TOML; `meadow run` on that text gives the same run."""
+    return tomli_w.dumps(to_tree(experiment))
+
+
+def to_flat(experiment: Experiment) -> dict[str, bool | int | float | str]:
+    """The experiment as Flower's run configuration: dotted keys, lists written "a,b"."""
+    return {
+        key: ",".join(str(v) for v in value) if isinstance(value, list) else value
+        for key, value in flatten(to_tree(experiment))
+    }
+
+
+def from_flat(flat: Mapping[str, Any]) -> Experiment:
+    """The inverse of `to_flat`; keys outside the schema's sections are passed over (Flower adds its own)."""
+    sections = Experiment.model_fields
+    return resolve(apply({}, [(k, v) for k, v in flat.items() if k.partition(".")[0] in sections and "." in k]))
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the schema."""
+    return [
+        f"{section}.{key}"
+        for section, field in Experiment.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key in field.annotation.model_fields
+    ]
+
+
+def _explain(fault: Any) -> str:
+    dotted = ".".join(str(part) for part in fault["loc"][:2])
+    if fault["type"] == "extra_forbidden":
+        names = known_keys() if "." in dotted else list(Experiment.model_fields)
+        return f"{dotted}: there is no such setting{nearest(dotted, names) or ';'} `meadow show` lists all of them"
+    if fault["type"] == "value_error" and "." not in dotted:
+        # Raised by a section's or the experiment's own check, whose message names the setting already.
+        return (f"{dotted}." if dotted else "") + str(fault["msg"]).removeprefix("Value error, ")
+    reason = str(fault["msg"]).removeprefix("Value error, ")
+    value = fault["input"]
+    if fault["type"] == "model_type":
+        return f"[{dotted}] must be a table of settings, not {value!r}"
+    near = ""
+    if fault["type"] == "literal_error" and isinstance(value, str):
+        options = [part.strip("' ") for part in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        near = nearest(value, options)
+    return f"{dotted} = {value!r}: {reason[0].lower() + reason[1:]}{near}"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """ "; did you mean X?" for the name that is closest, or "" if none is close: by its letters, whatever their case, or by
+    the initials of its words (learning_rate: lr)."""
+    folded = {known.lower(): known for known in names}
+    section, dot, words = name.lower().rpartition(".")
+    initials = section + dot + "".join(word[0] for word in words.split("_") if word)
+    match = [initials] if initials in folded else difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
+    return f"; did you mean {folded[match[0]]}?" if match else ""

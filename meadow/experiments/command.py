@@ -1,0 +1,339 @@
+"""The `meadow` command. Exit status: 0 done; 1 a fault of ours; 2 the input is wrong; 3 ended early for a stated reason."""
+
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from meadow.config.load import Tree, apply, load, parse_override, preset_about, preset_names, read_tree, to_toml
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.identity import versions
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated-learning experiments: transfer, fine-tuning, multi-task and federated, on the same data.",
+)
+
+Name = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A preset's name (meadow presets) or a TOML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example run.rounds=5.")]
+Engine = Annotated[Literal["inline", "ray", "processes"] | None, typer.Option(help="How to launch the run.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Ray actors or SuperNodes.")]
+Out = Annotated[Path | None, typer.Option(help="The folder to write; default runs/NAME-TIME.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="The summary on standard output, all else on standard error.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Repeat with so many seeds.")]
+
+
+@app.command()
+def run(
+    experiment: Name,
+    overrides: Overrides = None,
+    engine: Engine = None,
+    workers: Workers = None,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """One run: a preset's name or a TOML file, then dotted overrides."""
+    resolved = load(experiment, [*(overrides or []), *_engine_overrides(engine, workers)])
+    _warm_up(resolved)
+    from meadow.experiments.api import Job, default_folder, exit_status, run_many
+    from meadow.experiments.folds import in_folds
+
+    folder = _folder(out, resume, default_folder(resolved.run.name))
+    summary = run_many([Job(resolved, folder)], resume, _watch(_console(json_), quiet))[0]
+
+    from meadow.experiments.ranking import ranking_table
+    from meadow.experiments.report import write_report
+    from meadow.experiments.results import find_runs
+
+    report = write_report([folder], folder / "report.html")
+    table = ranking_table(find_runs([folder])) if in_folds(resolved) else None
+    _close(quiet, json_, json.loads((folder / "summary.json").read_text()), table, report, [summary])
+    raise typer.Exit(exit_status([summary]))
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str, typer.Argument(metavar="[EXPERIMENT]", help="What the methods share.")] = "",
+    overrides: Overrides = None,
+    methods: Annotated[str, typer.Option(help="Presets to compare, separated by commas.")] = "",
+    seeds: Seeds = 3,
+    engine: Engine = None,
+    workers: Workers = None,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """The same data, splits and seeds under several methods, and one report."""
+    from meadow.experiments.api import default_folder
+    from meadow.experiments.compare import METHODS, methods_jobs
+
+    given = list(overrides or [])
+    if "=" in experiment:  # the experiment may be left out
+        given, experiment = [experiment, *given], ""
+    folder = _folder(out, resume, default_folder("compare"))
+    names = [m.strip() for m in methods.split(",")] if methods else list(METHODS)
+    base: Tree = read_tree(experiment) if experiment else {}
+    jobs = methods_jobs(base, names, [*given, *_engine_overrides(engine, workers)], seeds, folder)
+    _run_group(jobs, folder, resume, quiet, json_)
+
+
+@app.command()
+def sweep(
+    experiment: Name,
+    overrides: Overrides = None,
+    seeds: Seeds = 1,
+    engine: Engine = None,
+    workers: Workers = None,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    json_: Json = False,
+) -> None:
+    """A grid of runs, KEY=V1,V2 for each axis, and one report."""
+    from meadow.experiments.api import default_folder
+    from meadow.experiments.compare import sweep_jobs
+
+    folder = _folder(out, resume, default_folder("sweep"))
+    jobs = sweep_jobs(read_tree(experiment), [*(overrides or []), *_engine_overrides(engine, workers)], seeds, folder)
+    _run_group(jobs, folder, resume, quiet, json_)
+
+
+@app.command()
+def plan(experiment: Name, overrides: Overrides = None, json_: Json = False) -> None:
+    """What a run would cost, before it runs: steps and bytes."""
+    from meadow.experiments.plan import plan as make_plan
+
+    costs = make_plan(load(experiment, overrides or []))
+    if json_:
+        typer.echo(json.dumps(costs, indent=2))
+        return
+    for name, value in costs.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        for part, number in parts:
+            typer.echo(
+                f"{f'{name} {part}'.strip():22} {number:,}" if isinstance(number, int) else f"{name} {part}: {number}"
+            )
+
+
+@app.command()
+def audit(experiment: Name, overrides: Overrides = None, json_: Json = False) -> None:
+    """Measure whether the privacy that is claimed is the privacy that is given; exit status 3 if it is not."""
+    from rich.table import Table
+
+    from meadow.experiments.audit import audit as make_audit
+
+    checks = make_audit(load(experiment, overrides or []))
+    wrong = [check for check in checks if not check.holds]
+    if json_:
+        typer.echo(json.dumps({"holds": not wrong, "checks": [asdict(check) for check in checks]}, indent=2))
+    else:
+        table = Table("what", "claimed", "measured", "p", "")
+        for check in checks:
+            p = "" if check.p is None else f"{check.p:.2g}"
+            verdict = "holds" if check.holds else "[red]does not hold[/red]"
+            table.add_row(_escape(check.name), _escape(check.claimed), _escape(check.measured), p, verdict)
+        _console(False).print(table)
+        told = "the claim holds" if not wrong else f"the claim does not hold: {', '.join(c.name for c in wrong)}"
+        _console(False).print(_escape(told), soft_wrap=True)
+    raise typer.Exit(3 if wrong else 0)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or a comparison's folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; default report.html in the first folder.")
+    ] = None,
+) -> None:
+    """The HTML report of finished runs, or of one that is still running."""
+    from meadow.experiments.report import write_report
+
+    _console(False).print(f"report: {write_report(runs, out or runs[0] / 'report.html')}", soft_wrap=True)
+
+
+@app.command()
+def presets() -> None:
+    """The presets that there are."""
+    for name in preset_names():
+        typer.echo(f"{name:22} {preset_about(name)}")
+
+
+@app.command()
+def show(
+    experiment: Annotated[str, typer.Argument()] = "",
+    overrides: Overrides = None,
+    split: Annotated[bool, typer.Option("--split", help="Show who gets which samples instead, and draw it.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --split: the picture to write (.png, .svg, .pdf); default split.png.")
+    ] = None,
+) -> None:
+    """The resolved experiment as TOML: every setting with its value. With --split: the split, as a table and a picture."""
+    given = list(overrides or [])
+    if "=" in experiment:
+        given, experiment = [experiment, *given], ""
+    tree: Tree = read_tree(experiment) if experiment else {}
+    resolved = load(apply(tree, [parse_override(o) for o in given]))
+    if split:
+        _show_split(resolved, out or Path("split.png"))
+    elif out is not None:
+        raise UserError(f"--out {out}: only --split writes a file; for the settings write: meadow show ... > {out}")
+    else:
+        typer.echo(to_toml(resolved), nl=False)
+
+
+@app.command()
+def deal(
+    experiment: Name,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that host the clients.")] = 4,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("shares"),
+    below: Annotated[str, typer.Option(help="A folder within each machine's own.")] = "",
+) -> None:
+    """Each machine's own share of the data, for a deployment: OUT/coordinator, OUT/node-0, ... (docs/deploy.md)."""
+    from meadow.tasks.splits.shares import deal_out
+
+    for folder in deal_out(load(experiment, overrides or []), nodes, out, below):
+        typer.echo(folder)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what is missing, what to type."""
+    missing = False
+    for name, version in versions().items():
+        missing |= version == "missing"
+        typer.echo(f"{name:14} {version}")
+    typer.echo(f"{'cores':14} {os.cpu_count()}")
+    docker = shutil.which("docker") is not None
+    typer.echo(f"{'docker':14} {'found' if docker else 'not found (needed for containers only)'}")
+    if missing or importlib.util.find_spec("ray") is None:
+        typer.echo("Something is missing: pip install -e .")
+        raise typer.Exit(3)
+    typer.echo("All there. Type: meadow compare")
+
+
+def main() -> None:
+    """Run the command; what the user got wrong is one message and exit status 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]meadow:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("meadow: stopped by the user; the same command with --resume --out DIR goes on")
+        sys.exit(3)
+
+
+def _show_split(experiment: Experiment, picture: Path) -> None:
+    from meadow.experiments.pictures import splits, style
+    from meadow.tasks.task import open_task
+
+    task = open_task(experiment)
+    split = splits.facts(experiment, task)
+    style.to_file(splits.picture(split), picture)
+    first = next(target for target in task.dataset.targets if target.name == split["target"])
+    console, table = _console(False), splits.table(split, splits.label_names(first))
+    # Into a file or a narrow window the table goes as wide as it is: a line too long is better read than a cut cell.
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
+    console.print(table)
+    console.print(f"picture: {picture}. {splits.picture_caption(split)}", soft_wrap=True, markup=False)
+
+
+def _warm_up(experiment: Experiment) -> None:
+    """Start Ray, where it is asked for, while another thread imports the libraries and opens the data."""
+    thread = threading.Thread(target=_open, args=(experiment,))
+    thread.start()
+    try:
+        if experiment.engine.name == "ray":
+            from meadow.simulation.ray_start import start_ray
+
+            plan = experiment.engine
+            start_ray(plan.workers, plan.threads, plan.address)
+    finally:
+        thread.join()
+
+
+def _open(experiment: Experiment) -> None:
+    from meadow.tasks.task import initial_state, settle
+
+    with suppress(Exception):  # it shows again, and is told, where the run itself opens the data
+        initial_state(settle(experiment))
+
+
+def _run_group(jobs: Sequence[Any], folder: Path, resume: bool, quiet: bool, as_json: bool) -> None:
+    from meadow.experiments.api import exit_status, run_many
+    from meadow.experiments.ranking import ranking, ranking_table
+    from meadow.experiments.report import write_report
+    from meadow.experiments.results import find_runs
+
+    summaries = run_many(jobs, resume, _watch(_console(as_json), quiet))
+    page = write_report([folder], folder / "report.html")
+    runs = find_runs([folder])
+    result = {"ranking": ranking(runs), "runs": [asdict(s) | {"folder": str(s.folder)} for s in summaries]}
+    _close(quiet, as_json, result, ranking_table(runs), page, summaries)
+    raise typer.Exit(exit_status(summaries))
+
+
+def _close(quiet: bool, as_json: bool, result: object, table: object, report: Path, summaries: Sequence[Any]) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+    console = _console(as_json)
+    for summary in summaries:
+        if summary.status != "done":
+            Console(stderr=True).print(f"{summary.name}: {summary.status}: {_escape(summary.reason)}", soft_wrap=True)
+    if not quiet:
+        if table is not None:
+            console.print(table)
+        console.print(f"report: {report}", soft_wrap=True)
+
+
+def _watch(console: Console, quiet: bool) -> Any:
+    from meadow.experiments.progress import follow
+
+    def watch(folder: Path, experiment: Experiment) -> AbstractContextManager[None]:
+        return follow(folder, experiment.run.rounds, folder.name, console, quiet)
+
+    return watch
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=as_json)
+
+
+def _folder(out: Path | None, resume: bool, default: Path) -> Path:
+    if out is None and resume:
+        raise UserError("--resume needs --out DIR: the folder of the run to go on with")
+    if out is not None and (above := next(p for p in (out, *out.parents) if p.exists())).is_file():
+        raise UserError(f"--out {out}: {above} is a file; name a folder")
+    if out is not None and not resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: it exists; add --resume to go on with what is there, or name another folder")
+    return out or default
+
+
+def _engine_overrides(engine: str | None, workers: int | None) -> list[str]:
+    return [
+        *([f"engine.name={engine}"] if engine else []),
+        *([f"engine.workers={workers}"] if workers else []),
+    ]
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

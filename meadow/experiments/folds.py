@@ -1,0 +1,94 @@
+"""Cross-validation: one experiment as K runs, each with another fold as every client's test part, and their summary."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from meadow.arrays.files import write_json
+from meadow.config.load import apply, resolve, to_tree
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.server.evaluation import mean_tree, reduce_trees
+
+_WORST = ("failed", "stopped", "done")
+
+
+def in_folds(experiment: Experiment) -> bool:
+    """Whether the experiment is a cross-validation: `evaluate.folds` without `evaluate.fold`."""
+    return experiment.evaluate.folds > 0 and experiment.evaluate.fold == 0
+
+
+def fold_runs(experiment: Experiment, folder: Path) -> list[tuple[Experiment, Path]]:
+    """The runs that an experiment is: fold 1 to K in folder/fold-1 to folder/fold-K, or itself if it is not `in_folds`."""
+    if not in_folds(experiment):
+        return [(experiment, folder)]
+    folds = range(1, experiment.evaluate.folds + 1)
+    return [(resolve(apply(to_tree(experiment), [("evaluate.fold", k)])), folder / f"fold-{k}") for k in folds]
+
+
+def check_folds_folder(folder: Path, resume: bool) -> None:
+    """Refuse a folder that the folds' folders may not be made in (UserError); each of those is checked by itself."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: this is a file; name a folder")
+    if (folder / "experiment.toml").exists():
+        raise UserError(f"--out {folder}: it holds a single run, and evaluate.folds makes several; name another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not resume:
+        raise UserError(
+            f"--out {folder}: this folder exists; add --resume to go on with its runs, or name another folder"
+        )
+
+
+def write_folds(folder: Path, experiment: Experiment, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write and return `summary.json` over the folds' own summaries `found`, in order; fewer than K if it was stopped.
+
+    metrics: the mean over the folds that are done (over all, while none is); metrics_std: their standard deviation
+    (n - 1 in the denominator; None where fewer than two folds have the metric), in the same shape. folds: K. status: the
+    worst of the folds, reason: which ended so and why. rounds: the fewest. cost: added up, peak_rss_mb and
+    trained_parameters the most. Hashes: SHA-256 over lines "fold:hash". clients: the most of any fold. privacy: epsilon
+    and delta added up (basic composition, Dwork and Roth 2014, theorem 3.16), because one client's data is in all the runs.
+    """
+    folds = experiment.evaluate.folds
+    counted = [one["metrics"] for one in found if one["status"] == "done"] or [one["metrics"] for one in found]
+    ended_early = [(k, one) for k, one in enumerate(found, start=1) if one["status"] != "done"]
+    costs = [one["cost"] for one in found]
+    summary = {
+        "name": experiment.run.name,
+        "status": min((one["status"] for one in found), key=_WORST.index),
+        "reason": "; ".join(f"fold {k}: {one['reason']}" for k, one in ended_early),
+        "rounds": min(one["rounds"] for one in found),
+        **{key: _hash(found, key) for key in ("model_sha256", "personal_sha256", "split_sha256")},
+        "folds": folds,
+        "metrics": mean_tree(counted),
+        "metrics_std": reduce_trees(counted, _deviation),
+        "clients": reduce_trees([one["clients"] for one in found], max),
+        "cost": reduce_trees(costs, sum)
+        | {key: max(cost[key] for cost in costs) for key in _NOT_ADDED if key in costs[0]},
+        "privacy": _composed([one["privacy"] for one in found]),
+    }
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+_NOT_ADDED = ("peak_rss_mb", "trained_parameters")
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _hash(found: Sequence[Mapping[str, Any]], key: str) -> str:
+    lines = "".join(f"{k}:{one[key]}\n" for k, one in enumerate(found, start=1))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _composed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The privacy of all folds together; what they have in common stays as it is."""
+    epsilon = {key: _total([part["epsilon"][key] for part in parts]) for key in parts[0]["epsilon"]}
+    return {**parts[0], "epsilon": epsilon, "delta": _total([part["delta"] for part in parts])}
+
+
+def _total(values: Sequence[float | None]) -> float | None:
+    return None if any(value is None for value in values) else sum(value for value in values if value is not None)

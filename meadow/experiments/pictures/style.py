@@ -1,0 +1,99 @@
+"""How every picture looks, and its way into a file or, as inline SVG, into a page.
+
+Every colour is one of COLOURS. A Figure holds the light value; `to_svg` writes a CSS variable in its place, so that the
+same picture follows a page's light or dark look.
+"""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from meadow.runtime.errors import UserError
+
+COLOURS: dict[str, tuple[str, str]] = {
+    "ink": ("#1c2128", "#e4e7eb"),
+    "muted": ("#5f6772", "#a0a8b3"),
+    "rule": ("#dfe3e8", "#363c45"),
+    "paper": ("#fffffe", "#15181d"),
+    "dot": ("#7d93ab", "#7f97b2"),
+    "loser": ("#d1500a", "#ff9350"),
+    # Methods, after Okabe and Ito: darkened on white and lightened on black until a label in that colour is legible.
+    "m0": ("#0069aa", "#5cb0ef"),
+    "m1": ("#c44e00", "#ff9a55"),
+    "m2": ("#007a58", "#43cfa3"),
+    "m3": ("#a8437f", "#ea95c8"),
+    "m4": ("#94700a", "#e3bd55"),
+    "m5": ("#3b8fc4", "#a5dcff"),
+    "m6": ("#6a2c8a", "#c69ae6"),
+    "m7": ("#6d7300", "#c6cc52"),
+}
+"""Name -> (on a light page, on a dark page)."""
+
+WIDTH = 10.4
+"""Inches; every picture is as wide as the page's column."""
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "text.color": COLOURS["ink"][0],
+    "axes.labelcolor": COLOURS["muted"][0],
+    "axes.edgecolor": COLOURS["rule"][0],
+    "axes.titlecolor": COLOURS["ink"][0],
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["rule"][0],
+    "grid.linewidth": 0.7,
+    "xtick.color": COLOURS["rule"][0],
+    "ytick.color": COLOURS["rule"][0],
+    "xtick.labelcolor": COLOURS["muted"][0],
+    "ytick.labelcolor": COLOURS["muted"][0],
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "lines.solid_capstyle": "round",
+}
+
+
+def to_file(figure: Figure, path: Path) -> None:
+    """Write a figure on white, in the format that the file's name ends with. Raises UserError if that cannot be."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--out {path}: give a name that ends with .png, .svg or .pdf")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.parent}; make it first, or name another")
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, dpi=150, facecolor="white")
+
+
+def to_svg(figure: Figure, name: str, about: str) -> str:
+    """A figure as one inline `<svg>` element without any address, coloured by the variables of `css_variables`.
+
+    `name` keeps the ids of one picture apart from those of the others; `about` says in words what it shows.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", metadata={"Date": None}, dpi=150)
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"(/?)>', r"<g\1>", text)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"', "", text)  # HTML knows both name spaces
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
+    for colour, (light, _) in COLOURS.items():
+        text = re.sub(light, f"var(--{colour})", text, flags=re.IGNORECASE)
+    return text.replace("<svg", f'<svg role="img" aria-label="{about}"', 1)
+
+
+def css_variables(dark: bool) -> str:
+    """The declarations of every colour, for a `:root` rule."""
+    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())

@@ -1,0 +1,83 @@
+"""What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from meadow.arrays.named import nbytes
+from meadow.client.trainers.choose import fast, told
+from meadow.config.cohort import draw_cohort
+from meadow.config.schema import Experiment
+from meadow.experiments.folds import fold_runs
+from meadow.privacy.plan import claim, forecasts, steps_a_round
+from meadow.server.cohorts import read_schedule
+from meadow.server.session import setup
+from meadow.strategies import algorithm, make_strategy
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.roles import roles_of
+from meadow.tasks.features import view
+from meadow.tasks.task import initial_state, open_task, settle
+
+
+def plan(experiment: Experiment) -> dict[str, Any]:
+    """Rounds, cohort, clients and samples; parameters by role; steps and bytes of the whole run (`summary.json`'s cost).
+
+    Bytes are those of arrays, as if each client were reached by itself. A cross-validation is as many `runs` as it has
+    folds: rounds, steps and bytes are those of all together, the rest is of the first. Raises UserError as a run would.
+    """
+    experiment = settle(experiment)
+    folds = [_plan(fold) for fold, _ in fold_runs(experiment, Path())]
+    totals = {key: sum(one[key] for one in folds) for key in ("rounds", "steps", "bytes_up", "bytes_down")}
+    return {"runs": len(folds)} | folds[0] | totals
+
+
+def _plan(experiment: Experiment) -> dict[str, Any]:
+    task, start = open_task(experiment), initial_state(experiment)
+    model = task.new_model()
+    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
+    pooled = experiment.run.placement == "pooled"
+    sizes = [len(task.pool())] if pooled else [len(c.train) for c in task.split.clients]
+    schedule = read_schedule(experiment)
+    cohorts = [draw_cohort(experiment, r, sizes, schedule) for r in range(1, experiment.run.rounds + 1)]
+    local = experiment.local
+    if experiment.privacy.unit == "example":
+        local = local.model_copy(update={"steps": steps_a_round(experiment)})
+    steps = [half.client.steps(experiment.strategy, local, n) for n in sizes]
+    arrays = {n: start[n] for n in parts.shared}
+    strategy = make_strategy(setup(experiment, task, parts))
+    beside = strategy.extra(arrays) if isinstance(strategy, FedAvg) else {}
+    shared = 0 if pooled else nbytes(arrays | beside)
+    own = start if half.own_start else (*parts.personal, *parts.fixed)
+    once = nbytes({n: start[n] for n in own}) if experiment.task.pretrained else 0
+    asked = sum(len(c) for c in cohorts)
+    return {
+        "rounds": experiment.run.rounds,
+        "clients": experiment.partition.clients,
+        "cohort": len(cohorts[0]),
+        "training_samples": sum(sizes),
+        "parameters": {
+            role: int(sum(start[n].size for n in getattr(parts, role)))
+            for role in ("trained", "shared", "personal", "fixed")
+        },
+        "steps": sum(steps[c] for cohort in cohorts for c in cohort),
+        "bytes_up": shared * asked,
+        "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
+        "training": told(experiment, fast(experiment, view(task, model, parts.trunk_is_frozen))),
+        "privacy": _privacy(experiment),
+    }
+
+
+def _privacy(experiment: Experiment) -> dict[str, Any]:
+    """What the run would cost with new ledgers: noise multipliers (of each clip), and epsilon over the clients."""
+    if experiment.privacy.unit == "none":
+        return {"unit": "none", "epsilon": None}
+    forecast = forecasts(experiment)
+    spent = [epsilon for _, epsilon, _ in forecast]
+    noise = [z for z, _, _ in forecast]
+    return {
+        "unit": experiment.privacy.unit,
+        "noise": f"{min(noise):.4g} to {max(noise):.4g} times the clip",
+        "epsilon": str(claim(experiment, max(spent))),
+        "median epsilon": round(statistics.median(spent), 4),
+        "clients that leave early": sum(early for _, _, early in forecast),
+    }

@@ -1,0 +1,1 @@
+"""Compiled code behind typed functions, and how it is built."""

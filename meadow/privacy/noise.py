@@ -1,0 +1,182 @@
+"""Secret random numbers, fast: the stream of a block cipher under a key that only the owner of the data has.
+
+A generator of torch keeps 32 bits of its seed, so that whoever sees a release could try all seeds and take the noise out
+again. Here a key has 128 bits and a starting point as many, and AES in counter mode (NIST SP 800-38A) makes of them a
+stream that nobody tells from chance who lacks the key.
+
+The numbers are a function of the seed alone: what makes them of the stream uses only operations that IEEE 754 defines to
+the last bit (no library's logarithm, which differs between processors). `noise.c` is the same sums in C, some eight
+times as fast; where there is no compiler, or the processor has no instructions for AES, NumPy gives the same bits.
+"""
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
+from torch import Tensor
+
+from meadow.native.build import NotCompiled, compiled
+
+Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.uint32]
+
+_PAIRS = 2**7
+"""Numbers are drawn in groups: of 128 radii and then as many angles of the stream, 128 cosines and then as many sines."""
+_GROUP = 2 * _PAIRS
+_AT_ONCE = 2**7
+"""Groups that NumPy makes at once: its share of a call is small then, and what is computed on the way stays in the
+processor's second cache."""
+_ZEROS = bytes(4 * _GROUP * _AT_ONCE)
+
+_LOGARITHM = [np.float32(c) for c in (
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+    2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+)]  # fmt: skip
+_COSINE = [np.float32(c) for c in (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2, -0.5, 1.0)]
+_SINE = [np.float32(c) for c in (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)]
+"""Polynomials of Cephes (Moshier; logf, sinf, cosf), the highest power first; they err by a unit of the last place."""
+_LN2 = np.float32(0.693359375), np.float32(-2.12194440e-4)
+"""The logarithm of 2 in two parts; the first has few bits, so that its multiples are exact."""
+_ROOT_HALF = 0x3F3504F3
+"""The bits of the square root of 1/2."""
+
+
+class Stream:
+    """A stream of random numbers from a seed of up to 256 bits, the same on every machine and in every process."""
+
+    def __init__(self, seed: int) -> None:
+        whole = seed.to_bytes(32, "little")
+        self._library = _library()
+        self._state: Any = None
+        if self._library:
+            self._state = ctypes.create_string_buffer(self._library.noise_size())
+            self._library.noise_open(self._state, whole[:16], whole[16:])
+        else:
+            self._cipher: CipherContext = Cipher(algorithms.AES(whole[:16]), modes.CTR(whole[16:])).encryptor()
+            self._bytes = bytearray(len(_ZEROS) + 15)  # 15: what `update_into` wants
+
+    def uniform(self, n: int) -> Tensor:
+        """n numbers, float64 (n,), uniform over the multiples of 2^-53 in [0, 1)."""
+        if self._library:
+            result = torch.empty(n, dtype=torch.float64)
+            self._library.noise_uniform(self._state, result.data_ptr(), n)
+            return result
+        groups = -(-2 * n // _GROUP)
+        words = np.frombuffer(self._cipher.update(bytes(4 * _GROUP * groups)), "<u8", n)
+        return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)
+
+    def normal(self, n: int) -> Tensor:
+        """n independent standard normal numbers, float32 (n,): see `fill`."""
+        result = torch.empty(n)
+        self.fill(result.numpy())
+        return result
+
+    def fill(self, out: Floats, deviation: float = 1.0) -> None:
+        """Write independent normal numbers of mean 0, at most 6.8 deviations from it (Box and Muller 1958), to all of out,
+        which lies in one piece."""
+        # What is left of the last group is not kept: the next call would write across the borders of the caches' lines.
+        whole = len(out) // _GROUP * _GROUP
+        self._make(out[:whole], deviation)
+        if whole < len(out):
+            rest = np.empty(_GROUP, np.float32)
+            self._make(rest, deviation)
+            out[whole:] = rest[: len(out) - whole]
+
+    def _make(self, out: Floats, deviation: float) -> None:
+        """Write whole groups of normals."""
+        if out.dtype != np.float32 or not out.flags.c_contiguous:
+            raise TypeError(f"out has dtype {out.dtype} and strides {out.strides}: float32 in one piece is needed")
+        if self._library:
+            self._library.noise_normals(self._state, out.ctypes.data, len(out) // _GROUP, deviation)
+            return
+        for begin in range(0, len(out), _AT_ONCE * _GROUP):
+            some = out[begin : begin + _AT_ONCE * _GROUP].reshape(-1, 2, _PAIRS)
+            size = self._cipher.update_into(_ZEROS[: some.nbytes], self._bytes)
+            words = np.frombuffer(self._bytes, "<u4", size // 4).reshape(some.shape)
+            radius = _radius(words[:, 0])
+            for place, side in enumerate(_turned(words[:, 1])):
+                np.multiply(radius, side, out=some[:, place])
+            some *= np.float32(deviation)
+
+
+def _radius(words: Words) -> Floats:
+    """sqrt(-2 ln u), u in (0, 1] in steps of 2^-32: float32 keeps them near 0, where they make the tails."""
+    u = words.astype(np.float32)
+    u *= np.float32(2.0**-32)
+    u += np.float32(2.0**-33)
+    # u is 2^e (1 + x), 1 + x between the roots of 1/2 and of 2.
+    above = u.view(np.int32)
+    above -= _ROOT_HALF
+    e = (above >> 23).astype(np.float32)
+    above &= 0x7FFFFF
+    above += _ROOT_HALF
+    x = above.view(np.float32)
+    x -= np.float32(1)
+    z = x * x
+    y = _polynomial(_LOGARITHM, x)
+    y *= x
+    y *= z
+    y += e * _LN2[1]
+    z *= np.float32(0.5)
+    y -= z
+    y += x
+    e *= _LN2[0]
+    y += e
+    y *= np.float32(-2)
+    return np.sqrt(y, out=y)
+
+
+def _turned(words: Words) -> tuple[Floats, Floats]:
+    """Cosine and sine of a uniform angle: 30 bits say which between -pi/4 and pi/4 (neither those nor 0), the highest
+    whether it is mirrored at the second axis, the next whether at the diagonal."""
+    words = np.ascontiguousarray(words)
+    t = ((words << 2).view(np.int32) | 2).astype(np.float32)
+    t *= np.float32(math.pi * 2.0**-33)
+    q = t * t
+    cosine = _polynomial(_COSINE, q)
+    sine = _polynomial(_SINE, q)
+    sine *= q
+    sine *= t
+    sine += t
+    one, other = cosine.view(np.int32), sine.view(np.int32)
+    signed = words.view(np.int32)
+    one ^= signed & np.int32(-(2**31))
+    # Exchanged by their bits: a choice by a condition would cost several times as much.
+    change = (signed << 1) >> 31
+    change &= one ^ other
+    one ^= change
+    other ^= change
+    return cosine, sine
+
+
+def _polynomial(coefficients: list[np.float32], x: Floats) -> Floats:
+    y = x * coefficients[0]
+    y += coefficients[1]
+    for coefficient in coefficients[2:]:
+        y *= x
+        y += coefficient
+    return y
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled `noise.c`, where it can be had."""
+    try:
+        found = compiled("noise.c", "-ffp-contract=off", f"-DPAIRS={_PAIRS}")
+    except NotCompiled:
+        return None
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("size", count, []),
+        ("open", None, [pointer] * 3),
+        ("uniform", None, [pointer, pointer, count]),
+        ("normals", None, [pointer, pointer, count, ctypes.c_float]),
+    ):
+        function = getattr(found, f"noise_{name}")
+        function.restype, function.argtypes = result, arguments
+    return found

@@ -1,0 +1,229 @@
+"""From the settings to the mechanism: each client's budget, the noise that it asks for, and what the whole run costs.
+
+The noise is calibrated to the rounds that a client will really take part in, which the sampler knows beforehand, because
+cohorts are a function of the seed. What a client has spent in earlier runs counts.
+"""
+
+import csv
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from meadow.config.cohort import participations
+from meadow.config.schema import Experiment
+from meadow.privacy.accounting import (
+    Guarantee,
+    History,
+    client_guarantee,
+    example_guarantee,
+    fixed_cohort_guarantee,
+    local_guarantee,
+    noise_multiplier,
+)
+from meadow.privacy.dpsgd import Mechanism
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import numpy_generator
+
+
+def budgets(experiment: Experiment, clients: int) -> list[float]:
+    """Each client's epsilon for the whole run, by `privacy.budgets`; infinity where there is no budget.
+
+    A draw depends on (run.seed, client) alone. Raises UserError for a file that is missing, lacks a client, or has a
+    value that is not a positive number.
+    """
+    privacy = experiment.privacy
+    kind, *words = privacy.budgets.split() or [""]
+    if not kind:
+        return [privacy.epsilon or math.inf] * clients
+    if kind == "file":
+        return _from_file(privacy.budgets, Path(words[0]), clients)
+    numbers = [float(word) for word in words]
+    drawn = []
+    for client in range(clients):
+        generator = numpy_generator(experiment.run.seed, "budget", client)
+        if kind == "uniform":
+            drawn.append(float(generator.uniform(numbers[0], numbers[1])))
+        else:
+            drawn.append(numbers[int(generator.integers(len(numbers)))])
+    return drawn
+
+
+def steps_a_round(experiment: Experiment) -> int:
+    """DP-SGD steps of a round, a public constant: `local.steps`, or as many as make `local.epochs` expected passes."""
+    return experiment.local.steps or max(1, round(experiment.local.epochs / experiment.privacy.sample_rate))
+
+
+def dpsgd(experiment: Experiment, rounds: int, budget: float, spent: History = ()) -> Mechanism:
+    """A client's DP-SGD for this run (privacy.unit = "example").
+
+    `rounds`: in how many it will take part; `budget`: its epsilon, infinity for none; `spent`: what its ledger holds.
+    The noise is `privacy.noise_multiplier` if that is set, else what the budget asks for. Raises UserError if the budget
+    is spent, or there is none and no noise.
+    """
+    privacy = experiment.privacy
+    steps = steps_a_round(experiment)
+    noise = privacy.noise_multiplier
+    if noise == 0:
+        if math.isinf(budget):
+            raise UserError(
+                "privacy.noise_multiplier = 0 without a budget: write privacy.epsilon, or the noise multiplier itself"
+            )
+        noise = noise_multiplier(
+            budget, privacy.delta, privacy.sample_rate, steps * max(1, rounds), privacy.accountant, spent
+        )
+    denominator = privacy.denominator or float(experiment.local.batch_size)
+    return Mechanism(privacy.sample_rate, noise, privacy.clip, denominator, steps)
+
+
+def dpsgd_cost(experiment: Experiment, mechanism: Mechanism, rounds: int, spent: History = ()) -> Guarantee:
+    """What so many rounds of the mechanism, after what is spent, guarantee to each example of the client."""
+    history = [*spent, (mechanism.sample_rate, mechanism.noise_multiplier, mechanism.steps * rounds)]
+    return example_guarantee(history, experiment.privacy.delta, experiment.privacy.accountant)
+
+
+def local_noise(experiment: Experiment, rounds: int, budget: float, spent: History = ()) -> float:
+    """A client's noise multiplier z for its own updates (privacy.unit = "local"); arguments and errors as `dpsgd`.
+
+    Replacing all of a client's data moves a clipped update by twice the clip, so z is twice the Gaussian's multiplier.
+    """
+    privacy = experiment.privacy
+    if privacy.noise_multiplier:
+        return privacy.noise_multiplier
+    if math.isinf(budget):
+        raise UserError(
+            "privacy.noise_multiplier = 0 without a budget: write privacy.epsilon, or the noise multiplier itself"
+        )
+    return 2 * noise_multiplier(budget, privacy.delta, 1.0, max(1, rounds), privacy.accountant, spent)
+
+
+def local_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
+    """What so many noised updates guarantee to a client against the server."""
+    return local_guarantee([(z, rounds)], experiment.privacy.delta, experiment.privacy.accountant)
+
+
+def client_noise(experiment: Experiment) -> float:
+    """The noise multiplier z of a run with client-level DP: set, or calibrated to privacy.epsilon over all rounds.
+
+    Raises UserError if there is neither.
+    """
+    privacy, rounds = experiment.privacy, experiment.run.rounds
+    if privacy.noise_multiplier:
+        return privacy.noise_multiplier
+    if not privacy.epsilon:
+        raise UserError(
+            f'privacy.budgets = "{privacy.budgets}" with unit = "client": one noise is added for all clients; write '
+            "privacy.epsilon or privacy.noise_multiplier"
+        )
+    rate = _rate(experiment)
+    if _poisson(experiment):
+        return noise_multiplier(privacy.epsilon, privacy.delta, rate, rounds, privacy.accountant)
+    low, high = 0.0, 1.0
+    while client_cost(experiment, high, rounds).epsilon > privacy.epsilon:
+        low, high = high, high * 2
+        if high > 1e6:
+            raise UserError(
+                f"privacy.epsilon = {privacy.epsilon:g}: no noise is enough for cohorts of a fixed size: write a larger "
+                'budget, or cohort.sampling = "poisson"'
+            )
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        enough = client_cost(experiment, middle, rounds).epsilon <= privacy.epsilon
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def client_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
+    """What so many rounds guarantee to each client, against whoever sees the models but not the server.
+
+    Cohorts of a fixed size are accounted as what they are, which costs more than Poisson sampling
+    (`meadow.privacy.accounting.fixed_cohort_guarantee`).
+    A fixed cohort of everyone is a Poisson cohort with rate 1: with a constant denominator, a client that is not there
+    is one whose update is zero.
+    """
+    privacy, rate = experiment.privacy, _rate(experiment)
+    if _poisson(experiment):
+        return client_guarantee([(rate, z, rounds)], privacy.delta, privacy.accountant)
+    population = experiment.participants
+    return fixed_cohort_guarantee([(population, experiment.cohort_size, z, rounds)], privacy.delta)
+
+
+def client_denominator(experiment: Experiment) -> float:
+    """What the noisy sum of updates is divided by: `privacy.denominator`, or the expected cohort."""
+    return experiment.privacy.denominator or _rate(experiment) * experiment.participants
+
+
+def forecasts(experiment: Experiment) -> list[tuple[float, float, bool]]:
+    """Of each client (pooled: of the one place), with a new ledger: noise multiplier, epsilon of its rounds of the whole
+    run as far as its budget lets it, and whether that ends before the run. Raises UserError as a run would."""
+    times, privacy = participations(experiment), experiment.privacy
+    if privacy.unit == "client":
+        noise = client_noise(experiment)
+        fits = _rounds_that_fit(experiment.run.rounds, privacy.epsilon, lambda n: client_cost(experiment, noise, n))
+        row = noise, client_cost(experiment, noise, fits).epsilon, fits < experiment.run.rounds
+        return [row] * experiment.partition.clients
+    found = []
+    for rounds, budget in zip(times, budgets(experiment, len(times)), strict=True):
+        if privacy.unit == "example":
+            mechanism = dpsgd(experiment, rounds, budget)
+            noise, cost = mechanism.noise_multiplier, functools.partial(dpsgd_cost, experiment, mechanism)
+        else:
+            noise = local_noise(experiment, rounds, budget)
+            cost = functools.partial(local_cost, experiment, noise)
+        fits = _rounds_that_fit(rounds, budget, cost)
+        found.append((noise, cost(fits).epsilon, fits < rounds))
+    return found
+
+
+def _rounds_that_fit(rounds: int, budget: float, cost: Callable[[int], Guarantee]) -> int:
+    """The most rounds, up to all, whose cost is within the budget (0 or infinity: there is none)."""
+    if not budget or cost(rounds).epsilon <= budget:
+        return rounds
+    low, high = 0, rounds
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle).epsilon <= budget else (low, middle)
+    return low
+
+
+def claim(experiment: Experiment, spent: float) -> Guarantee:
+    """An epsilon of this run with all that it means nothing without."""
+    privacy = experiment.privacy
+    if privacy.unit == "example":
+        empty = example_guarantee((), privacy.delta, privacy.accountant)
+    elif privacy.unit == "local":
+        empty = local_guarantee((), privacy.delta, privacy.accountant)
+    else:
+        empty = client_cost(experiment, 1.0, 0)
+    return replace(empty, epsilon=spent)
+
+
+def _poisson(experiment: Experiment) -> bool:
+    return experiment.cohort.sampling == "poisson" or _rate(experiment) == 1
+
+
+def _rate(experiment: Experiment) -> float:
+    return experiment.cohort_size / experiment.participants
+
+
+def _from_file(setting: str, path: Path, clients: int) -> list[float]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows: Sequence[dict[str, str]] = list(csv.DictReader(file))
+        found = {int(row["client"]): float(row["epsilon"]) for row in rows}
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f'privacy.budgets = "{setting}": {type(error).__name__}: {error}; give a CSV file with the columns client and '
+            "epsilon, a number each"
+        ) from None
+    for client in range(clients):
+        if client not in found:
+            raise UserError(
+                f'privacy.budgets = "{setting}": there is no row for client {client}; give every client one'
+            )
+        if not 0 < found[client] < math.inf:
+            raise UserError(
+                f'privacy.budgets = "{setting}": client {client} has epsilon = {found[client]}: give a positive number'
+            )
+    return [found[client] for client in range(clients)]

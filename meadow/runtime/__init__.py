@@ -1,0 +1,1 @@
+"""What a process is: errors, seeds, clock, logs and the identity of the code that runs."""

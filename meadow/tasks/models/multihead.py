@@ -1,0 +1,152 @@
+"""The models: a trunk that turns a sample into features, and a head for each target.
+
+State names are `trunk.*` and `heads.<target>.*`; everything that shares, freezes or personalises goes by them. The trunks
+are in `meadow/tasks/models/networks.py` (our own) and `meadow/tasks/models/backbones.py` (torchvision's and transformers').
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from meadow.config.load import nearest
+from meadow.config.schema import Task
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_seeded
+from meadow.tasks.data import Dataset, Inputs, Target
+from meadow.tasks.models import networks
+from meadow.tasks.models.backbones import TRANSFORMERS, torchvision_names, torchvision_trunk, transformers_trunk
+from meadow.tasks.models.stitch import couple
+from meadow.tasks.readers.datasets import user_object
+
+
+def inputs(dataset: Dataset) -> Inputs:
+    """What a model for this data set takes."""
+    return Inputs(tuple(dataset.train.x.shape[1:]), dataset.tokens)
+
+
+def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) -> nn.Module:
+    """The model of `task.model` and `task.hidden` for samples of this form, with a head for each target, in order.
+
+    Initial weights (torch's defaults: He et al. 2015, uniform with bound 1/sqrt(fan-in)) are a function of `seed`: the
+    trunk's of (seed, "init", "trunk"), a head's of (seed, "init", "heads", name), so that methods with more or fewer
+    heads start from the same trunk; coupled trunks' of (seed, "init", "trunk", name). Raises UserError if the model
+    cannot take samples of this shape.
+    """
+    with torch_seeded(seed, "init", "trunk"):
+        trunk, features = _trunk(task)(task, inputs)
+    heads: dict[str, nn.Module] = {}
+    for target in targets:
+        with torch_seeded(seed, "init", "heads", target.name):
+            head = nn.Linear(features, target.size)
+            heads[target.name] = Gated(features, head) if task.gated else head
+    if task.trunks == "cross-stitch":
+
+        def column(name: str) -> nn.Module:
+            with torch_seeded(seed, "init", "trunk", name):
+                return _trunk(task)(task, inputs)[0]
+
+        trunk, heads = couple(column, features, heads, targets, task.model)
+    return Multihead(trunk, heads, {target.name: target.kind == "value" for target in targets})
+
+
+class Multihead(nn.Module):
+    """A trunk and its heads. `forward`: x (n, *shape) as `Task.prepare` gives it -> {target: output}.
+
+    Outputs: logits (n, classes) or (n, labels); (n,) of a value; (n, quantiles). Of a trunk that gives features for
+    each token, (n, length, features), logits are (n, classes, length), as `torch.nn.functional.cross_entropy` takes
+    them. `on_features` is the second half of `forward` alone.
+    """
+
+    def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module], is_value: Mapping[str, bool]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleDict(heads)
+        self._is_value = is_value
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.on_features(self.trunk(x))
+
+    def on_features(self, features: Tensor) -> dict[str, Tensor]:
+        """The heads' outputs for the trunk's features, float32 (n, features) or (n, length, features)."""
+        outputs = {name: cast(Tensor, head(features)) for name, head in self.heads.items()}
+        if features.ndim == 3:
+            return {name: out.movedim(-1, 1) for name, out in outputs.items()}
+        return {name: out.squeeze(-1) if self._is_value[name] else out for name, out in outputs.items()}
+
+
+class Gated(nn.Module):
+    """A head that looks at what it needs of the features h: linear(h * sigmoid(gate(h))), elementwise."""
+
+    def __init__(self, features: int, linear: nn.Linear) -> None:
+        super().__init__()
+        self.gate = nn.Linear(features, features)
+        self.linear = linear
+
+    def forward(self, h: Tensor) -> Tensor:
+        return cast(Tensor, self.linear(h * torch.sigmoid(self.gate(h))))
+
+
+class TwoDomains(nn.Linear):
+    """A head on augmented features (Daume 2007): (h, h, 0) of a source sample h, (h, 0, h) of a target one.
+
+    It takes features (n, width) of target samples, as evaluation has them, or augmented ones, (n, 3 width). It starts as
+    the plain head: what it shares is that, what is each domain's own is 0.
+    """
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(3 * plain.in_features, plain.out_features)
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[:, : plain.in_features] = plain.weight
+            self.bias.copy_(plain.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h if h.shape[-1] == self.in_features else augmented(h, source=False))
+
+
+def with_domains(model: nn.Module) -> nn.Module:
+    """The model with each of its linear heads made `TwoDomains`, in place."""
+    heads = cast(nn.ModuleDict, model.heads)
+    for name, head in list(heads.items()):
+        heads[name] = TwoDomains(cast(nn.Linear, head))
+    return model
+
+
+def augmented(h: Tensor, source: bool) -> Tensor:
+    """(h, h, 0) or (h, 0, h): features (n, width) -> (n, 3 width)."""
+    none = torch.zeros_like(h)
+    return torch.cat([h, h, none] if source else [h, none, h], -1)
+
+
+Trunk = Callable[[Task, Inputs], tuple[nn.Module, int]]
+"""Makes a trunk: of the settings and of what it is built for, the module and how many features it gives."""
+
+OWN: dict[str, Trunk] = {
+    "mlp": networks.mlp,
+    "cnn": networks.cnn,
+    "lenet": networks.lenet,
+    "mcmahan-cnn": networks.mcmahan_cnn,
+    "cnn1d": networks.cnn1d,
+    "bilstm": networks.bilstm,
+    "charlstm": networks.charlstm,
+}
+
+
+def _trunk(task: Task) -> Trunk:
+    if task.model in OWN:
+        return OWN[task.model]
+    if task.model.startswith(TRANSFORMERS):
+        return transformers_trunk
+    if ":" in task.model:
+        found = user_object("task.model", task.model)
+        if not callable(found):
+            raise UserError(f'task.model = "{task.model}": it is no function; docs/models.md says what it must be')
+        return found
+    if task.model in torchvision_names():
+        return torchvision_trunk
+    raise UserError(
+        f'task.model = "{task.model}": there is no such model{nearest(task.model, [*OWN, *torchvision_names()])}; there are '
+        f"{', '.join(OWN)}, torchvision's classification models by name, transformers:NAME, or your own module:object"
+    )

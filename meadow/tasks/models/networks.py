@@ -1,0 +1,253 @@
+"""Small trunks of our own: for images, sensor windows and text. Each is a function of what it is built for.
+
+A trunk takes prepared samples (n, *shape) and gives features (n, width); the character LSTM gives them for each token,
+(n, length, width). None has batch statistics (GroupNorm, Wu and He 2018), so none has a buffer that would travel or leak.
+Pooling comes before the ReLU behind it: the maximum of ReLUs is the ReLU of the maximum, at a quarter of the work.
+"""
+
+import math
+from collections import OrderedDict
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from meadow.config.schema import Task
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import Inputs
+
+FEATURE_NORM_SQUARED = 8.0
+
+
+class BoundedFeatures(nn.Module):
+    """Centre each sample's features (n, hidden) and scale them to squared length 8: layer normalisation (Ba et al.
+    2016) without parameters, times sqrt(8 / hidden).
+
+    A head's loss has curvature at most 2 (8 + 1) then, whatever the trunk has learned: gradient descent on a value
+    head is stable for lr < 2 / 18, and with momentum 0.9 for lr < 3.8 / 18. A trunk of a source task gives features of
+    squared length 300 without it, on which a value head at lr = 0.05 goes to infinity.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = x.shape[-1]
+        return F.layer_norm(x, (hidden,)) * math.sqrt(FEATURE_NORM_SQUARED / hidden)
+
+
+def mlp(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
+    """Flatten, two hidden layers of `hidden` units with ReLU, `BoundedFeatures`."""
+    _numbers(task, inputs)
+    hidden = task.hidden
+    trunk = nn.Sequential(
+        OrderedDict[str, nn.Module](
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(math.prod(inputs.shape), hidden),
+            relu1=nn.ReLU(),
+            linear2=nn.Linear(hidden, hidden),
+            relu2=nn.ReLU(),
+            bounded=BoundedFeatures(),
+        )
+    )
+    return trunk, hidden
+
+
+def cnn(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
+    """Twice 3x3 convolution, GroupNorm, ReLU and 2x2 pooling, then a linear layer with ReLU, and `BoundedFeatures`.
+
+    The convolutions have hidden // 2 (at least 1) and `hidden` channels. Not adaptive pooling: its gradient has no
+    deterministic kernel on a GPU.
+    """
+    channels, height, width = _image(task, inputs, smallest=2)
+    hidden = task.hidden
+    narrow = max(1, hidden // 2)
+    pooled = hidden * math.ceil(math.ceil(height / 2) / 2) * math.ceil(math.ceil(width / 2) / 2)
+    trunk = nn.Sequential(
+        OrderedDict[str, nn.Module](
+            conv1=nn.Conv2d(channels, narrow, 3, padding=1),
+            norm1=nn.GroupNorm(math.gcd(8, narrow), narrow),
+            pool1=nn.MaxPool2d(2, ceil_mode=True),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(narrow, hidden, 3, padding=1),
+            norm2=nn.GroupNorm(math.gcd(8, hidden), hidden),
+            pool2=nn.MaxPool2d(2, ceil_mode=True),
+            relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            linear=nn.Linear(pooled, hidden),
+            relu3=nn.ReLU(),
+            bounded=BoundedFeatures(),
+        )
+    )
+    return trunk, hidden
+
+
+def lenet(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
+    """LeNet-5's layers (LeCun et al. 1998) with ReLU and max pooling: 61,706 parameters for 28x28x1 and 10 classes."""
+    channels, height, width = _image(task, inputs, smallest=12)
+    trunk = nn.Sequential(
+        OrderedDict[str, nn.Module](
+            conv1=nn.Conv2d(channels, 6, 5, padding=2),
+            pool1=nn.MaxPool2d(2),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(6, 16, 5),
+            pool2=nn.MaxPool2d(2),
+            relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            linear1=nn.Linear(16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2), 120),
+            relu3=nn.ReLU(),
+            linear2=nn.Linear(120, 84),
+            relu4=nn.ReLU(),
+        )
+    )
+    return trunk, 84
+
+
+def mcmahan_cnn(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
+    """The CNN of McMahan et al. 2017, section 3: two 5x5 convolutions (32 and 64 channels), each with 2x2 max pooling,
+    and a layer of 512 units with ReLU. 1,663,370 parameters for 28x28x1 and 10 classes."""
+    channels, height, width = _image(task, inputs, smallest=4)
+    trunk = nn.Sequential(
+        OrderedDict[str, nn.Module](
+            conv1=nn.Conv2d(channels, 32, 5, padding=2),
+            pool1=nn.MaxPool2d(2),
+            relu1=nn.ReLU(),
+            conv2=nn.Conv2d(32, 64, 5, padding=2),
+            pool2=nn.MaxPool2d(2),
+            relu2=nn.ReLU(),
+            flatten=nn.Flatten(),
+            linear=nn.Linear(64 * (height // 4) * (width // 4), 512),
+            relu3=nn.ReLU(),
+        )
+    )
+    return trunk, 512
+
+
+def cnn1d(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
+    """For sensor windows (n, channels, steps): three 1-D convolutions (9, 5 and 3 wide) with GroupNorm and ReLU, the first
+    two with pooling, then the mean and the maximum over time: 2 x hidden features."""
+    if len(inputs.shape) != 2 or inputs.shape[1] < 4 or inputs.tokens:
+        raise UserError(
+            f'task.model = "cnn1d" needs windows (channels, steps) of 4 steps or more, not {_form(inputs)}: '
+            'use "cnn" for images, "bilstm" for text, "mlp" for tables'
+        )
+    hidden, groups = task.hidden, math.gcd(8, task.hidden)
+    layers = OrderedDict[str, nn.Module]()
+    before = inputs.shape[0]
+    for number, width in enumerate((9, 5, 3), start=1):
+        layers[f"conv{number}"] = nn.Conv1d(before, hidden, width, padding=width // 2)
+        layers[f"norm{number}"] = nn.GroupNorm(groups, hidden)
+        if number < 3:
+            layers[f"pool{number}"] = HalfOfTime()
+        layers[f"relu{number}"] = nn.ReLU()
+        before = hidden
+    layers["over_time"] = MeanAndMaximum()
+    return nn.Sequential(layers), 2 * hidden
+
+
+class HalfOfTime(nn.Module):
+    """(n, channels, steps) -> (n, channels, steps // 2): the maximum of every two steps, as `nn.MaxPool1d(2)` has it. That
+    goes one channel at a time; with the channels side by side, as here, it takes a third of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x.unsqueeze(2).contiguous(memory_format=torch.channels_last), (1, 2)).squeeze(2)
+
+
+class MeanAndMaximum(nn.Module):
+    """(n, channels, steps) -> (n, 2 channels): the mean over time beside the maximum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x.mean(-1), x.amax(-1)], 1)
+
+
+EMBEDDING = 64
+
+
+class BiLSTM(nn.Module):
+    """Tokens int64 (n, length), 0 where there is none, at the end -> the maximum over time of both directions'
+    states, (n, 2 hidden). Padding changes nothing. A text without tokens counts as one padding."""
+
+    def __init__(self, tokens: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, EMBEDDING, padding_idx=0)
+        self.lstm = nn.LSTM(EMBEDDING, hidden, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = (x != 0).sum(1).clamp(min=1)
+        x = x[:, : int(lengths.max())]
+        states = self._both_ways(x, lengths) if type(self.lstm) is nn.LSTM else self._packed(x, lengths)
+        beyond = torch.arange(x.shape[1], device=x.device)[None, :, None] >= lengths[:, None, None]
+        return states.masked_fill(beyond, -math.inf).amax(1)
+
+    def _both_ways(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """The states of a padded batch, each direction by itself, the second over the texts turned round within their
+        lengths: what comes after a state does not change it. oneDNN's LSTM takes such a batch whole, forward and back, where
+        a packed one goes through torch step by step."""
+        step = torch.arange(x.shape[1], device=x.device)
+        back = lengths[:, None] - 1 - step
+        turned = torch.where(back >= 0, back, step)
+        own, embedded = self.lstm, self.embedding(x)
+        none = embedded.new_zeros(1, len(x), own.hidden_size)
+
+        def run(inputs: Tensor, suffix: str) -> Tensor:
+            weights = [getattr(own, f"{name}_l0{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+            return torch.lstm(inputs, (none, none), weights, True, 1, 0.0, self.training, False, True)[0]
+
+        ahead = run(embedded, "")
+        behind = run(embedded.gather(1, turned[:, :, None].expand_as(embedded)), "_reverse")
+        return torch.cat([ahead, behind.gather(1, turned[:, :, None].expand_as(behind))], -1)
+
+    def _packed(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """The same by what stands in the LSTM's place, as Opacus's does."""
+        packed = pack_padded_sequence(self.embedding(x), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        states: Tensor = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+        return states
+
+
+def bilstm(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
+    """`BiLSTM` for texts, 64 numbers a token: 2 x hidden features."""
+    return BiLSTM(_tokens(task, inputs), task.hidden), 2 * task.hidden
+
+
+class CharacterLSTM(nn.Module):
+    """Tokens int64 (n, length) -> the states of a two-layer LSTM at each of them, (n, length, hidden)."""
+
+    def __init__(self, tokens: int, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, 8)
+        self.lstm = nn.LSTM(8, hidden, num_layers=2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.lstm(self.embedding(x))[0])
+
+
+def charlstm(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
+    """`CharacterLSTM`, the shape of McMahan et al. 2017's: 8 numbers a character, two layers (theirs have 256 units)."""
+    return CharacterLSTM(_tokens(task, inputs), task.hidden), task.hidden
+
+
+def _image(task: Task, inputs: Inputs, smallest: int) -> tuple[int, int, int]:
+    if len(inputs.shape) != 3 or min(inputs.shape[1:]) < smallest or inputs.tokens:
+        raise UserError(
+            f'task.model = "{task.model}" needs images (channels, height, width) of {smallest} pixels or more a side, not '
+            f'{_form(inputs)}: use "mlp", or set task.image_size'
+        )
+    channels, height, width = inputs.shape
+    return channels, height, width
+
+
+def _tokens(task: Task, inputs: Inputs) -> int:
+    if not inputs.tokens:
+        raise UserError(
+            f'task.model = "{task.model}" needs tokens, not {_form(inputs)}: use it with text or characters, '
+            'or "mlp" for tables and "cnn" for images'
+        )
+    return inputs.tokens
+
+
+def _numbers(task: Task, inputs: Inputs) -> None:
+    if inputs.tokens:
+        raise UserError(f'task.model = "{task.model}" cannot take tokens: use "bilstm", or "charlstm" for characters')
+
+
+def _form(inputs: Inputs) -> str:
+    return f"texts of {inputs.shape[0]} tokens" if inputs.tokens else f"samples of shape {inputs.shape}"

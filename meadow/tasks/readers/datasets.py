@@ -1,0 +1,149 @@
+"""Opening a data set by what `task.dataset` names: one reader a format, each in a module of its own.
+
+A reader takes the settings of `[task]` and gives a `meadow.tasks.data.Raw`; what is the same for all formats stands
+here: the targets and their kinds, the global test set held out where the data brings none, the natural clients. What a
+user's own `module:object` must be is told in docs/data.md: a reader like these.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from meadow.arrays import memory
+from meadow.config import schema
+from meadow.config.load import nearest
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import numpy_generator
+from meadow.tasks.data import Dataset, Raw, make_dataset
+from meadow.tasks.readers.arrays import arrays
+from meadow.tasks.readers.digits import digits, printed_dataset
+from meadow.tasks.readers.hub import hub
+from meadow.tasks.readers.images import TORCHVISION, image_folder, image_table, torchvision_data
+from meadow.tasks.readers.stars import stars
+from meadow.tasks.readers.tabular import tabular
+from meadow.tasks.readers.text import characters, text
+from meadow.tasks.targets import encode
+
+_DATA_SEED = 0  # The held-out test set belongs to the data: it does not depend on the experiment's seed.
+
+Reader = Callable[[schema.Task], Raw]
+_READERS: dict[str, Reader] = {
+    "digits": lambda task: digits(),
+    "printed-digits": lambda task: printed_dataset(task.source_samples),
+    "arrays": lambda task: arrays(task, folder(task)),
+    "text": lambda task: text(task, folder(task)),
+    "characters": lambda task: characters(task, folder(task)),
+    "tabular": lambda task: tabular(task, folder(task)),
+    "hub": lambda task: hub(task),
+    "stars": lambda task: stars(task.image_size, task.channels),
+    "image-table": lambda task: image_table(task, folder(task)),
+    "ImageFolder": lambda task: image_folder(task, folder(task)),
+    **dict.fromkeys(TORCHVISION, lambda task: torchvision_data(task, folder(task))),
+}
+
+
+# What of [task] decides the data; a data set is opened once a process for each of their values.
+_DATA_KEYS = (
+    "dataset", "root", "download", "train", "test", "test_fraction", "inputs", "targets", "kinds", "client", "public",
+    "image_size", "channels", "tokens", "vocabulary", "vocabulary_size", "length", "source_samples",
+)  # fmt: skip
+
+
+def open_dataset(task: schema.Task) -> Dataset:
+    """The data set that `task.dataset` names, with `task.targets`; the same object for the same settings.
+
+    Raises UserError for an unknown data set, files that are missing or malformed, and targets that it has not.
+    """
+    own = data_settings(task)
+    return memory.common(own, lambda: _open(own))
+
+
+def data_settings(task: schema.Task) -> schema.Task:
+    """The settings with those at their defaults that do not decide the data."""
+    defaults = schema.Task().model_dump()
+    return task.model_copy(update={key: v for key, v in defaults.items() if key not in _DATA_KEYS})
+
+
+def forget_datasets() -> None:
+    """Keep no data set but for those in common memory."""
+    _open.cache_clear()
+
+
+@functools.lru_cache(maxsize=4)
+def _open(task: schema.Task) -> Dataset:
+    raw = _reader(task)(task)
+    if raw.test is None:
+        raw = _hold_out(raw, task.test_fraction)
+    targets, train, test = encode(raw, task.targets, dict(zip(task.targets, task.kinds, strict=False)))
+    if len(train) == 0 or len(test) == 0:
+        raise UserError(f'task.dataset = "{task.dataset}": it has {len(train)} training and {len(test)} test samples')
+    owner: npt.NDArray[np.int64] | None = None
+    clients: tuple[str, ...] = ()
+    if raw.train.client is not None:
+        names, codes = np.unique(raw.train.client.astype(str), return_inverse=True)
+        owner, clients = codes.astype(np.int64), tuple(str(n) for n in names)
+    return make_dataset(
+        raw.name, train, test, targets, owner=owner, clients=clients, tokens=raw.tokens, images=raw.images
+    )
+
+
+def folder(task: schema.Task) -> Path:
+    """`task.root` as a folder that exists; "~" and "$NAME" in it are filled in. Raises UserError if it does not."""
+    if not task.root:
+        raise UserError(
+            f'task.root is empty: task.dataset = "{task.dataset}" reads files; write the folder that they are in '
+            '(for example root = "$MEADOW_DATA/heart")'
+        )
+    path = Path(os.path.expandvars(task.root)).expanduser()
+    if not path.is_dir():
+        raise UserError(f'task.root = "{task.root}": there is no such folder{_unset(task.root)}')
+    return path
+
+
+def user_object(setting: str, name: str) -> object:
+    """What "module:object" names, found on the current path. Raises UserError if it cannot be imported."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f'{setting} = "{name}": {error}; the module must be on the Python path (for example PYTHONPATH=.)'
+        ) from None
+
+
+def _reader(task: schema.Task) -> Reader:
+    if ":" in task.dataset and task.dataset.partition(":")[0] not in _READERS:
+        found = user_object("task.dataset", task.dataset)
+        if not callable(found):
+            raise UserError(f'task.dataset = "{task.dataset}": it is no function; docs/data.md says what it must be')
+        return found
+    reader = _READERS.get(task.dataset.partition(":")[0])
+    if reader is None:
+        raise UserError(
+            f'task.dataset = "{task.dataset}": there is no such data set{nearest(task.dataset, _READERS)}; there are '
+            f"{', '.join(_READERS)}, or your own module:object"
+        )
+    return reader
+
+
+def _hold_out(raw: Raw, fraction: float) -> Raw:
+    """A random share of the training pool as the global test set, at least one sample."""
+    n = len(raw.train.x)
+    order = numpy_generator(_DATA_SEED, "hold-out").permutation(n)
+    count = min(max(1, round(fraction * n)), max(n - 1, 0))
+    return replace(
+        raw,
+        train=raw.train.take(np.sort(order[count:])),
+        test=replace(raw.train.take(np.sort(order[:count])), client=None),
+    )
+
+
+def _unset(root: str) -> str:
+    left = [part for part in os.path.expandvars(root).split("/") if part.startswith("$")]
+    return f" ({left[0]} is not set in the environment)" if left else ""

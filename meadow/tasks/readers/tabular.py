@@ -1,0 +1,189 @@
+"""Tables of numbers and categories, with gaps, as samples.
+
+Each entry of `task.inputs` is a column and how it is read:
+
+    NAME [scaled | mean M std S] [gaps]      a number; (value - mean) / std; a gap is the mean, 0 after scaling
+    NAME [category | among VALUE ...]        one input for each category and one for a gap, 0 or 1
+
+The constants stand in the entry, or come from the public file `task.public` (`scaled`, `category`). They are never taken
+silently from the clients' private rows. `gaps` adds an input that is 1 where the number is missing.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from meadow.config.schema import Task
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import Part, Raw
+from meadow.tasks.readers.tables import GAPS, Table, candidates, find_file, read_table
+
+Floats = npt.NDArray[np.float32]
+
+
+def tabular(task: Task, folder: Path) -> Raw:
+    """The rows of `task.train` (default train.csv) and, if given or there, `task.test` (test.csv) as float32 (n, inputs)."""
+    train, test = read_train_and_test(task, folder)
+    return tabular_raw(task, train, test, read_public(task, folder, train))
+
+
+def tabular_raw(task: Task, train: Table, test: Table | None, public: Table | None) -> Raw:
+    """The same of tables that are read already."""
+    readers = [_constants(column, public) for column in read_inputs(task, train)]
+
+    def part(table: Table, clients: bool) -> Part:
+        x = np.concatenate([reader.read(table) for reader in readers], axis=1)
+        return labelled(task, table, torch.from_numpy(x), clients)
+
+    return Raw(Path(train.source).stem, part(train, True), part(test, False) if test else None)
+
+
+def read_train_and_test(task: Task, folder: Path) -> tuple[Table, Table | None]:
+    """The tables of the training pool and of the global test set; None if a share is to be held out for it."""
+    train = read_table(find_file(folder, task.train, "task.train", candidates("train")))
+    if task.test:
+        return train, read_table(find_file(folder, task.test, "task.test", []))
+    there = [name for name in candidates("test") if (folder / name).is_file()]
+    return train, read_table(folder / there[0]) if there and not task.train else None
+
+
+def read_public(task: Task, folder: Path, train: Table) -> Table | None:
+    """The table that `task.public` names: public rows, or the training pool if that is declared public."""
+    if task.public == "train":
+        return train
+    if not task.public:
+        return None
+    return read_table(find_file(folder, task.public, "task.public", []))
+
+
+def labelled(task: Task, table: Table, x: torch.Tensor, clients: bool) -> Part:
+    """Samples with the table's columns as possible targets and, if asked for, its client column."""
+    client = table.joined(task.client, f'task.client = "{task.client}"') if clients and task.client else None
+    return Part(x, table.columns, client, table.source, table.lines)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One entry of task.inputs, read."""
+
+    text: str
+    name: str
+    how: str  # "number", "scaled", "category"
+    mean: float = 0.0
+    std: float = 1.0
+    categories: tuple[str, ...] = ()
+    gaps: bool = False
+
+    def read(self, table: Table) -> Floats:
+        """The inputs that this column becomes: float32 (n, 1 or more)."""
+        setting = f'task.inputs = "{self.text}"'
+        if self.how == "category":
+            values = table.column(self.name, setting)
+            rows = np.zeros((len(values), len(self.categories) + 1), dtype=np.float32)
+            place = {category: i for i, category in enumerate(self.categories)} | {"": len(self.categories)}
+            for i, value in enumerate(values):
+                if (at := place.get(_plain(value))) is not None:
+                    rows[i, at] = 1
+            return rows
+        numbers = table.numbers(self.name, setting)
+        gone = np.isnan(numbers)
+        scaled = np.where(gone, 0.0, (numbers - self.mean) / self.std)
+        inputs = [scaled, gone] if self.gaps else [scaled]
+        return np.stack(inputs, axis=1).astype(np.float32)
+
+
+def read_inputs(task: Task, train: Table) -> list[_Column]:
+    """The entries of `task.inputs`; if it is empty, every column that is no target and no client, a number as it is."""
+    used = {*task.targets, *task.client.split("+")}
+    entries = task.inputs or tuple(shlex.quote(name) for name in train.columns if name not in used)
+    if not entries:
+        raise UserError(
+            f"task.inputs is empty, and {train.source} has no column that is neither a target nor the client"
+        )
+    columns = [_entry(text) for text in entries]
+    for column in columns:
+        train.column(column.name, f'task.inputs = "{column.text}"')
+        if column.name in task.targets:
+            raise UserError(f'task.inputs = "{column.text}": this column is a target')
+    return columns
+
+
+def _entry(text: str) -> _Column:
+    try:
+        name, *words = shlex.split(text) or [""]
+    except ValueError as error:
+        raise _wrong(text, str(error)) from None
+    gaps = bool(words) and words[-1] == "gaps"
+    words = words[:-1] if gaps else words
+    if not words:
+        return _Column(text, name, "number", gaps=gaps)
+    if words == ["scaled"]:
+        return _Column(text, name, "scaled", gaps=gaps)
+    if words[0] == "mean" and len(words) == 4 and words[2] == "std":
+        try:
+            mean, std = float(words[1]), float(words[3])
+        except ValueError:
+            raise _wrong(text, "mean and std are numbers") from None
+        if not (np.isfinite(mean) and 0 < std < np.inf):
+            raise _wrong(text, "the mean is a finite number and the std a positive one")
+        return _Column(text, name, "number", mean, std, gaps=gaps)
+    if gaps:
+        raise _wrong(text, "a category has an input for gaps already")
+    if words == ["category"]:
+        return _Column(text, name, "category")
+    if words[0] == "among" and len(words) > 1:
+        return _Column(text, name, "category", categories=tuple(_plain(w) for w in words[1:]))
+    raise _wrong(text, f'"{" ".join(words)}" is not understood')
+
+
+def _constants(column: _Column, public: Table | None) -> _Column:
+    """The column with the constants that it takes from public data."""
+    wanted = column.how == "scaled" or (column.how == "category" and not column.categories)
+    if not wanted:
+        return column
+    if public is None:
+        instead = '"NAME mean M std S"' if column.how == "scaled" else '"NAME among VALUE ..."'
+        raise _wrong(
+            column.text,
+            f"its constants must be public: name a public file in task.public, write {instead}, or declare "
+            'the training rows public (task.public = "train")',
+        )
+    if column.how == "category":
+        found = {_plain(v) for v in public.column(column.name, "task.public")} - {""}
+        return _Column(column.text, column.name, "category", categories=tuple(_sorted(found)))
+    numbers = public.numbers(column.name, "task.public")
+    known = numbers[~np.isnan(numbers)]
+    if len(known) == 0 or known.std() == 0:
+        raise _wrong(column.text, f"the column has no spread in {public.source}: write its mean and std")
+    return _Column(column.text, column.name, "number", float(known.mean()), float(known.std()), gaps=column.gaps)
+
+
+def _plain(value: str) -> str:
+    """A category as it is compared: 3.0 and 3 are the same; "?" and "NA" are gaps."""
+    value = value.strip()
+    if value in GAPS:
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def _sorted(values: set[str]) -> Sequence[str]:
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return sorted(values)
+
+
+def _wrong(text: str, why: str) -> UserError:
+    return UserError(
+        f'task.inputs = "{text}": {why}; an entry is "NAME", "NAME scaled", "NAME mean M std S" (each may end in gaps), '
+        '"NAME category" or "NAME among VALUE ..."'
+    )

@@ -1,0 +1,206 @@
+"""Shares: what each machine of a deployment needs of a task, and nothing of anybody else's data.
+
+`deal_out` writes them where all the data is (or each data owner writes its own in the same form); a process that finds
+MEADOW_SHARE in its environment opens its task from the share there. A node's share has its own clients' samples, the
+coordinator's has the global test set and the sizes of all clients. Hashes of data and split are those of the whole, so that
+the roll call still finds out who holds another split.
+"""
+
+import functools
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meadow.arrays.files import DamagedFile, read_arrays, write_arrays, write_bytes, write_json
+from meadow.arrays.memory import Recent
+from meadow.arrays.named import Arrays
+from meadow.config.load import to_toml, to_tree
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import Data, Dataset, Target
+from meadow.tasks.models.peft import added
+from meadow.tasks.pipeline import image_pipeline
+from meadow.tasks.splits.partition import LeftOut, Split
+from meadow.tasks.task import ClientData, Task, open_task, settle
+
+COORDINATOR = "coordinator"
+
+
+def hosted(index: int, nodes: int, clients: int) -> range:
+    """The clients of node `index` of `nodes`: an even, contiguous share of them."""
+    return range(index * clients // nodes, (index + 1) * clients // nodes)
+
+
+def deal_out(experiment: Experiment, nodes: int, out: Path, below: str = "") -> list[Path]:
+    """Write the shares of the coordinator and of `nodes` nodes to out/coordinator/`below`, out/node-0/`below`, ...
+
+    Pooled training has all data in one place, which is node 0. Raises UserError as `open_task`, and if there are more
+    nodes than clients.
+    """
+    experiment = settle(experiment)
+    clients = experiment.partition.clients
+    if not 1 <= nodes <= clients:
+        raise UserError(f"--nodes {nodes}: {clients} clients can be dealt to 1 to {clients} nodes")
+    task = open_task(experiment)
+    folders = [out / COORDINATOR / below, *(out / f"node-{i}" / below for i in range(nodes))]
+    for number, folder in enumerate(folders):
+        index = number - 1
+        own = hosted(index, nodes, clients) if index >= 0 else range(0)
+        if experiment.run.placement == "pooled" and index == 0:
+            own = range(clients)
+        _write(experiment, task, folder, own, coordinator=index < 0)
+    return folders
+
+
+def _write(experiment: Experiment, task: Task, folder: Path, own: range, coordinator: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.safetensors"):
+        old.unlink()
+    x = task.dataset.train.x
+    sizes = task.split.sizes
+    if not coordinator:
+        sizes = np.where(np.isin(np.arange(len(sizes)), own)[:, None], sizes, 0)
+    write_json(
+        folder / "share.json",
+        {
+            "of": _identity(experiment),
+            "clients": list(own),
+            "shape": list(x.shape[1:]),
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "dataset": {
+                "name": task.dataset.name,
+                "sha256": task.dataset.sha256,
+                "tokens": task.dataset.tokens,
+                "images": task.dataset.images,
+                "clients": list(task.dataset.clients) if coordinator else [],
+                "targets": [asdict(target) for target in task.dataset.targets],
+            },
+            "split": {
+                "law": task.split.law,
+                "tries": task.split.tries,
+                "sha256": task.split.sha256,
+                "left_out": asdict(task.split.left_out),
+                "natural": None if task.split.natural is None else task.split.natural.tolist(),
+                "sizes": sizes.tolist(),
+            },
+            "held": task.held.tolist(),
+            "labels": task.label_counts().tolist() if coordinator else [],
+        },
+    )
+    write_bytes(folder / "experiment.toml", to_toml(experiment).encode())
+    if coordinator:
+        write_arrays(folder / "test.safetensors", _arrays("test", task.dataset.test))
+    for client in own:
+        data = task.client(client)
+        parts = {"train": data.train, "validation": data.validation, "test": data.test}
+        arrays = {name: array for part, own_data in parts.items() for name, array in _arrays(part, own_data).items()}
+        write_arrays(folder / f"client-{client}.safetensors", arrays)
+
+
+@functools.lru_cache(maxsize=4)
+def read_share(folder: Path, experiment: Experiment) -> Task:
+    """The task of an experiment from the share in `folder`. Raises UserError for a share of something else or none."""
+    try:
+        share = json.loads((folder / "share.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"MEADOW_SHARE = {folder}: there is no share ({error}); `meadow deal` writes one") from None
+    now = _identity(experiment)
+    for key, value in now.items():
+        if share["of"].get(key) != value:
+            raise UserError(
+                f"MEADOW_SHARE = {folder}: the share was dealt for {key} = {share['of'].get(key)!r}, the experiment has "
+                f"{value!r}: deal again for this experiment"
+            )
+    targets = tuple(_target(entry) for entry in share["dataset"]["targets"])
+    empty = Data(
+        torch.empty((0, *share["shape"]), dtype=getattr(torch, share["dtype"])),
+        {t.name: torch.empty(0) for t in targets},
+    )
+    test_file = folder / "test.safetensors"
+    try:
+        test = _data("test", read_arrays(test_file)) if test_file.exists() else empty
+        clients = {pid: _client(folder / f"client-{pid}.safetensors") for pid in share["clients"]}
+    except DamagedFile as error:
+        raise UserError(f"MEADOW_SHARE = {folder}: {error}; deal again") from None
+    facts = {key: share["dataset"][key] for key in ("name", "sha256", "tokens", "images")}
+    dataset = Dataset(train=empty, test=test, targets=targets, clients=tuple(share["dataset"]["clients"]), **facts)
+    kept: Recent[int, ClientData] = Recent(2**62)  # there is no pool to gather them from again
+    for client, data in clients.items():
+        kept.put(client, data, 0)
+    learned = {target.name: target for target in targets}
+    weights = experiment.task.target_weights or (1.0,) * len(experiment.learned)
+    return Task(
+        dataset,
+        _split(share["split"]),
+        tuple(learned[name] for name in experiment.learned),
+        weights,
+        experiment.task,
+        experiment.run.seed,
+        np.array(share["held"], dtype=bool),
+        pipeline=image_pipeline(dataset, experiment.task),
+        counts=np.array(share["labels"], dtype=np.int64) if share["labels"] else None,
+        added=added(experiment.local),
+        two_domains=experiment.adapt.method == "augment",
+        _clients=kept,
+    )
+
+
+def share_folder() -> Path | None:
+    """Where this process's share is, if it has one."""
+    place = os.environ.get("MEADOW_SHARE", "")
+    return Path(place) if place else None
+
+
+def _identity(experiment: Experiment) -> dict[str, Any]:
+    """The settings that decide the data and the split; where the files lie is each machine's own affair."""
+    tree = to_tree(experiment)
+    task = {
+        f"task.{k}": v
+        for k, v in tree["task"].items()
+        if k in ("dataset", "targets", "kinds", "image_size", "channels")
+    }
+    folds = {f"evaluate.{k}": tree["evaluate"][k] for k in ("folds", "fold")}
+    return (
+        {"run.seed": experiment.run.seed} | task | {f"partition.{k}": v for k, v in tree["partition"].items()} | folds
+    )
+
+
+def _target(entry: dict[str, Any]) -> Target:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    return Target(**values)
+
+
+def _split(entry: dict[str, Any]) -> Split:
+    bounds = np.concatenate([[0], np.cumsum(np.array(entry["sizes"], dtype=np.int64).ravel())])
+    natural = entry["natural"]
+    return Split(
+        entry["law"],
+        entry["tries"],
+        np.broadcast_to(np.int64(-1), int(bounds[-1])),  # which samples of the pool they were is nobody's business here
+        bounds,
+        entry["sha256"],
+        LeftOut(**entry["left_out"]),
+        None if natural is None else np.array(natural, dtype=np.int64),
+    )
+
+
+def _client(path: Path) -> ClientData:
+    arrays = read_arrays(path)
+    return ClientData(*(_data(part, arrays) for part in ("train", "validation", "test")))
+
+
+def _arrays(part: str, data: Data) -> Arrays:
+    return {f"{part}/x": data.x.numpy(), **{f"{part}/y/{name}": y.numpy() for name, y in data.y.items()}}
+
+
+def _data(part: str, arrays: Arrays) -> Data:
+    prefix = f"{part}/y/"
+    y = {n.removeprefix(prefix): torch.from_numpy(a) for n, a in arrays.items() if n.startswith(prefix)}
+    x: Tensor = torch.from_numpy(arrays[f"{part}/x"])
+    return Data(x, y)

@@ -1,0 +1,309 @@
+"""Targets from raw columns: the grammar of `task.kinds`, and the numbers that a column becomes.
+
+    class [N | NAME ...] [above T] [weights W ... | balanced]
+    labels [N | NAME ...] [weights W ... | balanced]
+    value [scale S] [offset O]
+    quantiles Q ... [scale S] [offset O]
+
+`class` alone takes the distinct values of the column as the classes, in order (numbers by size, text by code point);
+`class 5` says that the column holds 0..4; `class no yes` names them in order; `class above 0` is two classes of a number,
+and `class no yes above 0` names the two. `labels` reads rows of 0 and 1, or a text column with names separated by "|". An
+empty cell and NaN are a missing label, and so is -1 in an array of whole numbers, unless it is one of the classes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from meadow.config.load import nearest
+from meadow.runtime.errors import UserError
+from meadow.tasks.data import MISSING, Data, Part, Raw, Target
+
+KINDS: tuple[str, ...] = get_args(Target.__dataclass_fields__["kind"].type)
+_WORDS = ("above", "weights", "balanced", "scale", "offset")
+Column = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One entry of `task.kinds`, read. `words`: what stands before the first keyword."""
+
+    kind: str
+    words: tuple[str, ...]
+    above: float | None = None
+    weights: tuple[float, ...] = ()
+    balanced: bool = False
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+def read_kind(target: str, text: str) -> Kind:
+    """Read one entry of `task.kinds`. Raises UserError that says what is wrong and what may be written."""
+    first, *rest = text.split() or [""]
+    if first not in KINDS:
+        raise _wrong(target, text, f"a kind begins with one of {', '.join(KINDS)}")
+    parts: dict[str, list[str]] = {"": []}
+    for word in rest:
+        if word in _WORDS:
+            if word in parts:
+                raise _wrong(target, text, f'"{word}" stands twice')
+            parts[word] = []
+            here = word
+        else:
+            parts[here if len(parts) > 1 else ""].append(word)
+    allowed = {
+        "class": ("above", "weights", "balanced"),
+        "labels": ("weights", "balanced"),
+        "value": ("scale", "offset"),
+        "quantiles": ("scale", "offset"),
+    }[first]
+    for word, values in parts.items():
+        if word and word not in allowed:
+            raise _wrong(target, text, f'"{word}" does not go with {first}; {", ".join(allowed)} do')
+        if word in ("above", "scale", "offset") and len(values) != 1:
+            raise _wrong(target, text, f'"{word}" takes one number')
+        if word == "weights" and not values:
+            raise _wrong(target, text, '"weights" takes a number for each class')
+        if word == "balanced" and values:
+            raise _wrong(target, text, f'"balanced" stands alone, without "{values[0]}"')
+    numbers = {
+        w: tuple(_number(target, text, v) for v in parts.get(w, ())) for w in ("above", "weights", "scale", "offset")
+    }
+    kind = Kind(
+        first,
+        tuple(parts[""]),
+        above=numbers["above"][0] if numbers["above"] else None,
+        weights=numbers["weights"],
+        balanced="balanced" in parts,
+        scale=numbers["scale"][0] if numbers["scale"] else 1.0,
+        offset=numbers["offset"][0] if numbers["offset"] else 0.0,
+    )
+    if kind.scale <= 0 or (kind.weights and min(kind.weights) <= 0):
+        raise _wrong(target, text, "scale and weights are positive numbers")
+    if kind.weights and kind.balanced:
+        raise _wrong(target, text, "give weights or balanced, not both")
+    if first == "quantiles":
+        levels = [_number(target, text, w) for w in kind.words]
+        if not levels or sorted(set(levels)) != levels or min(levels) <= 0 or max(levels) >= 1:
+            raise _wrong(target, text, "write the levels in rising order, each between 0 and 1: quantiles 0.1 0.5 0.9")
+    if first in ("class", "labels") and len(set(kind.words)) != len(kind.words):
+        raise _wrong(target, text, "two classes have the same name")
+    if kind.above is not None and len(kind.words) not in (0, 2):
+        raise _wrong(target, text, '"above" makes two classes: give two names, or none')
+    if first == "value" and kind.words:
+        raise _wrong(target, text, f'"{kind.words[0]}" is not understood: value [scale S] [offset O]')
+    return kind
+
+
+def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[tuple[Target, ...], Data, Data]:
+    """The targets of these names with their numbers: (targets, training pool, test set).
+
+    A target's kind is that of `kinds`, else of the reader, else told by its values: "class" for text, for an array of
+    whole numbers, and where all are whole numbers of which at most 100 differ; "value" for other numbers. Raises
+    UserError for an unknown column, a class that the kind does not know, a value that is no number, and a column of
+    another shape than the kind's.
+    """
+    assert raw.test is not None
+    for name in names:
+        if name not in raw.train.columns:
+            raise UserError(
+                f'task.targets = {list(names)}: the data set "{raw.name}" has no target '
+                f'"{name}"{nearest(name, raw.train.columns)}; it has {", ".join(raw.train.columns)}'
+            )
+        if name not in raw.test.columns:
+            raise UserError(
+                f'task.test: the test set of "{raw.name}" has no column "{name}", which the training pool has'
+            )
+    targets, train, test = [], {}, {}
+    for name in names:
+        text = kinds.get(name) or raw.kinds.get(name) or _guess(raw.train.columns[name])
+        both = [np.asarray(part.columns[name]) for part in (raw.train, raw.test)]
+        _check_shapes(raw, name, text, both)
+        target = _target(name, text, both)
+        targets.append(target)
+        train[name], test[name] = (_numbers(target, text, part) for part in (raw.train, raw.test))
+    return tuple(targets), Data(raw.train.x, train), Data(raw.test.x, test)
+
+
+def missing(column: Column) -> npt.NDArray[np.bool_]:
+    """Which entries of a raw column are missing: empty text, NaN."""
+    if column.dtype.kind in "fc":
+        return np.isnan(column)
+    if column.dtype.kind in "OUS":
+        return np.asarray(column.astype(str) == "")
+    return np.zeros(column.shape, dtype=bool)
+
+
+def _guess(column: Column) -> str:
+    words = _words(column)[0]
+    known = [word for word in words if word]
+    if not all(_is_number(word) for word in known):
+        return "class"
+    if column.dtype.kind in "iub":
+        return "class"
+    return "class" if known and len(known) <= 100 and all(float(w).is_integer() for w in known) else "value"
+
+
+def _check_shapes(raw: Raw, name: str, text: str, columns: list[Column]) -> None:
+    """Raise UserError for a column that is no entry a sample: rows are for labels, and one a token for classes of texts."""
+    kind = read_kind(name, text).kind
+    for column in columns:
+        rows = kind == "labels" and column.ndim == 2
+        tokens = kind == "class" and raw.tokens and column.ndim == 2 and column.shape[1:] == raw.train.x.shape[1:]
+        if column.ndim != 1 and not rows and not tokens:
+            raise _wrong(
+                name,
+                text,
+                f"the column has shape {column.shape}, where {kind} takes one entry a sample; "
+                'rows of 0 and 1 are "labels", and other arrays are to be split, one a target',
+            )
+
+
+def _target(name: str, text: str, columns: list[Column]) -> Target:
+    kind = read_kind(name, text)
+    if kind.kind == "value":
+        return Target(name, "value", 1, kind.scale, kind.offset)
+    if kind.kind == "quantiles":
+        levels = tuple(float(w) for w in kind.words)
+        return Target(name, "quantiles", len(levels), kind.scale, kind.offset, levels)
+    if kind.above is not None:
+        names: tuple[str, ...] = kind.words or (f"at most {kind.above:g}", f"above {kind.above:g}")
+    elif len(kind.words) == 1 and kind.words[0].isdecimal():
+        names = tuple(str(i) for i in range(int(kind.words[0])))
+    elif kind.words:
+        names = kind.words
+    elif kind.kind == "labels":
+        names = _label_names(columns)
+    else:
+        names = _distinct(columns)
+    if kind.weights and len(kind.weights) != len(names):
+        raise _wrong(name, text, f"{len(kind.weights)} weights for {len(names)} classes {list(names)[:20]}")
+    if len(names) < 2 and kind.kind == "class":
+        raise _wrong(name, text, f"the column has {len(names)} distinct values; a class target needs two or more")
+    return Target(
+        name,
+        "labels" if kind.kind == "labels" else "class",
+        len(names),
+        weights=kind.weights,
+        balanced=kind.balanced,
+        names=names,
+    )
+
+
+def _numbers(target: Target, text: str, part: Part) -> Tensor:
+    column = np.asarray(part.columns[target.name])
+    gone = missing(column)
+    if target.kind in ("value", "quantiles"):
+        return torch.from_numpy(_floats(target.name, text, part, gone).astype(np.float32))
+    if target.kind == "labels":
+        return torch.from_numpy(_rows(target, text, part))
+    kind = read_kind(target.name, text)
+    if kind.above is not None:
+        values = _floats(target.name, text, part, gone)
+        return torch.from_numpy(np.where(gone, MISSING, (values > kind.above).astype(np.int64)))
+    index = {name: i for i, name in enumerate(target.names)}
+    words, inverse = _words(column)
+    words = [word if word in index else _whole(word) for word in words]
+    if column.dtype.kind == "i":
+        index.setdefault(str(MISSING), MISSING)  # how whole numbers say that there is none, unless -1 is a class
+    for number, word in enumerate(words):
+        if word and word not in index:
+            row = int(np.argwhere(inverse == number)[0][0])
+            why = f'{part.where(row)}, has "{word}", which is none of {list(target.names)[:20]}'
+            raise _wrong(target.name, text, why)
+    return torch.from_numpy(np.array([index.get(word, MISSING) for word in words], dtype=np.int64)[inverse])
+
+
+def _words(column: Column) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """The distinct values as text, and for each entry the index of its own: whole numbers have no decimal point, a
+    missing value is ""."""
+    values = column if column.dtype.kind in "fiub" else column.astype(str)
+    distinct, inverse = np.unique(values, return_inverse=True)
+    if column.dtype.kind == "f":
+        words = ["" if np.isnan(v) else _whole(repr(float(v))) for v in distinct]
+    elif column.dtype.kind in "iub":
+        words = [str(int(v)) for v in distinct]
+    else:
+        words = [str(v) for v in distinct]
+    return words, inverse.reshape(column.shape)
+
+
+def _whole(word: str) -> str:
+    """A whole number without its decimal point, "3.0" as "3": so are whole numbers with gaps often saved."""
+    return str(int(float(word))) if _is_number(word) and float(word).is_integer() else word
+
+
+def _distinct(columns: list[Column]) -> tuple[str, ...]:
+    seen = {word for column in columns for word in _words(column)[0]} - {""}
+    if all(_is_number(v) for v in seen):
+        return tuple(sorted(seen, key=lambda word: (float(word), word)))
+    return tuple(sorted(seen))
+
+
+def _label_names(columns: list[Column]) -> tuple[str, ...]:
+    if columns[0].ndim == 2:
+        return tuple(str(i) for i in range(columns[0].shape[1]))
+    return tuple(sorted({name for column in columns for cell in _words(column)[0] for name in _cell(cell)}))
+
+
+def _cell(cell: str) -> list[str]:
+    return [name.strip() for name in str(cell).split("|") if name.strip()]
+
+
+def _rows(target: Target, text: str, part: Part) -> npt.NDArray[np.float32]:
+    column = np.asarray(part.columns[target.name])
+    if column.ndim == 2:
+        if column.shape[1] != target.size:
+            raise _wrong(target.name, text, f"rows have {column.shape[1]} entries, not {target.size}")
+        rows = column.astype(np.float32)
+        if not np.isin(rows[~np.isnan(rows)], (0, 1)).all():
+            raise _wrong(target.name, text, "rows of labels hold 0 and 1 (NaN where unknown)")
+        return rows
+    index = {name: i for i, name in enumerate(target.names)}
+    rows = np.zeros((len(column), target.size), dtype=np.float32)
+    words, inverse = _words(column)
+    for row, word in enumerate(inverse):
+        cell = words[word]
+        if cell == "":
+            rows[row] = np.nan
+        for name in _cell(cell):
+            if name not in index:
+                raise _wrong(target.name, text, f'{part.where(row)}, has "{name}", none of {list(target.names)[:20]}')
+            rows[row, index[name]] = 1
+    return rows
+
+
+def _floats(target: str, text: str, part: Part, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    column = np.asarray(part.columns[target])
+    if column.dtype.kind in "fiub":
+        if (endless := np.flatnonzero(np.isinf(column))).size:
+            raise _wrong(target, text, f"{part.where(int(endless[0]))}, is not a finite number")
+        return column.astype(np.float64)
+    values = np.full(column.shape, np.nan)
+    for row in np.flatnonzero(~gone):
+        if not _is_number(str(column[row])):
+            raise _wrong(target, text, f'{part.where(int(row))}, has "{column[row]}", which is not a number')
+        values[row] = float(column[row])
+    return values
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def _number(target: str, text: str, word: str) -> float:
+    if not _is_number(word):
+        raise _wrong(target, text, f'"{word}" is not a number')
+    return float(word)
+
+
+def _wrong(target: str, text: str, why: str) -> UserError:
+    return UserError(f'task.kinds = "{text}" for the target "{target}": {why}')

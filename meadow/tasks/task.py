@@ -1,0 +1,356 @@
+"""A task, opened: the data set, its split over the clients, the learned targets, the model and its initial state.
+
+Everything here is a function of the experiment alone, so every process of a run opens the same task by itself.
+"""
+
+import functools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from meadow.arrays import memory
+from meadow.arrays.memory import Recent
+from meadow.arrays.named import Arrays
+from meadow.config import schema
+from meadow.config.load import apply, resolve, to_tree
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import derive, numpy_generator, one_thread, torch_generator
+from meadow.tasks.data import MISSING, Data, Dataset, Inputs, Target, concatenate
+from meadow.tasks.metrics import loss
+from meadow.tasks.models.multihead import build, inputs, with_domains
+from meadow.tasks.models.peft import Added, added, extend
+from meadow.tasks.models.stitch import COLUMNS
+from meadow.tasks.models.weights import TRUNK, pretrained_trunk
+from meadow.tasks.numerics import laid_out
+from meadow.tasks.pipeline import Pipeline, image_pipeline
+from meadow.tasks.readers.datasets import data_settings, forget_datasets, open_dataset
+from meadow.tasks.readers.digits import printed_digits
+from meadow.tasks.splits.holds import held
+from meadow.tasks.splits.laws import Ints
+from meadow.tasks.splits.partition import Split, deal, label_counts, strata
+
+_KEPT = 2**28
+"""Bytes of gathered data that a process keeps, of the clients that came last."""
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's own samples, in three disjoint parts."""
+
+    train: Data
+    validation: Data
+    test: Data
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses.
+
+    held: whether each client has the labels of each of `task.targets` (`partition.holds`), bool (clients, targets).
+    noise: variance of the last client's noise under law = feature-shift, else 0. pipeline: what `prepare` does to
+    images; None for samples that a model takes as they are. counts: `label_counts`, where the pool is not in this process
+    (`meadow.tasks.splits.shares`). added: what each layer of the trunk gets beside it. two_domains: heads are
+    `meadow.tasks.models.multihead.TwoDomains`.
+    """
+
+    dataset: Dataset
+    split: Split
+    targets: tuple[Target, ...]
+    weights: tuple[float, ...]
+    settings: schema.Task
+    seed: int
+    held: npt.NDArray[np.bool_]
+    noise: float = 0.0
+    pipeline: Pipeline | None = None
+    counts: Ints | None = None
+    added: Added = field(default_factory=Added)
+    two_domains: bool = False
+    _clients: Recent[int, ClientData] = field(default_factory=lambda: Recent(_KEPT), repr=False, compare=False)
+
+    def client(self, pid: int) -> ClientData:
+        """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond.
+
+        The labels of targets that it does not hold are missing, and under law = feature-shift its inputs are noisy.
+        """
+        if not 0 <= pid < len(self.split.clients):
+            raise IndexError(f"client {pid}: there are clients 0 to {len(self.split.clients) - 1}")
+        if (found := self._clients.get(pid)) is not None:
+            return found
+        own = self.split.clients[pid]
+        indices = (own.train, own.validation, own.test)
+        parts = [self._masked(pid, self.dataset.train.take(torch.from_numpy(index))) for index in indices]
+        if self.noise:
+            variance = self.noise * (pid + 1) / len(self.split.clients)
+            parts = _with_noise(parts, indices, variance, numpy_generator(self.seed, "feature-shift", pid))
+        return self._clients.put(pid, ClientData(*parts), sum(part.nbytes for part in parts))
+
+    def _masked(self, pid: int, data: Data) -> Data:
+        gone = {name for name, has in zip(self.settings.targets, self.held[pid], strict=True) if not has}
+        if not gone:
+            return data
+        return Data(data.x, {name: _missing(y) if name in gone else y for name, y in data.y.items()})
+
+    def label_counts(self) -> Ints:
+        """Samples (all three parts) of each client by label or decile of the first of `task.targets`, int64 (clients,
+        labels)."""
+        if self.counts is not None:
+            return self.counts
+        first = next(t for t in self.dataset.targets if t.name == self.settings.targets[0])
+        return label_counts(self.split, strata(self.dataset.train.y[first.name], first))
+
+    def pool(self) -> Data:
+        """All clients' train parts in client order: what placement = "pooled" trains on."""
+        return concatenate([self.client(pid).train for pid in range(len(self.split.clients))])
+
+    def new_model(self) -> nn.Module:
+        """A new model with the random start of the run's seed; `initial_state` is where training starts."""
+        model = extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
+        return laid_out(with_domains(model) if self.two_domains else model)
+
+    def plain_model(self) -> nn.Module:
+        """A new model with one trunk and nothing added: what a source model and a file of weights fit."""
+        settings = self.settings.model_copy(update={"trunks": "shared"})
+        return build(settings, self.targets, inputs(self.dataset), self.seed)
+
+    @property
+    def augments(self) -> bool:
+        """Whether `prepare` draws: whether a training sample looks different each time."""
+        return self.pipeline is not None and bool(self.pipeline.steps)
+
+    def prepare(self, x: Tensor, training: bool = False) -> Tensor:
+        """Samples as the model takes them, from samples as they are stored (`meadow.tasks.data.Data`), of the same shape.
+
+        Images become float32, normalised, and with `training` augmented by draws from torch's global generator: seed it
+        (`meadow.runtime.seeds.torch_seeded`). Other samples pass through.
+        """
+        return x if self.pipeline is None else self.pipeline(x, training)
+
+
+def open_task(experiment: Experiment) -> Task:
+    """The task of an experiment; the same object for the same (run.seed, task, partition, fold) in one process.
+
+    The split follows the first of `task.targets` (its labels, or for a value target its deciles), not the first
+    learned one, so that methods that learn different targets are compared on one split. Raises UserError for an
+    unknown target and an impossible split. A process that has a share (`meadow.tasks.splits.shares`) opens its task
+    from there.
+    """
+    from meadow.tasks.splits.shares import read_share, share_folder  # shares are made of tasks
+
+    if place := share_folder():
+        return read_share(place, experiment)
+    seed, folds = experiment.run.seed, (experiment.evaluate.folds, experiment.evaluate.fold)
+    more = added(experiment.local), experiment.adapt.method == "augment"
+    return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, *more)
+
+
+def share_task(experiment: Experiment) -> list[str]:
+    """Put an experiment's data and split into the machine's common memory (`meadow.arrays.memory`); returns their
+    addresses. In another process that has found them `open_task` takes them from there, as this one does from now on."""
+    addresses = []
+    for each in {experiment: None, settle(experiment): None}:
+        task, folds = open_task(each), (each.evaluate.folds, each.evaluate.fold)
+        addresses.append(memory.share(data_settings(each.task), task.dataset))
+        addresses.append(memory.share(_split_of(each.run.seed, each.task, each.partition, *folds), task.split))
+    forget_datasets()
+    _open_task.cache_clear()
+    return [address for address in dict.fromkeys(addresses) if address]
+
+
+def _split_of(seed: int, task: schema.Task, partition: schema.Partition, folds: int, fold: int) -> Hashable:
+    """What decides a split."""
+    return seed, data_settings(task), partition, folds, fold
+
+
+def settle(experiment: Experiment) -> Experiment:
+    """The experiment with what only its data can tell filled in: `partition.clients` = 0 is how many there are.
+
+    Raises UserError as `open_task`, and if the cohort does not fit so many clients.
+    """
+    if experiment.partition.clients:
+        return experiment
+    count = len(open_task(experiment).split.clients)
+    return resolve(apply(to_tree(experiment), [("partition.clients", count)]))
+
+
+@functools.lru_cache(maxsize=4)
+def _open_task(
+    seed: int,
+    task: schema.Task,
+    partition: schema.Partition,
+    learned: tuple[str, ...],
+    folds: int,
+    fold: int,
+    added: Added,
+    two_domains: bool,
+) -> Task:
+    dataset = open_dataset(task)
+    targets = {target.name: target for target in dataset.targets}
+    first = targets[task.targets[0]]
+    shifted = partition.law == "feature-shift"
+    if shifted and dataset.tokens:
+        raise UserError(
+            f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which no '
+            "noise can be added; choose another law"
+        )
+    split = memory.common(
+        _split_of(seed, task, partition, folds, fold),
+        lambda: deal(partition, strata(dataset.train.y[first.name], first), seed, dataset.owner, folds, fold),
+    )
+    holders = held(partition.holds, task.targets, len(split.clients), seed)
+    weights = task.target_weights or (1.0,) * len(learned)
+    learned_targets, noise = tuple(targets[name] for name in learned), partition.noise if shifted else 0.0
+    pipeline = image_pipeline(dataset, task)
+    return Task(
+        dataset, split, learned_targets, weights, task, seed, holders, noise, pipeline, None, added, two_domains
+    )
+
+
+def _missing(y: Tensor) -> Tensor:
+    """Labels of this shape and dtype that are all missing."""
+    return torch.full_like(y, torch.nan if y.is_floating_point() else MISSING)
+
+
+def _with_noise(
+    parts: Sequence[Data], indices: Sequence[Ints], variance: float, draw: np.random.Generator
+) -> list[Data]:
+    """NIID-Bench's noise-based feature imbalance (Li et al. 2022, arXiv:2102.02079, section 4.2): Gaussian noise of
+    mean 0 and this variance on the inputs, for images stored as uint8 in units of 255, rounded and clipped.
+
+    A client's samples draw in the order of their indices, so that a sample's noise does not depend on the part or fold
+    that it is in.
+    """
+    own = np.concatenate(indices)
+    noise = draw.standard_normal((len(own), *parts[0].x.shape[1:]), dtype=np.float32)
+    noise *= np.float32(np.sqrt(variance))
+    rank = np.empty(len(own), dtype=np.int64)
+    rank[np.argsort(own)] = np.arange(len(own))
+    pieces = torch.split(torch.from_numpy(rank), [len(part) for part in parts])
+    noises = (torch.from_numpy(noise).index_select(0, piece) for piece in pieces)
+    return [Data(_added(data.x, noise), data.y) for data, noise in zip(parts, noises, strict=True)]
+
+
+def _added(x: Tensor, noise: Tensor) -> Tensor:
+    """x + noise, of x's dtype; `noise` is used up."""
+    if x.dtype == torch.uint8:
+        return noise.mul_(255).add_(x).round_().clamp_(0, 255).to(torch.uint8)
+    return noise.add_(x)
+
+
+def initial_state(experiment: Experiment) -> Arrays:
+    """The model's complete state before the first round, in state_dict order; fresh arrays at each call. All float32, but
+    for a batch normalisation's count of batches, which is int64.
+
+    task.pretrained = "": the random start of run.seed (`meadow.tasks.models.multihead.build`). "source": its trunk is
+    that of `source_state`, the heads keep their random start. Else its trunk is that of
+    `meadow.tasks.models.weights.pretrained_trunk`. Raises UserError for weights that are missing, unreadable or do not fit.
+    """
+    task, opened = experiment.task, open_task(experiment)
+    state = dict(opened.plain_model().state_dict())
+    if task.pretrained == "source":
+        source = source_state(experiment)
+        state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
+    elif task.pretrained:
+        state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
+    if opened.added.kind or opened.two_domains or task.trunks == "cross-stitch":
+        whole = dict(opened.new_model().state_dict())
+        state = {name: _start(name, state, tensor, bool(task.pretrained)) for name, tensor in whole.items()}
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {name: tensor.numpy(force=True).copy() for name, tensor in floats.items()}
+
+
+def _start(name: str, plain: Mapping[str, Tensor], new: Tensor, pretrained: bool) -> Tensor:
+    """Where an array of a model that is more than the plain one starts: in the trunk as that of the plain model, which
+    coupled trunks take only if it is pretrained; else as it is, new."""
+    if pretrained and name.startswith(COLUMNS):
+        name = TRUNK + name.removeprefix(COLUMNS).partition(".")[2]
+    return plain.get(name, new) if name.startswith(TRUNK) else new
+
+
+def source_model(experiment: Experiment) -> nn.Module:
+    """A new model with `source_state`."""
+    model = open_task(experiment).plain_model()
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in source_state(experiment).items():
+            state[name].copy_(torch.from_numpy(value))
+    return model
+
+
+def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
+    """The complete state of the source model, heads and all, float32, in state_dict order; not to be written to.
+
+    The same model family, trained on `task.source_samples` samples of `task.source` for `task.source_epochs` epochs,
+    on the learned targets with their weights. Its data, start and order come from derive(run.seed, "source"), so it is
+    the same for every partition. Kept once trained.
+    """
+    task = experiment.task
+    weights = task.target_weights or (1.0,) * len(experiment.learned)
+    # What a source model depends on, and nothing else: runs that start from it under any other setting share it.
+    key = schema.Task(
+        learn="all",
+        pretrained="",
+        targets=experiment.learned,
+        model=task.model,
+        hidden=task.hidden,
+        norm=task.norm,
+        gated=task.gated,
+        source=task.source,
+        source_samples=task.source_samples,
+        source_epochs=task.source_epochs,
+        target_weights=weights,
+    )
+    targets = open_task(experiment).targets
+    with one_thread():  # it is trained wherever it is asked for first, before or after an engine sets its threads
+        return _source_state(derive(experiment.run.seed, "source"), key, targets)
+
+
+@dataclass(frozen=True)
+class SourceData:
+    """The source task's own samples: those that the source model learned from, and others made the same way."""
+
+    train: Data
+    test: Data
+
+
+def source_data(experiment: Experiment) -> SourceData:
+    """The source task's data of an experiment: what `source_state` is trained on, and a test set of 1,000 samples."""
+    return _source_data(derive(experiment.run.seed, "source"), experiment.task.source_samples)
+
+
+@functools.lru_cache(maxsize=2)
+def _source_data(seed: int, samples: int) -> SourceData:
+    return SourceData(
+        printed_digits(samples, derive(seed, "data")), printed_digits(SOURCE_TEST, derive(seed, "data", "test"))
+    )
+
+
+SOURCE_TEST = 1000
+SOURCE_BATCH = 64
+SOURCE_LR = 2e-3
+SOURCE_WEIGHT_DECAY = 1e-2
+
+
+@functools.lru_cache(maxsize=8)
+def _source_state(seed: int, task: schema.Task, targets: tuple[Target, ...]) -> dict[str, npt.NDArray[np.float32]]:
+    """Train the source model with AdamW (Loshchilov and Hutter 2019) at a rate that falls linearly to zero."""
+    # The sample count alone decides the source data's targets and shape, so no test part is made for it.
+    data = printed_digits(task.source_samples, derive(seed, "data"))
+    model = build(task, targets, Inputs(tuple(data.x.shape[1:])), seed)
+    steps = task.source_epochs * -(-len(data) // SOURCE_BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=SOURCE_LR, weight_decay=SOURCE_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    model.train()
+    for epoch in range(task.source_epochs):
+        order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", epoch))
+        for index in torch.split(order, SOURCE_BATCH):
+            batch = data.take(index)
+            optimizer.zero_grad(set_to_none=True)
+            loss(model(batch.x), batch.y, targets, task.target_weights).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    return {name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()}

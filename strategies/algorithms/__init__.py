@@ -1,0 +1,1 @@
+"""One file for each algorithm: the client's part and the server's part."""

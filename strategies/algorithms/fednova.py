@@ -1,0 +1,67 @@
+"""FedNova: Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization
+(NeurIPS 2020), equation 6 and algorithm 1.
+
+Client i does tau_i local steps; its move is eta times a weighted sum of gradients with weights a_i. The server undoes
+that weighting: d_i = (x - y_i) / |a_i|_1, and x <- x - tau_eff sum_i p_i d_i with tau_eff = sum_i p_i |a_i|_1, so that a
+client that steps more often does not count more.
+
+A client says how many steps it made; the server holds that to what `[local]` and the client's declared size allow. Each
+client has a normaliser of its own, so the server takes each reply by itself.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.protocol import Algorithm, steps_of
+from meadow.strategies.roles import name_weights
+
+from meadow.arrays.flower import from_record, to_record
+
+
+def normaliser(steps: int, momentum: float) -> float:
+    """|a|_1 of `steps` steps of SGD: how many gradients of full weight the move is made of (section 4.1 of the paper).
+
+    Without momentum that is `steps`. With momentum rho, torch's velocity v <- rho v + g gives the gradient of step k the
+    weight 1 + rho + ... + rho^(steps - k), together (steps - rho (1 - rho^steps) / (1 - rho)) / (1 - rho).
+    """
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
+class Server(FedAvg):
+    """The normalised average; running statistics, which no step moves, are averaged as they are."""
+
+    needs_sums_only = False
+
+    def judge(self, metrics: Mapping[str, Any], size: int) -> str:
+        steps, most = metrics.get("steps"), steps_of(self.setup.local, size)
+        if not isinstance(steps, int) or not 1 <= steps <= most:
+            return f"steps is {steps!r}; with {size} training samples it must be a whole number from 1 to {most}"
+        return ""
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        moves: dict[str, list[tuple[float, float, Any]]] = {}
+        for message in replies:
+            metrics = message.content.metric_records["metrics"]
+            update = from_record(message.content.array_records["arrays"])
+            weights = name_weights(metrics, update, self.setup.equal_weights)
+            a = normaliser(int(str(metrics["steps"])), self.setup.local.momentum)
+            for name, value in update.items():
+                scale = 1.0 if name in self.setup.roles.buffers else a
+                move = value.astype(np.float64) - self._before[name].astype(np.float64)
+                moves.setdefault(name, []).append((weights[name], scale, move))
+        if not moves:
+            return None, None
+        changes = {}
+        for name, of_clients in moves.items():
+            total = sum(weight for weight, _, _ in of_clients)
+            effective = sum(weight * a for weight, a, _ in of_clients) / total
+            changes[name] = effective * sum(weight / a * move for weight, a, move in of_clients) / total
+        return to_record(self.stepped(changes, self._before)), None
+
+
+FEDNOVA = Algorithm(Server)

@@ -1,0 +1,37 @@
+"""FedAlt and FedRep: personal and shared layers in turns.
+
+FedAlt: Pillutla et al., Federated Learning with Partial Model Personalization (ICML 2022), algorithm 3: for any split, a
+client trains its personal layers with the shared ones as received, and then the shared ones with its new personal ones.
+FedRep: Collins et al., Exploiting Shared Representations for Personalized Federated Learning (ICML 2021), algorithm 1:
+that with share = "body": `head_epochs` for the head first, then `body_epochs` for the body.
+Server: the average of FedAvg over the shared arrays.
+"""
+
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.protocol import Algorithm, Half, Outcome, Turn, steps_of
+
+from meadow.config.schema import Local, Strategy
+
+
+class Client(Half):
+    """First what is personal, then what is shared; the half that does not learn keeps its bits."""
+
+    def train(self, turn: Turn) -> Outcome:
+        shared = frozenset(turn.roles.shared)
+        first = turn.fit(epochs=turn.settings.head_epochs, learns=lambda name: name not in shared)
+        second = turn.fit(epochs=turn.settings.body_epochs, learns=lambda name: name in shared)
+        return Outcome(turn.arrays(), _Both(first.steps + second.steps, second.losses))
+
+    def steps(self, settings: Strategy, local: Local, size: int) -> int:
+        return steps_of(local, size, settings.head_epochs) + steps_of(local, size, settings.body_epochs)
+
+
+class _Both:
+    """The report of both phases: their steps together, and the losses of the second."""
+
+    def __init__(self, steps: int, losses: dict[str, float]) -> None:
+        self.steps = steps
+        self.losses = losses
+
+
+FEDALT = Algorithm(FedAvg, Client())

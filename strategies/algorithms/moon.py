@@ -1,0 +1,64 @@
+"""MOON: Li, He and Song, Model-Contrastive Federated Learning (CVPR 2021), equation 3 and algorithm 1.
+
+Client: loss + mu * l_con, where for a sample's representation z (what the trunk gives), z_glob that of the received model
+and z_prev that of the client's own model after its last turn,
+l_con = -log( exp(sim(z, z_glob)/T) / (exp(sim(z, z_glob)/T) + exp(sim(z, z_prev)/T)) ), sim being the cosine.
+In a client's first turn there is no z_prev and no term (with z_prev = z_glob, as the authors' code starts, l_con is
+log 2 whatever z is). Server: the average of FedAvg. Of token sequences the representation is their mean.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.protocol import Algorithm, Batch, Half, Outcome, Turn
+from meadow.strategies.roles import HEADS
+from torch import Tensor, nn
+
+from meadow.arrays.named import beside, of_kind
+
+KIND = "previous"
+
+
+class Client(Half):
+    """Training with the contrastive term; the trunk after this turn is kept for the next."""
+
+    def train(self, turn: Turn) -> Outcome:
+        previous = of_kind(KIND, turn.memory)
+        settings, trunk = turn.settings, turn.model.get_submodule("trunk")
+        start = turn.start()
+        anchors = [_frozen(turn, trunk, start), _frozen(turn, trunk, start | previous)] if previous else []
+        features: list[Tensor] = []
+
+        def contrast(model: nn.Module, batch: Batch, outputs: Mapping[str, Tensor]) -> Tensor:
+            z = _pooled(features[-1])
+            with torch.no_grad():
+                others = [_pooled(anchor(batch.x)) for anchor in anchors]
+            logits = torch.stack([F.cosine_similarity(z, other) for other in others], 1) / settings.temperature
+            return settings.mu * F.cross_entropy(logits, torch.zeros(len(z), dtype=torch.int64, device=z.device))
+
+        hook = trunk.register_forward_hook(lambda module, inputs, output: features.__setitem__(slice(None), [output]))
+        try:
+            fitted = turn.fit(term=contrast if anchors else None)
+        finally:
+            hook.remove()
+        model = turn.arrays()
+        body = {name: value for name, value in model.items() if not name.startswith(HEADS)}
+        return Outcome(model, fitted, memory=beside(KIND, body))
+
+
+def _frozen(turn: Turn, trunk: nn.Module, state: Mapping[str, object]) -> nn.Module:
+    """A copy of the trunk with this state, in `eval()`: its statistics stay, and it draws nothing."""
+    result = copy.deepcopy(trunk).eval()
+    own = {n: torch.as_tensor(state[f"trunk.{n}"]) for n in result.state_dict()}
+    result.load_state_dict(own)
+    return result
+
+
+def _pooled(z: Tensor) -> Tensor:
+    return z.mean(1) if z.ndim == 3 else z.flatten(1)
+
+
+MOON = Algorithm(FedAvg, Client())

@@ -1,0 +1,96 @@
+"""Per-FedAvg: Fallah, Mokhtari and Ozdaglar, Personalized Federated Learning: A Model-Agnostic Meta-Learning Approach
+(NeurIPS 2020), algorithm 1, with the two approximations of section 5.
+
+Client, local.steps times (or epochs' worth): on a batch D, w' = w - alpha grad f(w; D); on the next, v = grad f(w'; D');
+first order (FO): w <- w - beta v. Hessian-free (HF), on a third batch D'':
+w <- w - beta (v - alpha d),  d = (grad f(w + delta v; D'') - grad f(w - delta v; D'')) / (2 delta).
+alpha is `inner_lr` (0: local.lr), beta local.lr. Each step of w takes two (HF: three) steps of the loop, one a batch.
+Server: the average of FedAvg. The model used is the received one after one step of rate alpha on all of the client's
+training samples.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.corrections import watch
+from meadow.strategies.protocol import Algorithm, Batch, Half, Outcome, Turn, steps_of
+from torch import Tensor, nn
+
+from meadow.arrays.named import Arrays
+from meadow.config.schema import Local, Strategy
+
+DELTA = 1e-3
+"""The finite difference's half width, along v."""
+
+
+class Client(Half):
+    """The loop's steps in turns; only the last of each turn is the optimiser's, on w."""
+
+    def __init__(self, batches: int) -> None:
+        self._batches = batches
+
+    def train(self, turn: Turn) -> Outcome:
+        w: dict[str, Tensor] = {}
+        v: dict[str, Tensor] = {}
+        seen: list[Batch] = []
+        count = 0
+
+        def step(learning: Mapping[str, nn.Parameter]) -> None:
+            nonlocal count
+            place, count = count % self._batches, count + 1
+            slopes = _slopes(learning)
+            if place == 0:
+                w.update({n: p.detach().clone() for n, p in learning.items()})
+                for name, parameter in learning.items():
+                    _put(parameter, w[name] - (turn.settings.inner_lr or turn.rate(name)) * slopes[name])
+            elif place == 1 and self._batches == 3:
+                v.update(slopes)
+                for name, parameter in learning.items():
+                    _put(parameter, w[name] + DELTA * v[name])
+            elif place == 1:
+                for name, parameter in learning.items():
+                    _put(parameter, w[name], slopes[name])
+            else:
+                for name, parameter in learning.items():
+                    _put(parameter, w[name] - DELTA * v[name])
+                turn.model.zero_grad(set_to_none=True)
+                turn.loss(turn.model, seen[-1]).backward()  # type: ignore[no-untyped-call]
+                below = _slopes(learning)
+                for name, parameter in learning.items():
+                    alpha = turn.settings.inner_lr or turn.rate(name)
+                    _put(parameter, w[name], v[name] - alpha * (slopes[name] - below[name]) / (2 * DELTA))
+
+        fitted = turn.fit(repeat=self._batches, term=watch(seen), correct=step)
+        return Outcome(turn.arrays(), fitted)
+
+    def steps(self, settings: Strategy, local: Local, size: int) -> int:
+        return self._batches * steps_of(local, size)
+
+    def used(self, turn: Turn) -> Arrays:
+        start = turn.start()
+        turn.load(start)
+        model, trained = turn.model.eval(), set(turn.roles.trained)
+        learning = {n: p for n, p in model.named_parameters() if n in trained}
+        for parameter in learning.values():
+            parameter.requires_grad_(True)
+        model.zero_grad(set_to_none=True)
+        turn.loss(model, turn.batch()).backward()  # type: ignore[no-untyped-call]
+        for name, slope in _slopes(learning).items():
+            _put(learning[name], learning[name].detach() - (turn.settings.inner_lr or turn.rate(name)) * slope)
+        return turn.arrays()
+
+
+def _slopes(learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in learning.items()}
+
+
+def _put(parameter: nn.Parameter, value: Tensor, gradient: Tensor | None = None) -> None:
+    """Move a parameter; without a gradient the optimiser passes it over."""
+    with torch.no_grad():
+        parameter.copy_(value)
+    parameter.grad = gradient
+
+
+FIRST_ORDER = Algorithm(FedAvg, Client(batches=2))
+HESSIAN_FREE = Algorithm(FedAvg, Client(batches=3))

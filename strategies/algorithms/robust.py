@@ -1,0 +1,198 @@
+"""Robust aggregation: rules that take each client's update by itself, because a sum could not be defended any more.
+
+Flower's own, as they are: coordinate median and trimmed mean (Yin et al. 2018), Krum and Multi-Krum (Blanchard et al.
+2017). Bulyan (El Mhamdi et al. 2018) out of Flower's parts: its own takes the best of one Multi-Krum ranking, not of
+repeated ones, and collects garbage for each update (0.4 s). Ours: geometric median, centred clipping, norm bound. In
+front of any of them bucketing (Karimireddy et al. 2022, algorithm 1).
+
+A rule sees what clients changed (y_k - x, float64), not models: distances between models close to each other would lose
+their digits in float32. Arrays that the same clients trained with the same weights are judged together; a head that
+only some clients train is judged among these.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, Krum, MultiKrum
+from flwr.serverapp.strategy.bulyan import aggregate_n_closest_weights
+from flwr.serverapp.strategy.multikrum import select_multikrum
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.protocol import Algorithm, Setup
+from meadow.strategies.roles import name_weights
+
+from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.named import doubles, split_beside
+from meadow.config.algorithms import least_updates
+from meadow.config.schema import Strategy as Settings
+from meadow.runtime.seeds import numpy_generator
+
+log = logging.getLogger("meadow.server")
+logging.getLogger("flwr").addFilter(lambda line: "Received %s results" not in str(line.msg))  # at each of our calls
+
+Moves = dict[str, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's moves of some arrays and its weight; or, behind bucketing, the mean of a bucket's."""
+
+    weight: float
+    moves: Moves
+
+
+Rule = Callable[[Sequence[Update], Settings], Moves]
+"""Combines updates, one or more, that all have the same names."""
+
+
+class Robust(FedAvg):
+    """x <- x + server_lr * rule(the clients' moves). Arrays of which too few updates came for the rule to withstand
+    `byzantine` attackers among them stay as they were.
+    """
+
+    needs_sums_only = False
+
+    def __init__(self, setup: Setup, rule: Rule) -> None:
+        super().__init__(setup)
+        self._rule = rule
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Group the replies by what they hold, put each group in buckets, and let the rule combine it."""
+        groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
+        senders: dict[str, list[tuple[int, float]]] = {}
+        moves: dict[int, Moves] = {}
+        before = doubles(self._before)
+        for message in replies:
+            client = message.metadata.src_node_id
+            update, _ = split_beside(from_record(message.content.array_records["arrays"]))
+            moves[client] = {n: v - before[n] for n, v in doubles(update).items()}
+            weights = name_weights(message.content.metric_records["metrics"], update, self.setup.equal_weights)
+            for name, weight in weights.items():
+                senders.setdefault(name, []).append((client, weight))
+        for name, theirs in senders.items():
+            groups.setdefault(tuple(theirs), []).append(name)
+        if not groups:
+            return None, None
+        steps: Moves = {}
+        for pairs, names in groups.items():
+            updates = [Update(weight, {n: moves[client][n] for n in names}) for client, weight in pairs]
+            draw = numpy_generator(self.setup.seed, "bucket", server_round)
+            given, plan = bucketed(updates, self.setup.settings.bucket, draw), self.setup.settings
+            if (needed := least_updates(plan.name, plan.byzantine)) > len(given) and plan.byzantine:
+                log.warning(
+                    "round %d: %s stay as they were: %s with strategy.byzantine = %d needs %d updates, there are %d",
+                    *(server_round, ", ".join(names), plan.name, plan.byzantine, needed, len(given)),
+                )
+                continue
+            steps |= self._rule(given, plan)
+        return to_record(self.stepped(steps, self._before)), None
+
+
+def bucketed(updates: Sequence[Update], size: int, draw: np.random.Generator) -> list[Update]:
+    """Shuffle, cut into buckets of `size`, and take each bucket's weighted mean, with the bucket's weight."""
+    if size == 1:
+        return list(updates)
+    order = draw.permutation(len(updates))
+    buckets = [[updates[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    return [Update(sum(u.weight for u in bucket), weighted_mean(bucket)) for bucket in buckets]
+
+
+def weighted_mean(updates: Sequence[Update], scales: Sequence[float] | None = None) -> Moves:
+    """sum of weight * scale * moves over the sum of the weights."""
+    total, each = sum(u.weight for u in updates), scales or [1.0] * len(updates)
+    return {
+        name: np.asarray(sum(u.weight * s * u.moves[name] for u, s in zip(updates, each, strict=True)) / total)
+        for name in updates[0].moves
+    }
+
+
+def distance(update: Update, point: Moves) -> float:
+    """The Euclidean distance from a point, over all arrays together."""
+    return float(np.sqrt(sum(float(np.square(v - point[n]).sum()) for n, v in update.moves.items())))
+
+
+def geometric_median(updates: Sequence[Update], settings: Settings) -> Moves:
+    """RFA: Pillutla, Kakade and Harchaoui, Robust Aggregation for Federated Learning (2022), algorithm 2: smoothed
+    Weiszfeld. From the mean, `iterations` times z <- mean of the moves with weights w_k / max(smoothing, |z - v_k|)."""
+    z = weighted_mean(updates)
+    for _ in range(settings.iterations):
+        near = [Update(u.weight / max(settings.smoothing, distance(u, z)), u.moves) for u in updates]
+        z = weighted_mean(near)
+    return z
+
+
+def centred_clipping(updates: Sequence[Update], settings: Settings, once: bool = False) -> Moves:
+    """Karimireddy, He and Jaggi, Learning from History for Byzantine Robust Optimization (ICML 2021), equation 4: from
+    the model that was sent, `iterations` times v <- v + mean((v_k - v) min(1, radius / |v_k - v|)).
+
+    `once`: a single time, which is the norm bound of Sun et al., Can You Really Backdoor Federated Learning? (2019).
+    """
+    v: Moves = {name: np.zeros_like(move) for name, move in updates[0].moves.items()}
+    for _ in range(1 if once else settings.iterations):
+        apart = [Update(u.weight, {n: m - v[n] for n, m in u.moves.items()}) for u in updates]
+        zero = {name: np.zeros_like(value) for name, value in v.items()}
+        lengths = [distance(u, zero) for u in apart]
+        step = weighted_mean(apart, [min(1.0, settings.radius / far) if far else 1.0 for far in lengths])
+        v = {name: value + step[name] for name, value in v.items()}
+    return v
+
+
+def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update], settings: Settings) -> Moves:
+    """Let one of Flower's strategies combine the moves: it gets them as it would get models."""
+    replies = []
+    for update in updates:
+        content = RecordDict(
+            {"arrays": to_record(update.moves), "metrics": MetricRecord({"num-examples": update.weight})}
+        )
+        replies.append(Message(content, dst_node_id=0, message_type="train"))
+    arrays, _ = make(settings).aggregate_train(0, replies)
+    assert arrays is not None  # there are updates, and enough of them
+    return cast(Moves, from_record(arrays))
+
+
+def bulyan(updates: Sequence[Update], settings: Settings) -> Moves:
+    """El Mhamdi et al. 2018, section 4: theta = n - 2 byzantine times the Krum choice among the updates that are left, then
+    of each coordinate the mean of the theta - 2 byzantine values nearest to the median of those chosen."""
+    left = [(RecordDict({"arrays": to_record(update.moves)}), update) for update in updates]
+    chosen: list[Update] = []
+    theta = len(updates) - 2 * settings.byzantine
+    while len(chosen) < theta:
+        (best,) = select_multikrum([content for content, _ in left], settings.byzantine, 1)
+        chosen += [update for content, update in left if content is best]
+        left = [pair for pair in left if pair[0] is not best]
+    columns = [[update.moves[name] for name in updates[0].moves] for update in chosen]
+    medians = [np.median(column, axis=0) for column in zip(*columns, strict=True)]
+    nearest = aggregate_n_closest_weights(medians, columns, theta - 2 * settings.byzantine)
+    return dict(zip(updates[0].moves, nearest, strict=True))
+
+
+def _multi_krum(settings: Settings, replies: int) -> MultiKrum:
+    keep = settings.keep or max(1, replies - settings.byzantine)
+    return MultiKrum(num_malicious_nodes=settings.byzantine, num_nodes_to_select=keep)
+
+
+def multi_krum(updates: Sequence[Update], settings: Settings) -> Moves:
+    """Flower's Multi-Krum; `keep` = 0 keeps all but `byzantine` of those that came."""
+    return flowers(lambda s: _multi_krum(s, len(updates)), updates, settings)
+
+
+def _algorithm(rule: Rule) -> Algorithm:
+    return Algorithm(partial(Robust, rule=rule))
+
+
+MEDIAN = _algorithm(partial(flowers, lambda s: FedMedian()))
+TRIMMED_MEAN = _algorithm(partial(flowers, lambda s: FedTrimmedAvg(beta=s.trim)))
+KRUM = _algorithm(partial(flowers, lambda s: Krum(num_malicious_nodes=s.byzantine)))
+MULTI_KRUM = _algorithm(multi_krum)
+BULYAN = _algorithm(bulyan)
+GEOMETRIC_MEDIAN = _algorithm(geometric_median)
+CENTRED_CLIPPING = _algorithm(centred_clipping)
+NORM_BOUND = _algorithm(partial(centred_clipping, once=True))

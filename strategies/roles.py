@@ -1,0 +1,143 @@
+"""Which arrays travel, which are personal, and which never change: the roles that `strategy.share` gives them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from meadow.strategies.norms import norms
+from meadow.strategies.trainable import HEADS as HEADS
+from meadow.strategies.trainable import is_added, trained
+from torch import nn
+
+from meadow.arrays.named import BESIDE
+from meadow.config.schema import SHARES, Experiment
+from meadow.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The names of a model's state, divided. `shared`, `personal` and `fixed` are disjoint and complete.
+
+    shared: travel in every round. personal: trained, never travel, live in the client's store. fixed: neither trained
+    nor shared; they arrive once, before the first round. `trained` and `buffers` cut across: what local training
+    changes; what no gradient changes (running statistics).
+    """
+
+    trained: tuple[str, ...]
+    shared: tuple[str, ...]
+    personal: tuple[str, ...]
+    fixed: tuple[str, ...]
+    buffers: tuple[str, ...] = ()
+
+    @property
+    def trunk_is_frozen(self) -> bool:
+        """Whether local training changes heads alone."""
+        return all(name.startswith(HEADS) for name in self.trained)
+
+    @property
+    def learned_together(self) -> tuple[str, ...]:
+        """The shared parameters that local training changes: what a correction of their gradients is about."""
+        return tuple(n for n in self.shared if n in set(self.trained) - set(self.buffers))
+
+
+def roles_of(experiment: Experiment, model: nn.Module) -> Roles:
+    """Divide a model's state. Raises UserError if `strategy.share` means nothing for this model."""
+    names = tuple(model.state_dict())
+    parameters = {name for name, _ in model.named_parameters()}
+    return roles(experiment, names, norms(model), tuple(n for n in names if n not in parameters))
+
+
+def roles(
+    experiment: Experiment, names: Iterable[str], norms: Iterable[str] = (), buffers: tuple[str, ...] = ()
+) -> Roles:
+    """Divide state names by `local.trainable` and `strategy.share`; the order of names is kept.
+
+    `norms`: those of normalisation layers, `buffers`: those that are no parameters. FedBABU's heads are never trained.
+    Raises UserError for patterns that fit no name, and for "all-but-norms" where there are none.
+    """
+    order = tuple(names)
+    heads = tuple(n for n in order if n.startswith(HEADS))
+    body = tuple(n for n in order if not n.startswith(HEADS))
+    learning = trained(experiment, order)
+    changed = tuple(n for n in order if n in learning)
+    if experiment.local.statistics == "kept":
+        changed = tuple(n for n in changed if n not in buffers)
+    if experiment.strategy.name == "fedbabu":
+        changed = tuple(n for n in changed if n in body)
+    # FedSA-LoRA: each client keeps its B (the experiment file allows this with share = "trainable" only).
+    federated = experiment.run.placement == "federated"
+    own_b = federated and experiment.local.trainable == "lora" and experiment.local.lora_share == "a"
+    sets = {
+        "all": order,
+        "none": (),
+        "body": body,
+        "head": heads,
+        "all-but-norms": tuple(n for n in order if n not in set(norms)),
+        "trainable": tuple(n for n in changed if not (own_b and is_added(n, "lora_b"))),
+    }
+    share = experiment.share
+    if share == "all-but-norms" and len(sets[share]) == len(order):
+        raise UserError(
+            f'strategy.share = "all-but-norms": task.model = "{experiment.task.model}" has no normalisation layer, so this '
+            'would be FedAvg: write strategy.share = "all", or take a model that has some (task.model = "cnn")'
+        )
+    shared = sets[share] if share in SHARES else _matching(share, order)
+    personal = tuple(n for n in changed if n not in shared)
+    fixed = tuple(n for n in order if n not in shared and n not in personal)
+    found = Roles(changed, shared, personal, fixed, buffers)
+    _something_learns(found, experiment)
+    return found
+
+
+def _something_learns(found: Roles, experiment: Experiment) -> None:
+    """Raise UserError if no shared parameter is trained, or no personal one by an algorithm that trains these in turn."""
+    name, share, shared = experiment.strategy.name, experiment.share, experiment.strategy.share
+    if share != "none" and not found.learned_together:
+        raise UserError(
+            f'strategy.share = "{shared}" with local.trainable = "{experiment.local.trainable}" and strategy.name = '
+            f'"{name}" shares only what never changes: write strategy.share = "trainable", or local.trainable = "all"'
+        )
+    if name in ("fedrep", "fedalt", "fedbabu") and experiment.local.trainable == "gradual":
+        raise UserError(
+            f'local.trainable = "gradual" with strategy.name = "{name}": at first nothing of the trunk learns, and '
+            'this algorithm trains the trunk by itself; write local.trainable = "all"'
+        )
+    if name == "moon" and found.trunk_is_frozen:
+        raise UserError(
+            f'local.trainable = "{experiment.local.trainable}" with strategy.name = "moon": it trains the trunk; write '
+            'local.trainable = "all", or strategy.name = "fedavg"'
+        )
+    if name in ("fedrep", "fedalt") and not set(found.personal) - set(found.buffers):
+        raise UserError(
+            f'strategy.share = "{shared}" with strategy.name = "{name}": nothing is personal that learns, so there are no '
+            'two parts to train in turns; write strategy.share = "body" and local.trainable = "all"'
+        )
+
+
+def _matching(patterns: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    wanted = [p.strip() for p in patterns.split(",")]
+    for pattern in wanted:
+        if not any(fnmatchcase(n, pattern) for n in names):
+            raise UserError(
+                f'strategy.share = "{patterns}": "{pattern}" fits no parameter of the model. Write one of '
+                f"{', '.join(SHARES)}, or patterns with * over these names: {', '.join(names)}"
+            )
+    return tuple(n for n in names if any(fnmatchcase(n, p) for p in wanted))
+
+
+def name_weights(metrics: Mapping[str, Any], names: Iterable[str], equal: bool = False) -> dict[str, float]:
+    """The weight of each array in a client's reply: its training samples (`num-examples`); for a head those of its target
+    (`num-examples/<target>`). A head that no sample trained has weight 0 and does not travel.
+
+    `equal`: 1 for each array that travels. So it is always for what goes beside the model ("c@trunk.w"): an algorithm
+    that needs a weight there puts it in.
+    """
+    weights = {}
+    metrics = dict(metrics.items())  # Flower's own mapping is slow to look things up in
+    for name in names:
+        beside, _, of = name.rpartition(BESIDE)
+        target = of.split(".")[1] if of.startswith(HEADS) else ""
+        weight = float(metrics.get(f"num-examples/{target}", metrics["num-examples"]))
+        weights[name] = float(weight > 0) if equal or beside else weight
+    return weights

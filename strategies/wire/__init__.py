@@ -1,0 +1,1 @@
+"""How messages for the clients of a node are packed, and how their replies are read."""

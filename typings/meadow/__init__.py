@@ -1,0 +1,1 @@
+../../meadow/__init__.py

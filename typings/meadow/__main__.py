@@ -1,0 +1,1 @@
+../../meadow/__main__.py
