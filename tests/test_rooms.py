@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -46,7 +47,7 @@ def rooms_of(source: str) -> set[str]:
 
 def by_another_name(source: str) -> set[str]:
     """What a file imports of ours that is not called `meadow.…`: a user's `config.py` would be taken for it."""
-    return {name for name in imports(source) if name.split(".")[0] in MAY.keys()}
+    return {name for name in imports(source) if name.split(".")[0] in MAY}
 
 
 @pytest.mark.parametrize("room", MAY)
@@ -66,7 +67,14 @@ def test_everything_of_ours_is_imported_as_meadow(folder: str) -> None:
     assert {(path.name, name) for path in found.rglob("*.py") for name in by_another_name(path.read_text())} == set()
 
 
+BREACH = """
+def f():
+    from meadow.server.rounds import play_round
+    from meadow import client
+    import tasks.data
+"""
+
+
 def test_a_breach_is_seen() -> None:
-    source = "def f():\n    from meadow.server.rounds import play_round\n    from meadow import client\n    import tasks.data"
-    assert rooms_of(source) == {"server", "client"}
-    assert by_another_name(source) == {"tasks.data"}
+    assert rooms_of(dedent(BREACH)) == {"server", "client"}
+    assert by_another_name(dedent(BREACH)) == {"tasks.data"}

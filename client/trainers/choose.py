@@ -3,8 +3,8 @@
 With `engine.exact` a client's bits depend on nothing but its samples and torch (`client/trainers/direct.py`). Without
 it, on a CPU compiled code trains one client after another (`client/trainers/fused.py`), whose bits are the compiler's
 too; on a GPU all clients of a block train at once on stacked parameters (`client/trainers/stacked.py`). All take the
-samples in the loop's order and differ from it in the order of sums alone; tests/test_direct.py and tests/test_fast.py
-say by how much. What none covers, the loop trains."""
+samples in the loop's order and differ from it in the order of sums alone; tests/client/test_direct.py and
+tests/client/test_fast.py say by how much. What none covers, the loop trains."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

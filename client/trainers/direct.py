@@ -3,7 +3,7 @@
 A small model's step costs autograd and the modules' calls a third of its time. Here each layer's forward and backward
 operations are called by themselves (`client/trainers/layers.py`), on parameters that lie in one vector and take their
 steps as soon as their gradients are known. A client's numbers depend on nothing but its samples, their order and where it
-starts; they are the loop's but for the order of sums (tests/test_direct.py says by how much). It covers one class
+starts; they are the loop's but for the order of sums (tests/client/test_direct.py says by how much). It covers one class
 target whose labels are all known, without weights of the classes; the loop trains all else.
 """
 

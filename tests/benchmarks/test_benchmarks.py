@@ -1,0 +1,57 @@
+"""The benchmarks compare like with like: every engine's model is the same function with the same gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.runs import small
+
+from benchmarks.profile import measure
+from benchmarks.workloads import BATCH, WORKLOADS
+from meadow.config.schema import Task
+from meadow.tasks.data import Target
+from meadow.tasks.models.multihead import build
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_meadows_model_is_the_plain_one(name: str) -> None:
+    """In float64, so that what differs is the function, not its rounding."""
+    work = WORKLOADS[name]
+    task = Task(model=work.model, hidden=work.hidden)
+    own = build(task, (Target("label", "class", work.classes),), work.inputs).double()
+    plain = work.network().double()
+    pairs = list(zip(own.parameters(), plain.parameters(), strict=True))
+    assert [a.shape for a, _ in pairs] == [b.shape for _, b in pairs]
+    with torch.no_grad():
+        for a, b in pairs:
+            a.copy_(b)
+    x, y = work.client(0)
+    x, y = (x.double() if x.is_floating_point() else x)[:BATCH], y[:BATCH]
+    outputs = own(x)["label"], plain(x)
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    for output in outputs:
+        F.cross_entropy(output, y).backward()  # type: ignore[no-untyped-call]
+    for a, b in pairs:
+        assert a.grad is not None and b.grad is not None and b.grad.abs().max() > 0
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("mlp", 159_010), ("small-cnn", 61_706), ("large-cnn", 1_663_370)])
+def test_the_models_have_the_sizes_that_the_tables_name(name: str, parameters: int) -> None:
+    assert sum(p.numel() for p in WORKLOADS[name].network().parameters()) == parameters
+
+
+def test_the_operations_of_a_round_are_counted() -> None:
+    """The MLP: 2 x 159,000 products and sums a sample forward, as many for the weights' gradients, and 2 x 2,000 more for
+    the hidden layer's; the samples themselves need no gradient."""
+    weights = 784 * 200 + 200 * 10
+    assert WORKLOADS["mlp"].flops() == 6000 * (2 * 2 * weights + 2 * 200 * 10)
+
+
+@pytest.mark.parametrize("settings", [(), ("cohort.size=3", "strategy.share=body"), ("run.placement=pooled",)])
+def test_a_rounds_phases_add_up_to_its_wall_time(settings: tuple[str, ...]) -> None:
+    """Within 5%, on Ray; the wall time is taken from round to round by another clock."""
+    experiment = small("fedavg", "engine.name=ray", "engine.workers=2", "run.rounds=12", *settings)
+    phases, wall = measure(experiment)
+    assert all(seconds >= 0 for seconds in phases.values())
+    assert sum(phases.values()) == pytest.approx(wall, rel=0.05)
+    assert phases["train"] > 0

@@ -1,0 +1,290 @@
+"""The loop without its tape against the loop, whatever the layers, the optimiser and the clients' sizes."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.runs import run_inline, small
+from meadow.client import blocks as together
+from meadow.client import node
+from meadow.client.loop.training import train
+from meadow.client.trainers import layers
+from meadow.client.trainers.choose import Fast, fast
+from meadow.client.trainers.direct import Direct
+from meadow.client.trainers.layers import (
+    Convolution,
+    Descent,
+    Flatten,
+    Linear,
+    Operation,
+    OverTime,
+    Pool,
+    Relu,
+    Tanh,
+    operations,
+)
+from meadow.client.trainers.network import Layer, network
+from meadow.server import checkpoints
+from torch import nn
+
+from meadow.arrays.sums import weighted_sum
+from meadow.config.load import load
+from meadow.native import sums as adding
+from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.tasks.data import MISSING, Data, Inputs, Target
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.features import View
+from meadow.tasks.models import networks
+from meadow.tasks.models.multihead import Multihead
+from meadow.tasks.numerics import kernels, laid_out
+from meadow.tasks.task import Task, open_task
+
+DIGIT = Target("digit", "class", 10)
+BOUND = 1e-5
+"""How far apart the moves of a client by these operations and by the loop are, as a share of the move's length, over a
+round's steps in float32. (The loop itself is 1e-7 to 5e-6 away from what it computes in float64.)"""
+SIZES = (37, 20, 1, 8, 23)
+"""Training samples of the clients: whole batches and not, fewer than a batch, one."""
+
+
+def relu_first(task: object, inputs: Inputs) -> tuple[nn.Module, int]:
+    """ReLU in front of the pooling, as it is usually written; no bias; an edge that pooling leaves out."""
+    trunk = nn.Sequential(
+        nn.Conv2d(inputs.shape[0], 4, (3, 5), padding=(1, 2), bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d((2, 3)),
+        nn.Sequential(nn.Conv2d(4, 5, 3), nn.Tanh(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        nn.Linear(5 * 2 * 1, 7),
+        nn.ReLU(),
+    )
+    return trunk, 7
+
+
+def wide(task: object, inputs: Inputs) -> tuple[nn.Module, int]:
+    """A layer so large that oneDNN multiplies (`meadow.tasks.numerics.LARGE`)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 300), nn.ReLU()), 300
+
+
+CASES = {
+    "mlp": (networks.mlp, (1, 8, 8), ()),
+    "flat": (networks.mlp, (21,), ("local.momentum=0.9", "local.weight_decay=0.01")),
+    "cnn": (networks.cnn, (1, 9, 10), ("local.momentum=0.9", "local.nesterov=true")),
+    "lenet": (networks.lenet, (3, 14, 16), ("local.lr_factors=trunk.conv1 0.1",)),
+    "mcmahan": (networks.mcmahan_cnn, (1, 28, 28), ("local.momentum=0.5",)),
+    "wide": (wide, (1, 32, 32), ()),
+    "relu first": (relu_first, (2, 12, 12), ("local.momentum=0.5", "local.weight_decay=0.1")),
+    "last layers": (networks.cnn, (1, 8, 8), ("local.trainable=last:1", "local.momentum=0.9")),
+    "head": (networks.lenet, (1, 14, 14), ("local.trainable=head",)),
+    "windows": (networks.cnn1d, (3, 20), ("local.momentum=0.9",)),
+    "odd windows": (networks.cnn1d, (2, 21), ()),
+    "window layers": (networks.cnn1d, (3, 16), ("local.trainable=last:1",)),
+    "steps": (networks.mlp, (1, 8, 8), ("local.steps=5",)),
+}
+
+
+def setting(case: str) -> tuple[Fast, Task, nn.Module, list[Data]]:
+    make, shape, settings = CASES[case]
+    plan = ("local.epochs=3", "local.batch_size=8", "local.momentum=0", "task.hidden=16")
+    experiment = load("fedavg", [*plan, *settings])
+    with torch_seeded(1, "test"):
+        trunk, features = make(experiment.task, Inputs(shape))
+        model = laid_out(Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False}))
+    template = open_task(experiment)
+    task = Task(template.dataset, template.split, (DIGIT,), (0.7,), experiment.task, 0, template.held)
+    found = Direct(network(model, shape, task.targets, task.weights), experiment.local)
+    return Fast(experiment, task, found), task, model, [samples(shape, size) for size in SIZES]
+
+
+def distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.square(a[n].astype(np.float64) - b[n]).sum() for n in b)))
+
+
+def samples(shape: tuple[int, ...], size: int) -> Data:
+    draw = torch_generator(size, "samples")
+    return Data(torch.randn(size, *shape, generator=draw), {"digit": torch.randint(10, (size,), generator=draw)})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_clients_move_as_by_the_loop(case: str) -> None:
+    """Each client's arrays and losses are the loop's to BOUND; what does not learn stays as it was; and a block's sum
+    is what `weighted_sum` defines of them, bit for bit."""
+    faster, task, model, clients = setting(case)
+    start, plan = state_of(model), faster.experiment.local
+    rates = faster.rates(2, plan)
+    members = [faster.member(data, 2, number, plan) for number, data in enumerate(clients)]
+    done = faster.kernels.train(start, [members], rates)
+    for number, (data, arrays, losses) in enumerate(zip(clients, done.arrays, done.losses, strict=True)):
+        load_into(model, start)
+        with kernels(model):
+            told = train(model, data, task, faster.experiment, 2, number)
+        by_loop = state_of(model)
+        moved = distance(by_loop, start)
+        assert moved > 0 and distance(arrays, by_loop) <= BOUND * moved
+        assert all(np.array_equal(arrays[n], start[n]) for n in start.keys() - rates.keys())
+        reported = faster.trained(members[number], losses)
+        assert reported.steps == told.steps and reported.losses == pytest.approx(told.losses, rel=BOUND)
+    weights = [{n: float(i + 2 + (n == next(iter(start)))) for n in start} for i in range(len(clients))]
+    for given in (weights, [dict.fromkeys(start, float(i + 1)) for i in range(len(clients))]):
+        (total,) = faster.kernels.train(start, [members], rates, [given]).totals
+        expected = weighted_sum(zip(given, done.arrays, strict=True)).sums
+        assert total is not None and all(total[n].tobytes() == expected[n].tobytes() for n in start)
+
+
+def test_a_block_with_infinite_numbers_has_no_sum() -> None:
+    faster, _, model, clients = setting("mlp")
+    clients[1].x[3] = float("inf")
+    members = [faster.member(data, 1, number, faster.experiment.local) for number, data in enumerate(clients)]
+    weights = [[dict.fromkeys(state_of(model), 1.0)] * 2, [dict.fromkeys(state_of(model), 1.0)] * 3]
+    rates = faster.rates(1, faster.experiment.local)
+    totals = faster.kernels.train(state_of(model), [members[:2], members[2:]], rates, weights).totals
+    assert totals[0] is None and totals[1] is not None
+
+
+@pytest.mark.parametrize("preset", ["fedavg", "fedadam", "krum", "fedper", "ditto"])
+def test_runs_have_the_same_bits_by_blocks_and_by_clients(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether blocks are trained and added up as one, or clients one by one; and a run by the loop is hardly another."""
+    experiment = small(preset, "local.momentum=0", "partition.clients=23", "partition.min_size=3", "evaluate.every=2")
+    blocks = run_inline(experiment, tmp_path / "blocks")
+    monkeypatch.setattr(together, "_plain", lambda node: False)
+    single = run_inline(experiment, tmp_path / "single")
+    assert [single[key] for key in ("model_sha256", "metrics")] == [blocks[key] for key in ("model_sha256", "metrics")]
+    monkeypatch.setattr(node, "fast", lambda *_: "none")
+    loop = run_inline(experiment, tmp_path / "loop")
+    assert (blocks["engine"]["training"], loop["engine"]["training"]) == (["direct"], ["loop"])
+    arrays = [checkpoints.latest(tmp_path / run / "checkpoints")[0] for run in ("blocks", "loop")]
+    assert arrays[0] is not None and arrays[1] is not None
+    for name, value in arrays[1].arrays.items():
+        assert np.allclose(arrays[0].arrays[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_loop_alone_can_do_is_left_to_it() -> None:
+    """Missing labels, weights of classes, several targets, values."""
+    faster, *_ = setting("mlp")
+    y = torch.tensor([1, 2])
+    assert faster.kernels.covers([y], [None])
+    assert not faster.kernels.covers([torch.tensor([1, MISSING])], [None])
+    assert not faster.kernels.covers([y], [torch.ones(10)])
+    for learned in ("all", "slant"):
+        experiment = load("fedavg", [f"task.learn={learned}"])
+        task = open_task(experiment)
+        assert fast(experiment, View(task.new_model(), task)) == "there is not one target of classes"
+
+
+def test_relu_comes_after_the_pooling_that_follows_its_layer() -> None:
+    trunk, features = relu_first(None, Inputs((2, 12, 12)))
+    model = Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False})
+    found = operations(network(model, (2, 12, 12), [DIGIT], [1.0]), Descent(load("fedavg").local))
+    kinds = [Convolution, Pool, Convolution, Tanh, Pool, Flatten, Linear, Relu, Linear]
+    assert [type(operation) for operation in found] == kinds
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_sums_have_the_bits_of_their_definition(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled or by NumPy, in one go or in two, with weights by array; numbers that are not finite are told."""
+    if compiled and adding._library() is None:
+        pytest.skip("sums.c does not compile here")
+    if not compiled:
+        monkeypatch.setattr(adding, "_library", lambda: None)
+    draw = np.random.default_rng(0)
+    begins, size = {"a": 0, "b": 16, "c": 16 + 70_000}, 16 + 70_000 + 33
+    works = [draw.normal(size=size).astype(np.float32) for _ in range(4)]
+    weights = [dict.fromkeys(begins, float(3 * k + 1)) | ({"c": 0.3} if k == 2 else {}) for k in range(4)]
+    stops = [*list(begins.values())[1:], size]
+    arrays = [{n: w[b:e] for (n, b), e in zip(begins.items(), stops, strict=True)} for w in works]
+    expected = weighted_sum(zip(weights, arrays, strict=True)).sums
+    total = np.full(size, np.nan)
+    assert adding.add_up(total, works[:3], weights[:3], begins, first=True)
+    assert adding.add_up(total, works[3:], weights[3:], begins, first=False)
+    assert all(total[b:e].tobytes() == expected[n].tobytes() for (n, b), e in zip(begins.items(), stops, strict=True))
+    for wrong in (np.inf, -np.inf, np.nan):
+        works[2][size - 1] = wrong
+        assert not adding.add_up(total, works, weights, begins, first=True)
+    assert adding.add_up(total, works[:2], weights[:2], begins, first=True)
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize("window", [(2, 2), (1, 2), (3, 2), (2, 5)], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 6, 16, 17, 40])
+@pytest.mark.parametrize("relu", [False, True])
+def test_compiled_pooling_has_the_bits_of_torchs(
+    channels: int, window: tuple[int, int], ceil: bool, relu: bool
+) -> None:
+    """Forward and back, where edges are left out or part of a window, where numbers are equal, and where some are none."""
+    if layers._pooling() is None:
+        pytest.skip("pooling.c does not compile here")
+    draw, whole = torch.Generator().manual_seed(channels), math.ceil if ceil else math.floor
+    for h, w in ((2, 5), (7, 11), (12, 10)):
+        after = (channels, whole(h / window[0]), whole(w / window[1]))
+        if 0 in after:
+            continue
+        x = torch.randint(4, (3, channels, h, w), generator=draw).float().contiguous(memory_format=torch.channels_last)
+        x[0, :, -1, -1] = -0.0
+        x[1, 0, 0, 1] = x[2, -1, 1, 0] = torch.nan
+        x[:, :, :, 3] -= 3  # so that ReLU has something to do
+        given = x.clone().requires_grad_()
+        expected = F.max_pool2d(given, window, ceil_mode=ceil)
+        expected = expected.relu() if relu else expected
+        back = torch.randn(expected.shape, generator=draw)
+        expected.backward(back)
+        pool = Pool(Layer("pool", (channels, h, w), after, kernel=window, ceil=ceil), relu)
+        found = [each.nan_to_num(-1).contiguous().view(torch.int32) for each in (pool.forward(x), expected.detach())]
+        assert torch.equal(*found) and given.grad is not None
+        assert torch.equal(pool.backward(back, further=True), given.grad)
+
+
+@pytest.mark.parametrize("channels", [1, 6, 17])
+def test_compiled_pooling_writes_nothing_behind_its_arrays(channels: int) -> None:
+    library, room = layers._pooling(), 64
+    if library is None:
+        pytest.skip("pooling.c does not compile here")
+    sizes = (2, 4, 6, channels, 2, 3, 2, 2)
+    large, small = (torch.full((2 * h * w * channels + room,), 7.0) for h, w in ((4, 6), (2, 3)))
+    places = torch.full((len(small),), 7, dtype=torch.int32)
+    library.pool_forward(large.data_ptr(), small.data_ptr(), places.data_ptr(), *sizes, 0)
+    library.pool_backward(small.data_ptr(), places.data_ptr(), large.data_ptr(), *sizes)
+    assert all(bool((each[-room:] == 7).all()) for each in (large, small, places))
+    assert large[:-room].sum() == 7 * (len(small) - room)
+
+
+def test_pooling_without_a_compiler_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, back = torch.randn(4, 6, 9, 8, generator=draw), torch.randn(4, 6, 4, 4, generator=draw)
+    found = []
+    for library in (layers._pooling(), None):
+        monkeypatch.setattr(layers, "_pooling", lambda library=library: library)
+        for relu in (False, True):
+            pool = Pool(Layer("pool", (6, 9, 8), (6, 4, 4), kernel=(2, 2)), relu)
+            found.append((pool.forward(x), pool.backward(back, further=True)))
+    compiled, by_torch = found[:2], found[2:]
+    assert all(
+        torch.equal(a, b)
+        for one, other in zip(compiled, by_torch, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_equal_maxima_have_torchs_gradients() -> None:
+    """Small whole numbers, of which many are equal: of a pair the first learns; over time they share."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randint(3, (5, 8, 12), generator=draw).float()
+    cases: list[tuple[Operation, nn.Module]] = [
+        (Pool(Layer("pool", (8, 1, 12), (8, 1, 6), kernel=(1, 2))), networks.HalfOfTime()),
+        (OverTime(), networks.MeanAndMaximum()),
+    ]
+    for operation, module in cases:
+        given = x.clone().requires_grad_()
+        expected = module(given)
+        back = torch.randn(expected.shape, generator=draw)
+        expected.backward(back)
+        window = x.transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(2)
+        found = operation.forward(window)
+        assert torch.equal(found.reshape(expected.shape), expected) and given.grad is not None
+        found_back = operation.backward(back if back.dim() == 2 else back.unsqueeze(2), further=True)
+        assert torch.allclose(found_back.squeeze(2), given.grad, rtol=1e-6, atol=1e-7)

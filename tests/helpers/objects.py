@@ -1,0 +1,41 @@
+"""A model and a data set as a user would name them: `module:object`."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meadow.config.schema import Task
+from meadow.tasks.data import Part, Raw
+
+
+class Rows(torch.nn.Module):
+    """An LSTM over the rows of a digit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = torch.nn.LSTM(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x.reshape(len(x), -1, 8))[0][:, -1]
+
+
+def rows(task: Any, inputs: Any) -> tuple[torch.nn.Module, int]:
+    """A user's trunk, for task.model = "helpers.objects:rows"."""
+    return Rows(), 4
+
+
+def everything(task: Task) -> Raw:
+    """A data set with a target of every kind, each a function of the samples, two thirds of the labels missing."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(900, 6)).astype(np.float32)
+    gone = random.random(900) < 2 / 3
+    total = x.sum(1).astype(np.float64)
+    columns = {
+        "side": np.where(gone, "", np.where(total > 0.5, "right", "left")),
+        "signs": np.where(gone[:, None], np.nan, x[:, :3] > 0),
+        "total": np.where(gone, np.nan, 40 * total + 100),
+        "stay": np.where(gone, np.nan, 40 * total + 100),
+    }
+    return Raw("everything", Part(torch.from_numpy(x), columns), None)

@@ -1,0 +1,250 @@
+"""Killed and resumed: the run that was cut off ends with the bits of the run that never was."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import meadow.client.store
+import meadow.server.rounds
+import pytest
+from helpers.runs import RESUMED, run_inline, small
+from meadow.server.checkpoints import Checkpoint, latest, save
+from meadow.server.folder import RunFolder
+from meadow.server.session import Session
+from meadow.server.writer import Writer
+
+import meadow.arrays.files
+from meadow.arrays.named import Arrays
+from meadow.config.load import to_toml
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing below it is caught, nothing after it is written."""
+
+
+def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Let everything end at the given write of a file, half of which gets onto the disk under its temporary name."""
+    count = [0]
+    honest = meadow.arrays.files.write_bytes
+
+    def write(path: Path, content: bytes) -> None:
+        count[0] += 1
+        if count[0] == number:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+        if count[0] >= number:
+            raise Killed
+        honest(path, content)
+
+    in_memory = meadow.client.store._write
+
+    def write_in_memory(path: Path, arrays: Arrays, spare: Path | None) -> int:
+        count[0] += 1
+        if count[0] == number:  # what it is written over is an old state's memory, which is torn by then
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torn = path.with_name(f".{path.name}.tmp")
+            spare.replace(torn) if spare else None
+            torn.write_bytes(b"half")
+        if count[0] >= number:
+            raise Killed
+        return in_memory(path, arrays, spare)
+
+    for module in ("meadow.arrays.files", "meadow.server.folder", "meadow.client.store"):
+        monkeypatch.setattr(f"{module}.write_bytes", write)
+    monkeypatch.setattr("meadow.client.store._write", write_in_memory)
+    return count
+
+
+def writes_of(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+    with monkeypatch.context() as patch:
+        count = kill_at_write(patch, 10**9)
+        summary = run_inline(experiment, out)
+    return count[0], summary
+
+
+PLATEAU = ("local.schedule=plateau", "local.schedule_patience=0", "local.lr=0.3")
+
+
+@pytest.mark.parametrize(
+    ("method", "every"),
+    [
+        (("fedper",), 3600),
+        (("fedper", "engine.state_memory=0"), 3600),
+        (("local", "engine.state_memory=0"), 3600),
+        (("fedavg", *PLATEAU), 3600),
+        (("fedavg",), 3600),
+        (("fedavg",), 0),
+    ],
+    ids=str,
+)
+def test_killed_at_any_write_and_resumed_gives_the_same_bits(
+    method: tuple[str, ...], every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`every`: seconds between checkpoints; where clients keep something there is one a round whatever it says."""
+    monkeypatch.setattr("meadow.server.rounds.EVERY", every)
+    experiment = small(method[0], *method[1:], "cohort.size=3", "partition.clients=4")
+    total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
+    assert total > 3 * 3
+    for number in range(1, total + 1):
+        out = tmp_path / str(number)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at_write(patch, number)
+            run_inline(experiment, out)
+        resumed = run_inline(experiment, out, resume=True)
+        assert [resumed[k] for k in RESUMED] == [expected[k] for k in RESUMED], number
+
+
+def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first round has one, and the last, however the run ends; a run that was stopped goes on from there."""
+    monkeypatch.setattr("meadow.server.rounds.EVERY", 3600)
+    private = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
+    kept = []
+    for number, method in enumerate([("fedavg",), ("fedper",), ("fedavg", *private), ("fedavg", *PLATEAU)]):
+        run_inline(small(*method, "run.rounds=4"), tmp_path / str(number))
+        kept.append([int(p.stem[-8:]) for p in sorted((tmp_path / str(number) / "checkpoints").glob("*.json"))])
+    assert kept == [[1, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4]]
+
+    play = meadow.server.rounds.play_round
+
+    def stop(session: Session, round_: int) -> None:
+        if round_ == 4:
+            raise KeyboardInterrupt
+        play(session, round_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("meadow.server.rounds.play_round", stop)
+        assert run_inline(small("fedavg", "run.rounds=4"), tmp_path / "stopped")["status"] == "stopped"
+    found, _ = latest(tmp_path / "stopped" / "checkpoints")
+    assert found is not None and found.round == 3
+    resumed = run_inline(small("fedavg", "run.rounds=4"), tmp_path / "stopped", resume=True)
+    whole = run_inline(small("fedavg", "run.rounds=4"), tmp_path / "whole")
+    assert [resumed[k] for k in RESUMED] == [whole[k] for k in RESUMED]
+
+
+def test_there_is_no_checkpoint_without_its_rounds_record(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    writer = Writer(folder, every=3600)
+    for round_, loss in enumerate((1.0, 2.0, float("nan")), 1):
+        writer.give({"round": round_, "loss": loss}, Checkpoint(round_, {}))
+    with pytest.raises(ValueError, match="JSON"):
+        writer.wait()
+    writer.end()
+    found, _ = latest(folder.checkpoints)
+    assert found is not None and found.round == 1 and [r["round"] for r in folder.rounds()] == [1, 2]
+
+
+def test_a_torn_line_ends_the_records(tmp_path: Path) -> None:
+    """After a power failure a line may lack what stood before the next one."""
+    (tmp_path / "rounds.jsonl").write_bytes(b'{"round": 1}\n\0\0\0\n{"round": 3}\n')
+    assert RunFolder(tmp_path).rounds() == [{"round": 1}]
+
+
+def test_killed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = small("fedper", "run.rounds=6")
+    total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
+    for number in (total // 2, total // 4, total // 3):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at_write(patch, number)
+            run_inline(experiment, tmp_path / "cut", resume=True)
+    resumed = run_inline(experiment, tmp_path / "cut", resume=True)
+    assert [resumed[k] for k in RESUMED] == [expected[k] for k in RESUMED]
+
+
+@pytest.mark.parametrize("damage", ["torn arrays", "flipped bit", "torn json", "lost json", "torn line", "both newest"])
+def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(damage: str, tmp_path: Path) -> None:
+    experiment = small("fedper", "run.rounds=6")
+    expected = run_inline(experiment, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    folder = tmp_path / "checkpoints"
+    newest, older = (sorted(folder.glob("*.safetensors"))[i] for i in (-1, -2))
+    content = bytearray(newest.read_bytes())
+    if damage == "torn arrays":
+        newest.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+    elif damage == "torn json":
+        newest.with_suffix(".json").write_bytes(b'{"round": 6, "sha')
+    elif damage == "lost json":
+        newest.with_suffix(".json").unlink()
+    elif damage == "both newest":
+        newest.write_bytes(b"")
+        older.write_bytes(b"")
+    else:
+        with (tmp_path / "rounds.jsonl").open("a") as file:
+            file.write('{"round": 7, "coh')
+    found, damaged = latest(folder)
+    assert found is not None
+    assert found.round == {"torn line": 6, "both newest": 4}.get(damage, 5)
+    assert len(damaged) == 6 - found.round
+    resumed = run_inline(experiment, tmp_path, resume=True)
+    assert [resumed[k] for k in RESUMED] == [expected[k] for k in RESUMED]
+
+
+def test_a_flipped_bit_anywhere_in_a_file_of_arrays_is_found(tmp_path: Path) -> None:
+    import numpy as np
+
+    path = tmp_path / "a.safetensors"
+    meadow.arrays.files.write_arrays(path, {"w": np.arange(6, dtype=np.float32)})
+    whole = path.read_bytes()
+    assert meadow.arrays.files.read_arrays(path)["w"].tolist() == [0, 1, 2, 3, 4, 5]
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(meadow.arrays.files.DamagedFile, match="SHA-256"):
+            meadow.arrays.files.read_arrays(path)
+
+
+def test_arrays_of_another_round_are_no_checkpoint(tmp_path: Path) -> None:
+    import numpy as np
+
+    for round_ in (1, 2):
+        save(tmp_path, Checkpoint(round_, {"w": np.float32([round_])}))
+    (tmp_path / "round-00000001.safetensors").replace(tmp_path / "round-00000002.safetensors")
+    found, damaged = latest(tmp_path)
+    assert found is None and len(damaged) == 2
+
+
+def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    experiment = small("fedavg")
+    first = run_inline(experiment, tmp_path)
+    before = (tmp_path / "rounds.jsonl").stat().st_mtime_ns
+    assert run_inline(experiment, tmp_path, resume=True) == first
+    assert (tmp_path / "rounds.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
+    experiment = small("fedavg")
+    run_inline(experiment, tmp_path)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"data_sha256": "', '"data_sha256": "00'))
+    with pytest.raises(UserError, match="data_sha256"):
+        run_inline(experiment, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments(engine: str, tmp_path: Path) -> None:
+    """A real process and a real SIGKILL, until the run gets through."""
+    experiment = small("fedper", "run.rounds=40")
+    (tmp_path / "e.toml").write_text(to_toml(experiment))
+    command = [sys.executable, "-m", "experiments", "run", str(tmp_path / "e.toml"), "--quiet", "--engine", engine]
+    command += ["--out", str(tmp_path / "run"), "--resume"]
+    expected = run_inline(experiment, tmp_path / "whole")
+    moments = random.Random(5)
+    for _ in range(4):
+        process = subprocess.Popen(command)
+        while not (tmp_path / "run" / "rounds.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command).returncode == 0
+    resumed = run_inline(experiment, tmp_path / "run", resume=True)
+    assert [resumed[k] for k in RESUMED] == [expected[k] for k in RESUMED]

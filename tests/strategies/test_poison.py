@@ -1,0 +1,138 @@
+"""The poison table: under every strategy the run ends, and has the bits of the run without those who poison it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import meadow.client.node
+import meadow.server.rounds
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, RecordDict
+from helpers.runs import clients_answer, run_inline, small
+from meadow.server.checkpoints import latest
+
+from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.named import Arrays
+from meadow.config.algorithms import ALGORITHMS
+
+HONEST = 4
+
+NAME = "trunk.linear2.bias"
+
+
+def arrays_by(change: Callable[[Arrays], Any]) -> Callable[[RecordDict], None]:
+    """A poison of the arrays: `change` gets a copy of them, and may return others."""
+
+    def poison(reply: RecordDict) -> None:
+        arrays = {name: value.copy() for name, value in from_record(reply.array_records["arrays"]).items()}
+        found = change(arrays)
+        reply["arrays"] = found if isinstance(found, ArrayRecord) else to_record(found or arrays)
+
+    return poison
+
+
+def metric(key: str, value: Any) -> Callable[[RecordDict], None]:
+    def poison(reply: RecordDict) -> None:
+        reply.metric_records["metrics"][key] = value
+
+    return poison
+
+
+def text(arrays: Arrays) -> ArrayRecord:
+    as_sent = {name: Array(value) for name, value in arrays.items()}
+    return ArrayRecord(as_sent | {NAME: Array("<U3", (4,), "numpy.ndarray", b"one" * 4)})
+
+
+POISONS: dict[str, Callable[[RecordDict], None]] = {
+    "nan": arrays_by(lambda a: a[NAME].fill(np.nan)),
+    "infinite": arrays_by(lambda a: a[NAME].fill(np.inf)),
+    "wrong shape": arrays_by(lambda a: a | {NAME: np.zeros((1, 4), np.float32)}),
+    "scalar": arrays_by(lambda a: a | {NAME: np.zeros((), np.float32)}),
+    "missing key": arrays_by(lambda a: {n: v for n, v in a.items() if n != NAME}),
+    "nothing": arrays_by(lambda a: ArrayRecord()),
+    "extra key": arrays_by(lambda a: a | {"trunk.9.bias": np.zeros(4, np.float32)}),
+    "extra beside": arrays_by(lambda a: a | {f"z@{NAME}": np.zeros(4, np.float32)}),
+    "complex": arrays_by(lambda a: a | {NAME: np.zeros(4, np.complex64)}),
+    "text": arrays_by(text),
+    "far": arrays_by(lambda a: a[NAME].fill(1e30)),
+    "no record": lambda reply: reply.pop("arrays"),
+    "no metrics": lambda reply: reply.pop("metrics"),
+    "metrics of text": metric("num-examples", "many"),
+    "weight -1": metric("num-examples", -1),
+    "weight nan": metric("num-examples", math.nan),
+    "weight 1e12": metric("num-examples", 1e12),
+    "weight 0": metric("num-examples", 0),
+    "weight of a head": metric("num-examples/digit", math.nan),
+}
+STEPS = {f"steps {value}": metric("steps", value) for value in (0, -3, 10**9, math.nan, 1.5)}
+"""Poisons for those who divide by a client's steps."""
+
+
+def poisoned_runs(
+    name: str, poisons: dict[str, Callable[[RecordDict], None]], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = "body" if name in ("fedalt", "fedrep") else "all"
+    clients = HONEST + len(poisons)
+    experiment = small(
+        "fedavg", f"strategy.name={name}", f"strategy.share={share}", f"partition.clients={clients}", "run.rounds=2",
+        "task.hidden=4", "partition.law=iid", "partition.min_size=3", "local.steps=1", "evaluate.on=global",
+        "evaluate.every=2", "cohort.max_norm=1e6",
+    )  # fmt: skip
+    honest = meadow.client.node.train_client
+    kinds = dict(enumerate(poisons.values(), start=1))  # client 0 is honest, and so are the last ones
+
+    def absent(node: Any, request: Any) -> Any:
+        if request.client in kinds:
+            raise OSError("absent")
+        return honest(node, request)
+
+    def poisoned(node: Any, request: Any) -> Any:
+        reply = honest(node, request)
+        if request.client in kinds:
+            kinds[request.client](reply)
+        return reply
+
+    clients_answer(monkeypatch, absent)
+    expected = run_inline(experiment, out / "without")
+    clients_answer(monkeypatch, poisoned)
+    summary = run_inline(experiment, out / "poisoned")
+    assert expected["status"] == summary["status"] == "done"
+    for line in (out / "poisoned" / "rounds.jsonl").read_text().splitlines():
+        refused = {f["client"]: f["reason"] for f in json.loads(line)["failed"]}
+        assert refused.keys() == kinds.keys()
+        assert all(refused.values())
+    assert summary["model_sha256"] == expected["model_sha256"]
+    checkpoint, _ = latest(out / "poisoned" / "checkpoints")
+    assert checkpoint is not None
+    assert all(np.isfinite(value).all() for value in (checkpoint.arrays | checkpoint.strategy).values())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_poison_costs_the_poisoner_only(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned_runs(name, POISONS, tmp_path, monkeypatch)
+
+
+def test_steps_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned_runs("fednova", STEPS, tmp_path, monkeypatch)
+
+
+def test_a_poisoned_control_variate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison = arrays_by(lambda a: a[f"c@{NAME}"].fill(np.nan))
+    poisoned_runs("scaffold", {"nan beside": poison}, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fednova", "median", "scaffold"])
+def test_a_second_reply_does_not_count(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = small("fedavg", f"strategy.name={name}", "run.rounds=2", "evaluate.on=global")
+    expected = run_inline(experiment, tmp_path / "once")
+    honest = meadow.server.rounds.admit
+
+    def twice(replies: Any, sums: Any, sent: Arrays, *args: Any, **kwargs: Any) -> Any:
+        worse = [reply for reply in replies if reply.client in (2, 5)]
+        return honest([*replies, *worse], sums, sent, *args, **kwargs)
+
+    monkeypatch.setattr(meadow.server.rounds, "admit", twice)
+    assert run_inline(experiment, tmp_path / "twice")["model_sha256"] == expected["model_sha256"]
