@@ -68,6 +68,7 @@ def join(message: Message, context: Context) -> Message:
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
             "training": node.training,
+            "keeps": node.keeps,
         }
     )
     return Message(RecordDict({"roll": roll}), reply_to=message)
@@ -84,7 +85,7 @@ def train(message: Message, context: Context) -> Message:
         together, others = train_blocks(node, requests, blocks)
         alone = answer(node, others, train_client)
     node.clock.now("reduce")
-    sent = from_record(requests[0].arrays)
+    sent = {request.client: request.arrays for request in requests}
     one_by_one = [block for block in blocks if (block[0], block[0] + 1) not in together.sums]
     reply = add_up(node, alone, sent, one_by_one)
     answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
@@ -104,7 +105,7 @@ def evaluate(message: Message, context: Context) -> Message:
     with kernels(node.model):
         answers = answer(node, requests, evaluate_client)
     if requests[0].config["thorough"]:  # at a run's end
-        store_of(node, str(requests[0].config["run"])).settle(hosted_here(context, node.experiment.partition.clients))
+        store_of(node, requests[0].config["run"]).settle(hosted_here(context, node.experiment.partition.clients))
     _tell("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 
@@ -112,7 +113,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def _tell(done: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
     for request, given in zip(requests, answers, strict=True):
         which = {"round": request.config["round"], "client": given.client}
-        if given.content is None:
+        if given.values is None:
             log.error("failed: %s", given.error.strip().splitlines()[-1], extra=which)
         else:
             log.info(done, extra=which)

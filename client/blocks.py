@@ -7,16 +7,14 @@ another.
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from flwr.app import ConfigRecord, MetricRecord
 from meadow.client.node import Facts, Node, samples
 from meadow.client.trainers.choose import Fast
 from meadow.strategies.protocol import Half
 from meadow.strategies.roles import name_weights
-from meadow.strategies.wire.packing import Answer, NodeReply, Request
+from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
 
-from meadow.arrays.flower import from_record, to_content, to_metrics
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import WeightedSum
 from meadow.tasks.data import Data
@@ -36,16 +34,14 @@ def train_blocks(
     if not isinstance(node.fast, Fast) or not _plain(node) or not blocks:
         return done, list(requests)
     # One dictionary for all blocks: kernels take over what is new to them once.
-    first, received = requests[0], from_record(requests[0].arrays)
+    first, received = requests[0], requests[0].arrays
     asked, left = {request.client: request for request in requests}, {request.client for request in requests}
     at_once = node.fast.kernels.blocks_at_once
     for begin in range(0, len(blocks), at_once):
         part = blocks[begin : begin + at_once]
         try:
             together = [[asked[client] for client in clients] for _, clients in part]
-            same = all(
-                each.arrays is first.arrays and each.config is first.config for block in together for each in block
-            )
+            same = all(each.arrays is received and each.config is first.config for block in together for each in block)
             if not same or "work" in first.config or received.keys() != node.fast.kernels.network.shapes.keys():
                 continue
             found = _train(node, node.fast, first.config, received, [clients for _, clients in part])
@@ -81,18 +77,18 @@ def _plain(node: Node) -> bool:
 
 
 def _train(
-    node: Node, fast: Fast, config: ConfigRecord, received: Arrays, clients: Sequence[Sequence[int]]
+    node: Node, fast: Fast, config: Values, received: Arrays, clients: Sequence[Sequence[int]]
 ) -> Sequence[tuple[list[Answer], WeightedSum] | None]:
     """The blocks' answers and sums, by the blocks' clients; None of a block where anything is not finite, and of all if a
     client has what kernels do not cover."""
-    round_, local = int(cast(int, config["round"])), node.experiment.local
-    scores = dict[int, MetricRecord]()
+    round_, local = config["round"], node.experiment.local
+    scores = dict[int, Values]()
     if config["evaluate"]:
         node.clock.now("evaluate")
         load_into(node.model, received)
         for client in (client for block in clients for client in block):
             data = node.view.data(f"{client}/test", node.task.client(client).test)
-            scores[client] = to_metrics(evaluate(node.view.model, data, node.view.task))
+            scores[client] = evaluate(node.view.model, data, node.view.task)
     node.clock.now("open")
     own = {client: node.task.client(client).train for block in clients for client in block}
     facts = {client: _facts(node, fast, client, data) for client, data in own.items()}
@@ -114,10 +110,10 @@ def _train(
             trained = fast.trained(member, next(losses))
             metrics: dict[str, Any] = {**known[member.client], "steps": trained.steps}
             metrics |= {f"loss/{target}": value for target, value in trained.losses.items()}
-            content: dict[str, MetricRecord] = {"metrics": to_metrics(metrics)}
+            values: dict[str, Values] = {"metrics": metrics}
             if member.client in scores:
-                content["evaluation"] = scores[member.client]
-            answers.append(Answer(member.client, to_content(content), summed=True))
+                values["evaluation"] = scores[member.client]
+            answers.append(Answer(member.client, values, summed=True))
         weights = {name: sum(counts[m.client][name] for m in block) for name in received}
         whole = all(counts[m.client][name] > 0 for m in block for name in received)
         found.append((answers, WeightedSum(total, weights)) if total is not None and whole else None)

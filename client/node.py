@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
+from flwr.app import Context
 from meadow.client.context import ClientTurn, with_wrong_labels
 from meadow.client.loop.anchors import teaches
-from meadow.client.loop.training import LOOP, Beside, train
+from meadow.client.loop.training import LOOP, Beside, keeps, train
 from meadow.client.release import Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Fast, fast, told
@@ -22,11 +22,10 @@ from meadow.strategies import algorithm
 from meadow.strategies.attacks import ON_LABELS, attackers
 from meadow.strategies.protocol import Half
 from meadow.strategies.roles import Roles, name_weights, roles_of
-from meadow.strategies.wire.packing import Answer, NodeReply, Request
-from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
+from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
+from meadow.strategies.wire.replies import arrays_fault, weight_fault
 from torch import nn
 
-from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.memory import Recent, find
 from meadow.arrays.named import Arrays, arrays_sha256, of_kind, split_beside
 from meadow.arrays.sums import Span, WeightedSum, weighted_sum
@@ -84,6 +83,11 @@ class Node:
         """What trains here (`meadow.client.trainers.choose.told`)."""
         return told(self.experiment, self.fast)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep something from round to round: personal layers, what the algorithm or the loop remembers."""
+        return bool(self.roles.personal) or type(self.half) is not Half or keeps(self.experiment)
+
 
 def open_node(context: Context) -> Node:
     """The node of this process for the experiment in the run configuration; made once a process."""
@@ -132,7 +136,7 @@ def hosted_here(context: Context, clients: int) -> range:
     return hosted(index, nodes, clients)
 
 
-def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], RecordDict]) -> list[Answer]:
+def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], Answer]) -> list[Answer]:
     """Let each client answer in turn. One that raises costs itself only: its answer is its id and its traceback.
 
     Under DP the kind of the error alone leaves, but for what the ledger says; the rest goes to the node's log.
@@ -140,7 +144,7 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
     answers = []
     for request in requests:
         try:
-            answers.append(Answer(request.client, handler(node, request)))
+            answers.append(handler(node, request))
         except LedgerFault as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
         except Exception as error:  # whatever a client's data or model does, the others go on
@@ -153,11 +157,11 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
     return answers
 
 
-def train_client(node: Node, request: Request) -> RecordDict:
+def train_client(node: Node, request: Request) -> Answer:
     """One client's part of a round: score the model it would use, take its turn, store what is its own, reply the rest.
 
-    The reply holds "arrays" (the shared arrays after training and what the algorithm sends beside them, without those
-    of heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
+    The answer holds arrays (the shared ones after training and what the algorithm sends beside them, without those of
+    heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
     target, and what the algorithm adds) and, if the message asks for it, "evaluation" (target/metric of the model that
     the client would use, on its test part).
 
@@ -166,24 +170,24 @@ def train_client(node: Node, request: Request) -> RecordDict:
     else is in a reply under DP is what `meadow.privacy.releases.allowed` lets out; each client weighs 1.
     """
     config = request.config
-    round_, store = int(cast(int, config["round"])), _store(node, request)
+    round_, store = config["round"], _store(node, request)
     client, seen, experiment = request.client, node.view, node.experiment
     node.clock.now("open")
     turn = open_turn(node, request, before=round_, pooled=experiment.run.placement == "pooled")
-    reply, release = RecordDict(), None
+    reply, release = dict[str, Values](), None
     if experiment.privacy.unit in ("example", "local"):
         begins = turn.start() | turn.memory | turn.extra
         try:
-            release = charge(node.keeper, request.content, round_, client, begins, turn.work)
+            release = charge(node.keeper, request.ledger, round_, client, begins, turn.work)
         except Exhausted as reason:
-            return RecordDict({"ledger": ConfigRecord({**reason.state, "exhausted": str(reason)})})
+            return Answer(client, {"ledger": {**reason.state, "exhausted": str(reason)}})
         reply["ledger"] = release.state
         turn = replace(turn, permit=release.permit)
     if config["evaluate"] and allowed(experiment, "metrics"):
         node.clock.now("evaluate")
         turn.load(node.half.used(turn))
         data = seen.data(f"{client}/test", node.task.client(client).test)
-        reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
+        reply["evaluation"] = evaluate(seen.model, data, seen.task)
         turn.load(turn.start())
     node.clock.now("train")
     outcome = node.half.train(turn)
@@ -195,18 +199,16 @@ def train_client(node: Node, request: Request) -> RecordDict:
         sent |= noised_update(experiment, release, received, found)
     lasting = {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered
     if lasting:
-        attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
-        store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
+        store.save(client, round_, lasting, config["keep-from"], config.get("attempt", 1), config.get("void", []))
     node.clock.now("reduce")
     known = turn.permit is not None or allowed(experiment, "samples")
     metrics: dict[str, Any] = {**samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
     metrics |= outcome.metrics
     weights = name_weights(metrics, sent | outcome.extra)
     everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
-    reply["arrays"] = to_record(everything)
     losses = {f"loss/{t}": value for t, value in outcome.fitted.losses.items() if allowed(experiment, "loss")}
-    reply["metrics"] = MetricRecord(metrics | losses)
-    return reply
+    reply["metrics"] = metrics | losses
+    return Answer(client, reply, everything)
 
 
 def samples(node: Node, client: int, data: Data) -> dict[str, int]:
@@ -220,30 +222,29 @@ def samples(node: Node, client: int, data: Data) -> dict[str, int]:
     return {"num-examples": 1} | {f"num-examples/{t.name}": int(pooled or held[t.name]) for t in node.task.targets}
 
 
-def evaluate_client(node: Node, request: Request) -> RecordDict:
+def evaluate_client(node: Node, request: Request) -> Answer:
     """Score the model that the client would use, on its test part; after local fine-tuning too, if that is set.
 
-    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of what
+    The answer holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of what
     the client has of its own, and whether it has anything) and, if the message asks for a thorough evaluation,
     "confusion" (of the used model, by class target: its confusion counts, row after row) and, if evaluate.on names it,
     the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
     `meadow.privacy.releases.allowed` lets out.
     """
     config = request.config
-    round_ = int(cast(int, config["round"]))
+    round_ = config["round"]
     turn = open_turn(node, request, before=round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
     lasting = turn.personal | turn.memory
     sha256 = arrays_sha256(lasting) if allowed(node.experiment, "hashes") else ""
-    identity = ConfigRecord({"personal": sha256, "trained": bool(lasting)})
+    reply: dict[str, Values] = {"identity": {"personal": sha256, "trained": bool(lasting)}}
     if not allowed(node.experiment, "metrics"):
-        return RecordDict({"evaluation": MetricRecord(), "identity": identity})
+        return Answer(client, reply)
     turn.load(node.half.used(turn))
     test = seen.data(f"{client}/test", own.test)
-    reply = RecordDict()
     if config["thorough"]:
         found, counts = examine(seen.model, test, seen.task)
-        reply["confusion"] = MetricRecord({target: matrix.flatten().tolist() for target, matrix in counts.items()})
+        reply["confusion"] = {target: matrix.flatten().tolist() for target, matrix in counts.items()}
     else:
         found = evaluate(seen.model, test, seen.task)
     scores = {f"used/{key}": value for key, value in found.items()}
@@ -257,9 +258,8 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
-    reply["evaluation"] = MetricRecord(dict(scores))
-    reply["identity"] = identity
-    return reply
+    reply["evaluation"] = scores
+    return Answer(client, reply)
 
 
 def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -> ClientTurn:
@@ -269,9 +269,8 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
     """
     config, client, seen = request.config, request.client, node.view
     store = _store(node, request)
-    received, extra = split_beside(from_record(request.arrays))
-    void = cast(list[str], config.get("void", []))
-    personal, memory = split_beside(store.load(client, before, void))
+    received, extra = split_beside(request.arrays)
+    personal, memory = split_beside(store.load(client, before, config.get("void", [])))
     turn = ClientTurn(
         experiment=node.experiment,
         task=seen.task,
@@ -279,14 +278,14 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         whole=node.model,
         model=seen.model,
         data=node.task.client(client).train,
-        round=int(cast(int, config["round"])),
+        round=config["round"],
         client=client,
         received=received,
         extra=extra,
         memory=memory,
         base=lambda: _base(node, store),
         personal=personal,
-        work=float(cast(float, config.get("work", 1.0))),
+        work=config.get("work", 1.0),
         validation=_validation(node, client),
         source=_source(node, client),
         fast=None if isinstance(node.fast, str) else node.fast,
@@ -298,28 +297,31 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
     return replace(turn, data=data)
 
 
-def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:
+def add_up(
+    node: Node, answers: list[Answer], sent: Mapping[int, Arrays], blocks: Sequence[tuple[int, Sequence[int]]]
+) -> NodeReply:
     """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
 
-    Such a block goes to the server client by client, where each reply is judged alone.
+    Such a block goes to the server client by client, where each reply is judged alone by the same rules. `sent`: the
+    arrays that each client was sent.
     """
-    contents = {a.client: a for a in answers}
+    given = {a.client: a for a in answers}
     sums: dict[Span, WeightedSum] = {}
     for index, clients in blocks:
+        block = [given[client] for client in clients]
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
-        for client in clients:
-            content, size = contents[client].content, _size(node, client)
-            if content is None or weight_fault(metrics_of(content), size):
+        for each in block:
+            received = sent[each.client]
+            if each.values is None or weight_fault(each.metrics, _size(node, each.client)):
                 break
-            if arrays_fault(content, sent, node.experiment.cohort.max_norm):
+            if arrays_fault(each.arrays, each.metrics, received, node.experiment.cohort.max_norm):
                 break
-            weights = name_weights(metrics_of(content), sent, node.experiment.equal_weights)
-            updates.append((weights, from_record(cast(ArrayRecord, content["arrays"]))))
+            weights = name_weights(each.metrics, received, node.experiment.equal_weights)
+            updates.append((weights, cast(Arrays, each.arrays)))
         else:
             sums[index, index + 1] = weighted_sum(updates)
-            for client in clients:
-                contents[client].summed = True
-                cast(RecordDict, contents[client].content).pop("arrays")
+            for each in block:
+                each.summed, each.arrays = True, None
     return NodeReply(answers, sums)
 
 
@@ -353,7 +355,7 @@ def _size(node: Node, client: int) -> int:
 
 
 def _store(node: Node, request: Request) -> Store:
-    return store_of(node, str(request.config["run"]))
+    return store_of(node, request.config["run"])
 
 
 def store_of(node: Node, run: str) -> Store:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from meadow.server.rounds import run_experiment
+from meadow.server.run import run_experiment
 
 from meadow.config.load import from_flat
 from meadow.runtime.logs import log_lines

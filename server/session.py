@@ -8,6 +8,8 @@ import numpy.typing as npt
 from flwr.serverapp.strategy import Strategy
 from meadow.server.exchange import Exchange
 from meadow.server.folder import RunFolder
+from meadow.server.listeners import Listeners
+from meadow.server.placement import AtClients
 from meadow.server.protection import Protection
 from meadow.server.writer import Writer
 from meadow.strategies.protocol import Setup
@@ -28,7 +30,12 @@ MOST_ROWS = 100_000
 
 @dataclass
 class Session:
-    """What the rounds of one run have in hand. `arrays` (the shared ones) and `protection` are what changes here."""
+    """What the rounds of one run have in hand. `arrays`, the shared ones, `round` and `void` change from round to round;
+    the strategy and the protection change too.
+
+    clock: where the time of the round in hand goes. round: the last round that is done. void: attempts at rounds that did
+    not count, "ROUND.ATTEMPT": clients forget what those left them.
+    """
 
     experiment: Experiment
     task: Task
@@ -42,13 +49,22 @@ class Session:
     model: nn.Module
     view: View
     protection: Protection
-    sizes: npt.NDArray[np.int64]
+    placement: AtClients
     schedule: list[list[int]]
     writer: Writer
+    listeners: Listeners
     clock: Clock = field(default_factory=Clock)
-    """Where the time of the round in hand goes."""
+    round: int = 0
     void: list[str] = field(default_factory=list)
-    """Attempts at rounds that did not count, "ROUND.ATTEMPT": clients forget what those left them."""
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """The training samples of each client by the split, int64 (clients,)."""
+        return self.task.split.sizes[:, 0]
+
+    def evaluates(self, round_: int) -> bool:
+        """Whether the server evaluates the shared model after the round."""
+        return round_ % self.experiment.evaluate.every == 0 or round_ == self.experiment.run.rounds
 
 
 def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:

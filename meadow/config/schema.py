@@ -59,6 +59,14 @@ class Run(Section):
     placement: Literal["federated", "local", "pooled"] = Field(
         "federated", description="federated; local: each client alone; pooled: all training data in one place."
     )
+    listeners: Names = Field((), description="Your own module:object, told what happens (docs/listeners.md).")
+
+    @field_validator("listeners")
+    @classmethod
+    def _objects(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in value if ":" not in name]:
+            raise ValueError(f'"{wrong[0]}": write module:object, for example "watch:Patience"')
+        return value
 
 
 class Task(Section):

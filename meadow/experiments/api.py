@@ -13,7 +13,8 @@ from meadow.config.schema import Experiment
 from meadow.experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
 from meadow.server.cohorts import read_schedule
 from meadow.server.folder import check_folder
-from meadow.server.protection import protection
+from meadow.server.listeners import open_listeners
+from meadow.server.privacy import protection
 from meadow.simulation.launch import engine
 from meadow.strategies.roles import roles_of
 from meadow.tasks.readers.domains import source_samples
@@ -116,6 +117,7 @@ def check_run(experiment: Experiment) -> None:
     model = task.new_model()
     protection(experiment, task, roles_of(experiment, model))
     read_schedule(experiment)
+    open_listeners(experiment.run.listeners)
     teacher(model, task, experiment)
     if experiment.adapt.method != "none":
         source_samples(experiment, None)

@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import RecordDict
 from torch import Tensor, nn
 
 import meadow.client.node
-from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays
 from meadow.client.context import ClientTurn
 from meadow.client.loop.training import train
@@ -44,11 +42,11 @@ from meadow.privacy.statistics import (
 )
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import numpy_generator, one_thread
+from meadow.server.client_level import ClientLevel, adaptive
 from meadow.server.folder import RunFolder
-from meadow.server.protection import Protection, adaptive, protection
+from meadow.server.privacy import protection
 from meadow.simulation.launch import engine
 from meadow.strategies.roles import roles_of
-from meadow.strategies.wire.packing import Answer
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.task import Task, initial_state, open_task, settle
@@ -103,7 +101,7 @@ def _example(experiment: Experiment, task: Task) -> list[Check]:
     with tempfile.TemporaryDirectory() as folder:
         keeper = Keeper(plain, Path(folder), "canaries", "audit", True)
         rounds = max(1, min(participations(experiment)[busiest], _MOST_STEPS // steps_a_round(plain)))
-        allowed = [charge(keeper, RecordDict(), r, busiest, {}) for r in range(1, rounds + 1)]
+        allowed = [charge(keeper, None, r, busiest, {}) for r in range(1, rounds + 1)]
         permits = [replace(_permit(one), grad_sample=mode) for one in allowed]
         mechanism = permits[0].mechanism
         included = numpy_generator(experiment.run.seed, "audit").random(CANARIES) < 0.5
@@ -122,7 +120,7 @@ def _example(experiment: Experiment, task: Task) -> list[Check]:
         checks += _probe(plain, task, busiest, mechanism, mode)
         others = [c for c, times in enumerate(participations(experiment)) if times and c != busiest]
         who, when = (others[0], 1) if others else (busiest, rounds + 1)
-        another = charge(replace(keeper, experiment=_unbudgeted(plain, noise)), RecordDict(), when, who, {})
+        another = charge(replace(keeper, experiment=_unbudgeted(plain, noise)), None, when, who, {})
         checks += _noise(plain, task, allowed[0], another, mode)
     return checks
 
@@ -271,18 +269,18 @@ def _client(experiment: Experiment, task: Task) -> list[Check]:
 
 def _combined(experiment: Experiment, z: float, hits: np.ndarray) -> Floats:
     """What each round's model shows of each canary client, in clips, (rounds, canaries)."""
-    guard = Protection(experiment, ("w",), bound=experiment.privacy.clip, noise_multiplier=z)
+    guard = ClientLevel(experiment, ("w",), z)
     guard.begin(True, None)
     model: Arrays = {"w": np.zeros(CANARIES, np.float64)}
     scores = []
     for round_, row in enumerate(hits, 1):
         bound = guard.bound
-        answers = []
+        updates: list[Arrays] = []
         for number in np.flatnonzero(row):
             update = model["w"].copy()
             update[number] += _LONG * bound
-            answers.append(Answer(int(number), RecordDict({"arrays": to_record({"w": update})})))
-        after = guard.combine(model, answers, round_)
+            updates.append({"w": update})
+        after = guard.combine(model, updates, round_)
         scores.append(_floats(after, model) * client_denominator(experiment) / bound)
         model = after
     return np.stack(scores)
@@ -300,7 +298,7 @@ def _local(experiment: Experiment, task: Task) -> list[Check]:
     busiest = int(np.argmax(participations(experiment)))
     with tempfile.TemporaryDirectory() as folder:
         keeper = Keeper(experiment, Path(folder), "canaries", "audit", True)
-        z = charge(keeper, RecordDict(), 1, busiest, {}).noise_multiplier
+        z = charge(keeper, None, 1, busiest, {}).noise_multiplier
         free = _unbudgeted(experiment, z)
         included = numpy_generator(experiment.run.seed, "audit").random(times) < 0.5
         before: Arrays = {"w": np.zeros(200, np.float64)}
@@ -309,7 +307,7 @@ def _local(experiment: Experiment, task: Task) -> list[Check]:
             after = {"w": before["w"].copy()}
             after["w"][0] = (1 if positive else -1) * _LONG * bound  # two data sets of a client differ in everything
             own = replace(keeper, experiment=free, root=Path(folder) / str(round_))  # each is a release by itself
-            allowed = charge(own, RecordDict(), round_, busiest, before)
+            allowed = charge(own, None, round_, busiest, before)
             rows.append(_floats(noised_update(free, allowed, before, after), before) / bound)
     scores = np.stack(rows)
     bare = _floats(noised_update(free, replace(allowed, noise_multiplier=0.0), before, after), before)

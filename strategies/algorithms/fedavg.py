@@ -9,7 +9,7 @@ algorithm 1) is this with share = "body", FedBN (Li et al. 2021) with "all-but-n
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from meadow.strategies.protocol import Algorithm, Setup
-from meadow.strategies.wire.packing import block_of
 
 from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.named import Arrays
@@ -99,6 +98,13 @@ class FedAvg(Strategy):
 
     def summary(self) -> None:
         """Nothing to log: the resolved experiment stands in the run folder."""
+
+
+def block_of(message: Message) -> WeightedSum:
+    """The sum in the one message that a strategy built on sums takes."""
+    weights = {k: float(cast(float, v)) for k, v in message.content.metric_records["weights"].items()}
+    arrays = cast(dict[str, npt.NDArray[np.float64]], from_record(message.content.array_records["arrays"]))
+    return WeightedSum(arrays, weights)
 
 
 def changes(total: WeightedSum, before: Arrays) -> dict[str, npt.NDArray[np.float64]]:

@@ -9,7 +9,7 @@ from typing import Any
 import meadow.client.loop.objective
 import meadow.client.node
 import meadow.client.release
-import meadow.server.protection
+import meadow.server.client_level
 import numpy as np
 import pytest
 import torch
@@ -156,7 +156,7 @@ def test_a_ledger_that_drops_an_entry_is_found(monkeypatch: pytest.MonkeyPatch) 
 def test_fresh_noise_in_a_replayed_round_is_found(settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = iter(range(10**6))
     monkeypatch.setattr(meadow.client.release, "noise_seed", lambda *_: next(fresh))
-    monkeypatch.setattr(meadow.server.protection, "noise_seed", lambda *_: next(fresh))
+    monkeypatch.setattr(meadow.server.client_level, "noise_seed", lambda *_: next(fresh))
     assert found(*settings) == {"a round made again"}
 
 
@@ -210,17 +210,17 @@ def test_batch_norm_in_train_mode_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_sabotage_of_whole_clients_and_of_local_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     combine, clip, noised = (
-        meadow.server.protection.combine,
-        meadow.server.protection.clip,
+        meadow.server.client_level.combine,
+        meadow.server.client_level.clip,
         meadow.privacy.client_level.noised,
     )
     with monkeypatch.context() as patch:
         patch.setattr(
-            meadow.server.protection, "combine", lambda s, u, bound, z, d, g: combine(s, u, bound, 0.8 * z, d, g)
+            meadow.server.client_level, "combine", lambda s, u, bound, z, d, g: combine(s, u, bound, 0.8 * z, d, g)
         )
         assert "noise multiplier, by canaries out" in found(*CLIENT)
     with monkeypatch.context() as patch:
-        patch.setattr(meadow.server.protection, "clip", lambda sent, trained, bound: clip(sent, trained, 2 * bound))
+        patch.setattr(meadow.server.client_level, "clip", lambda sent, trained, bound: clip(sent, trained, 2 * bound))
         with pytest.raises(ValueError, match="norm <= clip"):  # the sum itself refuses what is longer
             found(*CLIENT)
     with monkeypatch.context() as patch:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import meadow.client.node
-import meadow.server.rounds
+import meadow.server.run
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -88,7 +88,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name: value.astype(np.float64) for name, value in initial(plan).items()}
 
     monkeypatch.setattr(meadow.tasks.task, "build", build_double)
-    for module in (meadow.client.node, meadow.server.rounds):
+    for module in (meadow.client.node, meadow.server.run):
         monkeypatch.setattr(module, "initial_state", initial_double)
     meadow.client.node._open_node.cache_clear()
 

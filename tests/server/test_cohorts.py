@@ -179,7 +179,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     honest = meadow.client.node.train_client
 
     def train(node: Any, request: Any) -> Any:
-        config = request.content.config_records["config"]
+        config = request.config
         reply = honest(node, request)  # its state is stored: a void round must not leave it anything
         if fails(int(config["round"]), int(config["attempt"]), request.client):
             raise OSError("the line is cut")

@@ -10,14 +10,12 @@ import meadow.client.node
 import numpy as np
 import pytest
 import torch
-from flwr.app import MetricRecord
 from helpers.runs import clients_answer, run_inline, small
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
 from meadow.strategies.roles import roles
 
 from meadow.arrays.files import read_arrays
-from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.config.cohort import draw_cohort
 from meadow.config.load import load
@@ -203,8 +201,7 @@ def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: py
     def poisoned(node: Any, request: Any) -> Any:
         reply = honest(node, request)
         if request.client == 3:
-            bad = {k: np.full_like(v, np.nan) for k, v in from_record(reply.array_records["arrays"]).items()}
-            reply["arrays"] = to_record(bad)
+            reply.arrays = {k: np.full_like(v, np.nan) for k, v in reply.arrays.items()}
         return reply
 
     clients_answer(monkeypatch, without)
@@ -252,8 +249,8 @@ def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: 
     def boasting(node: Any, request: Any) -> Any:
         reply = honest(node, request)
         if request.client < 3:
-            reply.metric_records["metrics"].update(nonsense[request.client])
-            reply["evaluation"] = MetricRecord({"digit/accuracy": math.inf, "digit/loss": [1.0]})
+            reply.values["metrics"] = {**reply.metrics, **nonsense[request.client]}
+            reply.values["evaluation"] = {"digit/accuracy": math.inf, "digit/loss": [1.0]}
         return reply
 
     expected = run_inline(small("fedavg"), tmp_path / "honest")
