@@ -13,6 +13,7 @@ from flwr.supercore.run import Run
 from meadow.server.dealing import Paces
 from meadow.server.rollcall import RollCall
 from meadow.strategies.wire.packing import Answer, NodeReply, Record, Request, pack_requests, unpack_replies
+from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.sums import Span, WeightedSum, cut, spans
 
@@ -32,6 +33,8 @@ class Exchange:
     times: dict[str, float] = field(default_factory=dict)
     """In the last exchange the seconds, by phase (`meadow.runtime.clock`), of the node that took longest; all of it
     counts as training where nodes do not say."""
+    trainings: Trainings = field(default_factory=Trainings)
+    """Who trained the clients, by what the nodes say, since it was last taken."""
     _paces: Paces = field(default_factory=Paces)
 
     def send(
@@ -71,6 +74,9 @@ class Exchange:
         found = {node: _unpack(reply) for node, reply in replies.items()}
         self._note_times(found, lasted, asked, work)
         answers, sums = _sorted(found, asked, whole)
+        for reply in found.values():
+            if isinstance(reply, NodeReply):
+                self.trainings.merge(reply.trainings)
         return [answers.get(r.client) or Answer(r.client, error="no node answered for it") for r in requests], sums
 
     def _hosts(

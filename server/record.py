@@ -30,6 +30,7 @@ def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attemp
         "idle": session.exchange.idle,
         **{key: value + sum(v[key] for v in without) for key, value in traffic.items()},
         **_training(session.task, [answer.metrics for answer in tried.verdict.admitted]),
+        **session.exchange.trainings.take().as_json(),
         "global": score_globally(session) if session.evaluates(round_) else {},
         "clients": over_clients(scores, test_sizes(session.experiment, session.task)),
         "clients_round": of_round,

@@ -43,8 +43,6 @@ class RollCall:
     """Whether every node so far has said that it is simulated: its secrets are then none."""
     keeps: bool = False
     """Whether clients keep something from round to round, as some node says."""
-    training: set[str] = field(default_factory=set)
-    """What trains on the nodes (`meadow.client.node.Node.training`)."""
     _faulty: dict[int, float] = field(default_factory=dict)
     """Since when a node has answered with an error."""
     _nodes: set[int] = field(default_factory=set)
@@ -114,7 +112,6 @@ class RollCall:
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
         self.keeps |= bool(roll.get("keeps", True))
-        self.training.add(str(roll.get("training", "loop")))
         if node not in self._known:
             self._known.append(node)
         sizes, taken = np.frombuffer(cast(bytes, roll["sizes"]), dtype="<i8"), 0

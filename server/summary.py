@@ -13,6 +13,7 @@ from meadow.server.evaluation import Scores, mean_tree, over_clients
 from meadow.server.folder import RunFolder
 from meadow.server.session import Session
 from meadow.strategies.trainable import HEADS, is_added, trained
+from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.named import arrays_sha256
 from meadow.config.cohort import unseen
@@ -87,7 +88,11 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
         "privacy": session.protection.summary(),
-        "engine": {"exact": experiment.engine.exact, "training": sorted(session.exchange.roll.training)},
+        "engine": {
+            "exact": experiment.engine.exact,
+            "trainer": experiment.engine.trainer,
+            **Trainings.total(records).as_json(),
+        },
     }
 
 

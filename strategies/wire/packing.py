@@ -6,6 +6,7 @@ each client, its values, and either its own arrays, or its error, or nothing bec
 block (`meadow/arrays/sums.py`).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.flower import from_record, to_content, to_metrics, to_record
 from meadow.arrays.named import Arrays
@@ -72,6 +74,8 @@ class NodeReply:
     sums: dict[Span, WeightedSum] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     """How long the node worked on it, in seconds by phase (`meadow.runtime.clock`); empty if that is nobody's business."""
+    trainings: Trainings = field(default_factory=Trainings)
+    """Who trained these clients, and why faster trainers did not."""
 
 
 def pack_requests(
@@ -163,6 +167,7 @@ def pack_replies(reply: NodeReply) -> RecordDict:
             "clients": [a.client for a in reply.answers],
             "summed": [a.client for a in reply.answers if a.summed],
             **({"times": [reply.times[phase] for phase in PHASES]} if reply.times else {}),
+            **({"trainings": json.dumps(reply.trainings.as_json())} if reply.trainings.counts else {}),
         }
     )
     return to_content(packed)
@@ -186,7 +191,8 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
     for client in cast(list[int], plan["summed"]):
         answers[client].summed = True
     times = [float(seconds) for seconds in cast(list[float], plan.get("times", []))]
-    return NodeReply(list(answers.values()), sums, dict(zip(PHASES, times, strict=True)) if times else {})
+    trainings = Trainings.from_json(json.loads(str(plan.get("trainings", "{}"))))
+    return NodeReply(list(answers.values()), sums, dict(zip(PHASES, times, strict=True)) if times else {}, trainings)
 
 
 def _take(answer: Answer, kind: str, record: Record) -> None:

@@ -145,7 +145,7 @@ def test_stragglers_make_part_of_their_steps(tmp_path: Path, monkeypatch: pytest
 
     def watched(node: Any, request: Any) -> Any:
         reply = honest(node, request)
-        steps[request.client] = reply.metric_records["metrics"]["steps"]
+        steps[request.client] = reply.metrics["steps"]
         return reply
 
     clients_answer(monkeypatch, watched)
