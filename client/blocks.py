@@ -72,8 +72,8 @@ def _plain(node: Node) -> bool:
         and half.used is Half.used
         and experiment.run.placement == "federated"
         and experiment.privacy.unit == "none"
+        and node.stages.plain
         and experiment.attack.kind == "none"
-        and not experiment.cohort.max_norm
         and not (node.roles.personal or node.roles.fixed)
     )
 

@@ -15,13 +15,14 @@ from flwr.app import Context
 from meadow.client.context import ClientTurn, with_wrong_labels
 from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Beside, keeps, train
-from meadow.client.release import Exhausted, Keeper, charge, noised_update
+from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, trainers_of
 from meadow.strategies import algorithm
 from meadow.strategies.attacks import ON_LABELS, attackers
-from meadow.strategies.protocol import Half
+from meadow.strategies.protocol import Half, Outcome
 from meadow.strategies.roles import Roles, name_weights, roles_of
+from meadow.strategies.stages import Stages, stages_of
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
 from torch import nn
@@ -69,6 +70,7 @@ class Node:
     state_root: Path
     keeper: Keeper
     trainers: Trainers
+    stages: Stages
     memory: int = 0
     """Bytes of clients' states that this process may keep in shared memory."""
     clock: Clock = field(default_factory=Clock, repr=False, compare=False)
@@ -79,8 +81,10 @@ class Node:
 
     @property
     def keeps(self) -> bool:
-        """Whether clients keep something from round to round: personal layers, what the algorithm or the loop remembers."""
-        return bool(self.roles.personal) or type(self.half) is not Half or keeps(self.experiment)
+        """Whether clients keep something from round to round: personal layers, or what the algorithm, a stage or the loop
+        remembers."""
+        remembers = type(self.half) is not Half or self.stages.keeps or keeps(self.experiment)
+        return bool(self.roles.personal) or remembers
 
 
 def open_node(context: Context) -> Node:
@@ -114,7 +118,8 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     # Deployed clients keep their states on disk; so do those of a cluster, whose machines share no memory.
     in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper, trainers_of(experiment, seen), memory)
+    trainers, stages = trainers_of(experiment, seen), stages_of(experiment, parts)
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper, trainers, stages, memory)
 
 
 def _state_root(context: Context) -> Path:
@@ -163,16 +168,14 @@ def train_client(node: Node, request: Request) -> Answer:
     client's ledger then holds; if the budget does not allow the release, that is all, with "exhausted", the reason. What
     else is in a reply under DP is what `meadow.privacy.releases.allowed` lets out; each client weighs 1.
     """
-    config = request.config
-    round_, store = config["round"], _store(node, request)
-    client, seen, experiment = request.client, node.view, node.experiment
+    config, client, experiment = request.config, request.client, node.experiment
     node.clock.now("open")
-    turn = open_turn(node, request, before=round_, pooled=experiment.run.placement == "pooled")
+    turn = open_turn(node, request, before=config["round"], pooled=experiment.run.placement == "pooled")
     reply, release = dict[str, Values](), None
     if experiment.privacy.unit in ("example", "local"):
         begins = turn.start() | turn.memory | turn.extra
         try:
-            release = charge(node.keeper, request.ledger, round_, client, begins, turn.work)
+            release = charge(node.keeper, request.ledger, turn.round, client, begins, turn.work)
         except Exhausted as reason:
             return Answer(client, {"ledger": {**reason.state, "exhausted": str(reason)}})
         reply["ledger"] = release.state
@@ -180,29 +183,41 @@ def train_client(node: Node, request: Request) -> Answer:
     if config["evaluate"] and allowed(experiment, "metrics"):
         node.clock.now("evaluate")
         turn.load(node.half.used(turn))
-        data = seen.data(f"{client}/test", node.task.client(client).test)
-        reply["evaluation"] = evaluate(seen.model, data, seen.task)
+        data = node.view.data(f"{client}/test", node.task.client(client).test)
+        reply["evaluation"] = evaluate(node.view.model, data, node.view.task)
         turn.load(turn.start())
     node.clock.now("train")
     outcome = node.half.train(turn)
     node.clock.now("write")
-    sent = {name: outcome.model[name] for name in node.roles.shared}
-    if release and experiment.privacy.unit == "local":
-        own = [name for name in sent if name in node.roles.trained]
-        received, found = {n: turn.received[n] for n in own}, {n: sent[n] for n in own}
-        sent |= noised_update(experiment, release, received, found)
-    lasting = {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered
+    reply["metrics"] = _metrics(node, turn, outcome)
+    weights = name_weights(reply["metrics"], [*node.roles.shared, *outcome.extra])
+    trained = {name: outcome.model[name] for name in node.roles.shared}
+    left = node.stages.leave(trained, client, turn.round, turn.received, weights, _noise(node, release), turn.memory)
+    lasting = (
+        {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered | left.memory
+    )
     if lasting:
-        store.save(client, round_, lasting, config["keep-from"], config.get("attempt", 1), config.get("void", []))
+        attempt, void = config.get("attempt", 1), config.get("void", [])
+        _store(node, request).save(client, turn.round, lasting, config["keep-from"], attempt, void)
     node.clock.now("reduce")
-    known = turn.permit is not None or allowed(experiment, "samples")
-    metrics: dict[str, Any] = {**samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
-    metrics |= outcome.metrics
-    weights = name_weights(metrics, sent | outcome.extra)
-    everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
-    losses = {f"loss/{t}": value for t, value in outcome.fitted.losses.items() if allowed(experiment, "loss")}
-    reply["metrics"] = metrics | losses
-    return Answer(client, reply, everything)
+    beside = {name: value for name, value in outcome.extra.items() if weights[name] > 0}
+    return Answer(client, reply, left.arrays | beside)
+
+
+def _metrics(node: Node, turn: ClientTurn, outcome: Outcome) -> dict[str, Any]:
+    """What a client says of its training, as far as it may leave."""
+    known = turn.permit is not None or allowed(node.experiment, "samples")
+    steps = outcome.fitted.steps if known else 0
+    told = allowed(node.experiment, "loss")
+    losses = {f"loss/{target}": value for target, value in outcome.fitted.losses.items() if told}
+    return {**samples(node, turn.client, turn.data), "steps": steps, **outcome.metrics, **losses}
+
+
+def _noise(node: Node, release: Allowed | None) -> Callable[[Arrays, Arrays], Arrays] | None:
+    """Of arrays that learn, (received, trained) -> what may leave by a release that is charged."""
+    if release is None:
+        return None
+    return lambda received, trained: noised_update(node.experiment, release, received, trained)
 
 
 def samples(node: Node, client: int, data: Data) -> dict[str, int]:
@@ -308,7 +323,7 @@ def add_up(
             received = sent[each.client]
             if each.values is None or weight_fault(each.metrics, _size(node, each.client)):
                 break
-            if arrays_fault(each.arrays, each.metrics, received, node.experiment.cohort.max_norm):
+            if arrays_fault(each.arrays, each.metrics, received) or node.stages.judge(each.arrays or {}, received):
                 break
             weights = name_weights(each.metrics, received, node.experiment.equal_weights)
             updates.append((weights, cast(Arrays, each.arrays)))

@@ -152,7 +152,9 @@ def _run(keeper: Keeper) -> str:
     settings: dict[str, Any] = {
         key: value
         for key, value in to_flat(keeper.experiment).items()
-        if key not in ("run.name", "run.listeners") and not (keeper.simulated and key.startswith("engine."))
+        if key not in ("run.name", "run.listeners")
+        and not (key == "strategy.stages" and not value)  # so an older ledger's releases are still the same
+        and not (keeper.simulated and key.startswith("engine."))
     }
     if not keeper.simulated:
         settings |= {"code": code_sha256()} | versions()

@@ -34,16 +34,17 @@ def admit(
     sizes: Mapping[int, int],
     *,
     equal: bool = False,
-    max_norm: float = 0,
     judge: Judge | None = None,
+    judge_update: Callable[[Arrays, Arrays], str] | None = None,
 ) -> Verdict:
     """Judge each reply: it came, its weight is a positive number no larger than declared, its arrays fit what was sent.
 
     `sent`: the arrays that each client was sent. `sizes`: training samples that each declared at roll call. `equal`: each
-    client counts 1 (`meadow.strategies.roles.name_weights`). `max_norm`: the longest update, 0 for any. `judge`: what the
-    strategy has to say of a reply's metrics. Of two replies of one client the first counts. A client's arrays may be missing
-    only if they are inside its block's sum, which a node makes of arrays that it judged by the same `fault`. What is inside
-    a sum cannot be taken out again, so a sum counts only if all its clients do, and if it is itself of the right form.
+    client counts 1 (`meadow.strategies.roles.name_weights`). `judge`: what the strategy has to say of a reply's metrics.
+    `judge_update`: what the stages have to say of arrays of the right form, beside those that were sent. Of two replies of
+    one client the first counts. A client's arrays may be missing only if they are inside its block's sum, which a node makes
+    of arrays that it judged by the same `fault`. What is inside a sum cannot be taken out again, so a sum counts only if all
+    its clients do, and if it is itself of the right form.
     """
     inside = {client for block in sums for client in block}
     first: dict[int, Answer] = {}
@@ -52,7 +53,9 @@ def admit(
     weights, refused = dict[int, dict[str, float]](), dict[int, str]()
     for client, reply in first.items():
         size = sizes.get(client, 0)
-        reason = _reason(reply, sent[client], size, client in inside, max_norm)
+        reason = _reason(reply, sent[client], size, client in inside)
+        if not reason and judge_update is not None and reply.arrays is not None:
+            reason = judge_update(reply.arrays, sent[client])
         if not reason and judge is not None:
             reason = judge(reply.metrics, size)
         if reason:
@@ -72,14 +75,14 @@ def admit(
     return Verdict([reply for client, reply in first.items() if client not in refused], good, refused)
 
 
-def _reason(reply: Answer, sent: Arrays, size: int, inside: bool, max_norm: float) -> str:
+def _reason(reply: Answer, sent: Arrays, size: int, inside: bool) -> str:
     if reply.values is None:
         return reply.error
     if exhausted := reply.said("ledger").get("exhausted"):
         return str(exhausted)
     if reason := weight_fault(reply.metrics, size):
         return reason
-    return "" if inside else arrays_fault(reply.arrays, reply.metrics, sent, max_norm)
+    return "" if inside else arrays_fault(reply.arrays, reply.metrics, sent)
 
 
 def _sum_reason(

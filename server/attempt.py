@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import ConfigRecord
@@ -12,12 +12,12 @@ from meadow.server.cohorts import Call, call
 from meadow.server.exchange import Cohort, Sums
 from meadow.server.session import Session
 from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.attacks import attack, attackers
+from meadow.strategies.stages import Arrived, Stages
 from meadow.strategies.wire.packing import Answer, Request
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
 
 from meadow.arrays.flower import from_record, to_record
-from meadow.arrays.named import Arrays
+from meadow.arrays.named import Arrays, nbytes, split_beside
 
 log = logging.getLogger("meadow.server")
 
@@ -26,12 +26,14 @@ log = logging.getLogger("meadow.server")
 class Attempt:
     """Who was asked, who of these trained, what each of those was sent, and which replies count.
 
-    quorum: good replies that the round needs.
+    received: bytes of arrays that each sent, where that is not as much as it was sent. quorum: good replies that the round
+    needs.
     """
 
     cohort: list[int]
     trained: list[int]
     sent: Mapping[int, Arrays]
+    received: Mapping[int, int]
     verdict: Verdict
     quorum: int
 
@@ -59,8 +61,10 @@ def attempt(session: Session, round_: int, number: int) -> Attempt:
     sent = {request.client: request.arrays for request in requests}
     replies, sums = _carry(session, requests, called)
     left = protection.read(replies, round_)
+    received = {r.client: nbytes(r.arrays) for r in replies if r.arrays is not None} if session.stages.encodes else {}
     verdict = _judge(session, round_, called, sent, replies, sums)
-    return Attempt(called.asked, called.trained, sent, verdict, protection.quorum(len(called.asked), len(left)))
+    quorum = protection.quorum(len(called.asked), len(left))
+    return Attempt(called.asked, called.trained, sent, received, verdict, quorum)
 
 
 def _requests(session: Session, round_: int, number: int, called: Call) -> list[Request]:
@@ -91,8 +95,7 @@ def _requests(session: Session, round_: int, number: int, called: Call) -> list[
 
 def _carry(session: Session, requests: list[Request], called: Call) -> tuple[list[Answer], Sums]:
     """Send the requests; what the last round left is written meanwhile, and is on the disk when this returns."""
-    clock, whole = session.clock, bool(getattr(session.strategy, "needs_sums_only", False))
-    whole = whole and not attackers(session.experiment) and session.experiment.privacy.unit != "client"
+    clock, whole = session.clock, session.stages.sums and bool(getattr(session.strategy, "needs_sums_only", False))
     work = session.placement.work(called, session.sizes)
     replies, sums = session.exchange.send("train", requests, whole, work, meanwhile=session.listeners.clients_train)
     clock.part("broadcast", session.exchange.times)
@@ -106,19 +109,17 @@ def _judge(
     session: Session, round_: int, called: Call, sent: Mapping[int, Arrays], replies: list[Answer], sums: Sums
 ) -> Verdict:
     """Which replies count. Who was asked and, simulated, never answered is refused with that reason."""
-    experiment, strategy = session.experiment, session.strategy
     samples = session.placement.samples(called.trained, session.exchange.roll.sizes)
-    attacked = attackers(experiment)
-    if attacked and experiment.attack.kind != "label-flip":
-        _attack(session, replies, attacked, sent, samples, round_)
+    if session.stages.arriving:
+        replies = restored(session.stages, round_, replies, sent, samples)
     verdict = admit(
         replies,
         sums,
         sent,
         samples,
-        equal=experiment.equal_weights,
-        max_norm=experiment.cohort.max_norm,
-        judge=strategy.judge if isinstance(strategy, FedAvg) else None,
+        equal=session.experiment.equal_weights,
+        judge=session.strategy.judge if isinstance(session.strategy, FedAvg) else None,
+        judge_update=session.stages.judge,
     )
     for client, reason in verdict.refused.items():
         which = {"round": round_, "client": client}
@@ -128,23 +129,26 @@ def _judge(
     return Verdict(verdict.admitted, verdict.sums, dict(sorted({**verdict.refused, **called.absent}.items())))
 
 
-def _attack(
-    session: Session,
-    replies: list[Answer],
-    bad: frozenset[int],
-    sent: Mapping[int, Arrays],
-    sizes: Mapping[int, int],
-    round_: int,
-) -> None:
-    """Put what the attackers send in the place of what they trained. They look at sound replies alone."""
-    came = {reply.client: reply for reply in replies if reply.arrays is not None}
-    updates = {
-        client: reply.arrays
-        for client, reply in came.items()
-        if reply.arrays is not None
-        and not weight_fault(reply.metrics, sizes[client])
-        and not arrays_fault(reply.arrays, reply.metrics, sent[client])
-    }
-    plan = session.experiment
-    for client, arrays in attack(updates, bad, next(iter(sent.values())), plan.attack, plan.run.seed, round_).items():
-        came[client].arrays = arrays
+def restored(
+    stages: Stages, round_: int, replies: list[Answer], sent: Mapping[int, Arrays], samples: Mapping[int, int]
+) -> list[Answer]:
+    """The replies behind the server's halves of the stages: their updates in the form of the model."""
+    came = {reply.client: split_beside(reply.arrays) for reply in replies if reply.arrays is not None}
+    answers = {reply.client: reply for reply in replies}
+
+    def sound(client: int, update: Arrays) -> bool:
+        metrics, whole = answers[client].metrics, update | came[client][1]
+        return not (weight_fault(metrics, samples.get(client, 0)) or arrays_fault(whole, metrics, sent[client]))
+
+    own = {client: split_beside(sent[client])[0] for client in came}
+    arrived = Arrived(round_, {client: update for client, (update, _) in came.items()}, own, sound)
+    stages.arrive(arrived)
+    found = []
+    for reply in replies:
+        if fault := arrived.faults.get(reply.client):
+            found.append(Answer(reply.client, error=fault))
+        elif reply.client in came:
+            found.append(replace(reply, arrays=arrived.updates[reply.client] | came[reply.client][1]))
+        else:
+            found.append(reply)
+    return found

@@ -15,12 +15,11 @@ from meadow.tasks.task import Task
 def protection(experiment: Experiment, task: Task, roles: Roles) -> Protection:
     """The protection that `[privacy]` asks for. Raises UserError if this task's model or losses cannot have it."""
     unit = experiment.privacy.unit
-    if unit == "none":
-        return Protection(experiment)
-    _refuse(experiment, task, roles)
+    if unit != "none":
+        _refuse(experiment, task, roles)
     if unit == "client":
         return client_level(experiment, [name for name in roles.shared if name in roles.trained])
-    return Ledgers(experiment)
+    return (Protection if unit == "none" else Ledgers)(experiment)
 
 
 def _refuse(experiment: Experiment, task: Task, roles: Roles) -> None:

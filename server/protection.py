@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meadow.strategies.stages import Stage
 from meadow.strategies.wire.packing import Answer, Values
 
 from meadow.config.schema import Experiment
@@ -22,6 +23,9 @@ class Protection:
     """Whether what leaves next presumes that the round before it is on the disk."""
     cohort_secret: int | None = None
     """What cohorts are drawn from in the place of the seed, where nobody may foretell them."""
+
+    stages: Iterable[Stage] = ()
+    """The stages of the updates, of which the summary says what leaves by them."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -93,4 +97,5 @@ class Protection:
         }
 
     def _releases(self) -> list[dict[str, str]]:
-        return [quantity.as_json() for quantity in releases(self.experiment)]
+        staged = [quantity for stage in self.stages for quantity in stage.releases(self.experiment)]
+        return [quantity.as_json() for quantity in [*releases(self.experiment), *staged]]

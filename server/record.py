@@ -45,7 +45,8 @@ def traffic_of(session: Session, round_: int, tried: Attempt) -> dict[str, int]:
     usual = max(sent.values(), default=nbytes(session.arrays))
     once = nbytes(session.exchange.roll.base) * session.experiment.partition.clients if round_ == 1 else 0
     down = sum(sent.get(client, usual) for client in tried.cohort) + once
-    return session.placement.traffic(down, sum(sent[answer.client] for answer in tried.verdict.admitted))
+    up = sum(tried.received.get(answer.client, sent[answer.client]) for answer in tried.verdict.admitted)
+    return session.placement.traffic(down, up)
 
 
 def _of_void(session: Session, round_: int, tried: Attempt) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from meadow.server.writer import EVERY, Writer
 from meadow.strategies import algorithm, make_strategy
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.roles import roles_of
+from meadow.strategies.stages import stages_of
 
 from meadow.config.load import to_tree
 from meadow.config.schema import Experiment
@@ -91,7 +92,8 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     # Ledgers stay with their nodes; so does a state that only one of a cluster's machines has.
     movable = experiment.privacy.unit not in ("example", "local") and not experiment.engine.address
-    writer = Writer(folder, EVERY)
+    writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
+    guard.stages = stages
     return Session(
         experiment=experiment,
         task=task,
@@ -106,6 +108,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
         view=view(task, model, frozen=parts.trunk_is_frozen),
         protection=guard,
         placement=placement(experiment, task),
+        stages=stages,
         schedule=read_schedule(experiment),
         writer=writer,
         listeners=Listeners([writer], users),

@@ -14,6 +14,7 @@ from meadow.server.protection import Protection
 from meadow.server.writer import Writer
 from meadow.strategies.protocol import Setup
 from meadow.strategies.roles import HEADS, Roles
+from meadow.strategies.stages import Stages
 from torch import nn
 
 from meadow.arrays.named import Arrays
@@ -50,6 +51,7 @@ class Session:
     view: View
     protection: Protection
     placement: AtClients
+    stages: Stages
     schedule: list[list[int]]
     writer: Writer
     listeners: Listeners

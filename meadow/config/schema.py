@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from meadow.config import rules as combinations
@@ -40,7 +40,15 @@ def _no_such(value: str, known: Iterable[str], other: str) -> PydanticCustomErro
     )
 
 
+def _objects(value: tuple[str, ...]) -> tuple[str, ...]:
+    if wrong := [name for name in value if ":" not in name]:
+        raise ValueError(f'"{wrong[0]}": write module:object, for example "mine:OBJECT"')
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Objects = Annotated[Names, AfterValidator(_objects)]
+"""A user's own objects, each "module:object"."""
 Fractions = Annotated[tuple[float, ...], BeforeValidator(_listed_floats)]
 
 
@@ -59,14 +67,7 @@ class Run(Section):
     placement: Literal["federated", "local", "pooled"] = Field(
         "federated", description="federated; local: each client alone; pooled: all training data in one place."
     )
-    listeners: Names = Field((), description="Your own module:object, told what happens (docs/listeners.md).")
-
-    @field_validator("listeners")
-    @classmethod
-    def _objects(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [name for name in value if ":" not in name]:
-            raise ValueError(f'"{wrong[0]}": write module:object, for example "watch:Patience"')
-        return value
+    listeners: Objects = Field((), description="Your own module:object, told what happens (docs/listeners.md).")
 
 
 class Task(Section):
@@ -353,6 +354,7 @@ class Strategy(Section):
         "",
         description="What a client counts in a mean: its samples, or 1; empty: as the algorithm's paper has it.",
     )
+    stages: Objects = Field((), description="Your own stages of an update, module:OBJECT, in order (docs/stages.md).")
     server_lr: float = Field(1.0, gt=0, description="The server's step, as a factor of the mean change.")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="FedAvgM's beta.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Of FedAdam, FedYogi, FedAdagrad.")

@@ -17,6 +17,7 @@ from meadow.server.listeners import open_listeners
 from meadow.server.privacy import protection
 from meadow.simulation.launch import engine
 from meadow.strategies.roles import roles_of
+from meadow.strategies.stages import stages_of
 from meadow.tasks.readers.domains import source_samples
 from meadow.tasks.task import initial_state, open_task, settle
 
@@ -116,7 +117,9 @@ def check_run(experiment: Experiment) -> None:
     """Raise UserError for what only the data, the model and the files that an experiment names can tell."""
     task = open_task(experiment)
     model = task.new_model()
-    protection(experiment, task, roles_of(experiment, model))
+    roles = roles_of(experiment, model)
+    protection(experiment, task, roles)
+    stages_of(experiment, roles)
     read_schedule(experiment)
     open_listeners(experiment.run.listeners)
     teacher(model, task, experiment)

@@ -24,12 +24,12 @@ def weight_fault(metrics: Mapping[str, Any], size: int) -> str:
     return ""
 
 
-def arrays_fault(arrays: Arrays | None, metrics: Mapping[str, Any], sent: Arrays, max_norm: float = 0) -> str:
+def arrays_fault(arrays: Arrays | None, metrics: Mapping[str, Any], sent: Arrays) -> str:
     """Why a reply's arrays cannot count, or "" (`meadow.arrays.sums.fault`). Its weights must be without fault."""
     if arrays is None:
         return "its reply has no arrays"
     try:
-        return fault(arrays, sent, name_weights(metrics, sent), max_norm)
+        return fault(arrays, sent, name_weights(metrics, sent))
     except (TypeError, ValueError) as error:
         return f"its arrays cannot be read: {error}"
 
