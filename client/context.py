@@ -1,5 +1,5 @@
-"""A client's turn: what an algorithm's client half is given (`meadow.strategies.protocol.Turn`), on the node's model
-and data."""
+"""What an algorithm's client is given in a round (`meadow.strategies.protocol.ClientContext`), on the node's model and
+data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,12 +8,11 @@ import torch
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
 from meadow.client.loop.training import LOOP, Beside, Correction, Trained, train
 from meadow.client.trainers.choose import Fast
-from meadow.strategies.protocol import Batch, Term, steps_of
-from meadow.strategies.roles import Roles
+from meadow.strategies.protocol import Batch, Roles, Term, steps_of
 from meadow.strategies.trainable import rate_factors
 from torch import Tensor, nn
 
-from meadow.arrays.named import Arrays, beside, of_kind
+from meadow.arrays.named import Arrays, Kinds, auxiliary
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd import Permit
@@ -24,12 +23,12 @@ from meadow.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class ClientTurn:
+class LocalContext:
     """One client in one round. `whole` is the complete model, of which `model`, the one that learns, may be a view.
 
     fast: what trains plain local steps in the loop's place.
     work: the share of its steps that the client gets through (1, but for a simulated straggler). permit: what makes its
-    one training of this turn private. remembered: what the loop must be given back in the next turn; `fit` fills it.
+    one training of this round private. remembered: what the loop must be given back in the next round; `fit` fills it.
     """
 
     experiment: Experiment
@@ -41,8 +40,8 @@ class ClientTurn:
     round: int
     client: int
     received: Arrays
-    extra: Arrays
-    memory: Arrays
+    auxiliary: Kinds
+    memory: Kinds
     base: Callable[[], Arrays]
     personal: Arrays
     work: float = 1.0
@@ -111,11 +110,11 @@ class ClientTurn:
             learns=learns,
             correct=correct,
             term=term,
-            beside=Beside(self.validation, of_kind(LOOP, self.memory), self.source),
+            beside=Beside(self.validation, dict(self.memory.get(LOOP, {})), self.source),
             permit=self.permit if leaves else None,
         )
         if not self.remembered:
-            self.remembered.update(beside(LOOP, trained.memory))
+            self.remembered.update(auxiliary(LOOP, trained.memory))
         return trained
 
     def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:
