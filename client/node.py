@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from flwr.app import Context
-from meadow.client.context import ClientTurn, with_wrong_labels
+from meadow.client.context import LocalContext, with_wrong_labels
 from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Beside, keeps, train
 from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
@@ -20,15 +20,15 @@ from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, trainers_of
 from meadow.strategies import algorithm
 from meadow.strategies.attacks import ON_LABELS, attackers
-from meadow.strategies.protocol import Half, Outcome
-from meadow.strategies.roles import Roles, name_weights, roles_of
+from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
+from meadow.strategies.roles import name_weights, roles_of
 from meadow.strategies.stages import Stages, stages_of
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
 from torch import nn
 
 from meadow.arrays.memory import Recent, find
-from meadow.arrays.named import Arrays, arrays_sha256, of_kind, split_beside
+from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
 from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
@@ -51,7 +51,7 @@ FACTS = 10_000
 
 @dataclass(frozen=True)
 class Facts:
-    """What is always so of a client's training data: who does plain training on it, and its samples, in all and by target."""
+    """What is always so of a client's training data: who does plain training on it, and its samples, by target too."""
 
     choice: Choice
     samples: dict[str, int]
@@ -66,7 +66,7 @@ class Node:
     model: nn.Module
     roles: Roles
     view: View
-    half: Half
+    algorithm: ClientAlgorithm
     state_root: Path
     keeper: Keeper
     trainers: Trainers
@@ -83,7 +83,7 @@ class Node:
     def keeps(self) -> bool:
         """Whether clients keep something from round to round: personal layers, or what the algorithm, a stage or the loop
         remembers."""
-        remembers = type(self.half) is not Half or self.stages.keeps or keeps(self.experiment)
+        remembers = type(self.algorithm) is not ClientAlgorithm or self.stages.keeps or keeps(self.experiment)
         return bool(self.roles.personal) or remembers
 
 
@@ -112,14 +112,14 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = hold_still(task.new_model())
-    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
+    parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
     # Deployed clients keep their states on disk; so do those of a cluster, whose machines share no memory.
     in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
     trainers, stages = trainers_of(experiment, seen), stages_of(experiment, parts)
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper, trainers, stages, memory)
+    return Node(experiment, task, model, parts, seen, chosen.client, state_root, keeper, trainers, stages, memory)
 
 
 def _state_root(context: Context) -> Path:
@@ -136,7 +136,7 @@ def hosted_here(context: Context, clients: int) -> range:
 
 
 def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], Answer]) -> list[Answer]:
-    """Let each client answer in turn. One that raises costs itself only: its answer is its id and its traceback.
+    """Let each client answer in context. One that raises costs itself only: its answer is its id and its traceback.
 
     Under DP the kind of the error alone leaves, but for what the ledger says; the rest goes to the node's log.
     """
@@ -157,7 +157,7 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
 
 
 def train_client(node: Node, request: Request) -> Answer:
-    """One client's part of a round: score the model it would use, take its turn, store what is its own, reply the rest.
+    """One client's part of a round: score the model it would use, take its context, store what is its own, reply the rest.
 
     The answer holds arrays (the shared ones after training and what the algorithm sends beside them, without those of
     heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
@@ -170,47 +170,47 @@ def train_client(node: Node, request: Request) -> Answer:
     """
     config, client, experiment = request.config, request.client, node.experiment
     node.clock.now("open")
-    turn = open_turn(node, request, before=config["round"], pooled=experiment.run.placement == "pooled")
+    context = open_context(node, request, before=config["round"], pooled=experiment.run.placement == "pooled")
     reply, release = dict[str, Values](), None
     if experiment.privacy.unit in ("example", "local"):
-        begins = turn.start() | turn.memory | turn.extra
+        begins = context.start() | flat(context.memory) | flat(context.auxiliary)
         try:
-            release = charge(node.keeper, request.ledger, turn.round, client, begins, turn.work)
+            release = charge(node.keeper, request.ledger, context.round, client, begins, context.work)
         except Exhausted as reason:
             return Answer(client, {"ledger": {**reason.state, "exhausted": str(reason)}})
         reply["ledger"] = release.state
-        turn = replace(turn, permit=release.permit)
+        context = replace(context, permit=release.permit)
     if config["evaluate"] and allowed(experiment, "metrics"):
         node.clock.now("evaluate")
-        turn.load(node.half.used(turn))
+        context.load(node.algorithm.used(context))
         data = node.view.data(f"{client}/test", node.task.client(client).test)
         reply["evaluation"] = evaluate(node.view.model, data, node.view.task)
-        turn.load(turn.start())
+        context.load(context.start())
     node.clock.now("train")
-    outcome = node.half.train(turn)
+    result = node.algorithm.train(context)
     node.clock.now("write")
-    reply["metrics"] = _metrics(node, turn, outcome)
-    weights = name_weights(reply["metrics"], [*node.roles.shared, *outcome.extra])
-    trained = {name: outcome.model[name] for name in node.roles.shared}
-    left = node.stages.leave(trained, client, turn.round, turn.received, weights, _noise(node, release), turn.memory)
-    lasting = (
-        {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered | left.memory
-    )
+    reply["metrics"], sent_beside = _metrics(node, context, result), flat(result.auxiliary)
+    weights = name_weights(reply["metrics"], [*node.roles.shared, *sent_beside])
+    trained = {name: result.model[name] for name in node.roles.shared}
+    noise = _noise(node, release)
+    left = node.stages.leave(trained, client, context.round, context.received, weights, noise, context.memory)
+    lasting = {name: result.model[name] for name in node.roles.personal} | flat(result.memory)
+    lasting |= context.remembered | left.memory
     if lasting:
         attempt, void = config.get("attempt", 1), config.get("void", [])
-        _store(node, request).save(client, turn.round, lasting, config["keep-from"], attempt, void)
+        _store(node, request).save(client, context.round, lasting, config["keep-from"], attempt, void)
     node.clock.now("reduce")
-    beside = {name: value for name, value in outcome.extra.items() if weights[name] > 0}
+    beside = {name: value for name, value in sent_beside.items() if weights[name] > 0}
     return Answer(client, reply, left.arrays | beside)
 
 
-def _metrics(node: Node, turn: ClientTurn, outcome: Outcome) -> dict[str, Any]:
+def _metrics(node: Node, context: LocalContext, result: ClientResult) -> dict[str, Any]:
     """What a client says of its training, as far as it may leave."""
-    known = turn.permit is not None or allowed(node.experiment, "samples")
-    steps = outcome.fitted.steps if known else 0
+    known = context.permit is not None or allowed(node.experiment, "samples")
+    steps = result.fitted.steps if known else 0
     told = allowed(node.experiment, "loss")
-    losses = {f"loss/{target}": value for target, value in outcome.fitted.losses.items() if told}
-    return {**samples(node, turn.client, turn.data), "steps": steps, **outcome.metrics, **losses}
+    losses = {f"loss/{target}": value for target, value in result.fitted.losses.items() if told}
+    return {**samples(node, context.client, context.data), "steps": steps, **result.metrics, **losses}
 
 
 def _noise(node: Node, release: Allowed | None) -> Callable[[Arrays, Arrays], Arrays] | None:
@@ -242,14 +242,14 @@ def evaluate_client(node: Node, request: Request) -> Answer:
     """
     config = request.config
     round_ = config["round"]
-    turn = open_turn(node, request, before=round_ + 1)
+    context = open_context(node, request, before=round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
-    lasting = turn.personal | turn.memory
+    lasting = context.personal | flat(context.memory)
     sha256 = arrays_sha256(lasting) if allowed(node.experiment, "hashes") else ""
     reply: dict[str, Values] = {"identity": {"personal": sha256, "trained": bool(lasting)}}
     if not allowed(node.experiment, "metrics"):
         return Answer(client, reply)
-    turn.load(node.half.used(turn))
+    context.load(node.algorithm.used(context))
     test = seen.data(f"{client}/test", own.test)
     if config["thorough"]:
         found, counts = examine(seen.model, test, seen.task)
@@ -263,7 +263,7 @@ def evaluate_client(node: Node, request: Request) -> Answer:
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        beside = Beside(turn.validation, of_kind(LOOP, turn.memory), turn.source)
+        beside = Beside(context.validation, dict(context.memory.get(LOOP, {})), context.source)
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
@@ -271,16 +271,16 @@ def evaluate_client(node: Node, request: Request) -> Answer:
     return Answer(client, reply)
 
 
-def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -> ClientTurn:
-    """What the client has at the start of its turn: what was received, and what its rounds earlier than `before` left.
+def open_context(node: Node, request: Request, before: int, pooled: bool = False) -> LocalContext:
+    """What the client has at the start of a round: what was received, and what its rounds earlier than `before` left.
 
     `pooled`: its data is that of all clients. The received model is in place when this returns.
     """
     config, client, seen = request.config, request.client, node.view
     store = _store(node, request)
-    received, extra = split_beside(request.arrays)
-    personal, memory = split_beside(store.load(client, before, config.get("void", [])))
-    turn = ClientTurn(
+    received, sent_along = split_auxiliary(request.arrays)
+    personal, memory = split_auxiliary(store.load(client, before, config.get("void", [])))
+    context = LocalContext(
         experiment=node.experiment,
         task=seen.task,
         roles=node.roles,
@@ -291,19 +291,19 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         round=config["round"],
         client=client,
         received=received,
-        extra=extra,
-        memory=memory,
+        auxiliary=by_kind(sent_along),
+        memory=by_kind(memory),
         base=lambda: _base(node, store),
         personal=personal,
         work=config.get("work", 1.0),
         validation=_validation(node, client),
         source=_source(node, client),
     )
-    turn.load(turn.start())
-    data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)
+    context.load(context.start())
+    data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", context.data)
     if client in attackers(node.experiment) and node.experiment.attack.kind in ON_LABELS:
         data = with_wrong_labels(data, node.task.targets)
-    return replace(turn, data=data)
+    return replace(context, data=data)
 
 
 def add_up(

@@ -5,19 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flwr.app import ConfigRecord
 from meadow.server import checkpoints
 from meadow.server.admission import Verdict, admit
 from meadow.server.cohorts import Call, call
-from meadow.server.exchange import Cohort, Sums
+from meadow.server.exchange import Sums
 from meadow.server.session import Session
-from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.stages import Arrived, Stages
 from meadow.strategies.wire.packing import Answer, Request
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
 
-from meadow.arrays.flower import from_record, to_record
-from meadow.arrays.named import Arrays, nbytes, split_beside
+from meadow.arrays.named import Arrays, flat, nbytes, split_auxiliary
 
 log = logging.getLogger("meadow.server")
 
@@ -77,25 +74,19 @@ def _requests(session: Session, round_: int, number: int, called: Call) -> list[
         "void": session.void,
         "evaluate": session.placement.evaluates_received(round_),
     }
-    if not called.trained:
-        return []
-    messages = session.strategy.configure_train(
-        round_, to_record(session.arrays), ConfigRecord(config), Cohort(called.trained)
-    )
-    read: dict[int, Arrays] = {}
+    auxiliary = session.algorithm.auxiliary(session.state, session.arrays)
+    sent, reminder = session.arrays | flat(auxiliary), session.protection.reminder
     requests = []
-    for message in messages:
-        client, record = message.metadata.dst_node_id, message.content.array_records["arrays"]
-        arrays = read.setdefault(id(record), read.get(id(record)) or from_record(record))
+    for client in sorted(called.trained):
         share = called.work.get(client)
         given = config if share is None else config | {"work": share}
-        requests.append(Request(client, arrays, given, session.protection.reminder(client)))
+        requests.append(Request(client, sent, given, reminder(client)))
     return requests
 
 
 def _carry(session: Session, requests: list[Request], called: Call) -> tuple[list[Answer], Sums]:
     """Send the requests; what the last round left is written meanwhile, and is on the disk when this returns."""
-    clock, whole = session.clock, session.stages.sums and bool(getattr(session.strategy, "needs_sums_only", False))
+    clock, whole = session.clock, session.stages.sums and session.algorithm.sums_only
     work = session.placement.work(called, session.sizes)
     replies, sums = session.exchange.send("train", requests, whole, work, meanwhile=session.listeners.clients_train)
     clock.part("broadcast", session.exchange.times)
@@ -118,7 +109,7 @@ def _judge(
         sent,
         samples,
         equal=session.experiment.equal_weights,
-        judge=session.strategy.judge if isinstance(session.strategy, FedAvg) else None,
+        judge=session.algorithm.judge,
         judge_update=session.stages.judge,
     )
     for client, reason in verdict.refused.items():
@@ -133,14 +124,14 @@ def restored(
     stages: Stages, round_: int, replies: list[Answer], sent: Mapping[int, Arrays], samples: Mapping[int, int]
 ) -> list[Answer]:
     """The replies behind the server's halves of the stages: their updates in the form of the model."""
-    came = {reply.client: split_beside(reply.arrays) for reply in replies if reply.arrays is not None}
+    came = {reply.client: split_auxiliary(reply.arrays) for reply in replies if reply.arrays is not None}
     answers = {reply.client: reply for reply in replies}
 
     def sound(client: int, update: Arrays) -> bool:
         metrics, whole = answers[client].metrics, update | came[client][1]
         return not (weight_fault(metrics, samples.get(client, 0)) or arrays_fault(whole, metrics, sent[client]))
 
-    own = {client: split_beside(sent[client])[0] for client in came}
+    own = {client: split_auxiliary(sent[client])[0] for client in came}
     arrived = Arrived(round_, {client: update for client, (update, _) in came.items()}, own, sound)
     stages.arrive(arrived)
     found = []

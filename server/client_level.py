@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from meadow.server.protection import Protection
+from meadow.strategies.protocol import ClientUpdate, ServerAlgorithm, State
 
 from meadow.arrays.files import read_json, write_json
-from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.arrays.named import Arrays, Kinds, arrays_sha256
 from meadow.config.schema import Experiment
 from meadow.privacy import plan
 from meadow.privacy.client_level import (
@@ -32,17 +33,20 @@ _SERVER = -1
 
 
 class ClientLevel(Protection):
-    """`bound`: the clip of the next round. `made`: of each combined model the hash of what it was made of; one more is a
-    release more, in whichever round. `noise_multiplier`: z, of updates and count together. `learned`: the shared arrays that
-    learn; the others stay as they were sent."""
+    """Clip, noise and the count of rounds.
 
-    lasting = True
+    bound: the clip of the next round. round: the round in hand. made: of each combined model the hash of what it was made
+    of; one more is a release more, in whichever round. noise_multiplier: z, of updates and count together. learned: the
+    shared arrays that learn; the others stay as they were sent.
+    """
+
+    lasting = needs_no_reply = True
 
     def __init__(self, experiment: Experiment, learned: Sequence[str], noise_multiplier: float) -> None:
         super().__init__(experiment)
         self.learned, self.noise_multiplier = tuple(learned), noise_multiplier
         self.bound, self.made = experiment.privacy.clip, list[str]()
-        self._secret, self._simulated = b"", True
+        self.round, self._secret, self._simulated = 0, b"", True
         self._folder: Path | None = None
 
     def begin(self, simulated: bool, folder: Path | None) -> None:
@@ -54,7 +58,11 @@ class ClientLevel(Protection):
         if folder is not None and (folder / _MADE).exists():
             self.made = [str(inputs) for inputs in read_json(folder / _MADE)]
 
+    def algorithm(self, server: ServerAlgorithm[Any]) -> ServerAlgorithm[Any]:
+        return NoisedMean(self, server)
+
     def require(self, round_: int) -> None:
+        self.round = round_
         self._afford(round_, max(round_, len(self.made)))
 
     def quorum(self, asked: int, left: int) -> int:
@@ -127,6 +135,28 @@ class ClientLevel(Protection):
 
     def _generator(self, inputs: str, purpose: str) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(noise_seed(self._secret, inputs, purpose)))
+
+
+class NoisedMean(ServerAlgorithm[Sequence[ClientUpdate]]):
+    """Client-level DP in the place of an algorithm whose step is a mean of what clients send."""
+
+    sums_only = False
+
+    def __init__(self, protection: ClientLevel, server: ServerAlgorithm[Any]) -> None:
+        super().__init__(server.setup)
+        self._protection, self._server = protection, server
+
+    def init(self, model: Arrays) -> State:
+        return self._server.init(model)
+
+    def auxiliary(self, state: State, model: Arrays) -> Kinds:
+        return self._server.auxiliary(state, model)
+
+    def judge(self, metrics: Mapping[str, Any], size: int) -> str:
+        return self._server.judge(metrics, size)
+
+    def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
+        return self._protection.combine(model, [update.arrays for update in total], self._protection.round), state
 
 
 def client_level(experiment: Experiment, learned: Sequence[str]) -> ClientLevel:

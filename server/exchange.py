@@ -4,12 +4,10 @@ Requests are addressed to clients, packed into one content for each node, and th
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from meadow.server.dealing import Paces
 from meadow.server.rollcall import RollCall
 from meadow.strategies.wire.packing import Answer, NodeReply, Record, Request, pack_requests, unpack_replies
@@ -144,50 +142,3 @@ def _unpack(reply: Message | None) -> NodeReply | str:
         return unpack_replies(reply.content)
     except (KeyError, TypeError, ValueError) as error:
         return f"its node's reply cannot be read: {error!r}"
-
-
-def as_messages(answers: Iterable[Answer], messages: Iterable[Message]) -> list[Message]:
-    """Answers with content as replies to the messages that asked for them: what Flower's strategies take."""
-    asked = {message.metadata.dst_node_id: message for message in messages}
-    return [Message(a.content, reply_to=asked[a.client]) for a in answers if a.content is not None]
-
-
-class Cohort(Grid):
-    """The grid as a strategy sees it while it configures a round: its node ids are the cohort's clients.
-
-    Flower's own strategies draw from `get_node_ids`; asked for all of these, they get exactly the cohort that the
-    server drew from the seed. Messages go through the `Exchange`, never through this.
-    """
-
-    def __init__(self, clients: Sequence[int]) -> None:
-        self._clients = list(clients)
-
-    def get_node_ids(self) -> list[int]:
-        """The cohort's clients, ascending."""
-        return sorted(self._clients)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not for strategies: they return their messages from `configure_*`."""
-        raise RuntimeError("a strategy returns its messages from configure_*; the server's rounds send them")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Not for strategies."""
-        return self.push_messages(())  # type: ignore[return-value]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Not for strategies."""
-        return self.push_messages(())  # type: ignore[return-value]
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Flower's older way to make a message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def set_run(self, run: Run) -> None:
-        """Nothing to set."""
-
-    @property
-    def run(self) -> Run:
-        """An empty description: a cohort belongs to no Flower run."""
-        return Run.create_empty(0)

@@ -3,7 +3,7 @@
 from meadow.server.client_level import client_level
 from meadow.server.ledgers import Ledgers
 from meadow.server.protection import Protection
-from meadow.strategies.roles import Roles
+from meadow.strategies.protocol import Roles
 from torch import nn
 
 from meadow.config.schema import Experiment

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meadow.strategies.protocol import ServerAlgorithm
 from meadow.strategies.stages import Stage
 from meadow.strategies.wire.packing import Answer, Values
 
@@ -21,6 +22,8 @@ class Protection:
 
     lasting = False
     """Whether what leaves next presumes that the round before it is on the disk."""
+    needs_no_reply = False
+    """Whether a round without any good reply makes a model too."""
     cohort_secret: int | None = None
     """What cohorts are drawn from in the place of the seed, where nobody may foretell them."""
 
@@ -33,6 +36,10 @@ class Protection:
     def begin(self, simulated: bool, folder: Path | None) -> None:
         """Before the first round, once it is known whether all nodes are simulated. `folder`: the run's; None: nothing is
         kept."""
+
+    def algorithm(self, server: ServerAlgorithm[Any]) -> ServerAlgorithm[Any]:
+        """What makes the next model where the experiment's algorithm would."""
+        return server
 
     def require(self, round_: int) -> None:
         """Raise RunStopped if there is no budget left for the round."""

@@ -1,49 +1,37 @@
-"""From a round's replies to the next model: what nodes have added up, and what is left to add up here, in the order that
-defines its bits; then the algorithm's step, or that of client-level DP."""
+"""From a round's replies to the next model: the sum, in the order that defines its bits, or each update by itself, and the
+step that the algorithm takes with it."""
 
 from collections.abc import Mapping, Sequence
 
-from flwr.app import Message, MetricRecord, RecordDict
 from meadow.server.admission import Verdict
 from meadow.server.attempt import Attempt
-from meadow.server.client_level import ClientLevel
 from meadow.server.session import Session
+from meadow.strategies.protocol import ClientUpdate, State
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer
 
-from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
 
 
-def next_model(session: Session, round_: int, tried: Attempt) -> Arrays:
-    """The shared arrays after the round. Without a good reply they stay, but under client-level DP noise moves them."""
-    admitted = tried.verdict.admitted
-    if isinstance(session.protection, ClientLevel):
-        updates = [answer.arrays for answer in admitted if answer.arrays is not None]
-        return session.protection.combine(session.arrays, updates, round_)
-    if not admitted:
-        return session.arrays
-    combined, _ = session.strategy.aggregate_train(round_, _for_strategy(session, tried))
-    return from_record(combined) if combined is not None else session.arrays
+def next_model(session: Session, round_: int, tried: Attempt) -> tuple[Arrays, State]:
+    """The shared arrays and the algorithm's state after the round."""
+    given = _given(session, round_, tried)
+    if not given and not session.protection.needs_no_reply:
+        return session.arrays, session.state
+    return session.algorithm.update(session.state, given, session.arrays)
 
 
-def _for_strategy(session: Session, tried: Attempt) -> list[Message]:
-    """TEMPORARY"""
-    if not getattr(session.strategy, "needs_sums_only", False):
-        found = []
-        for answer in tried.verdict.admitted:
-            content = RecordDict(
-                {"metrics": MetricRecord(dict(answer.metrics)), "arrays": to_record(answer.arrays or {})}
-            )
-            asked = Message(RecordDict(), answer.client, "train")
-            found.append(Message(content, reply_to=asked))
-        return found
-    whole = round_sum(tried.trained, tried.verdict, session.experiment.equal_weights)
-    if whole is None:
-        return []
-    content = RecordDict({"arrays": to_record(whole.sums), "weights": MetricRecord(dict(whole.weights))})
-    return [Message(content, reply_to=Message(RecordDict(), 0, "train"))]
+def _given(session: Session, round_: int, tried: Attempt) -> WeightedSum | Sequence[ClientUpdate] | None:
+    """The replies that count as the algorithm takes them: their sum, or each by itself; None if there are none."""
+    equal = session.experiment.equal_weights
+    if session.algorithm.sums_only:
+        return round_sum(tried.trained, tried.verdict, equal)
+    return [
+        ClientUpdate(a.client, round_, a.arrays, name_weights(a.metrics, a.arrays, equal), a.metrics)
+        for a in tried.verdict.admitted
+        if a.arrays is not None
+    ]
 
 
 def round_sum(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> WeightedSum | None:

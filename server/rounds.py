@@ -7,8 +7,8 @@ from meadow.server.listeners import RoundDone
 from meadow.server.record import measure
 from meadow.server.reduce import next_model
 from meadow.server.session import Session
-from meadow.strategies.algorithms.fedavg import FedAvg
 
+from meadow.arrays.named import flat
 from meadow.runtime.errors import RunStopped
 
 log = logging.getLogger("meadow.server")
@@ -17,14 +17,14 @@ log = logging.getLogger("meadow.server")
 def play_round(session: Session, round_: int) -> str:
     """Play a round; returns why the run is to stop behind it, "" if it is not. Raises RunStopped if the round cannot be."""
     tried, void = first_good(session, round_)
-    session.arrays = next_model(session, round_, tried)
+    session.arrays, session.state = next_model(session, round_, tried)
     record = measure(session, round_, tried, void)
     record["times"] = session.clock.read()
     record["seconds"] = sum(record["times"].values())
     session.clock.start("write")
     session.round = round_
-    kept = session.strategy.state() if isinstance(session.strategy, FedAvg) else {}
-    stop = session.listeners.round_done(RoundDone(round_, record, session.arrays, kept, session.protection.state()))
+    kept, guard = flat(session.state), session.protection.state()
+    stop = session.listeners.round_done(RoundDone(round_, record, session.arrays, kept, guard))
     if session.protection.lasting:
         session.listeners.settle()
     return stop

@@ -22,11 +22,11 @@ from meadow.server.scoring import predict_globally, score_clients
 from meadow.server.session import Session, setup, split_table
 from meadow.server.summary import ClientScores, client_rows, summarise
 from meadow.server.writer import EVERY, Writer
-from meadow.strategies import algorithm, make_strategy
-from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
 
+from meadow.arrays.named import by_kind
 from meadow.config.load import to_tree
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
@@ -80,13 +80,13 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     start, model = initial_state(experiment), task.new_model()
-    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
+    parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     guard, users = protection(experiment, task, parts), open_listeners(experiment.run.listeners)
     about = {"large_products": "float32 by oneDNN" if keeps_float32() else "float32 by torch's default"}
     facts = {"data_sha256": task.dataset.sha256, "split": _split(task)}
     folder = open_folder(out, experiment, resume, facts, about)
     run_id = folder.manifest()["run_id"]
-    own = tuple(start) if half.own_start else parts.personal + parts.fixed
+    own = tuple(start) if chosen.own_start else parts.personal + parts.fixed
     base = {n: start[n] for n in own} if experiment.task.pretrained else {}
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
@@ -94,13 +94,15 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     movable = experiment.privacy.unit not in ("example", "local") and not experiment.engine.address
     writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
     guard.stages = stages
+    arrays, server = {n: start[n] for n in parts.shared}, guard.algorithm(server_of(setup(experiment, task, parts)))
     return Session(
         experiment=experiment,
         task=task,
         roles=parts,
         start=start,
-        arrays={n: start[n] for n in parts.shared},
-        strategy=make_strategy(setup(experiment, task, parts)),
+        arrays=arrays,
+        algorithm=server,
+        state=server.init(arrays),
         exchange=Exchange(roll, movable=movable),
         folder=folder,
         run_id=run_id,
@@ -160,8 +162,7 @@ def _recover(session: Session) -> None:
     if checkpoint is not None:
         session.round, session.arrays = checkpoint.round, checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
-        if isinstance(session.strategy, FedAvg):
-            session.strategy.load_state(checkpoint.strategy)
+        session.state = {**session.state, **by_kind(checkpoint.strategy)}
     session.folder.cut_back(session.round)
     for record in session.folder.rounds():
         session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]

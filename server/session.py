@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.serverapp.strategy import Strategy
 from meadow.server.exchange import Exchange
 from meadow.server.folder import RunFolder
 from meadow.server.listeners import Listeners
 from meadow.server.placement import AtClients
 from meadow.server.protection import Protection
 from meadow.server.writer import Writer
-from meadow.strategies.protocol import Setup
-from meadow.strategies.roles import HEADS, Roles
+from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
+from meadow.strategies.roles import HEADS
 from meadow.strategies.stages import Stages
 from torch import nn
 
@@ -31,8 +30,8 @@ MOST_ROWS = 100_000
 
 @dataclass
 class Session:
-    """What the rounds of one run have in hand. `arrays`, the shared ones, `round` and `void` change from round to round;
-    the strategy and the protection change too.
+    """What the rounds of one run have in hand. `arrays`, the shared ones, `state`, what the
+    algorithm keeps, `round` and `void` are replaced from round to round; the protection changes too.
 
     clock: where the time of the round in hand goes. round: the last round that is done. void: attempts at rounds that did
     not count, "ROUND.ATTEMPT": clients forget what those left them.
@@ -43,7 +42,8 @@ class Session:
     roles: Roles
     start: Arrays
     arrays: Arrays
-    strategy: Strategy
+    algorithm: ServerAlgorithm[Any]
+    state: State
     exchange: Exchange
     folder: RunFolder
     run_id: str
@@ -70,7 +70,8 @@ class Session:
 
 
 def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
-    """What the strategy is made with. A head is trained by the clients that hold its target; unseen ones train nothing."""
+    """What the server's part of the algorithm is made with. A head is trained by the clients that hold its target; unseen
+    ones train nothing."""
     holders = dict.fromkeys(parts.shared, experiment.participants)
     held = np.delete(task.held, sorted(unseen(experiment)), axis=0)
     for target in task.targets:

@@ -4,11 +4,11 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from meadow.strategies.roles import Roles
+from meadow.strategies.protocol import Roles
 from meadow.strategies.stages.own import Attack, ClipAndNoise, LocalNoise, NormBound, TrainedOnly
 from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage
 
-from meadow.arrays.named import Arrays, beside, of_kind, split_beside
+from meadow.arrays.named import Arrays, Kinds, auxiliary, split_auxiliary
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 
@@ -40,14 +40,14 @@ class Stages:
         received: Arrays,
         weights: Mapping[str, float],
         noise: Callable[[Arrays, Arrays], Arrays] | None,
-        memory: Arrays,
+        memory: Kinds,
     ) -> Left:
         """The clients' halves, in order. `memory`: what the client has stored, of the stages under names of their own."""
         kept: Arrays = {}
         for number, stage in enumerate(self._stages):
             kind = f"stage-{number}"
-            left = stage.leave(update, AtClient(client, round_, received, weights, noise, of_kind(kind, memory)))
-            update, kept = left.arrays, kept | beside(kind, left.memory)
+            left = stage.leave(update, AtClient(client, round_, received, weights, noise, dict(memory.get(kind, {}))))
+            update, kept = left.arrays, kept | auxiliary(kind, left.memory)
         return Left(update, kept)
 
     @property
@@ -64,7 +64,7 @@ class Stages:
         """Why an update in the form of the model may not be added up, or ""."""
         if not self._judging:
             return ""
-        own = split_beside(update)[0]
+        own = split_auxiliary(update)[0]
         return next((reason for stage in self._judging if (reason := stage.judge(own, received))), "")
 
 
@@ -102,8 +102,8 @@ def _open(name: str, experiment: Experiment) -> Stage:
     if experiment.privacy.unit == "client" and not stage.before_noise:
         raise UserError(
             f'strategy.stages = "{name}" with privacy.unit = "client": the noise is added at the server, so this stage '
-            "would read updates without any; write before_noise = True in it if what it does depends on one client alone, or "
-            'privacy.unit = "local"'
+            "would read updates without any; write before_noise = True in it if what it does depends on one client alone, "
+            'or privacy.unit = "local"'
         )
     return stage
 

@@ -6,17 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meadow.server.admission import Sums, Verdict, admit
 from meadow.server.evaluation import over_clients
-from meadow.server.exchange import Cohort
 from meadow.server.reduce import round_sum
 from meadow.simulation.grid import become_server
-from meadow.strategies import make_strategy
-from meadow.strategies.protocol import Setup
-from meadow.strategies.roles import Roles, roles
+from meadow.strategies import server_of
+from meadow.strategies.protocol import Roles, Setup
+from meadow.strategies.roles import roles
 from meadow.strategies.wire.packing import (
     Answer,
     NodeReply,
@@ -28,7 +27,7 @@ from meadow.strategies.wire.packing import (
     unpack_requests,
 )
 
-from meadow.arrays.flower import Kept, from_record, to_record
+from meadow.arrays.flower import Kept
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.arrays.sums import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
 from meadow.config.load import load
@@ -117,14 +116,11 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
         verdict = admitted(replies, sums, before, sizes)
         plan, parts = load("fedavg"), Roles(("w",), ("w",), (), ())
         setup = Setup(plan.strategy, plan.local, 0, parts, {"w": 61}, equal_weights=False)
-        strategy = make_strategy(setup)
-        asked = list(strategy.configure_train(1, to_record(before), ConfigRecord(), Cohort(sorted(cohort))))
+        server = server_of(setup)
         whole = round_sum(sorted(cohort), verdict)
         assert whole is not None
-        content = RecordDict({"arrays": to_record(whole.sums), "weights": MetricRecord(whole.weights)})
-        mean, _ = strategy.aggregate_train(1, [Message(content, reply_to=asked[0])])
-        assert mean is not None
-        results.add(arrays_sha256(from_record(mean)))
+        mean, _ = server.update(server.init(before), whole, before)
+        results.add(arrays_sha256(mean))
     assert len(results) == 1
 
 
