@@ -47,11 +47,14 @@ _ROOT_HALF = 0x3F3504F3
 
 
 class Stream:
-    """A stream of random numbers from a seed of up to 256 bits, the same on every machine and in every process."""
+    """A stream of random numbers from a seed of up to 256 bits, the same on every machine and in every process.
 
-    def __init__(self, seed: int) -> None:
+    `native`: compiled code draws where there is some; the numbers are the same without.
+    """
+
+    def __init__(self, seed: int, native: bool = True) -> None:
         whole = seed.to_bytes(32, "little")
-        self._library = _library()
+        self._library = _library() if native else None
         self._state: Any = None
         if self._library:
             self._state = ctypes.create_string_buffer(self._library.noise_size())
