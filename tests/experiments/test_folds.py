@@ -200,7 +200,7 @@ def test_a_comparison_pairs_the_folds(tmp_path: Path) -> None:
 
 
 def test_the_command_runs_the_folds(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments", "run", "fedavg", *QUICK, "evaluate.folds=2", "--out", "o", "--json"]
+    command = [sys.executable, "-m", "meadow", "run", "fedavg", *QUICK, "evaluate.folds=2", "--out", "o", "--json"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == read(tmp_path / "o") and json.loads(ran.stdout)["folds"] == 2
