@@ -4,8 +4,6 @@ A listener is any object with some of the methods of `Listener`. `run.listeners 
 (docs/listeners.md); a class is made anew for each run.
 """
 
-import importlib
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any
 
 from meadow.arrays.named import Arrays
 from meadow.runtime.errors import UserError
+from meadow.runtime.objects import user_instance
 
 log = logging.getLogger("meadow.server")
 
@@ -127,16 +126,8 @@ def open_listeners(names: Sequence[str]) -> dict[str, Any]:
     return {name: _open(name) for name in names}
 
 
-def _open(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-        listener = found() if inspect.isclass(found) else found
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(
-            f'run.listeners = "{name}": {error}; write module:object, with the module on the Python path (for example '
-            "PYTHONPATH=.) and a class that needs no arguments"
-        ) from None
+def _open(name: str) -> object:
+    listener = user_instance("run.listeners", name)
     if not any(callable(getattr(listener, what, None)) for what in TOLD):
         raise UserError(
             f'run.listeners = "{name}" has none of the methods {", ".join(TOLD)}: a listener has one of them or more '

@@ -1,6 +1,5 @@
 """How updates are shared and combined: which arrays travel, how they are packed, and one file for each algorithm."""
 
-import importlib
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
@@ -9,6 +8,7 @@ from meadow.strategies.protocol import Algorithm, ServerAlgorithm, Setup
 
 from meadow.config.algorithms import ALGORITHMS
 from meadow.runtime.errors import UserError
+from meadow.runtime.objects import user_object
 
 
 def algorithm(name: str) -> Algorithm:
@@ -17,16 +17,10 @@ def algorithm(name: str) -> Algorithm:
 
     Raises UserError if there is no such object, or if it is no algorithm.
     """
-    place = ALGORITHMS.get(name, name)
-    module, _, attribute = place.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f'strategy.name = "{name}": {error}; the module must be on the Python path (for example PYTHONPATH=.)'
-        ) from None
+    found = user_object("strategy.name", ALGORITHMS.get(name, name))
     if isinstance(found, Strategy):
-        return flower(lambda setup: found)
+        strategy = found
+        return flower(lambda setup: strategy)
     if not isinstance(found, Algorithm):
         raise UserError(
             f'strategy.name = "{name}" is a {type(found).__name__}; it must be a meadow.strategies.protocol.Algorithm '

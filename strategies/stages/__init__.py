@@ -1,7 +1,5 @@
 """The stages of an experiment's updates, in the order in which clients apply them."""
 
-import importlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from meadow.strategies.protocol import Roles
@@ -11,6 +9,7 @@ from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage
 from meadow.arrays.named import Arrays, Kinds, auxiliary, split_auxiliary
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.runtime.objects import user_instance
 
 
 class Stages:
@@ -85,15 +84,7 @@ def stages_of(experiment: Experiment, roles: Roles) -> Stages:
 
 def _open(name: str, experiment: Experiment) -> Stage:
     """A user's own stage, "module:OBJECT"; a class is made once a process."""
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-        stage = found() if inspect.isclass(found) else found
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(
-            f'strategy.stages = "{name}": {error}; write module:OBJECT, with the module on the Python path (for example '
-            "PYTHONPATH=.) and a class that needs no arguments"
-        ) from None
+    stage = user_instance("strategy.stages", name)
     if not isinstance(stage, Stage):
         raise UserError(
             f'strategy.stages = "{name}" is a {type(stage).__name__}; it must be a meadow.strategies.stages.Stage '

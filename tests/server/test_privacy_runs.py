@@ -794,7 +794,7 @@ def test_killed_at_random_moments_epsilon_is_never_below_the_rounds_that_were_ma
     expected = run_inline(experiment, tmp_path / "whole")
     out, file = tmp_path / "run", tmp_path / "e.toml"
     file.write_text(to_toml(experiment))
-    command = [sys.executable, "-m", "experiments", "run", str(file), "--quiet", "--resume", "--out", str(out)]
+    command = [sys.executable, "-m", "meadow", "run", str(file), "--quiet", "--resume", "--out", str(out)]
     command += ["--engine", "inline"]
     moments, made = random.Random(6), 0
     for _ in range(5):
