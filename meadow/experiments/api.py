@@ -47,6 +47,7 @@ class Summary:
     privacy: dict[str, Any]
     folds: int = 0
     metrics_std: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 def run(

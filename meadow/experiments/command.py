@@ -123,6 +123,10 @@ def plan(experiment: Name, overrides: Overrides = None, json_: Json = False) -> 
     if json_:
         typer.echo(json.dumps(costs, indent=2))
         return
+    for kind in costs.pop("training"):
+        typer.echo(f"{'trainer':22} {kind['trainer']}")
+        for name, reason in kind["passed_over"].items():
+            typer.echo(f"{f'  not {name}':22} {reason}")
     for name, value in costs.items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, number in parts:
@@ -298,6 +302,9 @@ def _close(quiet: bool, as_json: bool, result: object, table: object, folder: Pa
     if not quiet:
         if table is not None:
             console.print(table)
+        for summary in summaries:
+            counts = ", ".join(f"{name} {count:,}" for name, count in summary.engine.get("training", {}).items())
+            console.print(f"{summary.name}: trainings by {counts or 'nobody'}", soft_wrap=True)
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 

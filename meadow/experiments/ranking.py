@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from meadow.experiments import words
 from meadow.experiments.results import (
@@ -18,6 +19,7 @@ from meadow.experiments.results import (
     primary_metric,
     targets_of,
 )
+from meadow.experiments.tables import Cell
 
 Methods = dict[str, list[RunResult]]
 Row = dict[str, Any]
@@ -58,18 +60,13 @@ def ranking_table(runs: Sequence[RunResult]) -> Table:
         table.add_column(head, justify="right")
     for target in dict.fromkeys(row["target"] for row in rows):
         part = [row for row in rows if row["target"] == target]
-        table.add_row(f"[bold]{words.metric_label(target, part[0]['metric'])} of {target}[/bold]")
+        table.add_row(Text(f"{words.metric_label(target, part[0]['metric'])} of {target}", "bold"))
         for row in part:
-            text = [
-                number(row["client_mean"], row["metric"]) + plus_minus(row["client_mean_seed_std"], row["metric"]),
-                number(row["client_worst_decile"], row["metric"]),
-                number(row["global"], row["metric"]),
-            ]
-            for at, key in enumerate(("client_mean", "client_worst_decile", "global")):
-                text[at] = f"[bold]{text[at]}[/bold]" if is_best(row, part, key) else text[at]
-            lost = "" if row["lost"] is None else f"{row['lost']} of {row['lost_of']}"
+            cells = [cell(row, part, key) for key in ("client_mean", "client_worst_decile", "global", "lost")]
+            texts = [f"{each.text} {each.small}".strip() for each in cells]
+            styled = [Text(text, "bold" if each.best else "") for text, each in zip(texts, cells, strict=True)]
             sent = words.bytes_text(row["bytes_up"] + row["bytes_down"])
-            table.add_row(flag(row).strip(), *text, lost, sent, words.seconds_text(row["seconds"]))
+            table.add_row(Text(flag(row)), *styled, sent, words.seconds_text(row["seconds"]))
         table.add_section()
     return table
 
@@ -122,6 +119,26 @@ def flag(row: Row) -> str:
     return f"{row['method']} ({states.count('done')} of {len(states)} done)"
 
 
+def cell(row: Row, part: Sequence[Row], key: str) -> Cell:
+    """A value of a row as it stands in a table; `part`: the rows of its target, of which the best stands out."""
+    value, metric = row[key], row["metric"]
+    if value is None:
+        return Cell()
+    if key == "lost":
+        return Cell(f"{value}", f"of {row['lost_of']}")
+    if key == "trained_parameters":
+        return Cell(f"{value:,.0f}")
+    if key in ("bytes_up", "bytes_down", "bytes_saved"):
+        return Cell(words.bytes_text(value) if value else "0")
+    if key == "seconds":
+        return Cell(words.seconds_text(value))
+    small = plus_minus(row.get(f"{key}_seed_std"), metric)
+    if key == "gain" and row["gain_low"] is not None:
+        low, high = (number(row[end], metric, signed=True) for end in ("gain_low", "gain_high"))
+        small = f"[{low}, {high}]"
+    return Cell(number(value, metric, signed=key == "gain"), small, is_best(row, part, key))
+
+
 def is_best(row: Row, part: Sequence[Row], key: str) -> bool:
     values = [other[key] for other in part if other[key] is not None and not is_aside(other, part)]
     if len(values) < 2 or row[key] is None or is_aside(row, part):
@@ -163,7 +180,8 @@ def repeats(row: Row) -> str:
 
 
 def plus_minus(value: float | None, metric: str) -> str:
-    return "" if value is None else f" ± {number(value, metric)}"
+    """ "± 1.2"; "" for None."""
+    return "" if value is None else f"± {number(value, metric)}"
 
 
 def mean_of(values: Sequence[float | None]) -> float | None:

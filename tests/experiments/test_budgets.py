@@ -13,10 +13,12 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from meadow.config.load import read_tree, to_toml
-from meadow.experiments.budgets import answer, client_costs, group_costs, groups_of, lines_of, section, utility_cost
+from meadow.experiments.budgets.costs import Cost, Line, groups_of, lines_of
+from meadow.experiments.budgets.sentences import answer, table
 from meadow.experiments.command import app
 from meadow.experiments.compare import sweep_jobs, values_of
 from meadow.experiments.report import write_report
+from meadow.experiments.report.write import contents
 from meadow.experiments.results import find_runs
 from meadow.runtime.errors import UserError
 
@@ -86,14 +88,19 @@ def swept(tmp_path: Path) -> Path:
     return made(tmp_path / "s", [*PRIVATE, "privacy.epsilon=1,8"], values)
 
 
+def utility_cost(line: Line, metric: str = "accuracy") -> Cost | None:
+    """Of epsilon = 1, where the line is measured."""
+    return line.costs("digit", metric)[1.0].utility[line.place("digit", metric)]
+
+
 def test_a_cost_is_paired_over_the_seeds(swept: Path) -> None:
     (line,) = lines_of(find_runs([swept]))
     assert (line.label, line.unit, list(line.budgets), len(line.bare)) == ("FedAvg", "example", [1.0, 8.0], 3)
-    cost = utility_cost(line, 1.0, "digit", "accuracy")
+    cost = utility_cost(line)
     assert cost is not None and cost.values == pytest.approx(COSTS)
     reference = stats.ttest_1samp(COSTS, 0).confidence_interval(0.95)
     assert cost.interval == pytest.approx((reference.low, reference.high))
-    worst = utility_cost(line, 1.0, "digit", "accuracy", "clients", "worst_decile")
+    worst = line.costs("digit", "accuracy")[1.0].worst
     assert worst is not None and worst.values == pytest.approx([0.6, 0.2, 0.3])
 
 
@@ -102,9 +109,9 @@ def test_only_the_same_seed_and_split_are_paired(swept: Path) -> None:
     for file in (swept / "epsilon-none-seed2").iterdir():
         file.unlink()
     (line,) = lines_of(find_runs([swept]))
-    cost = utility_cost(line, 1.0, "digit", "accuracy")
+    cost = utility_cost(line)
     assert cost is not None and cost.values == pytest.approx(COSTS[:1]) and cost.interval is None
-    assert [run.seed for run, _ in client_costs(line, 1.0, "digit", "accuracy")] == [0]
+    assert [run.seed for run, _ in line.costs("digit", "accuracy")[1.0].clients] == [0]
 
 
 def test_of_an_error_more_is_worse(swept: Path) -> None:
@@ -112,7 +119,7 @@ def test_of_an_error_more_is_worse(swept: Path) -> None:
         for file in ("clients.csv", "summary.json", "rounds.jsonl"):
             (folder / file).write_text((folder / file).read_text().replace("accuracy", "rmse"))
     (line,) = lines_of(find_runs([swept]))
-    cost = utility_cost(line, 1.0, "digit", "rmse")
+    cost = utility_cost(line, "rmse")
     assert cost is not None and cost.values == pytest.approx([-c for c in COSTS])
 
 
@@ -128,7 +135,7 @@ def test_groups_are_quarters_by_hand() -> None:
 
 def test_who_pays_by_hand(swept: Path) -> None:
     (line,) = lines_of(find_runs([swept]))
-    costs = group_costs(line, 1.0, "digit", "accuracy")
+    costs = line.costs("digit", "accuracy")[1.0].groups
     small_, large = [0.6, 0.4, 0.3], [0.0, 0.0, -0.1]  # clients 1 and 3
     assert costs["size", "smallest quarter"].values == pytest.approx(small_)
     assert costs["size", "largest quarter"].values == pytest.approx(large)
@@ -144,21 +151,37 @@ def test_runs_that_differ_in_more_than_the_budget_are_no_line(swept: Path, tmp_p
         text = (folder / "experiment.toml").read_text()
         (folder / "experiment.toml").write_text(text.replace("momentum = 0.9", "momentum = 0.5"))
     (line,) = lines_of(find_runs([swept]))  # of two budgets, but what they cost is not known
-    assert not line.bare and utility_cost(line, 1.0, "digit", "accuracy") is None
-    assert answer(find_runs([swept])) == [] and "costs are not known" in section(find_runs([swept]))
+    assert not line.bare and utility_cost(line) is None
+    assert answer(find_runs([swept])) == []
+    assert {column.name for column in table([line], "digit", "accuracy").columns} == {
+        "",
+        "epsilon",
+        "global test",
+        "mean",
+    }
     for folder in swept.glob("epsilon-8*"):
         text = (folder / "experiment.toml").read_text()
         (folder / "experiment.toml").write_text(text.replace("momentum = 0.9", "momentum = 0.1"))
-    assert lines_of(find_runs([swept])) == [] and section(find_runs([swept])) == ""
+    assert lines_of(find_runs([swept])) == [] and contents(find_runs([swept]))["budgets"] == []
+
+
+def test_costs_are_computed_once(swept: Path) -> None:
+    (line,) = lines_of(find_runs([swept]))
+    assert line.costs("digit", "accuracy") is line.costs("digit", "accuracy")
 
 
 def test_the_report_shows_costs_and_who_pays(swept: Path) -> None:
+    (part,) = contents(find_runs([swept]))["budgets"]
+    names = [(column.group, column.name) for column in part["table"].columns]
+    bare, tight, _ = part["table"].rows
+    cells = dict(zip(names, tight, strict=True))
+    cost = cells["clients", "lost"]
+    assert cost.text == f"{100 * np.mean(COSTS):+.1f}" and cost.small.startswith("[") and not bare[5].text
+    # Client 3 loses nothing in seeds 0 and 1, and gains in seed 2.
+    assert (cells["clients", "who lose"].text, cells["clients", "who lose"].small) == ("9", "of 12")
+    assert [picture.id for picture in part["pictures"]] == ["digit-budgets", "digit-payers"]
     page = text_of(write_report([swept], swept / "report.html"))
-    cost = f"{100 * np.mean(COSTS):+.1f}"
-    assert "What privacy costs" in page and f"<td>{cost} <small>[" in page
-    assert "One example of a client, FedAvg: 24.2 [" in page and "percentage points of accuracy at epsilon = 1" in page
-    assert "9 <small>of 12</small>" in page  # client 3 loses nothing in seeds 0 and 1, and gains in seed 2
-    assert page.count('aria-label="Who pays') == 1
+    assert all(f'id="{name}"' in page for name in ("budgets", "digit-budgets", "digit-payers", "digit-budgets-table"))
     # Never an epsilon without its unit, delta, adjacency and accountant: in the sentence, two pictures and the table.
     assert page.count("delta = 1e-05; add or remove one; pld") >= 4
 
@@ -171,8 +194,11 @@ def test_without_the_clients_metrics_the_shared_model_is_drawn(swept: Path) -> N
         (folder / "summary.json").write_text(json.dumps(summary))
         lines = [json.loads(line) | {"clients": {}} for line in (folder / "rounds.jsonl").read_text().splitlines()]
         (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    text = section(find_runs([swept]))
-    assert "shared model, global test set" in text and "mean over the clients" not in text and "Who pays" not in text
+    (part,) = contents(find_runs([swept]))["budgets"]
+    (line,) = lines_of(find_runs([swept]))
+    assert line.place("digit", "accuracy") == "global" and [p.id for p in part["pictures"]] == ["digit-budgets"]
+    # Without protection the clients are known; what that costs them is not.
+    assert {c.name for c in part["table"].columns if c.group == "clients"} == {"mean"}
 
 
 def test_the_command_draws_it(tmp_path: Path) -> None:
@@ -180,6 +206,6 @@ def test_the_command_draws_it(tmp_path: Path) -> None:
              "task.source_samples=200", "engine.name=inline", "--quiet", "--out", str(tmp_path / "s")]  # fmt: skip
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 0, done.output
-    page = text_of(tmp_path / "s" / "report.html")
-    assert "What privacy costs" in page and "FedPer" in page
+    assert 'id="budgets"' in text_of(tmp_path / "s" / "report.html")
+    assert [line.label for line in lines_of(find_runs([tmp_path / "s"]))] == ["FedPer"]
     assert {p.name for p in (tmp_path / "s").glob("*-seed0")} == {f"epsilon-{e}-seed0" for e in (1, 8, "none")}

@@ -20,8 +20,9 @@ from meadow.experiments.compare import Job, methods_jobs
 from meadow.experiments.folds import fold_runs, write_folds
 from meadow.experiments.plan import plan
 from meadow.experiments.ranking import ranking
-from meadow.experiments.report import write_report
+from meadow.experiments.report.write import contents
 from meadow.experiments.results import find_runs
+from meadow.experiments.tables import Cell
 from meadow.runtime.errors import UserError
 from meadow.tasks.task import open_task
 
@@ -174,16 +175,18 @@ def test_the_summary_of_folds_by_hand(tmp_path: Path) -> None:
     assert private["epsilon"] == {"max": 5.0, "median": 5.0} and private["delta"] == pytest.approx(2e-5)
 
 
-def test_the_report_shows_the_folds_mean_and_deviation(done: tuple[Path, Summary], tmp_path: Path) -> None:
+def test_the_report_shows_the_folds_mean_and_deviation(done: tuple[Path, Summary]) -> None:
     out, summary = done
     (row,) = ranking(find_runs([out]))
     assert (row["method"], row["seeds"], row["folds"], row["counted"]) == ("fedavg", 1, 3, 3)
     assert row["client_mean"] == pytest.approx(leaf(summary.metrics, *METRICS))
     assert row["client_mean_seed_std"] == pytest.approx(leaf(summary.metrics_std, *METRICS))
-    text = write_report([out], tmp_path / "r.html").read_text()
+    page = contents(find_runs([out]))
+    assert page["title"] == "fedavg, seed 0, 3 folds"
+    assert [run.name for run in page["runs"]] == [f"fedavg, seed 0, fold {k}" for k in (1, 2, 3)]
+    (part,) = page["targets"]
     mean, deviation = (100 * leaf(tree, *METRICS) for tree in (summary.metrics, summary.metrics_std))
-    assert f"{mean:.1f}% ± {deviation:.1f}% over 3 folds" in text
-    assert "fedavg, seed 0, 3 folds" in text and "3-fold cross-validation" in text and "seed 0, fold 2" in text
+    assert part["ranking"].rows[0][1] == Cell(f"{mean:.1f}", f"± {deviation:.1f}")
 
 
 def test_a_comparison_pairs_the_folds(tmp_path: Path) -> None:

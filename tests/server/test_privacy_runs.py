@@ -446,10 +446,10 @@ OBSERVED = {
 """What can be seen to leave, by the beginning of its declaration: in the replies, split.json and clients.csv."""
 
 KNOWN = {
-    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions", "training"},
+    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions"},
     "ledger": {"entries", "sha256", "epsilon", "secret"},
     "identity": {"personal", "trained"},
-    "pack": {"clients", "summed", "times"},
+    "pack": {"clients", "summed", "times", "trainings"},
     "error": {"reason"},
 }
 

@@ -1,14 +1,12 @@
-"""The pictures that compare methods and show what a model confuses, drawn by matplotlib without its global state."""
+"""The pictures that compare methods, drawn by matplotlib without its global state."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH
@@ -21,9 +19,9 @@ MOST_POINTS = 300
 """Points of one curve; longer runs are thinned so that the page stays small."""
 
 Dash = Literal["-", "--", "-.", ":"] | tuple[float, Sequence[float]]
-_DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":")
+DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":")
 
-_LONGEST = 23
+LONGEST = 23
 """Characters of a method's name that a picture shows."""
 
 
@@ -39,7 +37,7 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
             for name, runs in methods.items():
                 if found := _mean_curve(runs, place, target, metric):
                     rounds, mean, spread = found
-                    colour, dash = _look(name, methods)
+                    colour, dash = look(name, methods)
                     axes.plot(rounds, mean, color=colour, linestyle=dash, linewidth=1.8)
                     if spread is not None:
                         axes.fill_between(rounds, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
@@ -117,7 +115,7 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
             if not (found := _mean_curve(runs, place, target, metric)):
                 continue
             rounds, mean, _ = found
-            colour, dash = _look(name, methods)
+            colour, dash = look(name, methods)
             for axes in panels:
                 spent = np.mean(
                     [run.spent("bytes" if axes is sent else "seconds", rounds) for run in counted(runs)], axis=0
@@ -152,116 +150,6 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
         return figure
 
 
-Confusion = Mapping[str, Any]
-"""The `classes` and the `confusion` counts of a target, as in evaluation.json."""
-
-MOST_NUMBERS = 12
-"""With more classes a confusion matrix shows colours alone."""
-
-
-def confusion_matrices(panels: Mapping[str, Confusion]) -> Figure:
-    """A heat map for each titled confusion matrix: each row, a true class, as shares of its samples; counts inside."""
-    classes = list(next(iter(panels.values()))["classes"])
-    size, across = len(classes), min(len(panels), 3 if len(panels) <= 6 else 5)
-    with matplotlib.rc_context(STYLE):
-        names = [name if len(name) <= 12 else f"{name[:11]}…" for name in classes]
-        longest = max(map(len, names))
-        left = 0.42 + 0.075 * longest  # inches for the names of the rows, and below for those of the columns if turned
-        turned = longest * 0.085 > (WIDTH / across - left - 0.3) / size
-        below = 0.42 + (0.07 * longest if turned else 0.1)
-        side = min((WIDTH - left) / across - 0.3, 1.2 + 0.42 * size, 4.6)
-        down = -(-len(panels) // across)
-        high = 0.42 + side
-        height = down * high + below + 0.1
-        figure = Figure(figsize=(WIDTH, height))
-        for at, (title, panel) in enumerate(panels.items()):
-            row, column = divmod(at, across)
-            lowest = at + across >= len(panels)
-            place = (left + column * (side + 0.3), height - (row + 1) * high)
-            axes = figure.add_axes((place[0] / WIDTH, place[1] / height, side / WIDTH, side / height))
-            _heat(axes, np.array(panel["confusion"], dtype=np.float64), side)
-            axes.set_title(title if len(title) <= 13 * side else f"{title[: int(13 * side) - 1]}…", pad=6.0)
-            every = max(1, -(-size // 25))
-            ticks = range(0, size, every)
-            axes.set_xticks(ticks, names[::every] if lowest else [], rotation=90 if turned else 0)
-            axes.set_yticks(ticks, names[::every] if column == 0 else [])
-            axes.set_xlabel("predicted" if lowest else "")
-            axes.set_ylabel("truth" if column == 0 else "")
-        return figure
-
-
-def _heat(axes: Axes, counts: Floats, side: float) -> None:
-    """One matrix, `side` inches wide: blue by the share of the row, and the counts that are not zero."""
-    size = len(counts)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    if size <= MOST_NUMBERS:
-        font = min(9.5, 72 * side / size * 0.62 / max(2, len(f"{counts.max():.0f}")) / 0.6)
-        for row, column in np.argwhere(counts > 0):
-            share = float(shares[row, column])
-            axes.fill_between((column - 0.5, column + 0.5), row - 0.5, row + 0.5, color=COLOURS["m0"][0],
-                              alpha=max(share, 0.04), linewidth=0)  # fmt: skip
-            colour = COLOURS["paper" if share > 0.55 else "ink"][0]
-            text = f"{counts[row, column]:.0f}"
-            axes.text(column, row, text, ha="center", va="center_baseline", fontsize=font, color=colour)
-    else:
-        ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
-        axes.imshow(shares, aspect="auto", cmap=ramp, vmin=0, vmax=1, interpolation="nearest")
-    axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-    axes.tick_params(length=0)
-    axes.grid(visible=False)
-    for spine in axes.spines.values():
-        spine.set_visible(True)
-
-
-Roc = tuple[Floats, Floats, float]
-"""False positive rates, true positive rates, and the area under the curve."""
-
-
-def mean_roc(curves: Sequence[Roc]) -> Roc:
-    """The curve whose true positive rate is the mean of the curves' at each false positive rate, and the mean area."""
-    grid = np.unique(np.concatenate([false for false, _, _ in curves]))
-    grid = grid[np.unique(np.linspace(0, len(grid) - 1, min(len(grid), MOST_POINTS)).round().astype(int))]
-    mean = np.mean([np.interp(grid, false, true) for false, true, _ in curves], axis=0)
-    return np.append(0.0, grid), np.append(0.0, mean), float(np.mean([area for _, _, area in curves]))
-
-
-def roc_curves(curves: Mapping[str, Roc], methods: Methods) -> Figure:
-    """ROC curves of methods, or of classes, with the areas under them; beside them the corner where good ones crowd."""
-    looks = {
-        name: _look(name, methods) if name in methods else (COLOURS[f"m{i % 8}"][0], _DASHES[i // 8 % 4])
-        for i, name in enumerate(curves)
-    }
-    crowded = min(area for _, _, area in curves.values()) > 0.9
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 4.3))
-        panels = [((0.0, 1.0), (0.0, 1.0), "True against false positive rate")]
-        if crowded:
-            panels.append(((0.0, 0.2), (0.8, 1.0), "Its upper left corner"))
-        side, order = 3.3, sorted(curves, key=lambda name: -curves[name][2])
-        for at, (across, up, title) in enumerate(panels):
-            axes = figure.add_axes(((0.6 + at * (side + 0.65)) / WIDTH, 0.55 / 4.3, side / WIDTH, side / 4.3))
-            axes.plot((0, 1), (0, 1), color=COLOURS["muted"][0], linewidth=0.8)
-            for name, (false, true, _) in curves.items():
-                axes.plot(false, true, color=looks[name][0], linestyle=looks[name][1], linewidth=1.6)
-            axes.set(title=title, xlim=across, ylim=up, xlabel="false positive rate (%)")
-            axes.set_ylabel("true positive rate (%)" if at == 0 else "")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(MaxNLocator(5))
-                axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g}"))
-        right = 0.6 + len(panels) * (side + 0.65) - 0.25
-        figure.text(right / WIDTH, (0.55 + side) / 4.3, "AUROC (%)", va="top", color=COLOURS["muted"][0], fontsize=9)
-        step = min(0.19, (side - 0.3) / len(order))
-        for row, name in enumerate(order):
-            y = (0.55 + side - 0.32 - row * step) / 4.3
-            colour, dash = looks[name]
-            line = Line2D((right / WIDTH, (right + 0.28) / WIDTH), (y, y), color=colour, linestyle=dash, linewidth=1.8)
-            figure.add_artist(line)
-            shown = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
-            text = f"{100 * curves[name][2]:.1f}  {shown}"
-            figure.text((right + 0.36) / WIDTH, y, text, va="center", fontsize=min(9.0, 60 * step))
-        return figure
-
-
 def _mean_curve(
     runs: Sequence[RunResult], place: str, target: str, metric: str
 ) -> tuple[Floats, Floats, Floats | None] | None:
@@ -278,7 +166,7 @@ def _mean_curve(
     return rounds, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
 
 
-def _look(name: str, methods: Methods) -> tuple[str, Dash]:
+def look(name: str, methods: Methods) -> tuple[str, Dash]:
     """Colour and line of a method: grey and broken for the two references, else the palette in order."""
     if name == ALONE:
         return COLOURS["ink"][0], (0, (4, 2))
@@ -286,7 +174,7 @@ def _look(name: str, methods: Methods) -> tuple[str, Dash]:
     if name not in others:
         return COLOURS["muted"][0], (0, (1.2, 1.6))
     at = others.index(name)
-    return COLOURS[f"m{at % 8}"][0], _DASHES[at // 8 % 4]
+    return COLOURS[f"m{at % 8}"][0], DASHES[at // 8 % 4]
 
 
 def jitter(client: int, seed: int, fold: int) -> float:
@@ -303,7 +191,7 @@ def box(figure: Figure, at: int, of: int, right: float) -> tuple[float, float, f
 
 def _label_room(methods: Methods) -> float:
     """Inches that the longest of the methods' names needs beside an axis, at 9 points."""
-    return 0.25 + 0.07 * max((min(len(name), _LONGEST) for name in methods), default=0)
+    return 0.25 + 0.07 * max((min(len(name), LONGEST) for name in methods), default=0)
 
 
 def value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
@@ -331,7 +219,7 @@ def label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> N
     for i, place in zip(order, places, strict=True):
         name, _, y, colour = labels[i]
         axes.annotate(
-            name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…",
+            name if len(name) <= LONGEST else name[: LONGEST - 1] + "…",
             (1, (y - low) / (high - low)), (1.0 + 0.14 / _inches_wide(axes), place), "axes fraction", "axes fraction",
             va="center", color=colour, fontsize=9, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0,

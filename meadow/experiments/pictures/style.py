@@ -74,10 +74,10 @@ def to_file(figure: Figure, path: Path) -> None:
         figure.savefig(path, dpi=150, facecolor="white")
 
 
-def to_svg(figure: Figure, name: str, about: str) -> str:
-    """A figure as one inline `<svg>` element without any address, coloured by the variables of `css_variables`.
+def to_svg(figure: Figure, name: str) -> str:
+    """A figure as one inline `<svg>` element without any address, coloured by the page's variables, one for each of COLOURS.
 
-    `name` keeps the ids of one picture apart from those of the others; `about` says in words what it shows.
+    `name` keeps the ids of one picture apart from those of the others.
     """
     file = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
@@ -91,9 +91,4 @@ def to_svg(figure: Figure, name: str, about: str) -> str:
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
     for colour, (light, _) in COLOURS.items():
         text = re.sub(light, f"var(--{colour})", text, flags=re.IGNORECASE)
-    return text.replace("<svg", f'<svg role="img" aria-label="{about}"', 1)
-
-
-def css_variables(dark: bool) -> str:
-    """The declarations of every colour, for a `:root` rule."""
-    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
+    return text

@@ -1,0 +1,5 @@
+"""The report: what runs have shown, as one HTML file that opens offline."""
+
+from meadow.experiments.report.write import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,127 @@
+"""What the report says of each run: how it ended, what it was made with, and what left its clients."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from meadow.config.schema import Experiment
+from meadow.experiments import words
+from meadow.experiments.report.sentences import count_text, seed_of
+from meadow.experiments.results import RunResult
+from meadow.privacy.releases import NOT_PROTECTED
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A named fact. `code`: written as a computer wrote it; `more`: what follows on lines of its own."""
+
+    name: str
+    text: str
+    code: bool = False
+    more: str = ""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One thing that left the clients, and what protects it."""
+
+    what: str
+    mechanism: str
+
+    @property
+    def protected(self) -> bool:
+        """Whether anything protects it."""
+        return self.mechanism != NOT_PROTECTED
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What a run protects, in sentences, and what left its clients: `bare` where nothing is protected, else `releases`."""
+
+    said: Sequence[str]
+    bare: Sequence[str] = ()
+    releases: Sequence[Release] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of the report's list."""
+
+    name: str
+    line: str
+    facts: Sequence[Fact]
+    privacy: Privacy
+
+
+def entry(name: str, run: RunResult) -> Entry:
+    """A run of the method `name`, for the list of runs."""
+    failed: dict[tuple[int, str], list[int]] = {}
+    for record in run.rounds:
+        for fault in record.get("failed") or []:
+            failed.setdefault((int(fault["client"]), str(fault["reason"])), []).append(int(record["round"]))
+    rounds = f"{run.rounds_done} of {run.experiment.run.rounds} rounds"
+    line = f"{run.status}, {rounds}, {words.seconds_text(run.cost['seconds'])}"
+    if failed:
+        line += f", {count_text(len({client for client, _ in failed}), 'client')} failed at times"
+    facts = [fact for fact in _facts(run, failed) if fact.text]
+    return Entry(f"{name}, {seed_of(run)}", line, facts, privacy(run))
+
+
+def _facts(run: RunResult, failed: dict[tuple[int, str], list[int]]) -> list[Fact]:
+    summary, manifest = run.summary or {}, run.manifest
+    facts = [Fact("status", f"{run.status} {summary.get('reason') or ''}".strip())]
+    for (client, reason), rounds in sorted(failed.items()):
+        head, _, rest = reason.strip().partition("\n")
+        facts.append(Fact(f"client {client} failed", f"{_rounds_text(rounds)}: {head}", more=rest))
+    if (never := (summary.get("clients") or {}).get("never_sampled")) is not None:
+        facts.append(Fact("never sampled", _never_sampled(int(never), run)))
+    if run.experiment.run.placement == "federated":
+        facts.append(Fact("admission", _admission(run.experiment)))
+    return [
+        *facts,
+        Fact("versions", ", ".join(f"{k} {v}" for k, v in (manifest.get("versions") or {}).items())),
+        Fact("commit", str(manifest.get("git_commit") or "not in a git repository"), code=True),
+        Fact("command", " ".join(map(str, manifest.get("command") or [])), code=True),
+        Fact("data", str(manifest.get("data_sha256") or ""), code=True),
+        Fact("model", str(summary.get("model_sha256") or ""), code=True),
+        Fact("folder", str(run.folder), code=True),
+    ]
+
+
+def privacy(run: RunResult) -> Privacy:
+    """What a run protects, and what left its clients."""
+    told = {"unit": run.experiment.privacy.unit, **((run.summary or {}).get("privacy") or {})}
+    left = [Release(str(entry["what"]), str(entry["mechanism"])) for entry in told.get("releases") or []]
+    if told["unit"] == "none":
+        return Privacy(["No protection: no noise was added to anything."], [release.what for release in left])
+    said = []
+    if statement := told.get("statement"):
+        median = (told.get("epsilon") or {}).get("median")
+        said.append(f"The client that has spent most: {statement}; the median client's: {median:.4g}.")
+    if gone := told.get("exhausted"):
+        said.append(f"{gone} of the clients left because their budget was spent.")
+    if noise := told.get("noise"):
+        said.append(f"The noise is {noise}.")
+    return Privacy(said, releases=left)
+
+
+def _admission(experiment: Experiment) -> str:
+    """What a reply must be to count, and how much it counts."""
+    counts = "each client counts 1" if experiment.equal_weights else "a client counts its training samples"
+    longest = experiment.cohort.max_norm
+    return f"{counts}, with no more samples than it declared at roll call" + (
+        f"; updates longer than {longest:g} are refused" if longest else ""
+    )
+
+
+def _never_sampled(count: int, run: RunResult) -> str:
+    clients = f"{count} of {run.experiment.partition.clients} clients"
+    if count and run.experiment.share not in ("all", "none"):
+        own = "trunk" if run.experiment.share == "head" else "head"
+        shared = "head" if own == "trunk" else "trunk"
+        return f"{clients}; they are evaluated with the shared {shared} and their own untrained {own}."
+    return f"{clients}."
+
+
+def _rounds_text(rounds: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rounds[:8])) + (f" and {len(rounds) - 8} more" if len(rounds) > 8 else "")
+    return f"round {shown}" if len(rounds) == 1 else f"rounds {shown}"

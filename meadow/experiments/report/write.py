@@ -1,0 +1,115 @@
+"""The report as one page: its parts as plain values, and the template that lays them out."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from meadow.experiments.budgets import sentences as budgets
+from meadow.experiments.budgets.costs import lines_of
+from meadow.experiments.pictures import splits
+from meadow.experiments.pictures.style import COLOURS
+from meadow.experiments.ranking import learners_of, ranking
+from meadow.experiments.report import figures, runs, sentences, tables
+from meadow.experiments.results import RunResult, by_method, find_runs, primary_metric, targets_of
+from meadow.experiments.words import metric_name
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Write the report of the runs under `paths` to `out` (or to report.html in the folder `out`) and return its path.
+
+    The file needs nothing outside itself. It appears complete or not at all. Raises UserError as `find_runs` does.
+    """
+    page = render(find_runs(paths))
+    path = out / "report.html" if out.is_dir() else out
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def render(found: Sequence[RunResult]) -> str:
+    """The report as the text of one HTML page."""
+    templates = Environment(
+        loader=PackageLoader("meadow.experiments.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return templates.get_template("page.html.j2").render(page=contents(found), colours=COLOURS)
+
+
+def contents(found: Sequence[RunResult]) -> dict[str, Any]:
+    """What the page says, part by part, as the template takes it."""
+    methods, rows = by_method(found), ranking(found)
+    names = list(methods)
+    several = len(names) > 1
+    return {
+        "title": f"{len(names)} methods compared" if several else f"{names[0]}, {sentences.seeds_text(found)}",
+        "facts": [fact for fact in _facts(found) if fact],
+        "warnings": sentences.warnings(found),
+        "answer": budgets.answer(found) or sentences.answer(methods, rows),
+        "claims": sentences.claims(methods),
+        "budgets": _budgets(found),
+        "targets": [
+            {
+                "name": target,
+                "note": sentences.target_note(part),
+                "ranking": tables.ranking_of(part),
+                "metrics": tables.metrics_table(learners, target, part),
+                "pictures": figures.of_target(learners, target, part),
+            }
+            for target in targets_of(found)
+            for part in [[row for row in rows if row["target"] == target]]
+            for learners in [learners_of(methods, target)]
+        ],
+        "split": _split(found),
+        "methods": tables.settings_table(methods),
+        "runs": [runs.entry(name, run) for name, group in methods.items() for run in group],
+    }
+
+
+def _facts(found: Sequence[RunResult]) -> list[str]:
+    first, seeds = found[0].experiment, len({run.seed for run in found})
+    folds = max(run.experiment.evaluate.folds for run in found)
+    return [
+        f"{first.task.dataset}, {first.partition.clients} clients, {first.partition.law} split",
+        f"{max(run.experiment.run.rounds for run in found)} rounds, {sentences.count_text(seeds, 'seed')}"
+        + (f", {folds}-fold cross-validation" if folds else ""),
+        f"model {first.task.model}",
+        str(found[0].manifest.get("created", ""))[:10],
+    ]
+
+
+def _budgets(found: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """What privacy costs in each target; [] where no runs tell."""
+    lines = lines_of(found)
+    return [
+        {
+            "heading": f"{metric_name(metric).capitalize()} of {target}",
+            "about": budgets.about(lines),
+            "pictures": figures.of_budgets(lines, target, metric),
+            "table": budgets.table(lines, target, metric),
+        }
+        for target in (targets_of(found) if lines else [])
+        for metric in [primary_metric(found, target)]
+    ]
+
+
+def _split(found: Sequence[RunResult]) -> dict[str, Any] | None:
+    """Who holds what in the first seed, and the splits of all; None where no run says."""
+    by_seed = {(run.seed, run.fold): run for run in found if run.split.get("sizes")}
+    if not by_seed:
+        return None
+    first = by_seed[min(by_seed)]
+    return {
+        "of": sentences.seed_of(first),
+        "caption": splits.picture_caption(first.split),
+        "picture": figures.of_split(first),
+        "table": tables.splits_table([by_seed[at] for at in sorted(by_seed)]),
+    }
