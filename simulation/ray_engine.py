@@ -1,8 +1,8 @@
 """The Ray engine: actors as nodes. Each hosts an even share of the clients, who always come back to it.
 
-Whatever several messages have in common, above all the global model, is handed over once: through shared memory to workers
-on this machine (`meadow/arrays/slots.py`), which are called over a socket each (`simulation/lines.py`); through Ray's object
-store to those of a cluster, which are called through Ray.
+Whatever several messages have in common, above all the global model, is handed over once. Workers on this machine read it
+in shared memory (`meadow/arrays/memory.py`), and are called over a connection each (`simulation/connections.py`). Those of a
+cluster get it by Ray's object store, and are called through Ray.
 """
 
 import os
@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import ray
 from flwr.app import ArrayRecord, Context, Message, RecordDict
+from meadow.simulation.connections import RETRIES, Calls, connect
 from meadow.simulation.grid import LocalGrid, error_reply, node_context
-from meadow.simulation.lines import RETRIES, Lines, connect
 from meadow.simulation.ray_start import start_ray, stop_ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
@@ -61,11 +61,11 @@ class NodeActor:
         """Put an experiment's data into this machine's common memory: the addresses, "" where it has none."""
         return " ".join(share_task(from_flat(flat)))
 
-    def serve(self, path: str, worker: int) -> None:
-        """Answer the calls of a line, one after another, until the command hangs up or is gone."""
-        with suppress(EOFError, OSError), connect(path, worker) as line:
+    def serve(self, path: str, key: bytes, worker: int) -> None:
+        """Answer a connection's calls, one after another, until the command hangs up or is gone."""
+        with suppress(EOFError, OSError), connect(path, key, worker) as connection:
             while True:
-                line.send_bytes(self.handle_here(line.recv_bytes()))
+                connection.send_bytes(self.handle_here(connection.recv_bytes()))
 
     def handle_here(self, call: bytes) -> bytes:
         """`handle` for a pickled `Call`: the answer's letter, pickled, or why there is none."""
@@ -105,12 +105,12 @@ class Workers:
 
     def __init__(self, count: int, threads: int, on_this_machine: bool) -> None:
         self.actors: list[ActorHandle[Any]] = []
-        self.lines = Lines(count) if on_this_machine and hasattr(os, "memfd_create") else None
+        self.calls = Calls(count) if on_this_machine and hasattr(os, "memfd_create") else None
         self.serving: list[Any] = []
-        """Of workers with a line what Ray answers when they hang up."""
+        """Of workers with a connection what Ray answers when they hang up."""
         self.slots = Slots()
         self.sent: dict[int, Sent] = {}
-        """What is on its way on a line, by the call's number; of runs that have ended too, as its slots are in use."""
+        """What is on its way on a connection, by the call's number; of runs that have ended too, as its slots are in use."""
         remote: Any = ray.remote(NodeActor)
         for number, home in enumerate(_homes(count)):
             # A killed worker comes back (Flower's engine puts it back in its pool dead) and answers what it was asked
@@ -120,12 +120,12 @@ class Workers:
             options = remote.options(
                 num_cpus=_SOME,
                 max_restarts=-1,
-                max_task_retries=-1 if self.lines else RETRIES,
+                max_task_retries=-1 if self.calls else RETRIES,
                 scheduling_strategy=where,
             )
             self.actors.append(options.remote())
-            if self.lines is not None:
-                self.serving.append(self.actors[-1].serve.remote(self.lines.path, number))
+            if self.calls is not None:
+                self.serving.append(self.actors[-1].serve.remote(self.calls.path, self.calls.key, number))
         self.threads = threads
 
 
@@ -139,8 +139,8 @@ def ray_workers(count: int, threads: int, address: str = "") -> Iterator[Workers
         try:
             yield workers
         finally:
-            if workers.lines is not None:
-                workers.lines.close()
+            if workers.calls is not None:
+                workers.calls.close()
     finally:
         stop_ray()
 
@@ -164,9 +164,9 @@ def _homes(count: int) -> list[str]:
 
 def ray_grid(experiment: Experiment, state: Path, workers: Workers) -> LocalGrid:
     """A node for each worker."""
-    if workers.lines is None:
+    if workers.calls is None:
         return ClusterGrid(experiment, state, workers)
-    return MachineGrid(experiment, state, workers, workers.lines)
+    return MachineGrid(experiment, state, workers, workers.calls)
 
 
 class RayGrid(LocalGrid):
@@ -255,11 +255,11 @@ class Sent(NamedTuple):
 
 
 class MachineGrid(RayGrid):
-    """Workers of this machine, each at the end of a line. The data is held once for all of them and the server."""
+    """Workers of this machine, each at the end of a connection. The data is held once for all of them and the server."""
 
-    def __init__(self, experiment: Experiment, state: Path, workers: Workers, lines: Lines) -> None:
+    def __init__(self, experiment: Experiment, state: Path, workers: Workers, calls: Calls) -> None:
         super().__init__(experiment, state, workers)
-        self._experiment, self._workers, self._lines = experiment, workers, lines
+        self._experiment, self._workers, self._calls = experiment, workers, calls
         self._ours = set[int]()
         self._arrived: dict[str, Message] = {}
 
@@ -279,7 +279,7 @@ class MachineGrid(RayGrid):
             node, reply = message.metadata.dst_node_id, slots.take()
             theirs, context = {name: letters[place] for name, place in own.items()}, pickle.dumps(self._contexts[node])
             call = Call(letter, theirs, context, batch.slot.address, reply.address)
-            number = self._lines.call(self._node_ids.index(node), pickle.dumps(call))
+            number = self._calls.call(self._node_ids.index(node), pickle.dumps(call))
             self._workers.sent[number] = Sent(message, reply, batch)
             self._ours.add(number)
 
@@ -287,11 +287,11 @@ class MachineGrid(RayGrid):
         """The replies that are there; waits up to half a second for the first."""
         asked = list(message_ids)
         there = any(each in self._arrived for each in asked)
-        found = self._lines.answers(0 if there else _WAIT)
+        found = self._calls.answers(0 if there else _WAIT)
         if not found and not there:
             serving = self._workers.serving
             ended, _ = ray.wait(serving, num_returns=len(serving), timeout=0)
-            found = [lost for reference in ended for lost in self._lines.lose(serving.index(reference))]
+            found = [lost for reference in ended for lost in self._calls.lose(serving.index(reference))]
         for number, answer in found:
             reply = self._reply(self._workers.sent.pop(number), answer)
             if number in self._ours:  # else it was for a run that has ended

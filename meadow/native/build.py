@@ -9,8 +9,8 @@ and else compiles it into the second place, if there is a C compiler (`cc`, or `
 there is none, callers use NumPy or torch instead.
 
 A library's name says for which processor it was built: for exactly one kind (`native`), or for a level of x86-64 that
-many have (`portable`), which is what goes into an image. The two may differ in the last bits of `fused.c` (it rounds products
-and sums apart or together, as the processor likes it); the other files give the same bits however they are built.
+many have (`portable`), which is what goes into an image. The two may differ in the last bits of `fused.c` (products and
+sums are rounded apart or together, as the processor likes it); the other files give the same bits however they are built.
 
 Flower lets no C file into an app bundle. Code that runs from a bundle takes the libraries of the Meadow that is installed
 beside it, or of the folder `$MEADOW_NATIVE`. They fit only if they were built from the very sources that SOURCES names: the
