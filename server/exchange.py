@@ -18,11 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.superlink.grid import HttpGrid
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_requests, unpack_replies
 
-from meadow.arrays.flower import to_record
+from meadow.arrays.flower import Run, is_remote, to_record
 from meadow.arrays.folding import folded, is_folded, unfolded
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, cut, spans
@@ -238,7 +236,7 @@ class Exchange:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[int, Message | None]:
         """One message to each node; the reply of each, None where the time limit passed. Matched by message id."""
-        remote = isinstance(self.grid, HttpGrid)
+        remote = is_remote(self.grid)
         messages = [
             Message(content=folded(c) if remote else c, message_type=t, dst_node_id=n) for n, (t, c) in contents.items()
         ]

@@ -19,7 +19,7 @@ from meadow.client.trainers.stacked import Stacked
 from meadow.strategies.protocol import steps_of
 from meadow.strategies.trainable import rate_factors, trained
 
-from meadow.arrays.memory import Recent
+from meadow.arrays.lru import LRU
 from meadow.config.schema import Experiment, Local
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator
@@ -95,8 +95,8 @@ class Fast:
     kernels: Kernels
     reason: str = ""
     """Why no faster ones train, that were allowed."""
-    _kept: Recent[int, tuple[Data, Data, Sequence[torch.Tensor | None]]] = field(
-        default_factory=lambda: Recent(KEPT), repr=False, compare=False
+    _kept: LRU[int, tuple[Data, Data, Sequence[torch.Tensor | None]]] = field(
+        default_factory=lambda: LRU(KEPT), repr=False, compare=False
     )
 
     def covers(self, data: Data) -> bool:
