@@ -78,7 +78,7 @@ class Segment:
         return places
 
     def read(self, place: Place) -> Any:
-        """The object at a place. Its arrays are read-only and change when the segment is written again; `Kept` copies them."""
+        """The object at a place. Its arrays are read-only, and change when it is written again; `Kept` copies them."""
         begin, size = place
         return _unpickled(memoryview(self._mapped(begin + size)).toreadonly()[begin : begin + size])
 

@@ -26,7 +26,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -128,6 +128,11 @@ def build_all(folder: Path, chosen: Iterable[Target]) -> list[str]:
         return [reason for reason in pool.map(one, [(file, t) for t in chosen for file in SOURCES]) if reason]
 
 
+def to_build(portable: bool) -> Sequence[Target]:
+    """What an installation compiles for: the levels of x86-64 if it is to be portable, else this processor."""
+    return PORTABLE if portable and platform.machine().lower() in ("x86_64", "amd64") else [native()]
+
+
 def targets() -> Iterator[Target]:
     """What this processor can run, the best first."""
     yield native()
@@ -203,6 +208,6 @@ def _features() -> set[str]:
 
 if __name__ == "__main__":  # python -m meadow.native.build native|portable [FOLDER]
     where = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / BUILT
-    failed = build_all(where, PORTABLE if sys.argv[1:2] == ["portable"] else [native()])
+    failed = build_all(where, to_build(portable=sys.argv[1:2] == ["portable"]))
     print("\n".join(failed) or f"compiled into {where}")
     sys.exit(bool(failed))
