@@ -27,7 +27,8 @@ from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
 from torch import nn
 
-from meadow.arrays.memory import Recent, find
+from meadow.arrays.lru import LRU
+from meadow.arrays.memory import find
 from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
 from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.config.load import from_flat, to_flat
@@ -75,7 +76,7 @@ class Node:
     """Bytes of clients' states that this process may keep in shared memory."""
     clock: Clock = field(default_factory=Clock, repr=False, compare=False)
     """Where the time of the message in hand goes."""
-    facts: Recent[int, Facts] = field(default_factory=lambda: Recent(FACTS), repr=False, compare=False)
+    facts: LRU[int, Facts] = field(default_factory=lambda: LRU(FACTS), repr=False, compare=False)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 

@@ -15,7 +15,7 @@ from meadow.strategies.protocol import steps_of
 from meadow.strategies.trainable import rate_factors, trained
 from torch import Tensor, nn
 
-from meadow.arrays.memory import Recent
+from meadow.arrays.lru import LRU
 from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment, Local
 from meadow.runtime.seeds import torch_generator
@@ -95,8 +95,8 @@ class KernelTrainer:
     task: Task
     network: Network | str
     _made: list[Kernel] = field(default_factory=list, repr=False, compare=False)
-    _kept: Recent[int, tuple[Data, Data, Sequence[Tensor | None]]] = field(
-        default_factory=lambda: Recent(KEPT), repr=False, compare=False
+    _kept: LRU[int, tuple[Data, Data, Sequence[Tensor | None]]] = field(
+        default_factory=lambda: LRU(KEPT), repr=False, compare=False
     )
 
     @property

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from meadow.arrays import memory
-from meadow.arrays.memory import Recent
+from meadow.arrays.lru import LRU
 from meadow.arrays.named import Arrays
 from meadow.config import schema
 from meadow.config.load import apply, resolve, to_tree
@@ -70,7 +70,7 @@ class Task:
     counts: Ints | None = None
     added: Added = field(default_factory=Added)
     two_domains: bool = False
-    _clients: Recent[int, ClientData] = field(default_factory=lambda: Recent(_KEPT), repr=False, compare=False)
+    _clients: LRU[int, ClientData] = field(default_factory=lambda: LRU(_KEPT), repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
         """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond.

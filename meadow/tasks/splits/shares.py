@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meadow.arrays.files import DamagedFile, read_arrays, write_arrays, write_bytes, write_json
-from meadow.arrays.memory import Recent
+from meadow.arrays.lru import LRU
 from meadow.arrays.named import Arrays
 from meadow.config.load import to_toml, to_tree
 from meadow.config.schema import Experiment
@@ -130,7 +130,7 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
         raise UserError(f"MEADOW_SHARE = {folder}: {error}; deal again") from None
     facts = {key: share["dataset"][key] for key in ("name", "sha256", "tokens", "images")}
     dataset = Dataset(train=empty, test=test, targets=targets, clients=tuple(share["dataset"]["clients"]), **facts)
-    kept: Recent[int, ClientData] = Recent(2**62)  # there is no pool to gather them from again
+    kept: LRU[int, ClientData] = LRU(2**62)  # there is no pool to gather them from again
     for client, data in clients.items():
         kept.put(client, data, 0)
     learned = {target.name: target for target in targets}
