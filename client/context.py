@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meadow.arrays.named import Arrays, beside, of_kind
 from meadow.config import schema
 from meadow.config.schema import Experiment
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.metrics import class_weights, losses

@@ -51,7 +51,7 @@ FACTS = 10_000
 
 @dataclass(frozen=True)
 class Facts:
-    """What is always so of a client's training data: who does plain training on it, and its samples, in all and by target."""
+    """What is always so of a client's data: who does plain training on it, and its samples, in all and by target."""
 
     choice: Choice
     samples: dict[str, int]

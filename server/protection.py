@@ -31,7 +31,8 @@ from meadow.privacy.client_level import (
     refuse_small_cohort,
     update_noise,
 )
-from meadow.privacy.dpsgd import chosen_mode, refuse_what_mixes_samples
+from meadow.privacy.dpsgd.choose import chosen_mode
+from meadow.privacy.dpsgd.step import refuse_what_mixes_samples
 from meadow.privacy.ledger import noise_seed, secret, simulated_secret
 from meadow.privacy.releases import releases
 from meadow.runtime.errors import RunStopped, UserError

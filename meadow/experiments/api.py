@@ -11,6 +11,7 @@ from meadow.client.loop.anchors import teacher
 from meadow.config.load import apply, flatten, read_tree, resolve
 from meadow.config.schema import Experiment
 from meadow.experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
+from meadow.experiments.plan import plan as cost_plan
 from meadow.server.cohorts import read_schedule
 from meadow.server.folder import check_folder
 from meadow.server.protection import protection
@@ -120,6 +121,8 @@ def check_run(experiment: Experiment) -> None:
     teacher(model, task, experiment)
     if experiment.adapt.method != "none":
         source_samples(experiment, None)
+    if experiment.engine.trainer != "auto":
+        cost_plan(experiment)  # which asks every trainer
 
 
 def default_folder(name: str) -> Path:
