@@ -1,8 +1,7 @@
 """Whole blocks where a trainer takes them at once (`client/trainers/kernel.py`), and what leaves is one sum.
 
-Only where a client's turn is nothing but plain local training of a model that it shares whole: FedAvg, and every strategy
-that differs from it at the server alone. All other turns go through `meadow.client.node.train_client`, one client after
-another.
+Only where clients do nothing but plain local training of a model that they share whole: FedAvg, and every algorithm that
+differs from it at the server alone. All others go through `meadow.client.node.train_client`, one client after another.
 """
 
 import logging
@@ -13,7 +12,7 @@ from flwr.app import ConfigRecord, MetricRecord
 from meadow.client.node import Facts, Node, samples
 from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer
-from meadow.strategies.protocol import Half
+from meadow.strategies.protocol import ClientAlgorithm
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer, NodeReply, Request
 
@@ -69,11 +68,11 @@ def _facts(node: Node, client: int, data: Data) -> Facts:
 
 
 def _plain(node: Node) -> bool:
-    """Whether every client's turn is plain local training from what it received, and it keeps nothing."""
-    experiment, half = node.experiment, type(node.half)
+    """Whether every client's part of a round is plain local training from what it received, and it keeps nothing."""
+    experiment, chosen = node.experiment, type(node.algorithm)
     return (
-        half.train is Half.train
-        and half.used is Half.used
+        chosen.train is ClientAlgorithm.train
+        and chosen.used is ClientAlgorithm.used
         and experiment.run.placement == "federated"
         and experiment.privacy.unit == "none"
         and experiment.attack.kind == "none"

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
-from meadow.client.context import ClientTurn, with_wrong_labels
+from meadow.client.context import LocalContext, with_wrong_labels
 from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Beside, train
 from meadow.client.release import Exhausted, Keeper, charge, noised_update
@@ -20,15 +20,15 @@ from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, trainers_of
 from meadow.strategies import algorithm
 from meadow.strategies.attacks import ON_LABELS, attackers
-from meadow.strategies.protocol import Half
-from meadow.strategies.roles import Roles, name_weights, roles_of
+from meadow.strategies.protocol import ClientAlgorithm, Roles
+from meadow.strategies.roles import name_weights, roles_of
 from meadow.strategies.wire.packing import Answer, NodeReply, Request
 from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
 from torch import nn
 
 from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.memory import Recent, find
-from meadow.arrays.named import Arrays, arrays_sha256, of_kind, split_beside
+from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
 from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
@@ -66,7 +66,7 @@ class Node:
     model: nn.Module
     roles: Roles
     view: View
-    half: Half
+    algorithm: ClientAlgorithm
     state_root: Path
     keeper: Keeper
     trainers: Trainers
@@ -104,13 +104,14 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = hold_still(task.new_model())
-    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
+    parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
     # Deployed clients keep their states on disk; so do those of a cluster, whose machines share no memory.
     in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper, trainers_of(experiment, seen), memory)
+    trainers = trainers_of(experiment, seen)
+    return Node(experiment, task, model, parts, seen, chosen.client, state_root, keeper, trainers, memory)
 
 
 def _state_root(context: Context) -> Path:
@@ -148,7 +149,7 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
 
 
 def train_client(node: Node, request: Request) -> RecordDict:
-    """One client's part of a round: score the model it would use, take its turn, store what is its own, reply the rest.
+    """One client's part of a round: score the model it would use, train, store what is its own, reply the rest.
 
     The reply holds "arrays" (the shared arrays after training and what the algorithm sends beside them, without those
     of heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
@@ -163,42 +164,42 @@ def train_client(node: Node, request: Request) -> RecordDict:
     round_, store = int(cast(int, config["round"])), _store(node, request)
     client, seen, experiment = request.client, node.view, node.experiment
     node.clock.now("open")
-    turn = open_turn(node, request, before=round_, pooled=experiment.run.placement == "pooled")
+    context = open_context(node, request, before=round_, pooled=experiment.run.placement == "pooled")
     reply, release = RecordDict(), None
     if experiment.privacy.unit in ("example", "local"):
-        begins = turn.start() | turn.memory | turn.extra
+        begins = context.start() | flat(context.memory) | flat(context.auxiliary)
         try:
-            release = charge(node.keeper, request.content, round_, client, begins, turn.work)
+            release = charge(node.keeper, request.content, round_, client, begins, context.work)
         except Exhausted as reason:
             return RecordDict({"ledger": ConfigRecord({**reason.state, "exhausted": str(reason)})})
         reply["ledger"] = release.state
-        turn = replace(turn, permit=release.permit)
+        context = replace(context, permit=release.permit)
     if config["evaluate"] and allowed(experiment, "metrics"):
         node.clock.now("evaluate")
-        turn.load(node.half.used(turn))
+        context.load(node.algorithm.used(context))
         data = seen.data(f"{client}/test", node.task.client(client).test)
         reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
-        turn.load(turn.start())
+        context.load(context.start())
     node.clock.now("train")
-    outcome = node.half.train(turn)
+    result = node.algorithm.train(context)
     node.clock.now("write")
-    sent = {name: outcome.model[name] for name in node.roles.shared}
+    sent = {name: result.model[name] for name in node.roles.shared}
     if release and experiment.privacy.unit == "local":
         own = [name for name in sent if name in node.roles.trained]
-        received, found = {n: turn.received[n] for n in own}, {n: sent[n] for n in own}
+        received, found = {n: context.received[n] for n in own}, {n: sent[n] for n in own}
         sent |= noised_update(experiment, release, received, found)
-    lasting = {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered
+    lasting = {name: result.model[name] for name in node.roles.personal} | flat(result.memory) | context.remembered
     if lasting:
         attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
         store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
     node.clock.now("reduce")
-    known = turn.permit is not None or allowed(experiment, "samples")
-    metrics: dict[str, Any] = {**samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
-    metrics |= outcome.metrics
-    weights = name_weights(metrics, sent | outcome.extra)
-    everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
-    reply["arrays"] = to_record(everything)
-    losses = {f"loss/{t}": value for t, value in outcome.fitted.losses.items() if allowed(experiment, "loss")}
+    known = context.permit is not None or allowed(experiment, "samples")
+    metrics: dict[str, Any] = {**samples(node, client, context.data), "steps": result.fitted.steps if known else 0}
+    metrics |= result.metrics
+    sent |= flat(result.auxiliary)
+    weights = name_weights(metrics, sent)
+    reply["arrays"] = to_record({name: value for name, value in sent.items() if weights[name] > 0})
+    losses = {f"loss/{t}": value for t, value in result.fitted.losses.items() if allowed(experiment, "loss")}
     reply["metrics"] = MetricRecord(metrics | losses)
     return reply
 
@@ -225,14 +226,14 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     """
     config = request.config
     round_ = int(cast(int, config["round"]))
-    turn = open_turn(node, request, before=round_ + 1)
+    context = open_context(node, request, before=round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
-    lasting = turn.personal | turn.memory
+    lasting = context.personal | flat(context.memory)
     sha256 = arrays_sha256(lasting) if allowed(node.experiment, "hashes") else ""
     identity = ConfigRecord({"personal": sha256, "trained": bool(lasting)})
     if not allowed(node.experiment, "metrics"):
         return RecordDict({"evaluation": MetricRecord(), "identity": identity})
-    turn.load(node.half.used(turn))
+    context.load(node.algorithm.used(context))
     test = seen.data(f"{client}/test", own.test)
     reply = RecordDict()
     if config["thorough"]:
@@ -247,7 +248,7 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        beside = Beside(turn.validation, of_kind(LOOP, turn.memory), turn.source)
+        beside = Beside(context.validation, dict(context.memory.get(LOOP, {})), context.source)
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
@@ -256,17 +257,17 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     return reply
 
 
-def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -> ClientTurn:
-    """What the client has at the start of its turn: what was received, and what its rounds earlier than `before` left.
+def open_context(node: Node, request: Request, before: int, pooled: bool = False) -> LocalContext:
+    """What the client has at the start of a round: what was received, and what its rounds earlier than `before` left.
 
     `pooled`: its data is that of all clients. The received model is in place when this returns.
     """
     config, client, seen = request.config, request.client, node.view
     store = _store(node, request)
-    received, extra = split_beside(from_record(request.arrays))
+    received, sent_along = split_auxiliary(from_record(request.arrays))
     void = cast(list[str], config.get("void", []))
-    personal, memory = split_beside(store.load(client, before, void))
-    turn = ClientTurn(
+    personal, memory = split_auxiliary(store.load(client, before, void))
+    context = LocalContext(
         experiment=node.experiment,
         task=seen.task,
         roles=node.roles,
@@ -277,19 +278,19 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         round=int(cast(int, config["round"])),
         client=client,
         received=received,
-        extra=extra,
-        memory=memory,
+        auxiliary=by_kind(sent_along),
+        memory=by_kind(memory),
         base=lambda: _base(node, store),
         personal=personal,
         work=float(cast(float, config.get("work", 1.0))),
         validation=_validation(node, client),
         source=_source(node, client),
     )
-    turn.load(turn.start())
-    data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)
+    context.load(context.start())
+    data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", context.data)
     if client in attackers(node.experiment) and node.experiment.attack.kind in ON_LABELS:
         data = with_wrong_labels(data, node.task.targets)
-    return replace(turn, data=data)
+    return replace(context, data=data)
 
 
 def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:

@@ -5,11 +5,11 @@ The ledgers are the clients' own, and so is the decision whether to train. The s
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecord, Message, RecordDict
-from meadow.strategies.wire.packing import Answer
+from flwr.app import ConfigRecord, RecordDict
+from meadow.strategies.wire.packing import Answer, Request
 
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import RunStopped
@@ -43,12 +43,15 @@ def account_of(reply: Answer, before: Account | None) -> Account | None:
     return Account(entries, sha256, epsilon, bool(said.get("secret")), str(said.get("exhausted", "")))
 
 
-def remind(messages: Iterable[Message], accounts: Mapping[int, Account]) -> None:
-    """Put into each client's message what it last said of its ledger, for it to compare."""
-    for message in messages:
-        if (account := accounts.get(message.metadata.dst_node_id)) is not None:
+def remind(requests: Sequence[Request], accounts: Mapping[int, Account]) -> list[Request]:
+    """The requests, each with what its client last said of its ledger, for it to compare."""
+    reminded = []
+    for request in requests:
+        if (account := accounts.get(request.client)) is not None:
             record = ConfigRecord({"entries": account.entries, "sha256": account.sha256})
-            message.content = RecordDict({**message.content, "ledger": record})
+            request = Request(request.client, RecordDict({**request.content, "ledger": record}))
+        reminded.append(request)
+    return reminded
 
 
 def require_budget(experiment: Experiment, accounts: Mapping[int, Account], round_: int) -> None:

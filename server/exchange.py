@@ -2,15 +2,15 @@
 
 Roll call: every node is asked which clients it hosts, and its code, data, split and the releases of flwr and torch are
 compared with the server's.
-After that, messages are addressed to clients (`dst_node_id` is the client's partition id), packed into one Flower
-message for each node, and the replies unpacked and matched.
+After that, requests are addressed to clients, packed into one Flower message for each node, and the replies unpacked and
+matched.
 """
 
 import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_requests, unpack_replies
 from meadow.strategies.wire.trainings import Trainings
@@ -117,33 +116,34 @@ class Exchange:
 
     def send(
         self,
-        messages: Sequence[Message],
+        requests: Sequence[Request],
+        message_type: str = MessageType.TRAIN,
         whole_blocks: bool = False,
         work: Mapping[int, float] | None = None,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[list[Answer], dict[tuple[int, ...], WeightedSum]]:
-        """Carry client messages and wait for the replies.
+        """Carry requests to clients and wait for the replies.
 
         `work`: what each client is expected to take, in any unit; blocks are then dealt to the nodes by it, if they are
         `movable`, and else go where their clients are hosted. `meanwhile`: what to do once all is sent.
 
-        Returns one answer for each message, in the same order, with an error where the client gave none; and, if
+        Returns one answer for each request, in the same order, with an error where the client gave none; and, if
         `whole_blocks` allows nodes to add up, the sums of those blocks and spans of blocks, by their clients, that a
         node answered as a whole (their clients' answers then have no "arrays").
         """
         self.meet()
-        by_node: dict[int, list[Message]] = {}
-        blocks = cut([m.metadata.dst_node_id for m in messages])
+        by_node: dict[int, list[Request]] = {}
+        blocks = cut([r.client for r in requests])
         dealt = self._deal(blocks, work) if work is not None and self.movable and self.simulated else {}
         where: dict[int, int] = {}
-        for message in messages:
-            client = message.metadata.dst_node_id
+        for request in requests:
+            client = request.client
             if (node := dealt[client] if dealt else self.host(client)) is not None:
                 where[client] = node
-                by_node.setdefault(node, []).append(message)
+                by_node.setdefault(node, []).append(request)
         blocks = blocks if whole_blocks else []
         possible = spans(len(blocks))
-        requests = {}
+        packed = {}
         whole: dict[int, dict[Span, tuple[int, ...]]] = {}
         for node, theirs in by_node.items():
             # A node may add up the blocks and spans that it hosts as a whole, and no others: those it is held to below.
@@ -151,36 +151,34 @@ class Exchange:
             held = [span for span in possible if own.keys() >= set(range(*span))]
             whole[node] = {(i, i + 1): block for i, block in own.items()}
             whole[node] |= {span: tuple(c for i in range(*span) for c in own[i]) for span in held}
-            asks = [Request(m.metadata.dst_node_id, m.content) for m in theirs]
-            packed = pack_requests(asks, list(own.items()), held)
-            requests[node] = (theirs[0].metadata.message_type, packed)
+            packed[node] = (message_type, pack_requests(theirs, list(own.items()), held))
         answers: dict[int, Answer] = {}
         sums: dict[tuple[int, ...], WeightedSum] = {}
         began, busy = time.perf_counter(), dict[int, float]()
         times: dict[int, dict[str, float]] = {}
-        replies = self._carry(requests, self.timeout, meanwhile)
+        replies = self._carry(packed, self.timeout, meanwhile)
         span = time.perf_counter() - began
         for node, reply in replies.items():
             unpacked = _unpack(reply)
             if isinstance(unpacked, str):
-                answers |= {c: Answer(c, error=unpacked) for c in (m.metadata.dst_node_id for m in by_node[node])}
+                answers |= {c: Answer(c, error=unpacked) for c in (r.client for r in by_node[node])}
                 continue
             if 0 < (seconds := sum(unpacked.times.values())) < span and min(unpacked.times.values()) >= 0:
                 busy[node], times[node] = seconds, unpacked.times
             self.trainings.merge(unpacked.trainings)
-            asked = {m.metadata.dst_node_id for m in by_node[node]}
+            asked = {r.client for r in by_node[node]}
             sums |= {whole[node][span]: total for span, total in unpacked.sums.items() if span in whole[node]}
             answers |= {answer.client: answer for answer in unpacked.answers if answer.client in asked}
         self.times = times[max(busy, key=busy.__getitem__)] if busy else {"train": span}
         self.idle = 1 - sum(busy.values()) / (span * len(self._nodes)) if busy and self.simulated else None
         if work is not None:
             for node, seconds in busy.items():
-                amount = sum(work[m.metadata.dst_node_id] for m in by_node[node])
+                amount = sum(work[r.client] for r in by_node[node])
                 if node in self._opened:
                     now, usual = seconds / amount, self._rates.get(node, seconds / amount)
                     self._rates[node] = usual + (now - usual) / 4
             self._opened |= busy.keys()
-        clients = [m.metadata.dst_node_id for m in messages]
+        clients = [r.client for r in requests]
         return [answers.get(c) or Answer(c, error="no node answered for it") for c in clients], sums
 
     def _deal(self, blocks: Sequence[tuple[int, ...]], work: Mapping[int, float]) -> dict[int, int]:
@@ -333,50 +331,3 @@ def _unpack(reply: Message | None) -> NodeReply | str:
         return unpack_replies(reply.content)
     except (KeyError, TypeError, ValueError) as error:
         return f"its node's reply cannot be read: {error!r}"
-
-
-def as_messages(answers: Iterable[Answer], messages: Iterable[Message]) -> list[Message]:
-    """Answers with content as replies to the messages that asked for them: what Flower's strategies take."""
-    asked = {message.metadata.dst_node_id: message for message in messages}
-    return [Message(a.content, reply_to=asked[a.client]) for a in answers if a.content is not None]
-
-
-class Cohort(Grid):
-    """The grid as a strategy sees it while it configures a round: its node ids are the cohort's clients.
-
-    Flower's own strategies draw from `get_node_ids`; asked for all of these, they get exactly the cohort that the
-    server drew from the seed. Messages go through the `Exchange`, never through this.
-    """
-
-    def __init__(self, clients: Sequence[int]) -> None:
-        self._clients = list(clients)
-
-    def get_node_ids(self) -> list[int]:
-        """The cohort's clients, ascending."""
-        return sorted(self._clients)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Not for strategies: they return their messages from `configure_*`."""
-        raise RuntimeError("a strategy returns its messages from configure_*; the server's rounds send them")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Not for strategies."""
-        return self.push_messages(())  # type: ignore[return-value]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Not for strategies."""
-        return self.push_messages(())  # type: ignore[return-value]
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """Flower's older way to make a message."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def set_run(self, run: Run) -> None:
-        """Nothing to set."""
-
-    @property
-    def run(self) -> Run:
-        """An empty description: a cohort belongs to no Flower run."""
-        return Run.create_empty(0)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Message, RecordDict
+from flwr.app import RecordDict
 from meadow.server.accounts import Account, account_of, over_accounts, remind, require_budget
-from meadow.strategies.roles import Roles
-from meadow.strategies.wire.packing import Answer
+from meadow.strategies.protocol import Roles
+from meadow.strategies.wire.packing import Answer, Request
 from torch import nn
 
 from meadow.arrays.files import read_json, write_json
@@ -90,9 +90,9 @@ class Protection:
         """The clients whose budget is spent."""
         return {client for client, account in self.accounts.items() if account.exhausted}
 
-    def remind(self, messages: Iterable[Message]) -> None:
-        """Put into the messages what each client last said of its ledger."""
-        remind(messages, self.accounts)
+    def remind(self, requests: Sequence[Request]) -> list[Request]:
+        """The requests, each with what its client last said of its ledger."""
+        return remind(requests, self.accounts)
 
     def read(self, replies: Iterable[Answer], round_: int) -> list[int]:
         """Take in what the replies say of the ledgers; return who has left with this round, ascending.

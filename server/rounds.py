@@ -7,29 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from meadow.server import checkpoints
 from meadow.server.admission import Verdict, admit
 from meadow.server.cohorts import call, read_schedule
 from meadow.server.evaluation import Scores, add_confusion, describe, over_clients
-from meadow.server.exchange import Cohort, Exchange, as_messages
+from meadow.server.exchange import Exchange
 from meadow.server.folder import open_folder
 from meadow.server.protection import protection
 from meadow.server.scoring import predict_globally, scalar, score_clients, score_globally, scores_in
 from meadow.server.session import Session, setup, split_table
 from meadow.server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from meadow.server.writer import EVERY, Writer
-from meadow.strategies import algorithm, make_strategy
-from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies import algorithm, server_of
 from meadow.strategies.attacks import attack, attackers
-from meadow.strategies.protocol import Algorithm, Half, steps_of
-from meadow.strategies.roles import Roles, name_weights, roles_of
-from meadow.strategies.wire.packing import Answer, block_message
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientUpdate, Roles, steps_of
+from meadow.strategies.roles import name_weights, roles_of
+from meadow.strategies.wire.packing import Answer, Request
 from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
 
 from meadow.arrays.flower import from_record, to_record
-from meadow.arrays.named import Arrays, nbytes
+from meadow.arrays.named import Arrays, by_kind, flat, nbytes
 from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
@@ -55,7 +54,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     start, model = initial_state(experiment), task.new_model()
-    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
+    parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     guard = protection(experiment, task, parts)
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     split = {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
@@ -66,7 +65,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     folder.forget_summary()
     folder.write_split(split | split_table(experiment, task))
     run_id = folder.manifest()["run_id"]
-    own = tuple(start) if half.own_start else parts.personal + parts.fixed
+    own = tuple(start) if chosen.own_start else parts.personal + parts.fixed
     base = {n: start[n] for n in own} if experiment.task.pretrained else {}
     # Ledgers stay with their nodes; so does a state that only one of a cluster's machines has.
     movable = experiment.privacy.unit not in ("example", "local") and not experiment.engine.address
@@ -74,11 +73,11 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     exchange = Exchange(grid, run_id, base, hashes, clients, timeout, movable=movable)
     arrays = {n: start[n] for n in parts.shared}
     seen = view(task, model, frozen=parts.trunk_is_frozen)
-    strategy = make_strategy(setup(experiment, task, parts))
+    server = server_of(setup(experiment, task, parts))
     sizes, schedule = task.split.sizes[:, 0], read_schedule(experiment)
     session = Session(
-        experiment, task, parts, start, arrays, strategy, exchange, folder, run_id, model, seen, guard, sizes, schedule,
-        Writer(folder, 0 if _each_round(experiment, half, parts) else EVERY),
+        experiment, task, parts, start, arrays, server, server.init(arrays), exchange, folder, run_id, model, seen, guard,
+        sizes, schedule, Writer(folder, 0 if _each_round(experiment, chosen, parts) else EVERY),
     )  # fmt: skip
     status, reason = "done", ""
     scores: dict[int, ClientScores] = {}
@@ -112,13 +111,18 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     return summary
 
 
-def _each_round(experiment: Experiment, half: Algorithm, parts: Roles) -> bool:
+def _each_round(experiment: Experiment, chosen: Algorithm, parts: Roles) -> bool:
     """Whether each round has a checkpoint of its own: under DP, and where clients keep something from round to round."""
     local = experiment.local
     loop_keeps = (
         local.schedule == "plateau" or local.balance not in ("fixed", "pcgrad") or experiment.adapt.method != "none"
     )
-    return experiment.privacy.unit != "none" or type(half.client) is not Half or bool(parts.personal) or loop_keeps
+    return (
+        experiment.privacy.unit != "none"
+        or type(chosen.client) is not ClientAlgorithm
+        or bool(parts.personal)
+        or loop_keeps
+    )
 
 
 def play_round(session: Session, round_: int) -> None:
@@ -152,8 +156,8 @@ def play_round(session: Session, round_: int) -> None:
     if experiment.privacy.unit == "client":
         session.arrays = guard.combine(session.arrays, verdict.admitted, round_)
     elif verdict.admitted:
-        combined, _ = session.strategy.aggregate_train(round_, _for_strategy(tried, experiment.equal_weights))
-        session.arrays = from_record(combined) if combined is not None else session.arrays
+        given = _given(session, tried, round_)
+        session.arrays, session.state = session.algorithm.update(session.state, given, session.arrays)
     received: dict[int, Scores] = {
         client: scores_in(content) for client, content in _contents(verdict).items() if "evaluation" in content
     }
@@ -179,8 +183,7 @@ def play_round(session: Session, round_: int) -> None:
         "clients_round": clients_round,
         "epsilon": guard.epsilon() if experiment.privacy.unit != "none" else None,
     }
-    kept = session.strategy.state() if isinstance(session.strategy, FedAvg) else {}
-    checkpoint = checkpoints.Checkpoint(round_, session.arrays, kept, guard.state())
+    checkpoint = checkpoints.Checkpoint(round_, session.arrays, flat(session.state), guard.state())
     record["times"] = clock.read()
     record["seconds"] = sum(record["times"].values())
     clock.start("write")
@@ -191,15 +194,12 @@ def play_round(session: Session, round_: int) -> None:
 
 @dataclass(frozen=True)
 class Tried:
-    """One attempt at a round: who was asked, who of these trained, and by which messages; which replies count, and the
-    arrays that were sent to each."""
+    """One attempt at a round: who was asked, who of these trained; which replies count, and the arrays that were sent."""
 
     cohort: list[int]
     trained: list[int]
-    messages: list[Message]
     verdict: Verdict
     sent: Arrays
-    sums_only: bool
     quorum: int
     """Good replies that it needs: `cohort.quorum`, but under DP no more than those who still have a budget, and none at all
     of a Poisson cohort whose size is private."""
@@ -207,7 +207,7 @@ class Tried:
 
 def try_round(session: Session, round_: int, attempt: int) -> Tried:
     """Draw a cohort, send it the model, and judge the replies."""
-    experiment, strategy = session.experiment, session.strategy
+    experiment = session.experiment
     pooled = experiment.run.placement == "pooled"
     guard, private = session.protection, experiment.privacy.unit != "none"
     session.clock.now("broadcast")
@@ -226,24 +226,25 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
             and (round_ - 1) % experiment.evaluate.every == 0,
         }
     )
-    messages = list(
-        strategy.configure_train(round_, to_record(session.arrays), config, Cohort(called.trained))
-        if called.trained
-        else []
-    )
-    for message in messages:
-        if (share := called.work.get(message.metadata.dst_node_id)) is not None:
-            message.content = RecordDict({**message.content, "config": ConfigRecord({**config, "work": share})})
-    guard.remind(messages)
-    sent = from_record(messages[0].content.array_records["arrays"]) if messages else session.arrays
-    sums_only, attacked = bool(getattr(strategy, "needs_sums_only", False)), attackers(experiment)
-    whole = sums_only and not attacked and experiment.privacy.unit != "client"
+    sent = session.arrays | flat(session.algorithm.auxiliary(session.state, session.arrays))
+    content = RecordDict({"arrays": to_record(sent), "config": config})
+    requests = []
+    for client in sorted(called.trained):
+        own = content
+        if (share := called.work.get(client)) is not None:
+            own = RecordDict({**content, "config": ConfigRecord({**config, "work": share})})
+        requests.append(Request(client, own))
+    requests = guard.remind(requests)
+    attacked = attackers(experiment)
+    whole = session.algorithm.sums_only and not attacked and experiment.privacy.unit != "client"
     # What a client takes grows with its steps; one more stands for all that does not.
     work = {
         c: 1.0 + called.work.get(c, 1.0) * steps_of(experiment.local, max(1, int(session.sizes[c])))
         for c in called.trained
     }
-    replies, sums = session.exchange.send(messages, whole, None if pooled else work, meanwhile=session.writer.begin)
+    replies, sums = session.exchange.send(
+        requests, whole_blocks=whole, work=None if pooled else work, meanwhile=session.writer.begin
+    )
     session.clock.part("broadcast", session.exchange.times)
     session.clock.now("write")
     session.writer.wait()
@@ -261,7 +262,7 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
         sizes,
         equal=experiment.equal_weights,
         max_norm=experiment.cohort.max_norm,
-        judge=strategy.judge if isinstance(strategy, FedAvg) else None,
+        judge=session.algorithm.judge,
     )
     for client, reason in verdict.refused.items():
         which = {"round": round_, "client": client}
@@ -275,7 +276,7 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
     if experiment.privacy.unit == "client" and experiment.cohort.sampling == "poisson":
         quorum = 0
     verdict = Verdict(verdict.admitted, verdict.sums, refused)
-    return Tried(called.asked, called.trained, messages, verdict, sent, sums_only, quorum)
+    return Tried(called.asked, called.trained, verdict, sent, quorum)
 
 
 def _attack(
@@ -332,12 +333,17 @@ def _contents(verdict: Verdict) -> dict[int, RecordDict]:
     return {reply.client: reply.content for reply in verdict.admitted if reply.content is not None}
 
 
-def _for_strategy(tried: Tried, equal: bool) -> list[Message]:
-    """The replies that count as a strategy takes them: one built on sums the round's sum as one message."""
-    if not tried.sums_only:
-        return as_messages(tried.verdict.admitted, tried.messages)
-    whole = round_sum(tried.trained, tried.verdict, equal)
-    return [block_message(whole, tried.messages[0])] if whole is not None else []
+def _given(session: Session, tried: Tried, round_: int) -> WeightedSum | list[ClientUpdate]:
+    """The replies that count as the algorithm takes them: their sum, or each by itself."""
+    equal = session.experiment.equal_weights
+    if session.algorithm.sums_only:
+        whole = round_sum(tried.trained, tried.verdict, equal)
+        return whole if whole is not None else WeightedSum({}, {})
+    updates = []
+    for client, content in _contents(tried.verdict).items():
+        arrays, metrics = from_record(content.array_records["arrays"]), dict(metrics_of(content).items())
+        updates.append(ClientUpdate(client, round_, arrays, name_weights(metrics, arrays, equal), metrics))
+    return updates
 
 
 def round_sum(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> WeightedSum | None:
@@ -369,8 +375,7 @@ def _recover(session: Session) -> int:
     if checkpoint is not None:
         session.arrays = checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
-        if isinstance(session.strategy, FedAvg):
-            session.strategy.load_state(checkpoint.strategy)
+        session.state = {**session.state, **by_kind(checkpoint.strategy)}
     session.folder.cut_back(checkpoint.round if checkpoint else 0)
     for record in session.folder.rounds():
         session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]

@@ -4,11 +4,11 @@ import logging
 import math
 from collections.abc import Sequence
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, MessageType, MetricRecord, RecordDict
 from meadow.server.evaluation import read_confusion
-from meadow.server.exchange import Cohort
 from meadow.server.session import Session
 from meadow.server.summary import ClientScores
+from meadow.strategies.wire.packing import Request
 from torch import Tensor
 
 from meadow.arrays.flower import to_record
@@ -49,10 +49,8 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
     config = ConfigRecord(
         {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
     )
-    sent = to_record(session.arrays)
-    replies, _ = session.exchange.send(
-        list(session.strategy.configure_evaluate(round_, sent, config, Cohort(everyone)))
-    )
+    content = RecordDict({"arrays": to_record(session.arrays), "config": config})
+    replies, _ = session.exchange.send([Request(client, content) for client in everyone], MessageType.EVALUATE)
     scores = {}
     for reply in replies:
         client, content = reply.client, reply.content

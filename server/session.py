@@ -5,13 +5,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.serverapp.strategy import Strategy
 from meadow.server.exchange import Exchange
 from meadow.server.folder import RunFolder
 from meadow.server.protection import Protection
 from meadow.server.writer import Writer
-from meadow.strategies.protocol import Setup
-from meadow.strategies.roles import HEADS, Roles
+from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
+from meadow.strategies.roles import HEADS
 from torch import nn
 
 from meadow.arrays.named import Arrays
@@ -28,14 +27,17 @@ MOST_ROWS = 100_000
 
 @dataclass
 class Session:
-    """What the rounds of one run have in hand. `arrays` (the shared ones) and `protection` are what changes here."""
+    """What the rounds of one run have in hand. `arrays` (the shared ones), `state` and `protection` are what
+    changes here."""
 
     experiment: Experiment
     task: Task
     roles: Roles
     start: Arrays
     arrays: Arrays
-    strategy: Strategy
+    algorithm: ServerAlgorithm[Any]
+    state: State
+    """What the algorithm keeps from round to round."""
     exchange: Exchange
     folder: RunFolder
     run_id: str
@@ -52,7 +54,8 @@ class Session:
 
 
 def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
-    """What the strategy is made with. A head is trained by the clients that hold its target; unseen ones train nothing."""
+    """What the server's part of the algorithm is made with. A head is trained by the clients that hold its target; unseen
+    ones train nothing."""
     holders = dict.fromkeys(parts.shared, experiment.participants)
     held = np.delete(task.held, sorted(unseen(experiment)), axis=0)
     for target in task.targets:

@@ -1,9 +1,11 @@
 """How updates are shared and combined: which arrays travel, how they are packed, and one file for each algorithm."""
 
 import importlib
+from typing import Any
 
 from flwr.serverapp.strategy import Strategy
-from meadow.strategies.protocol import Algorithm, Setup
+from meadow.strategies.adaptors.flower import FlowerServer, flower
+from meadow.strategies.protocol import Algorithm, ServerAlgorithm, Setup
 
 from meadow.config.algorithms import ALGORITHMS
 from meadow.runtime.errors import UserError
@@ -11,9 +13,9 @@ from meadow.runtime.errors import UserError
 
 def algorithm(name: str) -> Algorithm:
     """What `strategy.name` stands for: one of `meadow.config.algorithms`, or a user's own "module:object" on the
-    current path.
+    current path, which may also be a strategy of Flower.
 
-    Raises UserError if there is no such object, or if it is no `Algorithm`.
+    Raises UserError if there is no such object, or if it is no algorithm.
     """
     place = ALGORITHMS.get(name, name)
     module, _, attribute = place.partition(":")
@@ -23,6 +25,8 @@ def algorithm(name: str) -> Algorithm:
         raise UserError(
             f'strategy.name = "{name}": {error}; the module must be on the Python path (for example PYTHONPATH=.)'
         ) from None
+    if isinstance(found, Strategy):
+        return flower(lambda setup: found)
     if not isinstance(found, Algorithm):
         raise UserError(
             f'strategy.name = "{name}" is a {type(found).__name__}; it must be a meadow.strategies.protocol.Algorithm '
@@ -31,6 +35,7 @@ def algorithm(name: str) -> Algorithm:
     return found
 
 
-def make_strategy(setup: Setup) -> Strategy:
-    """The server's half of the algorithm that `strategy.name` asks for."""
-    return algorithm(setup.settings.name).server(setup)
+def server_of(setup: Setup) -> ServerAlgorithm[Any]:
+    """The server's part of the algorithm that `strategy.name` asks for; one that makes a strategy of Flower is adapted."""
+    server = algorithm(setup.settings.name).server(setup)
+    return FlowerServer(setup, server) if isinstance(server, Strategy) else server

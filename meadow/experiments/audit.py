@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import meadow.client.node
 from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays
-from meadow.client.context import ClientTurn
+from meadow.client.context import LocalContext
 from meadow.client.loop.training import train
 from meadow.client.release import Allowed, Keeper, charge, noised_update
 from meadow.config.cohort import draw_cohort, participations
@@ -411,11 +411,11 @@ def _observing() -> Iterator[list[dict[str, Any]]]:
     A training that the algorithm says leaves nothing (a personal model of its own, as Ditto's) is no release.
     """
     seen: list[dict[str, Any]] = []
-    honest, room = ClientTurn.fit, vars(meadow.client.node)
+    honest, room = LocalContext.fit, vars(meadow.client.node)
     honest_noise = room["noised_update"]
 
-    def fit(turn: ClientTurn, *, correct: Any = None, leaves: bool = True, **more: Any) -> Any:
-        before = {name: p.detach().clone() for name, p in turn.model.named_parameters()}
+    def fit(context: LocalContext, *, correct: Any = None, leaves: bool = True, **more: Any) -> Any:
+        before = {name: p.detach().clone() for name, p in context.model.named_parameters()}
         learning: set[str] = set()
 
         def watch(now: Mapping[str, nn.Parameter]) -> None:
@@ -423,25 +423,25 @@ def _observing() -> Iterator[list[dict[str, Any]]]:
             if correct is not None:
                 correct(now)
 
-        trained = honest(turn, correct=watch, leaves=leaves, **more)
-        if not leaves and turn.settings.name == "ditto":
+        trained = honest(context, correct=watch, leaves=leaves, **more)
+        if not leaves and context.settings.name == "ditto":
             return trained
-        moved = {name for name, p in turn.model.named_parameters() if not torch.equal(p, before[name])}
+        moved = {name for name, p in context.model.named_parameters() if not torch.equal(p, before[name])}
         part = [0.0, 0.0, 0]
-        if turn.permit is not None and leaves:
-            mechanism = turn.permit.mechanism
+        if context.permit is not None and leaves:
+            mechanism = context.permit.mechanism
             part, moved = [mechanism.sample_rate, mechanism.noise_multiplier, trained.steps], moved - learning
-        seen.append({"client": turn.client, "part": part, "bare": moved})
+        seen.append({"client": context.client, "part": part, "bare": moved})
         return trained
 
     def noised(whole: Experiment, allowed: Allowed, *arrays: Arrays) -> Arrays:
         seen[-1] |= {"part": [1.0, allowed.noise_multiplier / 2, 1]}
         return dict(honest_noise(whole, allowed, *arrays))
 
-    ClientTurn.fit = fit  # type: ignore[method-assign, assignment]
+    LocalContext.fit = fit  # type: ignore[method-assign, assignment]
     room |= {"noised_update": noised}
     try:
         yield seen
     finally:
-        ClientTurn.fit = honest  # type: ignore[method-assign]
+        LocalContext.fit = honest  # type: ignore[method-assign]
         room |= {"noised_update": honest_noise}

@@ -1,4 +1,4 @@
-"""Packing: the messages for all clients of one node as one Flower message, and the replies on their way back.
+"""Packing: the requests for all clients of one node as one Flower message, and the replies on their way back.
 
 Both halves of this wire format stand here. A packed request holds each distinct array record and config once, then
 says which client gets which. A packed reply holds, for each client, its metrics, and either its own arrays, or its
@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.flower import from_record, to_content, to_record
@@ -22,14 +22,14 @@ from meadow.runtime.clock import PHASES
 
 @dataclass(frozen=True)
 class Request:
-    """What one client is asked: the content of the strategy's message."""
+    """What one client is asked."""
 
     client: int
     content: RecordDict
 
     @property
     def config(self) -> ConfigRecord:
-        """The message's settings. (Flower's `content.config_records` builds a dictionary at each call.)"""
+        """The request's settings. (Flower's `content.config_records` builds a dictionary at each call.)"""
         return cast(ConfigRecord, self.content["config"])
 
     @property
@@ -171,16 +171,3 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
     times = [float(seconds) for seconds in cast(list[float], plan.get("times", []))]
     trainings = Trainings.from_json(json.loads(str(plan.get("trainings", "{}"))))
     return NodeReply(answers, sums, dict(zip(PHASES, times, strict=True)) if times else {}, trainings)
-
-
-def block_message(block: WeightedSum, reply_to: Message) -> Message:
-    """A block's sum as the reply message that strategies built on sums take (`aggregate_train`)."""
-    content = RecordDict({"arrays": to_record(block.sums), "weights": MetricRecord(dict(block.weights))})
-    return Message(content, reply_to=reply_to)
-
-
-def block_of(message: Message) -> WeightedSum:
-    """The inverse of `block_message`."""
-    weights = {k: float(cast(float, v)) for k, v in message.content.metric_records["weights"].items()}
-    arrays = cast(dict[str, npt.NDArray[np.float64]], from_record(message.content.array_records["arrays"]))
-    return WeightedSum(arrays, weights)

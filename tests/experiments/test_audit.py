@@ -189,15 +189,15 @@ def test_a_personal_head_without_noise_is_found(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(Privatiser, "_noisy", silent)
         assert {f"noise on {name}" for name in heads} <= found(*EXAMPLE)
 
-    from meadow.strategies.protocol import Half
+    from meadow.strategies.protocol import ClientAlgorithm
 
-    half = Half.train
+    half = ClientAlgorithm.train
 
-    def twice(self: Half, turn: Any) -> Any:
-        turn.fit(learns=lambda name: "heads" in name, leaves=False)
-        return half(self, turn)
+    def twice(self: ClientAlgorithm, context: Any) -> Any:
+        context.fit(learns=lambda name: "heads" in name, leaves=False)
+        return half(self, context)
 
-    monkeypatch.setattr(Half, "train", twice)
+    monkeypatch.setattr(ClientAlgorithm, "train", twice)
     assert found(*EXAMPLE) >= {"arrays trained without noise", "entries of the ledgers"}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from meadow.server.exchange import Exchange, deal
 from meadow.simulation.grid import LocalGrid, become_server, error_reply
-from meadow.strategies.wire.packing import Answer, NodeReply, pack_replies, unpack_requests
+from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
 
 from meadow.arrays.flower import to_record
 from meadow.arrays.sums import weighted_sum
@@ -86,7 +86,7 @@ def exchange(nodes: dict[int, Callable[[Message], RecordDict]], clients: int, ti
 
 def ask(found: Exchange, clients: Sequence[int], whole_blocks: bool = False) -> tuple[dict[int, str | float], Any]:
     content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
-    replies, sums = found.send([Message(content, c, "train") for c in clients], whole_blocks)
+    replies, sums = found.send([Request(c, content) for c in clients], whole_blocks=whole_blocks)
     assert [r.client for r in replies] == list(clients)
     said = {
         r.client: r.error if r.content is None else float(r.content.array_records["arrays"]["w"].numpy()[0])
@@ -231,5 +231,5 @@ def test_a_nodes_first_round_tells_nothing_of_its_pace() -> None:
     content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
     for _ in range(3):
         dealt.append({})
-        found.send([Message(content, c, "train") for c in range(40)], work=dict.fromkeys(range(40), 1.0))
+        found.send([Request(c, content) for c in range(40)], work=dict.fromkeys(range(40), 1.0))
     assert dealt == [{5: 20, 9: 20}, {5: 20, 9: 20}, {5: 30, 9: 10}]

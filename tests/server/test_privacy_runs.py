@@ -32,7 +32,7 @@ from meadow.server.checkpoints import latest
 from meadow.server.folder import RunFolder
 from meadow.simulation.inline import InlineGrid
 from meadow.simulation.launch import Launch, engine
-from meadow.strategies.roles import Roles
+from meadow.strategies.protocol import Roles
 from torch import nn
 
 import meadow.arrays.files

@@ -11,18 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from meadow.server.admission import admit
 from meadow.server.evaluation import over_clients
-from meadow.server.exchange import Cohort
 from meadow.server.rounds import round_sum
 from meadow.simulation.grid import become_server
-from meadow.strategies import make_strategy
-from meadow.strategies.protocol import Setup
-from meadow.strategies.roles import Roles, roles
+from meadow.strategies import server_of
+from meadow.strategies.protocol import Roles, Setup
+from meadow.strategies.roles import roles
 from meadow.strategies.wire.packing import (
     Answer,
     NodeReply,
     Request,
     add_spans,
-    block_message,
     pack_replies,
     pack_requests,
     unpack_replies,
@@ -116,13 +114,11 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
         verdict = admit(replies, sums, before, sizes)
         plan, parts = load("fedavg"), Roles(("w",), ("w",), (), ())
         setup = Setup(plan.strategy, plan.local, 0, parts, {"w": 61}, equal_weights=False)
-        strategy = make_strategy(setup)
-        asked = list(strategy.configure_train(1, to_record(before), ConfigRecord(), Cohort(sorted(cohort))))
+        server = server_of(setup)
         whole = round_sum(sorted(cohort), verdict)
         assert whole is not None
-        mean, _ = strategy.aggregate_train(1, [block_message(whole, asked[0])])
-        assert mean is not None
-        results.add(arrays_sha256(from_record(mean)))
+        mean, _ = server.update(server.init(before), whole, before)
+        results.add(arrays_sha256(mean))
     assert len(results) == 1
 
 
