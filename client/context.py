@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from meadow.arrays.named import Arrays, Kinds, auxiliary
 from meadow.config import schema
 from meadow.config.schema import Experiment
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.metrics import class_weights, losses
@@ -93,11 +93,9 @@ class LocalContext:
         if repeat > 1 or self.work < 1:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
             plan, epochs = plan.model_copy(update={"steps": steps * repeat}), 0
-        beside_it = Beside(self.validation, dict(self.memory.get(LOOP, {})), self.source)
+        beside = Beside(self.validation, dict(self.memory.get(LOOP, {})), self.source)
         permit = self.permit if leaves else None
-        training = Training(
-            self.data, self.round, self.client, plan, epochs, learns, correct, term, beside_it, permit
-        )  # fmt: skip
+        training = Training(self.data, self.round, self.client, plan, epochs, learns, correct, term, beside, permit)
         trained = self.trainers.train(self.model, training)
         if not self.remembered:
             self.remembered.update(auxiliary(LOOP, trained.memory))

@@ -224,6 +224,8 @@ def check_run(experiment: Experiment) -> None:
     teacher(model, task, experiment)
     if experiment.adapt.method != "none":
         source_samples(experiment, None)
+    if experiment.engine.trainer != "auto":
+        costs_of(experiment)  # which asks every trainer
 
 
 def default_folder(name: str) -> Path:

@@ -27,7 +27,9 @@ from meadow.config.load import apply, resolve, to_tree
 from meadow.config.schema import Experiment
 from meadow.privacy.accounting import epsilon
 from meadow.privacy.client_level import update_noise
-from meadow.privacy.dpsgd import GradSample, Mechanism, Permit, chosen_mode
+from meadow.privacy.dpsgd.choose import GradSample, chosen_mode
+from meadow.privacy.dpsgd.mechanism import Mechanism
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.privacy.plan import claim, client_cost, client_denominator, client_noise, steps_a_round
 from meadow.privacy.statistics import (

@@ -9,7 +9,8 @@ from meadow.client.loop.training import train
 from torch import nn
 
 from meadow.config.load import load
-from meadow.privacy.dpsgd import Mechanism, Permit
+from meadow.privacy.dpsgd.mechanism import Mechanism
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError
 from meadow.tasks.evaluation import load_into, state_of

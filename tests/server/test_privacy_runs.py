@@ -46,7 +46,8 @@ from meadow.config.schema import RELEASES, Experiment
 from meadow.experiments.plan import plan
 from meadow.experiments.report import write_report
 from meadow.privacy.accounting import client_guarantee, epsilon, local_guarantee
-from meadow.privacy.dpsgd import Mechanism, Permit, poisson
+from meadow.privacy.dpsgd.mechanism import Mechanism, poisson
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.ledger import noise_seed, simulated_secret
 from meadow.privacy.noise import Stream
 from meadow.privacy.plan import forecasts
