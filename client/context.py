@@ -3,10 +3,12 @@ and data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
 from meadow.client.loop.training import LOOP, Beside, Correction, Trained, train
+from meadow.client.release import Allowed
 from meadow.client.trainers.choose import Fast
 from meadow.strategies.protocol import Batch, Term, steps_of
 from meadow.strategies.roles import Roles
@@ -19,8 +21,18 @@ from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd import Permit
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import class_weights, losses
+from meadow.tasks.losses import class_weights, losses
 from meadow.tasks.task import Task
+
+
+class Observer(Protocol):
+    """Sees what a node's clients do; changes nothing. A client that is observed is trained by the training loop."""
+
+    def trains(self, turn: "ClientTurn", leaves: bool) -> Callable[[Trained], None]:
+        """A client begins to train; what is returned is called when it has. `leaves`: whether the outcome leaves it."""
+
+    def noises(self, client: int, allowed: Allowed) -> None:
+        """What the client's newest training changed gets its noise under local DP."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class ClientTurn:
     permit: Permit | None = None
     remembered: Arrays = field(default_factory=dict)
     fast: Fast | None = None
+    observers: Sequence[Observer] = ()
 
     @property
     def settings(self) -> schema.Strategy:
@@ -94,7 +107,8 @@ class ClientTurn:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
             plan = plan.model_copy(update={"steps": steps * repeat})
             experiment, epochs = experiment.model_copy(update={"local": plan}), 0
-        plain = correct is None and term is None and self.permit is None
+        observing = [observer.trains(self, leaves) for observer in self.observers]
+        plain = correct is None and term is None and self.permit is None and not observing
         if self.fast is not None and plain and self.fast.covers(self.data):
             member = self.fast.member(self.data, self.round, self.client, plan, epochs)
             done = self.fast.kernels.train(state_of(self.model), [[member]], self.fast.rates(self.round, plan, learns))
@@ -116,6 +130,8 @@ class ClientTurn:
         )
         if not self.remembered:
             self.remembered.update(beside(LOOP, trained.memory))
+        for trained_so in observing:
+            trained_so(trained)
         return trained
 
     def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
-from meadow.client.context import ClientTurn, with_wrong_labels
+from meadow.client.context import ClientTurn, Observer, with_wrong_labels
 from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Beside, train
 from meadow.client.release import Exhausted, Keeper, charge, noised_update
@@ -40,8 +40,10 @@ from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
 from meadow.tasks.features import View, view
 from meadow.tasks.readers.domains import source_samples
+from meadow.tasks.source import source_data
 from meadow.tasks.splits.shares import hosted
-from meadow.tasks.task import Task, initial_state, open_task, settle, source_data
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task, settle
 
 log = logging.getLogger("meadow.client")
 
@@ -75,6 +77,8 @@ class Node:
     """Bytes of clients' states that this process may keep in shared memory."""
     clock: Clock = field(default_factory=Clock, repr=False, compare=False)
     """Where the time of the message in hand goes."""
+    observers: list[Observer] = field(default_factory=list, repr=False, compare=False)
+    """Who sees what the clients here do: nobody, but in an audit."""
     facts: Recent[int, Facts] = field(default_factory=lambda: Recent(FACTS), repr=False, compare=False)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
@@ -193,6 +197,8 @@ def train_client(node: Node, request: Request) -> RecordDict:
         own = [name for name in sent if name in node.roles.trained]
         received, found = {n: turn.received[n] for n in own}, {n: sent[n] for n in own}
         sent |= noised_update(experiment, release, received, found)
+        for observer in node.observers:
+            observer.noises(client, release)
     lasting = {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered
     if lasting:
         attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
@@ -290,6 +296,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         validation=_validation(node, client),
         source=_source(node, client),
         fast=None if isinstance(node.fast, str) else node.fast,
+        observers=node.observers,
     )
     turn.load(turn.start())
     data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)

@@ -25,7 +25,7 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator
 from meadow.tasks.data import Data
 from meadow.tasks.features import View
-from meadow.tasks.metrics import class_weights
+from meadow.tasks.losses import class_weights
 from meadow.tasks.task import Task
 
 KEPT = 2**28

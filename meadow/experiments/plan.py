@@ -16,7 +16,8 @@ from meadow.strategies import algorithm, make_strategy
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.roles import roles_of
 from meadow.tasks.features import view
-from meadow.tasks.task import initial_state, open_task, settle
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
 
 
 def plan(experiment: Experiment) -> dict[str, Any]:
