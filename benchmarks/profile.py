@@ -24,7 +24,8 @@ from rich.table import Table
 from benchmarks.workloads import WORKLOADS, settings
 from meadow.config.load import apply, parse_override, read_tree, resolve
 from meadow.config.schema import Experiment
-from meadow.experiments.api import Job, run_many
+from meadow.experiments.api import run_many
+from meadow.experiments.compare import Job
 from meadow.runtime.clock import PHASES
 from meadow.runtime.errors import UserError
 

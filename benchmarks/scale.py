@@ -154,7 +154,7 @@ def measure(settings: Experiment, memory: bool = True) -> Measured:
         place = Path(folder)
         (place / "e.toml").write_text(to_toml(settings))
         out = place / "run"
-        command = [sys.executable, "-m", "experiments", "run", str(place / "e.toml"), "--quiet", "--out", str(out)]
+        command = [sys.executable, "-m", "meadow", "run", str(place / "e.toml"), "--quiet", "--out", str(out)]
         began = time.time()
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
         peaks = [0, 0]

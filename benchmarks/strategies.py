@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from meadow.config.load import load
-from meadow.experiments.api import Job, Summary, run_many
+from meadow.experiments.api import Summary, run_many
+from meadow.experiments.compare import Job
 
 FASHION = (
     "task.dataset=FashionMNIST",
@@ -106,7 +107,7 @@ STUDIES = {
          "trimmed mean": ("trimmed-mean",), "Multi-Krum": ("multi-krum", "strategy.byzantine=4")},
         {"FedAvg, nobody attacks": "90.0", "FedAvg": "38.8", "median": "87.5", "trimmed mean": "87.2",
          "Multi-Krum": "89.6"},
-        "times -3 on MNIST, one seed, by ../shared/FIELD.md",
+        "times -3 on MNIST, one seed, by docs/field-notes.md",
     ),
 }  # fmt: skip
 

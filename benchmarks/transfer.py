@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from meadow.config.load import load
-from meadow.experiments.api import Job, run_many
+from meadow.experiments.api import run_many
+from meadow.experiments.compare import Job
 from meadow.experiments.pictures.style import COLOURS, STYLE, to_file
 
 METHODS = {"local": "from scratch", "transfer": "transfer (head)", "finetune": "fine-tuning (all)"}

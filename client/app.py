@@ -70,7 +70,6 @@ def join(message: Message, context: Context) -> Message:
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
-            "training": node.training,
         }
     )
     return Message(RecordDict({"roll": roll}), reply_to=message)
@@ -93,6 +92,7 @@ def train(message: Message, context: Context) -> Message:
     answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
     _tell("trained", sorted(requests, key=lambda request: request.client), answers)
     whole = NodeReply(answers, together.sums | reply.sums)
+    whole.trainings = node.trainers.trainings.take()
     add_spans(whole, whole_spans(message.content))
     if node.keeper.simulated and node.experiment.privacy.unit == "none":  # how long it took may tell of the samples
         whole.times = node.clock.read()

@@ -1,4 +1,4 @@
-"""Whole blocks where faster kernels train their clients (`client/trainers/choose.py`), and what leaves is one sum.
+"""Whole blocks where a trainer takes them at once (`client/trainers/kernel.py`), and what leaves is one sum.
 
 Only where a client's turn is nothing but plain local training of a model that it shares whole: FedAvg, and every strategy
 that differs from it at the server alone. All other turns go through `meadow.client.node.train_client`, one client after
@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from flwr.app import ConfigRecord, MetricRecord
 from meadow.client.node import Facts, Node, samples
-from meadow.client.trainers.choose import Fast
+from meadow.client.trainers.job import Training
+from meadow.client.trainers.kernel import KernelTrainer
 from meadow.strategies.protocol import Half
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer, NodeReply, Request
@@ -20,7 +21,7 @@ from meadow.arrays.flower import from_record, to_content, to_metrics
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import WeightedSum
 from meadow.tasks.data import Data
-from meadow.tasks.evaluation import evaluate, load_into
+from meadow.tasks.evaluation import evaluate, load_into, names_of
 
 log = logging.getLogger("meadow.client")
 
@@ -33,12 +34,13 @@ def train_blocks(
     A block with a client that fails, or whose arrays are not finite, is among the others: there each is judged alone.
     """
     done = NodeReply([])
-    if not isinstance(node.fast, Fast) or not _plain(node) or not blocks:
+    trainer = node.trainers.choices()[0].trainer if blocks else None
+    if not isinstance(trainer, KernelTrainer) or not _plain(node):
         return done, list(requests)
     # One dictionary for all blocks: kernels take over what is new to them once.
     first, received = requests[0], from_record(requests[0].arrays)
     asked, left = {request.client: request for request in requests}, {request.client for request in requests}
-    at_once = node.fast.kernels.blocks_at_once
+    at_once, names = trainer.blocks_at_once, set(names_of(node.model))
     for begin in range(0, len(blocks), at_once):
         part = blocks[begin : begin + at_once]
         try:
@@ -46,9 +48,9 @@ def train_blocks(
             same = all(
                 each.arrays is first.arrays and each.config is first.config for block in together for each in block
             )
-            if not same or "work" in first.config or received.keys() != node.fast.kernels.network.shapes.keys():
+            if not same or "work" in first.config or received.keys() != names:
                 continue
-            found = _train(node, node.fast, first.config, received, [clients for _, clients in part])
+            found = _train(node, trainer, first.config, received, [clients for _, clients in part])
         except Exception:  # whatever a client's data does, it is met again one by one
             log.debug("blocks %s go one by one", [index for index, _ in part], exc_info=True)
             continue
@@ -60,10 +62,10 @@ def train_blocks(
     return done, [request for request in requests if request.client in left]
 
 
-def _facts(node: Node, fast: Fast, client: int, data: Data) -> Facts:
+def _facts(node: Node, client: int, data: Data) -> Facts:
     """Looked up once for each client: for a small model it takes as long as a step."""
     found = node.facts.get(client)
-    return found or node.facts.put(client, Facts(fast.covers(data), samples(node, client, data)), 1)
+    return found or node.facts.put(client, Facts(node.trainers.choice(data), samples(node, client, data)), 1)
 
 
 def _plain(node: Node) -> bool:
@@ -81,10 +83,10 @@ def _plain(node: Node) -> bool:
 
 
 def _train(
-    node: Node, fast: Fast, config: ConfigRecord, received: Arrays, clients: Sequence[Sequence[int]]
+    node: Node, trainer: KernelTrainer, config: ConfigRecord, received: Arrays, clients: Sequence[Sequence[int]]
 ) -> Sequence[tuple[list[Answer], WeightedSum] | None]:
-    """The blocks' answers and sums, by the blocks' clients; None of a block where anything is not finite, and of all if a
-    client has what kernels do not cover."""
+    """The blocks' answers and sums, by the blocks' clients; None of a block where anything is not finite, and of all if
+    another trainer is the one for a client."""
     round_, local = int(cast(int, config["round"])), node.experiment.local
     scores = dict[int, MetricRecord]()
     if config["evaluate"]:
@@ -95,30 +97,32 @@ def _train(
             scores[client] = to_metrics(evaluate(node.view.model, data, node.view.task))
     node.clock.now("open")
     own = {client: node.task.client(client).train for block in clients for client in block}
-    facts = {client: _facts(node, fast, client, data) for client, data in own.items()}
-    if not all(each.covered for each in facts.values()):
+    facts = {client: _facts(node, client, data) for client, data in own.items()}
+    if any(each.choice.trainer is not trainer for each in facts.values()):
         return [None] * len(clients)
     known = {client: each.samples for client, each in facts.items()}
-    members = [[fast.member(own[client], round_, client, local) for client in block] for block in clients]
     counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}
+    trainings = [[Training(own[client], round_, client, local) for client in block] for block in clients]
     node.clock.now("train")
-    outcome = fast.kernels.train(
-        received, members, fast.rates(round_, local), [[counts[client] for client in block] for block in clients]
+    trained, totals = node.trainers.train_blocks(
+        trainer, received, trainings, [[counts[client] for client in block] for block in clients]
     )
     node.clock.now("reduce")
-    losses = iter(outcome.losses)
     found = list[tuple[list[Answer], WeightedSum] | None]()
-    for block, total in zip(members, outcome.totals, strict=True):
+    for block, each, total in zip(clients, trained, totals, strict=True):
+        whole = all(counts[client][name] > 0 for client in block for name in received)
+        if total is None or not whole:
+            found.append(None)
+            continue
         answers = []
-        for member in block:
-            trained = fast.trained(member, next(losses))
-            metrics: dict[str, Any] = {**known[member.client], "steps": trained.steps}
-            metrics |= {f"loss/{target}": value for target, value in trained.losses.items()}
+        for client, one in zip(block, each, strict=True):
+            metrics: dict[str, Any] = {**known[client], "steps": one.steps}
+            metrics |= {f"loss/{target}": value for target, value in one.losses.items()}
             content: dict[str, MetricRecord] = {"metrics": to_metrics(metrics)}
-            if member.client in scores:
-                content["evaluation"] = scores[member.client]
-            answers.append(Answer(member.client, to_content(content), summed=True))
-        weights = {name: sum(counts[m.client][name] for m in block) for name in received}
-        whole = all(counts[m.client][name] > 0 for m in block for name in received)
-        found.append((answers, WeightedSum(total, weights)) if total is not None and whole else None)
+            if client in scores:
+                content["evaluation"] = scores[client]
+            answers.append(Answer(client, to_content(content), summed=True))
+        node.trainers.count(facts[block[0]].choice, len(block))
+        weights = {name: sum(counts[client][name] for client in block) for name in received}
+        found.append((answers, WeightedSum(total, weights)))
     return found

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
-from meadow.client.loop.training import LOOP, Beside, Correction, Trained, train
+from meadow.client.loop.training import LOOP, Beside, Correction, Trained
 from meadow.client.release import Allowed
-from meadow.client.trainers.choose import Fast
+from meadow.client.trainers.choose import Trainers
+from meadow.client.trainers.job import Training
 from meadow.strategies.protocol import Batch, Term, steps_of
 from meadow.strategies.roles import Roles
 from meadow.strategies.trainable import rate_factors
@@ -26,7 +27,7 @@ from meadow.tasks.task import Task
 
 
 class Observer(Protocol):
-    """Sees what a node's clients do; changes nothing. A client that is observed is trained by the training loop."""
+    """Sees what a node's clients do, and changes nothing."""
 
     def trains(self, turn: "ClientTurn", leaves: bool) -> Callable[[Trained], None]:
         """A client begins to train; what is returned is called when it has. `leaves`: whether the outcome leaves it."""
@@ -39,7 +40,7 @@ class Observer(Protocol):
 class ClientTurn:
     """One client in one round. `whole` is the complete model, of which `model`, the one that learns, may be a view.
 
-    fast: what trains plain local steps in the loop's place.
+    trainers: what trains the model.
     work: the share of its steps that the client gets through (1, but for a simulated straggler). permit: what makes its
     one training of this turn private. remembered: what the loop must be given back in the next turn; `fit` fills it.
     """
@@ -49,6 +50,7 @@ class ClientTurn:
     roles: Roles
     whole: nn.Module
     model: nn.Module
+    trainers: Trainers
     data: Data
     round: int
     client: int
@@ -62,7 +64,6 @@ class ClientTurn:
     source: Data | None = None
     permit: Permit | None = None
     remembered: Arrays = field(default_factory=dict)
-    fast: Fast | None = None
     observers: Sequence[Observer] = ()
 
     @property
@@ -102,36 +103,21 @@ class ClientTurn:
         term: Term | None = None,
         leaves: bool = True,
     ) -> Trained:
-        experiment, plan = self.experiment, self.experiment.local
+        plan = self.local
         if repeat > 1 or self.work < 1:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
-            plan = plan.model_copy(update={"steps": steps * repeat})
-            experiment, epochs = experiment.model_copy(update={"local": plan}), 0
+            plan, epochs = plan.model_copy(update={"steps": steps * repeat}), 0
+        beside_it = Beside(self.validation, of_kind(LOOP, self.memory), self.source)
+        permit = self.permit if leaves else None
+        training = Training(
+            self.data, self.round, self.client, plan, epochs, learns, correct, term, beside_it, permit
+        )  # fmt: skip
         observing = [observer.trains(self, leaves) for observer in self.observers]
-        plain = correct is None and term is None and self.permit is None and not observing
-        if self.fast is not None and plain and self.fast.covers(self.data):
-            member = self.fast.member(self.data, self.round, self.client, plan, epochs)
-            done = self.fast.kernels.train(state_of(self.model), [[member]], self.fast.rates(self.round, plan, learns))
-            load_into(self.model, done.arrays[0])
-            return self.fast.trained(member, done.losses[0])
-        trained = train(
-            self.model,
-            self.data,
-            self.task,
-            experiment,
-            self.round,
-            self.client,
-            epochs,
-            learns=learns,
-            correct=correct,
-            term=term,
-            beside=Beside(self.validation, of_kind(LOOP, self.memory), self.source),
-            permit=self.permit if leaves else None,
-        )
+        trained = self.trainers.train(self.model, training)
         if not self.remembered:
             self.remembered.update(beside(LOOP, trained.memory))
-        for trained_so in observing:
-            trained_so(trained)
+        for ends in observing:
+            ends(trained)
         return trained
 
     def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:

@@ -17,7 +17,7 @@ from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Beside, train
 from meadow.client.release import Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
-from meadow.client.trainers.choose import Fast, fast, told
+from meadow.client.trainers.choose import Choice, Trainers, trainers_of
 from meadow.strategies import algorithm
 from meadow.strategies.attacks import ON_LABELS, attackers
 from meadow.strategies.protocol import Half
@@ -53,9 +53,9 @@ FACTS = 10_000
 
 @dataclass(frozen=True)
 class Facts:
-    """What is always so of a client's training data: whether kernels cover it, and its samples, in all and by target."""
+    """What is always so of a client's training data: who does plain training on it, and its samples, in all and by target."""
 
-    covered: bool
+    choice: Choice
     samples: dict[str, int]
 
 
@@ -71,8 +71,7 @@ class Node:
     half: Half
     state_root: Path
     keeper: Keeper
-    fast: Fast | str
-    """What trains plain local steps in the training loop's place, or why nothing does."""
+    trainers: Trainers
     memory: int = 0
     """Bytes of clients' states that this process may keep in shared memory."""
     clock: Clock = field(default_factory=Clock, repr=False, compare=False)
@@ -82,11 +81,6 @@ class Node:
     facts: Recent[int, Facts] = field(default_factory=lambda: Recent(FACTS), repr=False, compare=False)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def training(self) -> str:
-        """What trains here (`meadow.client.trainers.choose.told`)."""
-        return told(self.experiment, self.fast)
 
 
 def open_node(context: Context) -> Node:
@@ -120,7 +114,7 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     # Deployed clients keep their states on disk; so do those of a cluster, whose machines share no memory.
     in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper, fast(experiment, seen), memory)
+    return Node(experiment, task, model, parts, seen, half, state_root, keeper, trainers_of(experiment, seen), memory)
 
 
 def _state_root(context: Context) -> Path:
@@ -284,6 +278,7 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         roles=node.roles,
         whole=node.model,
         model=seen.model,
+        trainers=node.trainers,
         data=node.task.client(client).train,
         round=int(cast(int, config["round"])),
         client=client,
@@ -295,7 +290,6 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         work=float(cast(float, config.get("work", 1.0))),
         validation=_validation(node, client),
         source=_source(node, client),
-        fast=None if isinstance(node.fast, str) else node.fast,
         observers=node.observers,
     )
     turn.load(turn.start())

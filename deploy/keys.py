@@ -30,15 +30,15 @@ RENEWAL = datetime.timedelta(days=30)
 """A certificate that ends sooner is made anew."""
 
 
-def main(folder: Path, nodes: list[str], below: str = "") -> None:
-    """Make what is missing; `below`: a folder within each machine's own."""
+def main(folder: Path, nodes: list[str], below: str = "", now: datetime.datetime | None = None) -> None:
+    """Make what is missing; `below`: a folder within each machine's own; `now`: the time, where it is not the clock's."""
     coordinator = folder / "coordinator" / below
     coordinator.mkdir(parents=True, exist_ok=True)
     if not (coordinator / "ca.crt").exists():
         _authority(coordinator)
     more = os.environ.get("MEADOW_SERVER_NAMES", "").split(",")
     names = [*NAMES, *(name.strip() for name in more if name.strip())]
-    if not _serves(coordinator, names):
+    if not _serves(coordinator, names, now or datetime.datetime.now(datetime.UTC)):
         _server(coordinator, names)
     if not (coordinator / "superexec.secret").exists():
         _write(coordinator / "superexec.secret", secrets.token_hex(32).encode())
@@ -67,8 +67,8 @@ def _authority(folder: Path) -> None:
     _write(folder / "ca.crt", certificate.public_bytes(Encoding.PEM))
 
 
-def _serves(folder: Path, names: list[str]) -> bool:
-    """Whether there is a certificate of the server's that this CA issued, for all these names and the next month."""
+def _serves(folder: Path, names: list[str], now: datetime.datetime) -> bool:
+    """Whether there is a certificate of the server's that this CA issued, for all these names and a month from now on."""
     if not (folder / "server.crt").exists() or not (folder / "server.key").exists():
         return False
     certificate = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
@@ -77,8 +77,7 @@ def _serves(folder: Path, names: list[str]) -> bool:
     except (InvalidSignature, ValueError, TypeError):
         return False
     good_for = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    ends = certificate.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
-    return {_name(name) for name in names} <= set(good_for) and ends > RENEWAL
+    return {_name(name) for name in names} <= set(good_for) and certificate.not_valid_after_utc - now > RENEWAL
 
 
 def _server(folder: Path, names: list[str]) -> None:

@@ -29,7 +29,7 @@ def main(nodes: int) -> int:
     keys.main(VOLUMES, names, "keys")
     experiment = os.environ.get("MEADOW_EXPERIMENT") or "fedavg"
     overrides = shlex.split(os.environ.get("MEADOW_OVERRIDES", ""))
-    deal = [sys.executable, "-m", "experiments", "deal", experiment, *overrides]
+    deal = [sys.executable, "-m", "meadow", "deal", experiment, *overrides]
     # All the data is here; a share that this machine's environment names is what is about to be made.
     environment = {key: value for key, value in os.environ.items() if key != "MEADOW_SHARE"}
     status = subprocess.call([*deal, "--nodes", str(nodes), "--out", str(VOLUMES), "--below", "share"], env=environment)

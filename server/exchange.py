@@ -21,6 +21,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.superlink.grid import HttpGrid
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_requests, unpack_replies
+from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.flower import to_record
 from meadow.arrays.folding import folded, is_folded, unfolded
@@ -67,8 +68,8 @@ class Exchange:
     counts as training where nodes do not say."""
     simulated: bool = True
     """Whether every node so far has said that it is simulated: its secrets are then none."""
-    training: set[str] = field(default_factory=set)
-    """What trains on the nodes (`meadow.client.node.Node.training`)."""
+    trainings: Trainings = field(default_factory=Trainings)
+    """Who trained the clients, by what the nodes say, since it was last taken."""
     _faulty: dict[int, float] = field(default_factory=dict)
     """Since when a node has answered the roll call with an error."""
     _nodes: set[int] = field(default_factory=set)
@@ -166,6 +167,7 @@ class Exchange:
                 continue
             if 0 < (seconds := sum(unpacked.times.values())) < span and min(unpacked.times.values()) >= 0:
                 busy[node], times[node] = seconds, unpacked.times
+            self.trainings.merge(unpacked.trainings)
             asked = {m.metadata.dst_node_id for m in by_node[node]}
             sums |= {whole[node][span]: total for span, total in unpacked.sums.items() if span in whole[node]}
             answers |= {answer.client: answer for answer in unpacked.answers if answer.client in asked}
@@ -221,7 +223,6 @@ class Exchange:
                 )
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
-        self.training.add(str(roll.get("training", "loop")))
         if node not in self._known:
             self._known.append(node)
         sizes, taken = np.frombuffer(cast(bytes, roll["sizes"]), dtype="<i8"), 0

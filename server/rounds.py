@@ -109,7 +109,6 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         counts = add_confusion([s.confusion for s in scores.values()], task.targets)
         folder.write_evaluation({"global": shared, "clients": counts})
     summary = summarise(folder, experiment, task, session.arrays, scores, status, reason, guard)
-    summary["engine"] = {"exact": experiment.engine.exact, "training": sorted(exchange.training)}
     folder.write_summary(summary)
     return summary
 
@@ -173,6 +172,7 @@ def play_round(session: Session, round_: int) -> None:
         "idle": session.exchange.idle,
         **{key: value + sum(v[key] for v in void) for key, value in traffic.items()},
         **_training(session.task, [metrics_of(content) for content in _contents(verdict).values()]),
+        **session.exchange.trainings.take().as_json(),
         "global": score_globally(session)
         if round_ % experiment.evaluate.every == 0 or round_ == experiment.run.rounds
         else {},

@@ -13,6 +13,7 @@ from meadow.server.evaluation import Scores, mean_tree, over_clients
 from meadow.server.folder import RunFolder
 from meadow.server.protection import Protection
 from meadow.strategies.trainable import HEADS, is_added, trained
+from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.config.cohort import unseen
@@ -101,6 +102,11 @@ def summarise(
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
         "privacy": protection.summary(),
+        "engine": {
+            "exact": experiment.engine.exact,
+            "trainer": experiment.engine.trainer,
+            **Trainings.total(records).as_json(),
+        },
     }
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 import tomli_w
+from meadow.simulation.bundle import app_folder
 from meadow.simulation.children import MEMORY, Children, children, free_port, tail
 
 from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
-from meadow.runtime.identity import ROOT
+from meadow.runtime.objects import user_paths
 
 Value = bool | int | float | str
 
@@ -53,14 +54,15 @@ def run_processes(experiment: Experiment, out: Path, resume: bool, nodes: int) -
     too) and `run`. The clients' state is in `out/state`. Raises RuntimeError with the tail of the relevant log when the
     run fails or a process dies.
     """
+    out = out.resolve()  # each process has a current folder of its own
     logs, work = out / "logs", out / "flower"
-    config: dict[str, Value] = {**to_flat(experiment), "out": str(out.resolve()), "resume": True}
+    config: dict[str, Value] = {**to_flat(experiment), "out": str(out), "resume": True}
     with (
         children(logs) as group,
         superlink(group, work) as link,
-        supernodes(group, link, nodes, work, (out / "state").resolve()),
+        supernodes(group, link, nodes, work, out / "state"),
     ):
-        run_app(group, link, ROOT, config)
+        run_app(group, link, app_folder(work, config), config)
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,19 @@ class SuperLink:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """The environment of a child: ours, less what points Flower or Python elsewhere, plus a private ``FLWR_HOME``.
+    """The environment of a child: ours, less what points Flower elsewhere, plus a private ``FLWR_HOME``.
 
     Every ``FLWR_*`` variable of the caller is dropped: one that switches on gRPC or another home would change the run.
-    ``PYTHONPATH`` is dropped because the app's code must come from the bundle alone.
+    The folders of ``PYTHONPATH`` stay, absolute, because a user's modules are there. Flower puts the app bundle before
+    them, so that Meadow's code comes from the bundle all the same; the roll call compares its hash.
     """
     home.mkdir(parents=True, exist_ok=True)
-    kept = {key: text for key, text in os.environ.items() if not key.startswith("FLWR_") and key != "PYTHONPATH"}
+    kept = {key: text for key, text in os.environ.items() if not key.startswith("FLWR_")}
     # Flower's processes start each other by name, so its commands must be found in this interpreter's folder first.
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
-    return MEMORY | kept | _SETTINGS | {"PATH": path, "FLWR_HOME": str(home)}
+    return (
+        MEMORY | kept | _SETTINGS | {"PATH": path, "PYTHONPATH": os.pathsep.join(user_paths()), "FLWR_HOME": str(home)}
+    )
 
 
 def command(name: str) -> str:

@@ -14,6 +14,7 @@ from meadow.simulation.children import MEMORY
 
 from meadow.runtime.errors import UserError
 from meadow.runtime.identity import ROOT
+from meadow.runtime.objects import user_paths
 
 _PATIENCE = 10.0
 """Seconds in which a cluster must take a connection."""
@@ -60,10 +61,9 @@ def stop_ray() -> None:
 
 def _environment(threads: int) -> dict[str, str]:
     """What a worker needs in its environment before it starts."""
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {
         **MEMORY,
-        "PYTHONPATH": paths,
+        "PYTHONPATH": os.pathsep.join([*user_paths(), str(ROOT)]),
         "OMP_NUM_THREADS": str(threads),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",

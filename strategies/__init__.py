@@ -1,12 +1,11 @@
 """How updates are shared and combined: which arrays travel, how they are packed, and one file for each algorithm."""
 
-import importlib
-
 from flwr.serverapp.strategy import Strategy
 from meadow.strategies.protocol import Algorithm, Setup
 
 from meadow.config.algorithms import ALGORITHMS
 from meadow.runtime.errors import UserError
+from meadow.runtime.objects import user_object
 
 
 def algorithm(name: str) -> Algorithm:
@@ -15,14 +14,7 @@ def algorithm(name: str) -> Algorithm:
 
     Raises UserError if there is no such object, or if it is no `Algorithm`.
     """
-    place = ALGORITHMS.get(name, name)
-    module, _, attribute = place.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f'strategy.name = "{name}": {error}; the module must be on the Python path (for example PYTHONPATH=.)'
-        ) from None
+    found = user_object("strategy.name", ALGORITHMS.get(name, name))
     if not isinstance(found, Algorithm):
         raise UserError(
             f'strategy.name = "{name}" is a {type(found).__name__}; it must be a meadow.strategies.protocol.Algorithm '

@@ -1,55 +1,93 @@
-"""Which clients kernels train that are faster than the training loop, and what these are given.
+"""Who trains a client: the first of the trainers that can, and why those before it cannot.
 
-With `engine.exact` a client's bits depend on nothing but its samples and torch (`client/trainers/direct.py`). Without
-it, on a CPU compiled code trains one client after another (`client/trainers/fused.py`), whose bits are the compiler's
-too; on a GPU all clients of a block train at once on stacked parameters (`client/trainers/stacked.py`). All take the
-samples in the loop's order and differ from it in the order of sums alone; tests/client/test_direct.py and
-tests/client/test_fast.py say by how much. What none covers, the loop trains."""
+From the fastest to the training loop, which always can: `stacked`, all clients of a block at once on a GPU; `fused`, compiled
+code on a CPU; `direct`, torch's operations without autograd's tape, whose numbers for a client depend on nothing but its
+samples; `loop`. All take the samples in the loop's order and differ from it in the order of sums alone
+(tests/client/test_direct.py and tests/client/test_fast.py say by how much).
+"""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from meadow.client.loop.optimisers import scheduled
-from meadow.client.loop.training import Trained
+from meadow.client.loop.training import Trained, train
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.fused import Fused
-from meadow.client.trainers.network import Kernels, Member, Unknown, network
+from meadow.client.trainers.job import Job, Trainer, Training, job_of
+from meadow.client.trainers.kernel import Kernel, KernelTrainer, Sums
 from meadow.client.trainers.stacked import Stacked
-from meadow.strategies.protocol import steps_of
-from meadow.strategies.trainable import rate_factors, trained
+from meadow.strategies.wire.trainings import UNDISCLOSED, Reasons, Trainings
+from torch import nn
 
-from meadow.arrays.memory import Recent
-from meadow.config.schema import Experiment, Local
+from meadow.arrays.named import Arrays
+from meadow.config.schema import Experiment
+from meadow.privacy.releases import allowed
 from meadow.runtime.errors import UserError
-from meadow.runtime.seeds import torch_generator
 from meadow.tasks.data import Data
 from meadow.tasks.features import View
-from meadow.tasks.losses import class_weights
 from meadow.tasks.task import Task
 
-KEPT = 2**28
-"""Bytes of prepared samples that are kept, of the clients that came last."""
+log = logging.getLogger("meadow.client")
+
+KERNELS: tuple[type[Kernel], ...] = (Stacked, Fused, Direct)
+"""The fast trainers, fastest first."""
 
 
-def why_not(experiment: Experiment) -> str:
-    """Why the settings leave all training to the loop, or ""."""
-    local, anchor = experiment.local, experiment.anchor
-    checks = {
-        f'privacy.unit = "{experiment.privacy.unit}"': experiment.privacy.unit == "example",
-        f'local.optimizer = "{local.optimizer}"': local.optimizer != "sgd",
-        f'local.balance = "{local.balance}"': local.balance != "fixed",
-        f'local.trainable = "{local.trainable}"': local.trainable in ("gradual", "lora", "adapters", "fisher"),
-        f'local.schedule = "{local.schedule}"': local.schedule == "plateau",
-        f'adapt.method = "{experiment.adapt.method}"': experiment.adapt.method != "none",
-        "anchor.l2, ewc, kl or distill": bool(anchor.l2 or anchor.ewc or anchor.kl or anchor.distill),
-        "task.augment": bool(experiment.task.augment),
-        f"local.batch_size = {local.batch_size}": not 0 < local.batch_size <= 512,
-        f"local.clip_norm = {local.clip_norm}": bool(local.clip_norm),
-        f"local.patience = {local.patience}": bool(local.patience),
-        f"local.label_smoothing = {local.label_smoothing}": bool(local.label_smoothing),
-    }
-    return next((setting for setting, holds in checks.items() if holds), "")
+@dataclass(frozen=True)
+class Loop:
+    """The training loop as a trainer: it can do everything, and is the last to be asked."""
+
+    experiment: Experiment
+    task: Task
+    name: str = "loop"
+    blocks_at_once: int = 0
+
+    def why_not(self, job: Job) -> str:
+        """Nothing is beyond it."""
+        return ""
+
+    def train(self, model: nn.Module, training: Training) -> Trained:
+        """As `meadow.client.loop.training.train`."""
+        experiment, plan = self.experiment, training.plan
+        if plan is not experiment.local:
+            experiment = experiment.model_copy(update={"local": plan})
+        return train(
+            model,
+            training.data,
+            self.task,
+            experiment,
+            training.round,
+            training.client,
+            training.epochs,
+            learns=training.learns,
+            correct=training.correct,
+            term=training.term,
+            beside=training.beside,
+            permit=training.permit,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who does a kind of training, and of each trainer asked before it, why not. secret: both would tell of labels that may
+    not leave."""
+
+    trainer: Trainer
+    reasons: Reasons
+    secret: bool = False
+
+
+def choose(job: Job, trainers: Sequence[Trainer]) -> Choice:
+    """The first of the trainers that can do it. Raises UserError if none can: then `engine.trainer` forces one."""
+    reasons = list[tuple[str, str]]()
+    for trainer in trainers:
+        reason = trainer.why_not(job)
+        if not reason:
+            return Choice(trainer, tuple(reasons))
+        reasons.append((trainer.name, reason))
+    name, reason = reasons[-1]
+    raise UserError(f'engine.trainer = "{name}" cannot train here: {reason}; write engine.trainer = "auto" or "loop"')
 
 
 def check_device(experiment: Experiment) -> None:
@@ -58,84 +96,90 @@ def check_device(experiment: Experiment) -> None:
         raise UserError('engine.device = "cuda": torch finds no GPU here; write engine.device = "cpu"')
 
 
-def fast(experiment: Experiment, seen: View) -> "Fast | str":
-    """What trains this view's model faster, or why nothing does. Raises UserError for a device that is not there."""
+def trainers_of(experiment: Experiment, seen: View) -> "Trainers":
+    """The trainers of an experiment on a view of its model. Raises UserError for a device that is not there."""
     check_device(experiment)
-    if reason := why_not(experiment):
-        return reason
-    task, engine, reason = seen.task, experiment.engine, ""
-    try:
-        if seen.trunk is not None:
-            raise Unknown("the trunk is frozen, and the heads cost little")
-        found = network(seen.model, tuple(task.dataset.test.x.shape[1:]), task.targets, task.weights)
-        if engine.device == "cuda":
-            return Fast(experiment, task, Stacked(found, experiment.local, engine))
-        if not engine.exact:
-            try:
-                return Fast(experiment, task, Fused(found, experiment.local))
-            except Unknown as fault:
-                reason = str(fault)
-        return Fast(experiment, task, Direct(found, experiment.local), reason)
-    except Unknown as fault:
-        return reason or str(fault)
+    job, loop = job_of(experiment, seen), Loop(experiment, seen.task)
+    kernels = [KernelTrainer(kernel, experiment, seen.task, job.network) for kernel in KERNELS]
+    wanted = experiment.engine.trainer
+    return Trainers(job, seen.task, [t for t in (*kernels, loop) if wanted in ("auto", t.name)], loop)
 
 
-def told(experiment: Experiment, found: "Fast | str") -> str:
-    """What trains: "loop", "direct", "fused" or "stacked", with the reason if faster ones were allowed."""
-    title, reason = (found.kernels.title, found.reason) if isinstance(found, Fast) else ("loop", found)
-    return title if experiment.engine.exact or not reason else f"{title}: {reason}"
+@dataclass
+class Trainers:
+    """The trainers of a node. Who does a kind of training is chosen once; who trained is counted in `trainings`.
 
+    job: the plainest training. loop: what takes over where a trainer fails, unless `engine.trainer` forces that one.
+    """
 
-@dataclass(frozen=True)
-class Fast:
-    """Kernels for one experiment's model, and the clients' samples as they take them."""
-
-    experiment: Experiment
+    job: Job
     task: Task
-    kernels: Kernels
-    reason: str = ""
-    """Why no faster ones train, that were allowed."""
-    _kept: Recent[int, tuple[Data, Data, Sequence[torch.Tensor | None]]] = field(
-        default_factory=lambda: Recent(KEPT), repr=False, compare=False
-    )
+    available: Sequence[Trainer]
+    loop: Loop
+    trainings: Trainings = field(default_factory=Trainings)
+    _chosen: dict[tuple[bool, bool], tuple[Choice, Choice]] = field(default_factory=dict)
+    _failed: set[str] = field(default_factory=set)
 
-    def covers(self, data: Data) -> bool:
-        """Whether a client with these labels can be trained."""
-        weights = class_weights(self.task.targets, data.y)
-        names = [t.name for t in self.task.targets]
-        return self.kernels.covers([data.y[name] for name in names], [weights.get(name) for name in names])
+    def choices(self, correction: bool = False, term: bool = False) -> tuple[Choice, Choice]:
+        """Who does a kind of training for clients whose labels are all known, and for the others; often the same."""
+        kind = correction, term
+        if (found := self._chosen.get(kind)) is None:
+            job = replace(self.job, correction=correction, term=term)
+            whole, part = (choose(replace(job, complete=complete), self.available) for complete in (True, False))
+            if whole == part:
+                part = whole
+            elif not allowed(job.experiment, "samples"):
+                whole, part = replace(whole, secret=True), replace(part, secret=True)
+            found = self._chosen[kind] = whole, part
+        return found
 
-    def member(self, data: Data, round_: int, client: int, plan: Local, epochs: int = 0) -> Member:
-        """A client for one training, as long as `plan` says or for so many epochs: the loop's batches in its order."""
-        steps, size = steps_of(plan, len(data), epochs), min(plan.batch_size, len(data))
-        rounds = -(-steps // -(-len(data) // size))
-        seed = self.experiment.run.seed
-        draws = (torch_generator(seed, "shuffle", round_, client, epoch) for epoch in range(rounds))
-        order = torch.stack([torch.randperm(len(data), generator=draw) for draw in draws])
-        kept = self._kept.get(client)
-        if kept is not None and kept[0] is data:
-            _, own, by_class = kept
-        else:
-            weights = class_weights(self.task.targets, data.y)
-            by_class = [weights.get(t.name) for t in self.task.targets]
-            own = Data(self.task.prepare(data.x), data.y)
-            if self.kernels.keeps_samples:
-                own = Data(own.x.contiguous(), data.y)
-                self._kept.put(client, (data, own, by_class), own.nbytes)
-        return Member(client, own.x, [own.y[t.name] for t in self.task.targets], by_class, order, size, steps)
+    def choice(self, data: Data, correction: bool = False, term: bool = False) -> Choice:
+        """Who does a kind of training for a client with this data."""
+        whole, part = self.choices(correction, term)
+        if whole is part:
+            return whole
+        complete = all(bool(t.known(data.y[t.name]).all()) for t in self.task.targets)
+        return whole if complete else part
 
-    def rates(self, round_: int, plan: Local, learns: Callable[[str], bool] | None = None) -> dict[str, float]:
-        """The learning rate of each array that learns in a round."""
-        names = list(self.kernels.network.shapes)
-        now = plan.lr * scheduled(plan, round_, self.experiment.run.rounds)
-        factors = rate_factors(plan, names)
-        learning = trained(self.experiment, names)
-        return {n: now * factors[n] for n in names if n in learning and (learns is None or learns(n))}
+    def train(self, model: nn.Module, training: Training) -> Trained:
+        """Train the model in place by who can do it; where a fast trainer fails, by the loop."""
+        choice = self.choice(training.data, training.correct is not None, training.term is not None)
+        try:
+            trained = choice.trainer.train(model, training)
+        except Exception as error:
+            if choice.trainer is self.loop:
+                raise
+            secret = choice.secret or not allowed(self.job.experiment, "errors")
+            choice = Choice(self.loop, (*choice.reasons, self._note(choice.trainer, error)), secret)
+            trained = self.loop.train(model, training)
+        self.count(choice)
+        return trained
 
-    def trained(self, member: Member, losses: Sequence[float]) -> Trained:
-        """What the loop would report of a member's training."""
-        samples, per = len(member.x), -(-len(member.x) // member.batch)
-        whole, rest = divmod(member.steps, per)
-        seen = whole * samples + min(rest * member.batch, samples)
-        names = [t.name for t in self.task.targets]
-        return Trained(member.steps, {name: loss / seen for name, loss in zip(names, losses, strict=True)})
+    def train_blocks(
+        self,
+        trainer: KernelTrainer,
+        start: Arrays,
+        blocks: Sequence[Sequence[Training]],
+        weights: Sequence[Sequence[Mapping[str, float]]],
+    ) -> tuple[list[list[Trained]], Sequence[Sums | None]]:
+        """As `KernelTrainer.train_blocks`; where it fails, no block has a sum. The caller counts what it takes of it."""
+        try:
+            return trainer.train_blocks(start, blocks, weights)
+        except Exception as error:
+            self._note(trainer, error)
+            return [[] for _ in blocks], [None] * len(blocks)
+
+    def count(self, choice: Choice, times: int = 1) -> None:
+        """Count trainings; as "undisclosed" where who trained is secret."""
+        trainer, reasons = (UNDISCLOSED, ()) if choice.secret else (choice.trainer.name, choice.reasons)
+        self.trainings.add(trainer, reasons, times)
+
+    def _note(self, trainer: Trainer, error: Exception) -> tuple[str, str]:
+        """Log that a trainer failed, the first time; what is counted of it. Raises the error if this trainer is forced."""
+        if self.loop not in self.available:
+            raise error
+        if trainer.name not in self._failed:
+            self._failed.add(trainer.name)
+            log.warning("%s failed, the training loop takes over: %s: %s", trainer.name, type(error).__name__, error)
+            log.debug("where %s failed", trainer.name, exc_info=error)
+        return trainer.name, f"it failed with {type(error).__name__}"

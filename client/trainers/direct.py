@@ -11,52 +11,47 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
-import numpy as np
 import torch
+from meadow.client.trainers.flat import FlatKernel
+from meadow.client.trainers.job import Job, beyond_plain_steps, first_of
+from meadow.client.trainers.kernel import Member, Result
 from meadow.client.trainers.layers import CrossEntropy, Descent, lowest, operations
-from meadow.client.trainers.network import Member, Network, Outcome, Sums, Unknown
+from meadow.client.trainers.network import Network
 from torch import Tensor
 
 from meadow.arrays.named import Arrays
-from meadow.config.schema import Local
-from meadow.native.sums import add_up, together
-from meadow.tasks.data import MISSING
+from meadow.config.schema import Experiment
 
-LANES = 16
-"""Arrays begin at multiples of 64 bytes, as torch's own do: kernels choose their path by alignment."""
 GATHERED = 2**22
 """Numbers of samples that are gathered at once."""
 
 
-class Direct:
-    """`meadow.client.trainers.network.Kernels` that are exact: a client's numbers do not depend on the others'. Raises
-    Unknown for targets other than one of classes."""
+class Direct(FlatKernel):
+    """A `meadow.client.trainers.kernel.Kernel` by torch's operations without autograd's tape."""
 
-    title = "direct"
-    blocks_at_once = 1
+    name = "direct"
     keeps_samples = False
 
-    def __init__(self, network: Network, plan: Local) -> None:
-        if len(network.targets) > 1 or network.targets[0].kind != "class":
-            raise Unknown("there is not one target of classes")
-        self.network = network
-        self._begins: dict[str, int] = {}
-        size = 0
-        for name, shape in network.shapes.items():
-            self._begins[name] = size
-            size += -(-math.prod(shape) // LANES) * LANES
+    def __init__(self, network: Network, experiment: Experiment) -> None:
         convolutions = {layer.weight for layer in network.layers if layer.kind == "conv"}
-        self._strides = {name: _strides(shape, name in convolutions) for name, shape in network.shapes.items()}
-        self._start, self._received = torch.zeros(size), Arrays()
-        self._start_views = self._views(self._start)
-        self._works = list[tuple[Tensor, dict[str, Tensor]]]()
-        self._sgd = Descent(plan)
+        super().__init__(network, {name: _inputs_last(network.shapes[name]) for name in convolutions})
+        self._sgd = Descent(experiment.local)
         self._operations = operations(network, self._sgd)
         self._loss = CrossEntropy(network.importance[0])
+        self._rates: Mapping[str, float] = {}
+        self._stop = 0
 
-    def covers(self, labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
-        """Whether all labels are known, and no class has a weight of its own."""
-        return weights[0] is None and not bool((labels[0] == MISSING).any())
+    @staticmethod
+    def why_not(job: Job) -> str:
+        device = job.experiment.engine.device
+        return beyond_plain_steps(job) or first_of(
+            {
+                f'engine.device = "{device}": it runs on the CPU': device != "cpu",
+                "it takes one target of classes, and others are learned": job.kinds != ("class",),
+                "the classes have weights": job.weighted,
+                "labels are missing": not job.complete,
+            }
+        )
 
     @torch.no_grad()
     def train(
@@ -65,54 +60,25 @@ class Direct:
         blocks: Sequence[Sequence[Member]],
         rates: Mapping[str, float],
         weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
-    ) -> Outcome:
-        """As `meadow.client.trainers.network.Kernels.train`."""
-        if start is not self._received:  # a node's blocks begin at the same arrays
-            for name, view in self._start_views.items():
-                view.copy_(torch.from_numpy(start[name]))
-            self._received = start
-        losses, arrays, totals = list[list[float]](), list[Arrays](), list[Sums | None]()
+    ) -> Result:
+        """As `meadow.client.trainers.kernel.Kernel.train`."""
         before = torch.get_float32_matmul_precision()
         try:
-            for number, block in enumerate(blocks):
-                if weights is None:
-                    for member in block:
-                        losses.append([self._member(member, rates, 0)])
-                        arrays.append({name: view.numpy().copy() for name, view in self._works[0][1].items()})
-                    continue
-                total, finite = np.empty(len(self._start)), True
-                at_once = together(len(self._start))
-                for begin in range(0, len(block), at_once):
-                    some = range(begin, min(begin + at_once, len(block)))
-                    losses += [[self._member(block[i], rates, i - begin)] for i in some]
-                    works = [work.numpy() for work, _ in self._works[: len(some)]]
-                    theirs = [weights[number][i] for i in some]
-                    finite &= add_up(total, works, theirs, self._begins, first=begin == 0)
-                views = self._views(torch.from_numpy(total))
-                totals.append({n: np.ascontiguousarray(v.numpy()) for n, v in views.items()} if finite else None)
+            return super().train(start, blocks, rates, weights)
         finally:
             torch.set_float32_matmul_precision(before)
-        return Outcome(losses, arrays, totals)
 
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        return {
-            name: flat.as_strided(self.network.shapes[name], self._strides[name], begin)
-            for name, begin in self._begins.items()
-        }
+    def _begin(self, members: Sequence[Member], rates: Mapping[str, float]) -> None:
+        self._rates, self._stop = rates, lowest(self._operations, rates)
 
-    def _member(self, member: Member, rates: Mapping[str, float], place: int) -> float:
-        """Train a client in the work at a place; the loss, summed over the samples seen."""
-        while len(self._works) <= place:
-            work = torch.zeros_like(self._start)
-            self._works.append((work, self._views(work)))
-        work, parameters = self._works[place]
-        if self._sgd.begin(self._start_views, parameters, rates):
+    def _train_one(self, member: Member, work: Tensor, parameters: dict[str, Tensor]) -> list[float]:
+        if self._sgd.begin(self._start_views, parameters, self._rates):
             work.copy_(self._start)
         x = member.x if self.network.image else member.x.flatten(1)
         windows = self.network.image and x.dim() == 3
         if windows:
             x = x.transpose(1, 2).contiguous()
-        stop = lowest(self._operations, rates)
+        stop = self._stop
         learning = list(enumerate(self._operations))[: stop - 1 if stop else None : -1]
         seen = []
         for at, y in islice(_batches(x, member.y[0], member.order, member.batch), member.steps):
@@ -125,7 +91,7 @@ class Direct:
                 back = operation.backward(back, i > stop)
             self._sgd.stepped()
             seen.append((len(y), loss))
-        return math.fsum(count * float(loss) for count, loss in seen)
+        return [math.fsum(count * float(loss) for count, loss in seen)]
 
 
 def _batches(x: Tensor, y: Tensor, orders: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -137,11 +103,10 @@ def _batches(x: Tensor, y: Tensor, orders: Tensor, size: int) -> Iterator[tuple[
             yield from zip(*(torch.split(each, size) for each in there), strict=True)
 
 
-def _strides(shape: Sequence[int], convolution: bool) -> tuple[int, ...]:
-    """Of an array that is whole in memory; the weights (out, in, ...) of a convolution have their inputs side by side."""
-    order = [0, *range(2, len(shape)), 1] if convolution else range(len(shape))
+def _inputs_last(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a convolution's weights (out, in, ...) whose inputs lie side by side."""
     found, at = [0] * len(shape), 1
-    for axis in reversed(order):
+    for axis in (1, *reversed(range(2, len(shape))), 0):
         found[axis] = at
         at *= shape[axis]
     return tuple(found)

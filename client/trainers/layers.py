@@ -4,8 +4,6 @@ Images lie by pixels (`channels_last`), and a sensor window is an image of one r
 normalisation are vectorised. `client/trainers/direct.py` trains with these.
 """
 
-import ctypes
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -16,7 +14,7 @@ from meadow.client.trainers.network import Layer, Network
 from torch import Tensor
 
 from meadow.config.schema import Local
-from meadow.native.build import NotCompiled, compiled
+from meadow.native import pooling
 from meadow.tasks.models.networks import BoundedFeatures
 from meadow.tasks.numerics import keeps_float32
 
@@ -212,45 +210,30 @@ class Pool(Operation):
     """The maximum of each window; windows do not overlap. Then ReLU, if that is what comes. By compiled code (`pooling.c`)
     where there is a compiler, else by torch, to the same bits."""
 
-    def __init__(self, layer: Layer, relu: bool = False) -> None:
+    def __init__(self, layer: Layer, relu: bool = False, native: bool = True) -> None:
         self._relu = Relu() if relu else None
         self._size, self._ceil, (c, *after) = list(layer.kernel), layer.ceil, layer.after
-        self._library = _pooling()
+        self._native = native and pooling.available()
         self._numbers = [*layer.before[1:], c, *after, *layer.kernel]
 
     def forward(self, x: Tensor) -> Tensor:
         self._x = x = x.contiguous(memory_format=torch.channels_last)
-        if self._library is None:
+        if not self._native:
             out, self._places = _pooled(x, self._size, self._size, [0, 0], [1, 1], self._ceil)
             return self._relu.forward(out) if self._relu else out
         _, _, c, h, w, *_ = self._numbers
         out, self._places = x.new_empty(len(x), h, w, c), torch.empty(len(x), h, w, c, dtype=torch.int32)
-        places, numbers = self._places.data_ptr(), (len(x), *self._numbers)
-        self._library.pool_forward(x.data_ptr(), out.data_ptr(), places, *numbers, self._relu is not None)
+        pooling.pool_forward(x, out, self._places, self._numbers, self._relu is not None)
         return out.permute(0, 3, 1, 2)
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
         back = back.contiguous(memory_format=torch.channels_last)
-        if self._library is None:
+        if not self._native:
             back = self._relu.backward(back, further) if self._relu else back
             return _pooled_back(back, self._x, self._size, self._size, [0, 0], [1, 1], self._ceil, self._places)  # type: ignore[no-any-return]
         found = torch.empty_like(self._x)
-        self._library.pool_backward(
-            back.data_ptr(), self._places.data_ptr(), found.data_ptr(), len(back), *self._numbers
-        )
+        pooling.pool_backward(back, self._places, found, self._numbers)
         return found
-
-
-@functools.cache
-def _pooling() -> ctypes.CDLL | None:
-    """The compiled `pooling.c`, where it can be had."""
-    try:
-        found = compiled("pooling.c")
-    except NotCompiled:
-        return None
-    for function, numbers in ((found.pool_forward, 9), (found.pool_backward, 8)):
-        function.restype, function.argtypes = None, [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * numbers]
-    return found
 
 
 class Flatten(Operation):

@@ -1,25 +1,16 @@
-"""What kernels faster than the training loop are given: a model as a list of layers that they know, and clients' samples.
-
-`client/trainers/fused.py` (CPU) and `client/trainers/stacked.py` (GPU) train these; `client/trainers/choose.py` decides
-when.
-"""
+"""A model as a list of layers that the kernels know (`client/trainers/kernel.py`), or the reason why it is none."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor, nn
+from torch import nn
 
-from meadow.arrays.named import Arrays
 from meadow.tasks.data import Target
 from meadow.tasks.features import Heads
 from meadow.tasks.models.multihead import Multihead
 from meadow.tasks.models.networks import FEATURE_NORM_SQUARED, BoundedFeatures, HalfOfTime, MeanAndMaximum
-
-Sums = dict[str, npt.NDArray[np.float64]]
 
 
 class Unknown(Exception):
@@ -68,60 +59,14 @@ class Network:
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
+    def windows(self) -> bool:
+        """Whether samples are sensor windows, (channels, time)."""
+        return self.image and len(self.shape) == 2
+
+    @property
     def heads(self) -> list[tuple[str, str]]:
         """State names of each head's weight and bias."""
         return [(f"heads.{t.name}.weight", f"heads.{t.name}.bias") for t in self.targets]
-
-
-@dataclass(frozen=True)
-class Member:
-    """A client as kernels take it. x: float32 (n, *shape); y of each target, int64 or float32 (n,); weights: of the classes
-    of each target that has any; order: int64 (epochs, n); `steps` steps of `batch` samples, but for the last of an epoch."""
-
-    client: int
-    x: Tensor
-    y: Sequence[Tensor]
-    weights: Sequence[Tensor | None]
-    order: Tensor
-    batch: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Of each member, block after block, the sum of each target's loss over the samples seen, and either what it has become,
-    or, where weights were given, the weighted sum of each block in float64, None if one of its members is not finite."""
-
-    losses: list[list[float]]
-    arrays: list[Arrays]
-    totals: Sequence[Sums | None] = ()
-
-
-class Kernels(Protocol):
-    """A network that is open for training, with the optimiser of `[local]`: SGD, momentum, weight decay."""
-
-    title: str
-    network: Network
-    blocks_at_once: int
-    keeps_samples: bool
-    """Whether a client's samples are best prepared once and kept."""
-
-    def covers(self, labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
-        """Whether clients with these labels and weights of classes, of each target, can be trained."""
-        ...
-
-    def train(
-        self,
-        start: Arrays,
-        blocks: Sequence[Sequence[Member]],
-        rates: Mapping[str, float],
-        weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
-    ) -> Outcome:
-        """Train each member from `start` at these learning rates by name; an array that has none does not learn.
-
-        At most `blocks_at_once` blocks. `weights`: of each member, by name, what it counts in its block's sum.
-        """
-        ...
 
 
 _ACTIVATIONS: dict[type[nn.Module], Literal["relu", "tanh"]] = {nn.ReLU: "relu", nn.Tanh: "tanh"}

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from meadow.client.trainers.network import Layer, Member, Network, Outcome, Unknown
+from meadow.client.trainers.job import Job, beyond_plain_steps, first_of
+from meadow.client.trainers.kernel import Member, Result
+from meadow.client.trainers.network import Layer, Network
 from torch import Tensor
 
 from meadow.arrays.named import Arrays
-from meadow.config.schema import Engine, Local
+from meadow.config.schema import Experiment
 from meadow.tasks.data import MISSING
 
 WARM_UP = 3
@@ -44,16 +46,15 @@ class Step:
 
 
 class Stacked:
-    """`meadow.client.trainers.network.Kernels` for a GPU; on a CPU too, for the tests. Raises Unknown for sensor windows."""
+    """A `meadow.client.trainers.kernel.Kernel` for a GPU; on a CPU too, if it is forced."""
 
-    title = "stacked"
+    name = "stacked"
     blocks_at_once = 10
     keeps_samples = True
 
-    def __init__(self, network: Network, plan: Local, engine: Engine) -> None:
-        if network.image and len(network.shape) == 2:
-            raise Unknown("sensor windows are not among what is stacked")
-        self.network, self._plan = network, plan
+    def __init__(self, network: Network, experiment: Experiment) -> None:
+        engine = experiment.engine
+        self.network, self._plan = network, experiment.local
         self._device = torch.device(engine.device)
         self._half = engine.precision == "bfloat16"
         self._x: Tensor | None = None
@@ -61,9 +62,17 @@ class Stacked:
         self._places: dict[int, tuple[Tensor, int]] = {}
         self._kept: dict[tuple[int, int, bool], tuple[Step, Callable[[], None]]] = {}
 
-    def covers(self, labels: Sequence[Tensor], weights: Sequence[Tensor | None]) -> bool:
-        """All clients."""
-        return True
+    @staticmethod
+    def why_not(job: Job) -> str:
+        engine, network = job.experiment.engine, job.network
+        auto, windows = engine.trainer == "auto", not isinstance(network, str) and network.windows
+        return beyond_plain_steps(job) or first_of(
+            {
+                f'engine.device = "{engine.device}": it is for a GPU': auto and engine.device == "cpu",
+                "engine.exact = true": auto and engine.exact,
+                "sensor windows are not among what is stacked": windows,
+            }
+        )
 
     def train(
         self,
@@ -71,8 +80,8 @@ class Stacked:
         blocks: Sequence[Sequence[Member]],
         rates: Mapping[str, float],
         weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
-    ) -> Outcome:
-        """As `meadow.client.trainers.network.Kernels.train`."""
+    ) -> Result:
+        """As `meadow.client.trainers.kernel.Kernel.train`."""
         members = [member for block in blocks for member in block]
         self._store(members)
         step, run = self._step(members)
@@ -209,12 +218,12 @@ class Stacked:
 
     def _outcome(
         self, step: Step, sizes: Sequence[int], weights: Sequence[Sequence[Mapping[str, float]]] | None
-    ) -> Outcome:
+    ) -> Result:
         losses = step.losses.cpu().tolist()
         whole = {name: value.detach() for name, value in step.parameters.items()}
         if weights is None:
             rows = {name: value.cpu().numpy() for name, value in whole.items()}
-            return Outcome(losses, [{n: value[i].copy() for n, value in rows.items()} for i in range(sum(sizes))])
+            return Result(losses, [{n: value[i].copy() for n, value in rows.items()} for i in range(sum(sizes))])
         totals = []
         begin = 0
         for size, given in zip(sizes, weights, strict=True):
@@ -226,7 +235,7 @@ class Stacked:
                 weight = torch.tensor([each[name] for each in given], dtype=torch.float64, device=self._device)
                 total[name] = torch.tensordot(weight, value.double(), 1).cpu().numpy()
             totals.append(total if finite else None)
-        return Outcome(losses, [], totals)
+        return Result(losses, [], totals)
 
 
 def _stacked_weights(members: Sequence[Member]) -> list[Tensor | None]:

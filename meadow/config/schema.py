@@ -530,6 +530,9 @@ class Engine(Section):
         True,
         description="A client's bits depend on itself alone; false: faster kernels where they fit (docs/speed.md).",
     )
+    trainer: Literal["auto", "loop", "direct", "fused", "stacked"] = Field(
+        "auto", description="Who trains clients: the fastest that can, or this one (docs/speed.md)."
+    )
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where those kernels run.")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the products on a GPU; parameters and their steps are float32."

@@ -1,4 +1,4 @@
-"""Running experiments from Python: `run` is `meadow run`, `run_many` is what compare and sweep are made of."""
+"""Running experiments from Python: `run`, `compare`, `sweep` and `plan`, which the commands of these names call."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,10 @@ from typing import Any
 from meadow.client.loop.anchors import teacher
 from meadow.config.load import apply, flatten, read_tree, resolve
 from meadow.config.schema import Experiment
+from meadow.experiments.compare import METHODS, Job, methods_jobs, sweep_jobs, values_of
 from meadow.experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
+from meadow.experiments.plan import plan as costs_of
+from meadow.runtime.errors import UserError
 from meadow.server.cohorts import read_schedule
 from meadow.server.folder import check_folder
 from meadow.server.protection import protection
@@ -45,14 +48,7 @@ class Summary:
     privacy: dict[str, Any]
     folds: int = 0
     metrics_std: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run to do, or a cross-validation's runs: an experiment and its folder."""
-
-    experiment: Experiment
-    folder: Path
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 def run(
@@ -60,20 +56,124 @@ def run(
     *,
     out: Path | str | None = None,
     resume: bool = False,
+    watch: Watch | None = None,
     **overrides: Any,
 ) -> Summary:
     """Run one experiment: a preset's name, a TOML file or a mapping; the same as `meadow run`.
 
-    `overrides` are dotted keys, `run("fedavg", **{"run.rounds": 3})`, or sections, `run("fedavg", run={"rounds": 3})`.
-    `out` is the run folder (default `runs/NAME-TIME`). Raises UserError if the input is wrong. A run that ends early
-    returns its summary with status "stopped" and the reason.
+    >>> small = {"engine": {"name": "inline"}, "partition": {"clients": 4}}
+    >>> summary = run("fedavg", run={"rounds": 2}, **small)
+    >>> summary.status, summary.rounds
+    ('done', 2)
+    >>> sorted(summary.metrics["global"])
+    ['digit']
+
+    overrides: sections, as above, or dotted keys, `**{"run.rounds": 2}`. out: the run folder, by default
+    `runs/NAME-TIME`; the report is `report.html` in it. resume: go on with the run in `out` from its last checkpoint.
+    Raises UserError if the input is wrong. A run that ends early returns its summary with status "stopped" and the reason.
     """
+    resolved = _resolved(experiment, overrides)
+    folder = _folder(out, resume, resolved.run.name)
+    return _run_and_report([Job(resolved, folder)], folder, resume, watch)[0]
+
+
+def compare(
+    experiment: str | Path | Mapping[str, Any] | None = None,
+    *,
+    methods: Sequence[str] = METHODS,
+    seeds: int = 3,
+    out: Path | str | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+    **overrides: Any,
+) -> list[Summary]:
+    """Run several methods on the same data, splits and seeds; the same as `meadow compare`.
+
+    >>> small = {"engine": {"name": "inline"}, "partition": {"clients": 4}}
+    >>> summaries = compare(methods=["local", "fedavg"], seeds=1, run={"rounds": 2}, **small)
+    >>> [(summary.name, summary.status) for summary in summaries]
+    [('local', 'done'), ('fedavg', 'done')]
+    >>> summaries[0].split_sha256 == summaries[1].split_sha256
+    True
+
+    experiment: what the methods share, as in `run`. methods: presets, whose values go over it; overrides go over both. The
+    summaries are in order of seed, then method. The folder, by default `runs/compare-TIME`, has a folder for each run, and
+    one report of all. Raises UserError if the input is wrong.
+    """
+    folder = _folder(out, resume, "compare")
+    base = {} if experiment is None else read_tree(experiment)
+    return _run_and_report(methods_jobs(base, methods, _flat(overrides), seeds, folder), folder, resume, watch)
+
+
+def sweep(
+    experiment: str | Path | Mapping[str, Any],
+    *,
+    seeds: int = 1,
+    out: Path | str | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+    **overrides: Any,
+) -> list[Summary]:
+    """Run an experiment for every combination of the settings that are given several values; the same as `meadow sweep`.
+
+    >>> small = {"engine": {"name": "inline"}, "partition": {"clients": 4}}
+    >>> summaries = sweep("fedavg", local={"lr": [0.01, 0.1]}, run={"rounds": 2}, **small)
+    >>> [summary.name for summary in summaries]
+    ['lr-0.01', 'lr-0.1']
+
+    overrides: as in `run`, but a list is several values, and so is a text as the command takes it, "0.01,0.1"; of a setting
+    that is a list itself (`task.targets`), a list of lists is. The rest is as in `compare`; the folder is by default
+    `runs/sweep-TIME`. Raises UserError if the input is wrong, or if no setting has several values.
+    """
+    folder = _folder(out, resume, "sweep")
+    axes = {key: values_of(key, value) for key, value in _flat(overrides).items()}
+    return _run_and_report(sweep_jobs(read_tree(experiment), axes, seeds, folder), folder, resume, watch)
+
+
+def plan(experiment: str | Path | Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+    """What a run would cost, before it runs; the same as `meadow plan`.
+
+    >>> costs = plan("fedavg", run={"rounds": 2}, partition={"clients": 4})
+    >>> costs["rounds"], costs["cohort"], costs["bytes_up"] == costs["bytes_down"]
+    (2, 4, True)
+
+    `meadow.experiments.plan.plan` says what the dictionary holds. Raises UserError as `run` would.
+    """
+    return costs_of(_resolved(experiment, overrides))
+
+
+def _resolved(experiment: str | Path | Mapping[str, Any], overrides: Mapping[str, Any]) -> Experiment:
+    return resolve(apply(read_tree(experiment), _flat(overrides).items()))
+
+
+def _flat(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides by dotted key, whether they were given so or as sections."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
         flat |= dict(flatten({key: value})) if isinstance(value, Mapping) else {key: value}
-    resolved = resolve(apply(read_tree(experiment), flat.items()))
-    folder = Path(out) if out else default_folder(resolved.run.name)
-    return run_many([Job(resolved, folder)], resume)[0]
+    return flat
+
+
+def _folder(out: Path | str | None, resume: bool, name: str) -> Path:
+    """The folder to write. Raises UserError if it cannot be `out`."""
+    if out is None and resume:
+        raise UserError("--resume needs --out DIR: the folder of the run to go on with")
+    if out is None:
+        return default_folder(name)
+    folder = Path(out)
+    if (above := next(p for p in (folder, *folder.parents) if p.exists())).is_file():
+        raise UserError(f"--out {out}: {above} is a file; name a folder")
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--out {out}: it exists; add --resume to go on with what is there, or name another folder")
+    return folder
+
+
+def _run_and_report(jobs: Sequence[Job], folder: Path, resume: bool, watch: Watch | None) -> list[Summary]:
+    from meadow.experiments.report import write_report  # it imports the libraries that draw: later than the run starts
+
+    summaries = run_many(jobs, resume, watch)
+    write_report([folder], folder / "report.html")
+    return summaries
 
 
 def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = None) -> list[Summary]:

@@ -50,22 +50,18 @@ def run(
     json_: Json = False,
 ) -> None:
     """One run: a preset's name or a TOML file, then dotted overrides."""
-    resolved = load(experiment, [*(overrides or []), *_engine_overrides(engine, workers)])
-    _warm_up(resolved)
-    from meadow.experiments.api import Job, default_folder, exit_status, run_many
-    from meadow.experiments.folds import in_folds
-
-    folder = _folder(out, resume, default_folder(resolved.run.name))
-    summary = run_many([Job(resolved, folder)], resume, _watch(_console(json_), quiet))[0]
-
+    changes = [*(overrides or []), *_engine_overrides(engine, workers)]
+    _warm_up(load(experiment, changes))
+    from meadow.experiments import api
     from meadow.experiments.ranking import ranking_table
-    from meadow.experiments.report import write_report
     from meadow.experiments.results import find_runs
 
-    report = write_report([folder], folder / "report.html")
-    table = ranking_table(find_runs([folder])) if in_folds(resolved) else None
-    _close(quiet, json_, json.loads((folder / "summary.json").read_text()), table, report, [summary])
-    raise typer.Exit(exit_status([summary]))
+    watch = _watch(_console(json_), quiet)
+    summary = api.run(experiment, out=out, resume=resume, watch=watch, **dict(map(parse_override, changes)))
+    table = ranking_table(find_runs([summary.folder])) if summary.folds else None
+    found = json.loads((summary.folder / "summary.json").read_text())
+    _close(quiet, json_, found, table, summary.folder, [summary])
+    raise typer.Exit(api.exit_status([summary]))
 
 
 @app.command()
@@ -82,17 +78,19 @@ def compare(
     json_: Json = False,
 ) -> None:
     """The same data, splits and seeds under several methods, and one report."""
-    from meadow.experiments.api import default_folder
-    from meadow.experiments.compare import METHODS, methods_jobs
+    from meadow.experiments import api
+    from meadow.experiments.compare import METHODS
 
     given = list(overrides or [])
     if "=" in experiment:  # the experiment may be left out
         given, experiment = [experiment, *given], ""
-    folder = _folder(out, resume, default_folder("compare"))
-    names = [m.strip() for m in methods.split(",")] if methods else list(METHODS)
-    base: Tree = read_tree(experiment) if experiment else {}
-    jobs = methods_jobs(base, names, [*given, *_engine_overrides(engine, workers)], seeds, folder)
-    _run_group(jobs, folder, resume, quiet, json_)
+    names = [m.strip() for m in methods.split(",")] if methods else METHODS
+    changes = dict(map(parse_override, [*given, *_engine_overrides(engine, workers)]))
+    watch = _watch(_console(json_), quiet)
+    summaries = api.compare(
+        experiment or None, methods=names, seeds=seeds, out=out, resume=resume, watch=watch, **changes
+    )
+    _close_group(summaries, quiet, json_)
 
 
 @app.command()
@@ -108,23 +106,27 @@ def sweep(
     json_: Json = False,
 ) -> None:
     """A grid of runs, KEY=V1,V2 for each axis, and one report."""
-    from meadow.experiments.api import default_folder
-    from meadow.experiments.compare import sweep_jobs
+    from meadow.experiments import api
 
-    folder = _folder(out, resume, default_folder("sweep"))
-    jobs = sweep_jobs(read_tree(experiment), [*(overrides or []), *_engine_overrides(engine, workers)], seeds, folder)
-    _run_group(jobs, folder, resume, quiet, json_)
+    changes = [*(overrides or []), *_engine_overrides(engine, workers)]
+    axes = {parse_override(text)[0]: text.partition("=")[2] for text in changes}
+    watch = _watch(_console(json_), quiet)
+    _close_group(api.sweep(experiment, seeds=seeds, out=out, resume=resume, watch=watch, **axes), quiet, json_)
 
 
 @app.command()
 def plan(experiment: Name, overrides: Overrides = None, json_: Json = False) -> None:
     """What a run would cost, before it runs: steps and bytes."""
-    from meadow.experiments.plan import plan as make_plan
+    from meadow.experiments import api
 
-    costs = make_plan(load(experiment, overrides or []))
+    costs = api.plan(experiment, **dict(map(parse_override, overrides or [])))
     if json_:
         typer.echo(json.dumps(costs, indent=2))
         return
+    for kind in costs.pop("training"):
+        typer.echo(f"{'trainer':22} {kind['trainer']}")
+        for name, reason in kind["passed_over"].items():
+            typer.echo(f"{f'  not {name}':22} {reason}")
     for name, value in costs.items():
         parts = value.items() if isinstance(value, dict) else [("", value)]
         for part, number in parts:
@@ -279,21 +281,19 @@ def _open(experiment: Experiment) -> None:
         initial_state(settle(experiment))
 
 
-def _run_group(jobs: Sequence[Any], folder: Path, resume: bool, quiet: bool, as_json: bool) -> None:
-    from meadow.experiments.api import exit_status, run_many
+def _close_group(summaries: Sequence[Any], quiet: bool, as_json: bool) -> None:
+    from meadow.experiments.api import exit_status
     from meadow.experiments.ranking import ranking, ranking_table
-    from meadow.experiments.report import write_report
     from meadow.experiments.results import find_runs
 
-    summaries = run_many(jobs, resume, _watch(_console(as_json), quiet))
-    page = write_report([folder], folder / "report.html")
+    folder = summaries[0].folder.parent
     runs = find_runs([folder])
     result = {"ranking": ranking(runs), "runs": [asdict(s) | {"folder": str(s.folder)} for s in summaries]}
-    _close(quiet, as_json, result, ranking_table(runs), page, summaries)
+    _close(quiet, as_json, result, ranking_table(runs), folder, summaries)
     raise typer.Exit(exit_status(summaries))
 
 
-def _close(quiet: bool, as_json: bool, result: object, table: object, report: Path, summaries: Sequence[Any]) -> None:
+def _close(quiet: bool, as_json: bool, result: object, table: object, folder: Path, summaries: Sequence[Any]) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
     console = _console(as_json)
@@ -303,7 +303,10 @@ def _close(quiet: bool, as_json: bool, result: object, table: object, report: Pa
     if not quiet:
         if table is not None:
             console.print(table)
-        console.print(f"report: {report}", soft_wrap=True)
+        for summary in summaries:
+            counts = ", ".join(f"{name} {count:,}" for name, count in summary.engine.get("training", {}).items())
+            console.print(f"{summary.name}: trainings by {counts or 'nobody'}", soft_wrap=True)
+        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def _watch(console: Console, quiet: bool) -> Any:
@@ -317,16 +320,6 @@ def _watch(console: Console, quiet: bool) -> Any:
 
 def _console(as_json: bool) -> Console:
     return Console(stderr=as_json)
-
-
-def _folder(out: Path | None, resume: bool, default: Path) -> Path:
-    if out is None and resume:
-        raise UserError("--resume needs --out DIR: the folder of the run to go on with")
-    if out is not None and (above := next(p for p in (out, *out.parents) if p.exists())).is_file():
-        raise UserError(f"--out {out}: {above} is a file; name a folder")
-    if out is not None and not resume and out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: it exists; add --resume to go on with what is there, or name another folder")
-    return out or default
 
 
 def _engine_overrides(engine: str | None, workers: int | None) -> list[str]:

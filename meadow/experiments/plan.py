@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from meadow.arrays.named import nbytes
-from meadow.client.trainers.choose import fast, told
+from meadow.client.rehearsal import forecast
 from meadow.config.cohort import draw_cohort
 from meadow.config.schema import Experiment
 from meadow.experiments.folds import fold_runs
@@ -15,7 +15,6 @@ from meadow.server.session import setup
 from meadow.strategies import algorithm, make_strategy
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.roles import roles_of
-from meadow.tasks.features import view
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task, settle
 
@@ -63,7 +62,10 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
         "steps": sum(steps[c] for cohort in cohorts for c in cohort),
         "bytes_up": shared * asked,
         "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
-        "training": told(experiment, fast(experiment, view(task, model, parts.trunk_is_frozen))),
+        "training": [
+            {"trainer": choice.trainer.name, "passed_over": dict(choice.reasons)}
+            for choice in forecast(experiment, task, model, parts, half.client, beside)
+        ],
         "privacy": _privacy(experiment),
     }
 

@@ -1,54 +1,190 @@
-"""C files of the rooms, compiled at first use by the machine's own compiler (`cc`), and kept in `~/.cache/meadow` (or
-`$XDG_CACHE_HOME/meadow`) under a hash of source, flags, compiler and processor."""
+"""Compiled code: the C files of this folder, built when Meadow is installed, at first use, or not at all.
+
+`compiled` looks for a library that fits this processor, in turn
+
+1. in `built/` beside the C files: what an installation from source left there (`setup.py`, `deploy/Dockerfile`);
+2. in `~/.cache/meadow` (or `$XDG_CACHE_HOME/meadow`): what an earlier first use left there;
+
+and else compiles it into the second place, if there is a C compiler (`cc`, or `$CC`): GCC 12, Clang 15 or a later one. Where
+there is none, callers use NumPy or torch instead.
+
+A library's name says for which processor it was built: for exactly one kind (`native`), or for a level of x86-64 that
+many have (`portable`), which is what goes into an image. The two may differ in the last bits of `fused.c` (it rounds products
+and sums apart or together, as the processor likes it); the other files give the same bits however they are built.
+
+Flower lets no C file into an app bundle. Code that runs from a bundle takes the libraries of the Meadow that is installed
+beside it, or of the folder `$MEADOW_NATIVE`. They fit only if they were built from the very sources that SOURCES names: the
+code hash, which server and nodes compare, covers these hashes. `MEADOW_NATIVE=off`: no compiled code is used.
+"""
 
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+from meadow.native.sources import SOURCES
+
+BUILT = "built"
+"""The folder beside the C files in which an installation leaves libraries."""
+FLAGS = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 """None of them lets the compiler reorder sums: the order is that of the source."""
+OWN_FLAGS = {
+    # Without the two passes that move loads between the branches of a function, compiling takes a quarter of the time.
+    "fused.c": ("-fno-signed-zeros", "-fno-gcse", "-fno-gcse-after-reload"),
+    "noise.c": ("-ffp-contract=off",),
+    "pooling.c": (),
+    "sums.c": ("-ffp-contract=off",),
+}
 
 
 class NotCompiled(Exception):
     """Why there is no compiled form of a file on this machine."""
 
 
-def compiled(file: str, *flags: str) -> ctypes.CDLL:
-    """The compiled form of a C file of this folder, with these flags beside FLAGS. Raises NotCompiled where it cannot
-    be had."""
-    source = Path(__file__).with_name(file)
+@dataclass(frozen=True)
+class Target:
+    """A kind of processor: its name in a library's, the compiler's flags, and what /proc/cpuinfo must list."""
+
+    name: str
+    flags: tuple[str, ...]
+    needs: frozenset[str] = frozenset()
+
+
+_V3 = frozenset(("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm", "aes"))
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "vaes"}
+PORTABLE = (
+    Target("x86-64-v4", ("-march=x86-64-v4", "-maes", "-mvaes", "-mprefer-vector-width=512"), _V4),
+    Target("x86-64-v3", ("-march=x86-64-v3", "-maes"), _V3),
+)
+
+
+def compiled(file: str, folders: Iterable[Path] = ()) -> ctypes.CDLL:
+    """The library of a C file. Raises NotCompiled where it cannot be had.
+
+    folders: where to look for the C file and for what was built of it; empty: here, then where Meadow is installed.
+    """
+    if os.environ.get("MEADOW_NATIVE") == "off":
+        raise NotCompiled("MEADOW_NATIVE = off")
+    source, cache = None, _cache()
+    for folder in folders or _folders():
+        source = source or _source(folder, file)
+        for target in targets():
+            for place in (folder / BUILT, cache):
+                if (found := _loaded(place / library_name(file, target))) is not None:
+                    return found
+    if source is None:
+        raise NotCompiled(f"{file} is neither beside the code nor in an installation of the same code")
+    found = _loaded(build(source, cache, native()))
+    if found is None:
+        raise NotCompiled(f"{file} was compiled but cannot be loaded here")
+    return found
+
+
+def build(source: Path, folder: Path, target: Target) -> Path:
+    """Compile a C file into a folder. Raises NotCompiled with the compiler's reason."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise NotCompiled("there is no C compiler (cc)")
-    if not source.exists():  # Flower lets no C file in an app bundle
-        raise NotCompiled(f"{source.name} is not in the app bundle")
-    about = _about(compiler) + repr((FLAGS + flags, _processor())).encode()
-    key = hashlib.sha256(source.read_bytes() + about).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meadow"
-    built = folder / f"{source.stem}-{key}.so"
+    library = folder / library_name(source.name, target)
+    made = library.with_suffix(f".{os.getpid()}")
+    flags = (*FLAGS, *OWN_FLAGS[source.name], *target.flags)
     try:
-        if not built.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            made = built.with_suffix(f".{os.getpid()}")
-            command = [compiler, *FLAGS, *flags, "-o", str(made), str(source), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                reason = (done.stderr.strip() or "no reason").splitlines()[-1]
-                raise NotCompiled(f"{source.name} does not compile here: {reason}")
-            made.replace(built)  # several workers may compile it at once; each result is whole
-        return ctypes.CDLL(str(built))
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
-        raise NotCompiled(f"{source.name} cannot be built or loaded here: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            [compiler, *flags, "-o", str(made), str(source), "-lm"], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or [
+                done.stderr.strip() or "no reason"
+            ]
+            raise NotCompiled(f"{source.name} does not compile here (GCC 12 or Clang is needed): {lines[0]}")
+        made.replace(library)  # several processes may compile it at once; each result is whole
+    except OSError as error:
+        raise NotCompiled(f"{source.name} cannot be compiled here: {error}") from error
+    return library
+
+
+def build_all(folder: Path, chosen: Iterable[Target]) -> list[str]:
+    """Compile all C files for all targets into a folder; returns why some could not be. Raises nothing."""
+
+    def one(job: tuple[str, Target]) -> str:
+        try:
+            build(Path(__file__).with_name(job[0]), folder, job[1])
+        except NotCompiled as reason:
+            return str(reason)
+        return ""
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [reason for reason in pool.map(one, [(file, t) for t in chosen for file in SOURCES]) if reason]
+
+
+def targets() -> Iterator[Target]:
+    """What this processor can run, the best first."""
+    yield native()
+    have = _features()
+    yield from (target for target in PORTABLE if target.needs <= have)
 
 
 @functools.cache
-def _about(compiler: str) -> bytes:
-    return subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+def native() -> Target:
+    """This processor alone. Its name is a hash of what `-march=native` depends on."""
+    return Target(f"native-{hashlib.sha256(_processor().encode()).hexdigest()[:12]}", ("-march=native",))
+
+
+def library_name(file: str, target: Target) -> str:
+    """The name of a C file's library: it changes with the source, the flags and the processor."""
+    key = hashlib.sha256(repr((SOURCES[file], FLAGS, OWN_FLAGS[file], target.flags)).encode()).hexdigest()[:16]
+    return f"{Path(file).stem}-{target.name}-{key}.so"
+
+
+def _loaded(library: Path) -> ctypes.CDLL | None:
+    """A library, if it is there and this system can load it (one built elsewhere may want a newer C library)."""
+    try:
+        return ctypes.CDLL(str(library)) if library.exists() else None
+    except OSError:
+        return None
+
+
+def _source(folder: Path, file: str) -> Path | None:
+    """The C file in a folder, if it is the one that belongs to this code."""
+    path = folder / file
+    try:
+        return path if hashlib.sha256(path.read_bytes()).hexdigest() == SOURCES[file] else None
+    except OSError:
+        return None
+
+
+def _folders() -> Iterator[Path]:
+    """Where C files and what an installation built of them may be: here, where the environment says, where Meadow is
+    installed. A library's name has the source's hash in it, so that what is found belongs to this code."""
+    yield Path(__file__).parent
+    if given := os.environ.get("MEADOW_NATIVE"):
+        yield Path(given)
+    try:
+        installed = metadata.distribution("meadow")
+    except metadata.PackageNotFoundError:
+        return
+    yield Path(str(installed.locate_file("meadow/native")))
+    url = str(json.loads(installed.read_text("direct_url.json") or "{}").get("url", ""))
+    if url.startswith("file://"):  # an editable installation
+        yield Path(url.removeprefix("file://")) / "meadow" / "native"
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meadow"
+    except RuntimeError as error:
+        raise NotCompiled(f"there is no home folder: {error}") from error
 
 
 @functools.cache
@@ -59,3 +195,14 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
+
+
+def _features() -> set[str]:
+    return {word for line in _processor().splitlines() if line.startswith("flags") for word in line.split()}
+
+
+if __name__ == "__main__":  # python -m meadow.native.build native|portable [FOLDER]
+    where = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / BUILT
+    failed = build_all(where, PORTABLE if sys.argv[1:2] == ["portable"] else [native()])
+    print("\n".join(failed) or f"compiled into {where}")
+    sys.exit(bool(failed))

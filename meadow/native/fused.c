@@ -8,7 +8,16 @@
      image   [c][h][w][sample]: the samples of a pixel are neighbours, so a row of an image is one long vector that a
              convolution shifts by n floats for a pixel, and nothing is wasted on narrow images
 
-   Rows of linear weights are padded with zeros to a multiple of 16 too; they stay zeros, since what they meet is zero. */
+   Rows of linear weights are padded with zeros to a multiple of 16 too; they stay zeros, since what they meet is zero.
+
+   A Net belongs to one thread at a time. Layer, Head and Plan are declared a second time in meadow/native/fused.py, field by
+   field; fused_sizes lets it compare. Needs GCC 12 or Clang (__builtin_shufflevector). */
+
+#if !defined(__has_builtin)
+#error "needs GCC 12 or Clang"
+#elif !__has_builtin(__builtin_shufflevector)
+#error "needs GCC 12 or Clang"
+#endif
 
 #include <float.h>
 #include <math.h>
@@ -18,6 +27,12 @@
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
+/* A function with many tiles in it, of which the compiler makes no second copy for some constant argument. */
+#if defined(__clang__)
+#define LARGE static __attribute__((noinline))
+#else
+#define LARGE static __attribute__((noinline, noclone))
+#endif
 #define ROUND(x) (((x) + LANES - 1) / LANES * LANES)
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -159,7 +174,7 @@ INLINE void forward_tile(const int rows, const int outs, const float *x, const f
     if (rows * outs > LANES) store(got + LANES, sums(acc + LANES));
 }
 
-static void linear_forward(const float *x, int64_t in, const float *w, const float *b, float *y, int64_t out, int64_t n,
+LARGE void linear_forward(const float *x, int64_t in, const float *w, const float *b, float *y, int64_t out, int64_t n,
                            int64_t act) {
     int64_t xs = ROUND(in), ys = ROUND(out);
     for (int64_t j = 0; j < out; j += SIDE)
@@ -206,7 +221,7 @@ INLINE void back_tile(const int rows, const int wide, const float *dy, int64_t y
         for (int r = 0; r < wide; r++) store(dx + q * xs + r * LANES, acc[q][r]);
 }
 
-static void linear_back(const float *dy, const float *w, float *dx, int64_t in, int64_t out, int64_t n, int add) {
+LARGE void linear_back(const float *dy, const float *w, float *dx, int64_t in, int64_t out, int64_t n, int add) {
     int64_t xs = ROUND(in), ys = ROUND(out);
     for (int64_t i = 0; i < xs; i += SIDE * LANES)
         for (int64_t s = 0; s < n; s += SIDE) {
@@ -233,16 +248,30 @@ INLINE void update_tile(const int rows, const int wide, const float *dy, int64_t
 #pragma GCC unroll 5
             for (int r = 0; r < wide; r++) acc[q][r] += dy[s * ys + q] * c[r];
     }
+    if (step.decay == 0 && step.momentum == 0) {
+#pragma GCC unroll 5
+        for (int q = 0; q < rows; q++)
+#pragma GCC unroll 5
+            for (int r = 0; r < wide; r++) {
+                int64_t at = q * xs + r * LANES;
+                store(w + at, load(from + at) - step.rate * acc[q][r]);
+            }
+        return;
+    }
+    /* Out of the registers, so that the rest is a loop: unrolled, its conditions would be half of all the code. */
+    float got[SIDE * SIDE * LANES];
 #pragma GCC unroll 5
     for (int q = 0; q < rows; q++)
 #pragma GCC unroll 5
-        for (int r = 0; r < wide; r++) {
-            int64_t at = q * xs + r * LANES;
-            step_vec(from + at, w + at, m + at, acc[q][r], step);
-        }
+        for (int r = 0; r < wide; r++) store(got + (q * wide + r) * LANES, acc[q][r]);
+#pragma GCC unroll 1
+    for (int i = 0; i < rows * wide; i++) {
+        int64_t at = i / wide * xs + i % wide * LANES;
+        step_vec(from + at, w + at, m + at, load(got + i * LANES), step);
+    }
 }
 
-static void linear_update(const float *dy, const float *x, const float *from, float *w, float *m, int64_t in, int64_t out,
+LARGE void linear_update(const float *dy, const float *x, const float *from, float *w, float *m, int64_t in, int64_t out,
                           int64_t n, Step step) {
     int64_t xs = ROUND(in), ys = ROUND(out);
     for (int64_t i = 0; i < xs; i += SIDE * LANES)
@@ -266,14 +295,15 @@ static void bias_update(const float *dy, const float *from, float *b, float *m, 
 
 /* --- convolutions, stride 1 ------------------------------------------------------------------------------------------- */
 
-/* One row of `chans` output channels, `wide` vectors of it. x: the first input row, of channels `plane` floats apart. */
+/* One row of `chans` output channels, `wide` vectors of it. x: the first input row, of channels `plane` floats apart. all: -1,
+   or 0 if only what is above 0 is let through. */
 INLINE void conv_tile(const int chans, const int wide, const float *x, int64_t plane, int64_t row, int64_t n, int64_t c,
-                      int64_t kh, int64_t kw, const float *w, const float *b, float *y, int64_t yplane, int64_t act) {
+                      int64_t kh, int64_t kw, const float *w, const float *b, float *y, int64_t yplane, int32_t all) {
     vec acc[6][4];
 #pragma GCC unroll 6
     for (int q = 0; q < chans; q++)
 #pragma GCC unroll 4
-        for (int r = 0; r < wide; r++) acc[q][r] = b ? spread(b[q]) : (vec){0};
+        for (int r = 0; r < wide; r++) acc[q][r] = spread(b[q]);
     int64_t k = c * kh * kw;
     for (int64_t i = 0; i < c; i++)
         for (int64_t u = 0; u < kh; u++) {
@@ -293,23 +323,24 @@ INLINE void conv_tile(const int chans, const int wide, const float *x, int64_t p
 #pragma GCC unroll 4
         for (int r = 0; r < wide; r++) {
             vec o = acc[q][r];
-            if (act == RELU) o = (vec)((ivec)o & (o > 0));
-            store(y + q * yplane + r * LANES, o);
+            store(y + q * yplane + r * LANES, (vec)((ivec)o & ((o > 0) | all)));
         }
 }
 
 /* y[oc][oh][ow n] of x[c][oh + kh - 1][(ow + kw - 1) n], whose rows are `row` floats apart. */
-static void conv(const float *x, int64_t row, int64_t c, const float *w, const float *b, int64_t kh, int64_t kw, float *y,
+LARGE void conv(const float *x, int64_t row, int64_t c, const float *w, const float *b, int64_t kh, int64_t kw, float *y,
                  int64_t oc, int64_t oh, int64_t ow, int64_t n, int64_t act) {
+    static const float none[6] = {0};
     int64_t yrow = ROUND(ow * n), plane = (oh + kh - 1) * row;
+    int32_t all = act == RELU ? 0 : -1;
     for (int64_t r = 0; r < oh; r++)
         for (int64_t o = 0; o < oc; o += 6) {
             int chans = (int)(oc - o < 6 ? oc - o : 6);
             for (int64_t t = 0; t < yrow; t += 4 * LANES) {
                 int wide = (int)((yrow - t) / LANES < 4 ? (yrow - t) / LANES : 4);
 #define TILE(q, e)                                                                                                      \
-    conv_tile(q, e, x + r * row + t, plane, row, n, c, kh, kw, w + o * c * kh * kw, b ? b + o : 0,                       \
-              y + (o * oh + r) * yrow + t, oh * yrow, act)
+    conv_tile(q, e, x + r * row + t, plane, row, n, c, kh, kw, w + o * c * kh * kw, b ? b + o : none,                    \
+              y + (o * oh + r) * yrow + t, oh * yrow, all)
 #define CHANS(e)                                                                                                        \
     (chans == 6 ? TILE(6, e) : chans == 5 ? TILE(5, e) : chans == 4 ? TILE(4, e) : chans == 3 ? TILE(3, e) :             \
      chans == 2 ? TILE(2, e) : TILE(1, e))
@@ -346,7 +377,7 @@ INLINE void dw_tile(const int chans, const int taps, const float *dy, int64_t dp
         for (int v = 0; v < taps; v++) dw[q * k + v] = sum(acc[q][v]);
 }
 
-static void conv_dw(const float *dy, int64_t drow, int64_t dplane, const float *x, int64_t row, const Layer *l, int64_t n,
+LARGE void conv_dw(const float *dy, int64_t drow, int64_t dplane, const float *x, int64_t row, const Layer *l, int64_t n,
                     float *dw) {
     int64_t k = l->c * l->kh * l->kw, plane = (l->h + 2 * l->ph) * row;
     for (int64_t o = 0; o < l->oc; o += 4) {
@@ -607,14 +638,25 @@ static double loss(const Head *h, float *logits, const void *y, const float *wei
 
 /* --- the network ----------------------------------------------------------------------------------------------------------- */
 
-static void *zeros(int64_t floats) {
-    void *p = aligned_alloc(64, sizeof(float) * ROUND(floats + 5 * LANES));
-    if (p) memset(p, 0, sizeof(float) * ROUND(floats + 5 * LANES));
+/* Room for some floats, all 0, and for five vectors behind them. Where there is no memory, NULL, and `*whole` becomes 0. */
+static void *zeros(int64_t floats, int *whole) {
+    size_t bytes = sizeof(float) * (size_t)ROUND(floats + 5 * LANES);
+    void *p = aligned_alloc(64, bytes);
+    if (p) memset(p, 0, bytes);
+    else *whole = 0;
+    return p;
+}
+
+/* A copy of some bytes, at least one. Where there is no memory, NULL, and `*whole` becomes 0. */
+static void *copy(const void *from, int64_t bytes, int *whole) {
+    void *p = malloc((size_t)bytes + 1);
+    if (p) memcpy(p, from, (size_t)bytes);
+    else *whole = 0;
     return p;
 }
 
 void fused_close(Net *net) {
-    for (int64_t i = 0; i < net->plan.layers; i++) {
+    for (int64_t i = 0; net->work && i < net->plan.layers; i++) {
         Work *k = net->work + i;
         free(k->out), free(k->grad), free(k->padded), free(k->dpadded), free(k->flipped), free(k->dw), free(k->mean);
         free(k->rstd), free(k->arg);
@@ -623,35 +665,40 @@ void fused_close(Net *net) {
     free(net->moment), free(net);
 }
 
-/* Room for a network and for batches of up to `plan.batch` samples. */
+/* Sizes of Plan, Layer and Head, for who declares them again. */
+void fused_sizes(int64_t *sizes) { sizes[0] = sizeof(Plan), sizes[1] = sizeof(Layer), sizes[2] = sizeof(Head); }
+
+/* Room for a network and for batches of up to `plan.batch` samples; NULL where there is no memory. */
 Net *fused_open(const Plan *plan, const Layer *layers, const Head *heads, int64_t input) {
     Net *net = calloc(1, sizeof(Net));
+    if (!net) return NULL;
+    int whole = 1;
     int64_t n = plan->batch, features = heads[0].features, widest = LANES;
     net->plan = *plan;
-    net->layer = malloc(sizeof(Layer) * (plan->layers + 1));
-    memcpy(net->layer, layers, sizeof(Layer) * plan->layers);
-    net->head = malloc(sizeof(Head) * plan->heads);
-    memcpy(net->head, heads, sizeof(Head) * plan->heads);
+    net->layer = copy(layers, sizeof(Layer) * plan->layers, &whole);
+    net->head = copy(heads, sizeof(Head) * plan->heads, &whole);
     net->work = calloc(plan->layers + 1, sizeof(Work));
-    for (int64_t i = 0; i < plan->layers; i++) {
+    whole &= net->work != NULL;
+    for (int64_t i = 0; whole && i < plan->layers; i++) {
         const Layer *l = layers + i;
         Work *k = net->work + i;
         int64_t out = l->oh * l->ow == 1 ? n * ROUND(l->oc) + l->oc * ROUND(n) : l->oc * l->oh * ROUND(l->ow * n);
-        k->out = zeros(out), k->grad = zeros(out);
+        k->out = zeros(out, &whole), k->grad = zeros(out, &whole);
         if (l->kind == CONV) {
-            k->padded = zeros(l->c * (l->h + 2 * l->ph) * (ROUND((l->w + 2 * l->pw) * n) + 5 * LANES));
-            k->dpadded = zeros(l->oc * (l->oh + 2 * l->kh) * (ROUND((l->ow + 2 * l->kw) * n) + 5 * LANES));
-            k->flipped = zeros(l->c * l->oc * l->kh * l->kw), k->dw = zeros(l->c * l->oc * l->kh * l->kw);
+            k->padded = zeros(l->c * (l->h + 2 * l->ph) * (ROUND((l->w + 2 * l->pw) * n) + 5 * LANES), &whole);
+            k->dpadded = zeros(l->oc * (l->oh + 2 * l->kh) * (ROUND((l->ow + 2 * l->kw) * n) + 5 * LANES), &whole);
+            k->flipped = zeros(l->c * l->oc * l->kh * l->kw, &whole), k->dw = zeros(l->c * l->oc * l->kh * l->kw, &whole);
         }
-        if (l->kind == POOL) k->arg = zeros(out);
-        if (l->kind == NORM) k->padded = zeros(out), k->mean = zeros(l->groups * n), k->dw = zeros(n);
-        if (l->kind == NORM || l->kind == BOUNDED) k->rstd = zeros((l->groups + 1) * n);
+        if (l->kind == POOL) k->arg = zeros(out, &whole);
+        if (l->kind == NORM) k->padded = zeros(out, &whole), k->mean = zeros(l->groups * n, &whole), k->dw = zeros(n, &whole);
+        if (l->kind == NORM || l->kind == BOUNDED) k->rstd = zeros((l->groups + 1) * n, &whole);
     }
     for (int64_t i = 0; i < plan->heads; i++) widest = heads[i].size > widest ? heads[i].size : widest;
-    net->input = zeros(plan->flat_input ? n * ROUND(input) : input * ROUND(n));
-    net->features_grad = zeros(n * ROUND(features));
-    net->logits = zeros(n * ROUND(widest));
-    net->moment = zeros(plan->momentum != 0 ? plan->parameters : 0);
+    net->input = zeros(plan->flat_input ? n * ROUND(input) : input * ROUND(n), &whole);
+    net->features_grad = zeros(n * ROUND(features), &whole);
+    net->logits = zeros(n * ROUND(widest), &whole);
+    net->moment = zeros(plan->momentum != 0 ? plan->parameters : 0, &whole);
+    if (!whole) fused_close(net), net = NULL;
     return net;
 }
 

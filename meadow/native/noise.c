@@ -13,7 +13,7 @@
 #error "this processor has no instructions for AES"
 #endif
 
-/* PAIRS, given to the compiler: numbers are drawn in groups of so many pairs, of so many radii and then as many angles. */
+#define PAIRS 128 /* numbers are drawn in groups of so many pairs, of so many radii and then as many angles */
 
 #if defined(__VAES__) && defined(__AVX512F__) && defined(__AVX512BW__)
 typedef __m512i Blocks;
@@ -44,6 +44,7 @@ typedef struct {
     } while (0)
 
 int64_t noise_size(void) { return sizeof(Stream); }
+int64_t noise_pairs(void) { return PAIRS; }
 
 /* Start under a key (16 bytes) at a counter (16 bytes, the highest first). */
 void noise_open(Stream *s, const uint8_t *given, const uint8_t *counter) {

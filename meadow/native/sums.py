@@ -30,12 +30,14 @@ def add_up(
     weights: Sequence[Mapping[str, float]],
     begins: Mapping[str, int],
     first: bool,
+    native: bool = True,
 ) -> bool:
     """total += each weight times that work, in order, or begins so; whether all numbers of the works are finite.
 
     total, works: of one length, in which the arrays begin at `begins`, ascending from 0. weights: of each work, by array.
+    native: by compiled code, where there is any; the bits are the same.
     """
-    library, count, finite = _library(), len(works), True
+    library, count, finite = _library() if native else None, len(works), True
     places = (ctypes.c_void_p * count)(*(work.ctypes.data for work in works))
     for begin, end, given in _stretches(weights, begins, len(total)):
         if library is None:
@@ -83,7 +85,7 @@ def _by_numpy(
 def _library() -> ctypes.CDLL | None:
     """The compiled `sums.c`, where it can be had."""
     try:
-        found = compiled("sums.c", "-ffp-contract=off")
+        found = compiled("sums.c")
     except NotCompiled:
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_int64

@@ -9,10 +9,8 @@ the last bit (no library's logarithm, which differs between processors). `noise.
 times as fast; where there is no compiler, or the processor has no instructions for AES, NumPy gives the same bits.
 """
 
-import ctypes
-import functools
 import math
-from typing import Any
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -20,14 +18,14 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from torch import Tensor
 
-from meadow.native.build import NotCompiled, compiled
+from meadow.native import noise as native_noise
+from meadow.native.build import NotCompiled
+from meadow.native.noise import PAIRS
 
 Floats = npt.NDArray[np.float32]
 Words = npt.NDArray[np.uint32]
 
-_PAIRS = 2**7
-"""Numbers are drawn in groups: of 128 radii and then as many angles of the stream, 128 cosines and then as many sines."""
-_GROUP = 2 * _PAIRS
+_GROUP = 2 * PAIRS
 _AT_ONCE = 2**7
 """Groups that NumPy makes at once: its share of a call is small then, and what is computed on the way stays in the
 processor's second cache."""
@@ -49,22 +47,22 @@ _ROOT_HALF = 0x3F3504F3
 class Stream:
     """A stream of random numbers from a seed of up to 256 bits, the same on every machine and in every process."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, native: bool = True) -> None:
+        """native: by compiled code, where there is any; the bits are the same."""
         whole = seed.to_bytes(32, "little")
-        self._library = _library()
-        self._state: Any = None
-        if self._library:
-            self._state = ctypes.create_string_buffer(self._library.noise_size())
-            self._library.noise_open(self._state, whole[:16], whole[16:])
-        else:
+        self._native: native_noise.Stream | None = None
+        if native:
+            with suppress(NotCompiled):
+                self._native = native_noise.Stream(whole[:16], whole[16:])
+        if self._native is None:
             self._cipher: CipherContext = Cipher(algorithms.AES(whole[:16]), modes.CTR(whole[16:])).encryptor()
             self._bytes = bytearray(len(_ZEROS) + 15)  # 15: what `update_into` wants
 
     def uniform(self, n: int) -> Tensor:
         """n numbers, float64 (n,), uniform over the multiples of 2^-53 in [0, 1)."""
-        if self._library:
+        if self._native is not None:
             result = torch.empty(n, dtype=torch.float64)
-            self._library.noise_uniform(self._state, result.data_ptr(), n)
+            self._native.uniform(result.numpy())
             return result
         groups = -(-2 * n // _GROUP)
         words = np.frombuffer(self._cipher.update(bytes(4 * _GROUP * groups)), "<u8", n)
@@ -91,11 +89,11 @@ class Stream:
         """Write whole groups of normals."""
         if out.dtype != np.float32 or not out.flags.c_contiguous:
             raise TypeError(f"out has dtype {out.dtype} and strides {out.strides}: float32 in one piece is needed")
-        if self._library:
-            self._library.noise_normals(self._state, out.ctypes.data, len(out) // _GROUP, deviation)
+        if self._native is not None:
+            self._native.normals(out, deviation)
             return
         for begin in range(0, len(out), _AT_ONCE * _GROUP):
-            some = out[begin : begin + _AT_ONCE * _GROUP].reshape(-1, 2, _PAIRS)
+            some = out[begin : begin + _AT_ONCE * _GROUP].reshape(-1, 2, PAIRS)
             size = self._cipher.update_into(_ZEROS[: some.nbytes], self._bytes)
             words = np.frombuffer(self._bytes, "<u4", size // 4).reshape(some.shape)
             radius = _radius(words[:, 0])
@@ -161,22 +159,3 @@ def _polynomial(coefficients: list[np.float32], x: Floats) -> Floats:
         y *= x
         y += coefficient
     return y
-
-
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """The compiled `noise.c`, where it can be had."""
-    try:
-        found = compiled("noise.c", "-ffp-contract=off", f"-DPAIRS={_PAIRS}")
-    except NotCompiled:
-        return None
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    for name, result, arguments in (
-        ("size", count, []),
-        ("open", None, [pointer] * 3),
-        ("uniform", None, [pointer, pointer, count]),
-        ("normals", None, [pointer, pointer, count, ctypes.c_float]),
-    ):
-        function = getattr(found, f"noise_{name}")
-        function.restype, function.argtypes = result, arguments
-    return found

@@ -1,7 +1,7 @@
 """Where a round's time goes: a moment belongs to the phase that was named last, so that the phases add up to the whole."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 PHASES = ("broadcast", "open", "train", "reduce", "evaluate", "write")
 """Of a round: sending the model, and waiting for replies beyond the clients' own time; opening clients (data, state, the
@@ -9,19 +9,20 @@ model loaded); training; judging, adding up and combining; evaluating; writing s
 
 
 class Clock:
-    """Wall time by phase, from when it is made or started again."""
+    """Wall time by phase, from when it is made or started again. `moment`: tells the time, in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, moment: Callable[[], float] = time.perf_counter) -> None:
+        self._moment = moment
         self.start("open")
 
     def start(self, phase: str, since: float | None = None) -> None:
         """Forget what was, and begin with a phase; `since`: when it began (`time.perf_counter`), if that was not now."""
         self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._phase, self._since = phase, time.perf_counter() if since is None else since
+        self._phase, self._since = phase, self._moment() if since is None else since
 
     def now(self, phase: str) -> None:
         """From now on it is this phase."""
-        moment = time.perf_counter()
+        moment = self._moment()
         self._seconds[self._phase] += moment - self._since
         self._phase, self._since = phase, moment
 

@@ -5,6 +5,7 @@ says which client gets which. A packed reply holds, for each client, its metrics
 error, or nothing because its arrays are inside the sum of a whole block (`meadow/arrays/sums.py`).
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -12,6 +13,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.flower import from_record, to_content, to_record
 from meadow.arrays.sums import Span, WeightedSum, add, parts
@@ -57,6 +59,8 @@ class NodeReply:
     sums: dict[Span, WeightedSum] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
     """How long the node worked on it, in seconds by phase (`meadow.runtime.clock`); empty if that is nobody's business."""
+    trainings: Trainings = field(default_factory=Trainings)
+    """Who trained these clients, and why faster trainers did not."""
 
 
 def pack_requests(
@@ -135,6 +139,7 @@ def pack_replies(reply: NodeReply) -> RecordDict:
             "clients": [a.client for a in reply.answers],
             "summed": [a.client for a in reply.answers if a.summed],
             **({"times": [reply.times[phase] for phase in PHASES]} if reply.times else {}),
+            **({"trainings": json.dumps(reply.trainings.as_json())} if reply.trainings.counts else {}),
         }
     )
     return to_content(packed)
@@ -164,7 +169,8 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
         else:
             answers.append(Answer(client, to_content(content), summed=client in summed))
     times = [float(seconds) for seconds in cast(list[float], plan.get("times", []))]
-    return NodeReply(answers, sums, dict(zip(PHASES, times, strict=True)) if times else {})
+    trainings = Trainings.from_json(json.loads(str(plan.get("trainings", "{}"))))
+    return NodeReply(answers, sums, dict(zip(PHASES, times, strict=True)) if times else {}, trainings)
 
 
 def block_message(block: WeightedSum, reply_to: Message) -> Message:

@@ -12,7 +12,6 @@ from helpers.runs import run_inline, small
 from meadow.client import blocks as together
 from meadow.client import node
 from meadow.client.loop.training import train
-from meadow.client.trainers import layers
 from meadow.client.trainers.choose import Fast, fast
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.layers import (
@@ -33,6 +32,7 @@ from torch import nn
 
 from meadow.arrays.sums import weighted_sum
 from meadow.config.load import load
+from meadow.native import pooling
 from meadow.native import sums as adding
 from meadow.runtime.seeds import torch_generator, torch_seeded
 from meadow.tasks.data import MISSING, Data, Inputs, Target
@@ -186,12 +186,10 @@ def test_relu_comes_after_the_pooling_that_follows_its_layer() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_sums_have_the_bits_of_their_definition(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_have_the_bits_of_their_definition(compiled: bool) -> None:
     """Compiled or by NumPy, in one go or in two, with weights by array; numbers that are not finite are told."""
     if compiled and adding._library() is None:
         pytest.skip("sums.c does not compile here")
-    if not compiled:
-        monkeypatch.setattr(adding, "_library", lambda: None)
     draw = np.random.default_rng(0)
     begins, size = {"a": 0, "b": 16, "c": 16 + 70_000}, 16 + 70_000 + 33
     works = [draw.normal(size=size).astype(np.float32) for _ in range(4)]
@@ -200,13 +198,13 @@ def test_sums_have_the_bits_of_their_definition(compiled: bool, monkeypatch: pyt
     arrays = [{n: w[b:e] for (n, b), e in zip(begins.items(), stops, strict=True)} for w in works]
     expected = weighted_sum(zip(weights, arrays, strict=True)).sums
     total = np.full(size, np.nan)
-    assert adding.add_up(total, works[:3], weights[:3], begins, first=True)
-    assert adding.add_up(total, works[3:], weights[3:], begins, first=False)
+    assert adding.add_up(total, works[:3], weights[:3], begins, True, compiled)
+    assert adding.add_up(total, works[3:], weights[3:], begins, False, compiled)
     assert all(total[b:e].tobytes() == expected[n].tobytes() for (n, b), e in zip(begins.items(), stops, strict=True))
     for wrong in (np.inf, -np.inf, np.nan):
         works[2][size - 1] = wrong
-        assert not adding.add_up(total, works, weights, begins, first=True)
-    assert adding.add_up(total, works[:2], weights[:2], begins, first=True)
+        assert not adding.add_up(total, works, weights, begins, True, compiled)
+    assert adding.add_up(total, works[:2], weights[:2], begins, True, compiled)
 
 
 @pytest.mark.parametrize("ceil", [False, True])
@@ -217,7 +215,7 @@ def test_compiled_pooling_has_the_bits_of_torchs(
     channels: int, window: tuple[int, int], ceil: bool, relu: bool
 ) -> None:
     """Forward and back, where edges are left out or part of a window, where numbers are equal, and where some are none."""
-    if layers._pooling() is None:
+    if not pooling.available():
         pytest.skip("pooling.c does not compile here")
     draw, whole = torch.Generator().manual_seed(channels), math.ceil if ceil else math.floor
     for h, w in ((2, 5), (7, 11), (12, 10)):
@@ -241,26 +239,28 @@ def test_compiled_pooling_has_the_bits_of_torchs(
 
 @pytest.mark.parametrize("channels", [1, 6, 17])
 def test_compiled_pooling_writes_nothing_behind_its_arrays(channels: int) -> None:
-    library, room = layers._pooling(), 64
-    if library is None:
+    room = 64
+    if not pooling.available():
         pytest.skip("pooling.c does not compile here")
-    sizes = (2, 4, 6, channels, 2, 3, 2, 2)
+    sizes = (4, 6, channels, 2, 3, 2, 2)
     large, small = (torch.full((2 * h * w * channels + room,), 7.0) for h, w in ((4, 6), (2, 3)))
     places = torch.full((len(small),), 7, dtype=torch.int32)
-    library.pool_forward(large.data_ptr(), small.data_ptr(), places.data_ptr(), *sizes, 0)
-    library.pool_backward(small.data_ptr(), places.data_ptr(), large.data_ptr(), *sizes)
+    x, out, where = (
+        each[:-room].view(2, h, w, channels) for each, h, w in ((large, 4, 6), (small, 2, 3), (places, 2, 3))
+    )
+    pooling.pool_forward(x, out, where, sizes, relu=False)
+    pooling.pool_backward(out, where, x, sizes)
     assert all(bool((each[-room:] == 7).all()) for each in (large, small, places))
     assert large[:-room].sum() == 7 * (len(small) - room)
 
 
-def test_pooling_without_a_compiler_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pooling_without_a_compiler_is_torchs() -> None:
     draw = torch.Generator().manual_seed(0)
     x, back = torch.randn(4, 6, 9, 8, generator=draw), torch.randn(4, 6, 4, 4, generator=draw)
     found = []
-    for library in (layers._pooling(), None):
-        monkeypatch.setattr(layers, "_pooling", lambda library=library: library)
+    for native in (True, False):
         for relu in (False, True):
-            pool = Pool(Layer("pool", (6, 9, 8), (6, 4, 4), kernel=(2, 2)), relu)
+            pool = Pool(Layer("pool", (6, 9, 8), (6, 4, 4), kernel=(2, 2)), relu, native)
             found.append((pool.forward(x), pool.backward(back, further=True)))
     compiled, by_torch = found[:2], found[2:]
     assert all(

@@ -51,14 +51,15 @@ def test_what_no_longer_serves_is_made_anew(why: str, tmp_path: Path, monkeypatc
     keys.main(tmp_path, ["node-0"])
     folder = tmp_path / "coordinator"
     before = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    now = datetime.datetime.now(datetime.UTC)
     if why == "another CA":
         for name in ("ca.crt", "ca.key"):
             (folder / name).unlink()
     elif why == "another name":
         monkeypatch.setenv("MEADOW_SERVER_NAMES", "new.example")
     else:
-        monkeypatch.setattr(keys, "RENEWAL", datetime.timedelta(days=keys.DAYS + 1))
-    keys.main(tmp_path, ["node-0"])
+        now += datetime.timedelta(days=keys.DAYS) - keys.RENEWAL
+    keys.main(tmp_path, ["node-0"], now=now)
     after = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     new = {str(path) for path in after if after[path] != before[path]}
     server = {"coordinator/server.crt", "coordinator/server.key"}

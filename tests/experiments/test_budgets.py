@@ -16,7 +16,7 @@ from meadow.config.load import read_tree, to_toml
 from meadow.experiments.budgets.costs import Cost, Line, groups_of, lines_of
 from meadow.experiments.budgets.sentences import answer, table
 from meadow.experiments.command import app
-from meadow.experiments.compare import sweep_jobs
+from meadow.experiments.compare import sweep_jobs, values_of
 from meadow.experiments.report import write_report
 from meadow.experiments.report.write import contents
 from meadow.experiments.results import find_runs
@@ -26,14 +26,21 @@ PRIVATE = ("privacy.unit=example", "privacy.sample_rate=0.1", "local.steps=2", "
 SPLIT = {"sizes": [[9, 1, 1], [3, 1, 1], [4, 1, 1], [40, 1, 1]], "labels": [[9, 2], [5, 0], [6, 0], [40, 2]]}
 
 
+def axes(overrides: Sequence[str]) -> dict[str, list[Any]]:
+    """What each setting is given, as the command reads it."""
+    return {key: values_of(key, text) for key, _, text in (override.partition("=") for override in overrides)}
+
+
 def names(overrides: Sequence[str], seeds: int = 1, preset: str = "fedavg") -> list[str]:
-    return [job.experiment.run.name for job in sweep_jobs(read_tree(preset), overrides, seeds, Path("out"))]
+    return [job.experiment.run.name for job in sweep_jobs(read_tree(preset), axes(overrides), seeds, Path("out"))]
 
 
 def test_budgets_are_held_against_the_same_without_protection() -> None:
     assert names([*PRIVATE, "privacy.epsilon=1,8"]) == ["epsilon-1", "epsilon-8", "epsilon-none"]
     assert names([*PRIVATE, "privacy.epsilon=none,2"]) == ["epsilon-none", "epsilon-2"]
-    jobs = sweep_jobs(read_tree("fedavg"), [*PRIVATE, "privacy.epsilon=1,8", "strategy.share=all,body"], 2, Path("out"))
+    jobs = sweep_jobs(
+        read_tree("fedavg"), axes([*PRIVATE, "privacy.epsilon=1,8", "strategy.share=all,body"]), 2, Path("out")
+    )
     assert len(jobs) == 2 * 6
     bare = [job.experiment for job in jobs if job.experiment.run.name.endswith("none")]
     assert [(e.privacy, e.share, e.run.seed, e.local.steps) for e in bare] == [
@@ -55,7 +62,7 @@ def test_a_sweep_over_something_else_has_no_run_without_protection() -> None:
 
 def made(root: Path, overrides: Sequence[str], values: Mapping[str, Mapping[int, Sequence[float]]]) -> Path:
     """A sweep's folder without its runs having been made: name -> seed -> each client's accuracy at the end."""
-    for job in sweep_jobs(read_tree("fedavg"), [*overrides, "partition.clients=4", "run.rounds=2"], 3, root):
+    for job in sweep_jobs(read_tree("fedavg"), axes([*overrides, "partition.clients=4", "run.rounds=2"]), 3, root):
         e = job.experiment
         scores = values[e.run.name][e.run.seed]
         make_run(job.folder, "fedavg", e.run.seed, scores)

@@ -21,7 +21,7 @@ QUICK = ["run.rounds=2", "partition.clients=4", "task.source_samples=200", "task
 
 def meadow(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "experiments", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "meadow", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
     )
 
 

@@ -13,10 +13,10 @@ import pytest
 from helpers.runs import small
 from meadow.simulation.launch import engine
 
-from meadow.config.load import load
+from meadow.config.load import load, parse_override
 from meadow.config.schema import Experiment
-from meadow.experiments.api import Job, Summary, run, run_many
-from meadow.experiments.compare import methods_jobs
+from meadow.experiments.api import Summary, run, run_many
+from meadow.experiments.compare import Job, methods_jobs
 from meadow.experiments.folds import fold_runs, write_folds
 from meadow.experiments.plan import plan
 from meadow.experiments.ranking import ranking
@@ -190,7 +190,7 @@ def test_the_report_shows_the_folds_mean_and_deviation(done: tuple[Path, Summary
 
 
 def test_a_comparison_pairs_the_folds(tmp_path: Path) -> None:
-    jobs = methods_jobs({}, ["local", "fedper"], [*QUICK, "evaluate.folds=2"], 1, tmp_path)
+    jobs = methods_jobs({}, ["local", "fedper"], dict(map(parse_override, [*QUICK, "evaluate.folds=2"])), 1, tmp_path)
     summaries = run_many(jobs)
     assert [s.folder.name for s in summaries] == ["local-seed0", "fedper-seed0"]
     assert all((s.folder / f"fold-{k}" / "clients.csv").exists() for s in summaries for k in (1, 2))
@@ -203,7 +203,7 @@ def test_a_comparison_pairs_the_folds(tmp_path: Path) -> None:
 
 
 def test_the_command_runs_the_folds(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments", "run", "fedavg", *QUICK, "evaluate.folds=2", "--out", "o", "--json"]
+    command = [sys.executable, "-m", "meadow", "run", "fedavg", *QUICK, "evaluate.folds=2", "--out", "o", "--json"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout) == read(tmp_path / "o") and json.loads(ran.stdout)["folds"] == 2

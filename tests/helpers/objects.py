@@ -18,7 +18,8 @@ class Rows(torch.nn.Module):
         self.lstm = torch.nn.LSTM(8, 4, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lstm(x.reshape(len(x), -1, 8))[0][:, -1]
+        states: Tensor = self.lstm(x.reshape(len(x), -1, 8))[0]
+        return states[:, -1]
 
 
 def rows(task: Any, inputs: Any) -> tuple[torch.nn.Module, int]:
@@ -39,3 +40,16 @@ def everything(task: Task) -> Raw:
         "stay": np.where(gone, np.nan, 40 * total + 100),
     }
     return Raw("everything", Part(torch.from_numpy(x), columns), None)
+
+
+def tokens(task: Task) -> Raw:
+    """Forty texts of six tokens, of two digits."""
+    part = Part(torch.ones(40, 6, dtype=torch.int64), {"digit": np.arange(40) % 2})
+    return Raw("tokens", part, part, tokens=2)
+
+
+def owners(task: Task) -> Raw:
+    """Small images of two digits: 40 of client a, 4 of b, 36 of c, mixed; and as many for the test."""
+    owner = np.array(["a"] * 40 + ["b"] * 4 + ["c"] * 36)[np.random.default_rng(0).permutation(80)]
+    x, y = torch.rand(80, 1, 8, 8, generator=torch.Generator().manual_seed(0)), {"digit": np.arange(80) % 2}
+    return Raw("owners", Part(x, y, owner), Part(x, y), images=True)

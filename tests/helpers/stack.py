@@ -19,15 +19,14 @@ PROJECT = "meadowtest"
 
 
 def start_engine() -> None:
-    """Have a Docker engine run, or skip the test."""
+    """Have a Docker engine run, started by the script that MEADOW_DOCKER_UP names if need be, or skip the test."""
     if engine_answers():
         return
-    places = (folder / "shared" / "testbed" / "docker-up" for folder in ROOT.parents)
-    if (script := next((place for place in places if place.exists()), None)) is None:
-        pytest.skip("no Docker engine is running, and there is no ../shared/testbed/docker-up to start one")
+    if not (script := os.environ.get("MEADOW_DOCKER_UP")):
+        pytest.skip("no Docker engine is running, and MEADOW_DOCKER_UP names no script that starts one")
     with tempfile.TemporaryFile("w+") as said:  # a file: the engine that it starts keeps the streams that it was given
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([str(script)], stdout=said, stderr=said, timeout=600)
+            subprocess.run([script], stdout=said, stderr=said, timeout=600)
         said.seek(0)
         if not engine_answers():
             pytest.skip(f"no Docker engine can be started here: {said.read().strip()[-300:]}")

@@ -44,7 +44,7 @@ def points(task: schema.Task) -> Raw:
     x = draw.normal(size=(15, 2)).astype(np.float32)
     owner = np.array(["a"] * 5 + ["b"] * 10)
     y = np.where(owner == "a", x[:, 0] - x[:, 1], 2 * x[:, 1] + 0.5).astype(np.float32)
-    columns = {"y": y, "c": (y > 0.2).astype(np.int64)}
+    columns: dict[str, npt.NDArray[Any]] = {"y": y, "c": (y > 0.2).astype(np.int64)}
     test = Part(torch.from_numpy(x[:4].copy()), {name: column[:4] for name, column in columns.items()})
     return Raw("points", Part(torch.from_numpy(x), columns, owner), test)
 
@@ -59,6 +59,11 @@ class Linear(nn.Linear):
 def linear(task: schema.Task, inputs: Inputs) -> tuple[nn.Module, int]:
     """The trunk: two inputs, two features."""
     return Linear(2, 2, bias=False), 2
+
+
+def layers(task: schema.Task, inputs: Inputs) -> tuple[nn.Module, int]:
+    """The same trunk in layers that every trainer knows."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False)), 2
 
 
 def normed(task: schema.Task, inputs: Inputs) -> tuple[nn.Module, int]:

@@ -447,10 +447,10 @@ OBSERVED = {
 """What can be seen to leave, by the beginning of its declaration: in the replies, split.json and clients.csv."""
 
 KNOWN = {
-    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions", "training"},
+    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions"},
     "ledger": {"entries", "sha256", "epsilon", "secret"},
     "identity": {"personal", "trained"},
-    "pack": {"clients", "summed", "times"},
+    "pack": {"clients", "summed", "times", "trainings"},
     "error": {"reason"},
 }
 
@@ -795,7 +795,7 @@ def test_killed_at_random_moments_epsilon_is_never_below_the_rounds_that_were_ma
     expected = run_inline(experiment, tmp_path / "whole")
     out, file = tmp_path / "run", tmp_path / "e.toml"
     file.write_text(to_toml(experiment))
-    command = [sys.executable, "-m", "experiments", "run", str(file), "--quiet", "--resume", "--out", str(out)]
+    command = [sys.executable, "-m", "meadow", "run", str(file), "--quiet", "--resume", "--out", str(out)]
     command += ["--engine", "inline"]
     moments, made = random.Random(6), 0
     for _ in range(5):

@@ -234,7 +234,7 @@ def test_sigkill_at_random_moments(engine: str, tmp_path: Path) -> None:
     """A real process and a real SIGKILL, until the run gets through."""
     experiment = small("fedper", "run.rounds=40")
     (tmp_path / "e.toml").write_text(to_toml(experiment))
-    command = [sys.executable, "-m", "experiments", "run", str(tmp_path / "e.toml"), "--quiet", "--engine", engine]
+    command = [sys.executable, "-m", "meadow", "run", str(tmp_path / "e.toml"), "--quiet", "--engine", engine]
     command += ["--out", str(tmp_path / "run"), "--resume"]
     expected = run_inline(experiment, tmp_path / "whole")
     moments = random.Random(5)

@@ -117,7 +117,7 @@ def test_processes_killed_leave_nothing_behind_and_resume(tmp_path: Path) -> Non
     experiment = load("fedper", QUICK)
     (tmp_path / "e.toml").write_text(to_toml(experiment))
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "experiments", "run", str(tmp_path / "e.toml"), "--engine", "processes"]
+    command = [sys.executable, "-m", "meadow", "run", str(tmp_path / "e.toml"), "--engine", "processes"]
     command += ["--workers", "2", "--quiet", "--resume", "--out", str(run)]
     process = subprocess.Popen(command)
     while not (run / "rounds.jsonl").exists() or not (run / "rounds.jsonl").read_text():

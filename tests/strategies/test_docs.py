@@ -62,11 +62,6 @@ def test_every_algorithm_has_a_preset() -> None:
     assert ALGORITHMS.keys() <= set(preset_names())
 
 
-def test_strategy_files_are_short() -> None:
-    for path in (ROOT / "strategies").glob("*.py"):
-        assert len(path.read_text().splitlines()) < 200, path.name
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [

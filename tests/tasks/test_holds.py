@@ -12,7 +12,6 @@ from helpers.runs import run_inline, small
 from meadow.config.schema import Partition
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
-from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.data import MISSING, Data, Target, make_dataset
 from meadow.tasks.splits.holds import held
 from meadow.tasks.splits.partition import deal
@@ -82,11 +81,9 @@ def test_the_fold_of_the_experiment_is_each_clients_test_part() -> None:
     assert np.all(np.abs(split.sizes[:, 2] - whole.sizes.sum(axis=1) / 4) < 1)
 
 
-def test_tokens_cannot_be_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = Data(torch.ones(40, 6, dtype=torch.int64), {"digit": torch.arange(40) % 2})
-    dataset = make_dataset("text", data, data, (Target("digit", "class", 2),), tokens=2)
-    monkeypatch.setattr("meadow.tasks.task.open_dataset", lambda settings: dataset)
-    experiment = small("fedavg", "partition.law=feature-shift", "task.targets=digit", "run.seed=987")
+def test_tokens_cannot_be_shifted() -> None:
+    words = ("task.dataset=helpers.objects:tokens", "task.targets=digit", "task.kinds=class")
+    experiment = small("fedavg", "partition.law=feature-shift", *words)
     with pytest.raises(UserError, match="feature-shift"):
         open_task(experiment)
 
@@ -148,17 +145,9 @@ def test_labels_that_a_client_does_not_hold_are_missing_in_all_parts(tmp_path: P
     assert plain.split.sha256 == opened.split.sha256  # who holds which target is not part of who has which sample
 
 
-def test_split_json_of_a_natural_split_names_clients_and_who_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    owner = np.array([0] * 40 + [1] * 4 + [2] * 36)[numpy_generator(0, "owner").permutation(80)]
-    x = torch.rand(80, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    data = Data(x, {"digit": torch.arange(80) % 2})
-    target = Target("digit", "class", 2)
-    dataset = make_dataset("test", data, data, (target,), owner=owner, clients=("a", "b", "c"), images=True)
-    monkeypatch.setattr("meadow.tasks.task.open_dataset", lambda settings: dataset)
-    natural = ["partition.law=natural", "task.targets=digit", "run.rounds=1", "run.seed=986", "partition.clients=2"]
-    run_inline(small("fedavg", *natural), tmp_path)
+def test_split_json_of_a_natural_split_names_clients_and_who_is_left_out(tmp_path: Path) -> None:
+    owners = ("task.dataset=helpers.objects:owners", "task.targets=digit", "task.kinds=class")
+    run_inline(small("fedavg", *owners, "partition.law=natural", "run.rounds=1", "partition.clients=2"), tmp_path)
     table = json.loads((tmp_path / "split.json").read_text())
     assert table["names"] == ["a", "c"] and table["left_out"] == {"clients": 1, "samples": 4}
     assert [sum(sizes) for sizes in table["sizes"]] == [40, 36]

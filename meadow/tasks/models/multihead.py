@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from meadow.config.load import nearest
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
+from meadow.runtime.objects import user_object
 from meadow.runtime.seeds import torch_seeded
 from meadow.tasks.data import Dataset, Inputs, Target
 from meadow.tasks.models import networks
 from meadow.tasks.models.backbones import TRANSFORMERS, torchvision_names, torchvision_trunk, transformers_trunk
 from meadow.tasks.models.stitch import couple
-from meadow.tasks.readers.datasets import user_object
 
 
 def inputs(dataset: Dataset) -> Inputs:

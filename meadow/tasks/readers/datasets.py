@@ -6,7 +6,6 @@ user's own `module:object` must be is told in docs/data.md: a reader like these.
 """
 
 import functools
-import importlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from meadow.arrays import memory
 from meadow.config import schema
 from meadow.config.load import nearest
 from meadow.runtime.errors import UserError
+from meadow.runtime.objects import user_object
 from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.data import Dataset, Raw, make_dataset
 from meadow.tasks.readers.arrays import arrays
@@ -104,17 +104,6 @@ def folder(task: schema.Task) -> Path:
     if not path.is_dir():
         raise UserError(f'task.root = "{task.root}": there is no such folder{_unset(task.root)}')
     return path
-
-
-def user_object(setting: str, name: str) -> object:
-    """What "module:object" names, found on the current path. Raises UserError if it cannot be imported."""
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f'{setting} = "{name}": {error}; the module must be on the Python path (for example PYTHONPATH=.)'
-        ) from None
 
 
 def _reader(task: schema.Task) -> Reader:

@@ -1,0 +1,174 @@
+"""Kernels: what trains known layers faster than autograd, on samples that are ready; and a trainer made of one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from meadow.client.loop.optimisers import scheduled
+from meadow.client.loop.training import Trained
+from meadow.client.trainers.job import Job, Training
+from meadow.client.trainers.network import Network
+from meadow.strategies.protocol import steps_of
+from meadow.strategies.trainable import rate_factors, trained
+from torch import Tensor, nn
+
+from meadow.arrays.memory import Recent
+from meadow.arrays.named import Arrays
+from meadow.config.schema import Experiment, Local
+from meadow.runtime.seeds import torch_generator
+from meadow.tasks.data import Data
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.losses import class_weights
+from meadow.tasks.task import Task
+
+KEPT = 2**28
+"""Bytes of prepared samples that are kept, of the clients that came last."""
+
+Sums = dict[str, npt.NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client as kernels take it. x: float32 (n, *shape); y of each target, int64 or float32 (n,); weights: of the classes
+    of each target that has any; order: int64 (epochs, n); `steps` steps of `batch` samples, but for the last of an epoch."""
+
+    client: int
+    x: Tensor
+    y: Sequence[Tensor]
+    weights: Sequence[Tensor | None]
+    order: Tensor
+    batch: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of each member, block after block, the sum of each target's loss over the samples seen, and either what it has become,
+    or, where weights were given, the weighted sum of each block in float64, None if one of its members is not finite."""
+
+    losses: list[list[float]]
+    arrays: list[Arrays]
+    totals: Sequence[Sums | None] = ()
+
+
+class Kernel(Protocol):
+    """A network that is open for training, with the optimiser of `[local]`: SGD, momentum, weight decay.
+
+    keeps_samples: whether a client's samples are best prepared once and kept.
+    """
+
+    name: ClassVar[str]
+    blocks_at_once: ClassVar[int]
+    keeps_samples: ClassVar[bool]
+    network: Network
+
+    def __init__(self, network: Network, experiment: Experiment) -> None: ...
+
+    @staticmethod
+    def why_not(job: Job) -> str:
+        """As `meadow.client.trainers.job.Trainer.why_not`; for a job with "" a kernel can be made of its network."""
+        ...
+
+    def train(
+        self,
+        start: Arrays,
+        blocks: Sequence[Sequence[Member]],
+        rates: Mapping[str, float],
+        weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
+    ) -> Result:
+        """Train each member from `start` at these learning rates by name; an array that has none does not learn.
+
+        At most `blocks_at_once` blocks. `weights`: of each member, by name, what it counts in its block's sum.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class KernelTrainer:
+    """A `meadow.client.trainers.job.Trainer` by a kernel, which is made of the network at first use."""
+
+    kernel: type[Kernel]
+    experiment: Experiment
+    task: Task
+    network: Network | str
+    _made: list[Kernel] = field(default_factory=list, repr=False, compare=False)
+    _kept: Recent[int, tuple[Data, Data, Sequence[Tensor | None]]] = field(
+        default_factory=lambda: Recent(KEPT), repr=False, compare=False
+    )
+
+    @property
+    def name(self) -> str:
+        return self.kernel.name
+
+    @property
+    def blocks_at_once(self) -> int:
+        return self.kernel.blocks_at_once
+
+    def why_not(self, job: Job) -> str:
+        return self.kernel.why_not(job)
+
+    def train(self, model: nn.Module, training: Training) -> Trained:
+        member = self.member(training)
+        rates = self.rates(training.round, training.plan, training.learns)
+        done = self.made.train(state_of(model), [[member]], rates)
+        load_into(model, done.arrays[0])
+        return self.trained(member, done.losses[0])
+
+    def train_blocks(
+        self,
+        start: Arrays,
+        blocks: Sequence[Sequence[Training]],
+        weights: Sequence[Sequence[Mapping[str, float]]],
+    ) -> tuple[list[list[Trained]], Sequence[Sums | None]]:
+        """Train the clients of whole blocks from `start`: what each reports, and each block's weighted sum (`Result`)."""
+        members = [[self.member(training) for training in block] for block in blocks]
+        first = blocks[0][0]
+        done = self.made.train(start, members, self.rates(first.round, first.plan), weights)
+        losses = iter(done.losses)
+        return [[self.trained(member, next(losses)) for member in block] for block in members], done.totals
+
+    @property
+    def made(self) -> Kernel:
+        """The kernel."""
+        if not self._made:
+            assert isinstance(self.network, Network)
+            self._made.append(self.kernel(self.network, self.experiment))
+        return self._made[0]
+
+    def member(self, training: Training) -> Member:
+        """The client as kernels take it, with the loop's batches in their order."""
+        data, plan = training.data, training.plan
+        steps, size = steps_of(plan, len(data), training.epochs), min(plan.batch_size, len(data))
+        rounds, seed = -(-steps // -(-len(data) // size)), self.experiment.run.seed
+        draws = (torch_generator(seed, "shuffle", training.round, training.client, epoch) for epoch in range(rounds))
+        order = torch.stack([torch.randperm(len(data), generator=draw) for draw in draws])
+        kept = self._kept.get(training.client)
+        if kept is not None and kept[0] is data:
+            _, own, by_class = kept
+        else:
+            weights = class_weights(self.task.targets, data.y)
+            by_class = [weights.get(t.name) for t in self.task.targets]
+            own = Data(self.task.prepare(data.x), data.y)
+            if self.kernel.keeps_samples:
+                own = Data(own.x.contiguous(), data.y)
+                self._kept.put(training.client, (data, own, by_class), own.nbytes)
+        return Member(training.client, own.x, [own.y[t.name] for t in self.task.targets], by_class, order, size, steps)
+
+    def rates(self, round_: int, plan: Local, learns: Callable[[str], bool] | None = None) -> dict[str, float]:
+        """The learning rate of each array that learns in a round."""
+        names = list(self.made.network.shapes)
+        now = plan.lr * scheduled(plan, round_, self.experiment.run.rounds)
+        factors = rate_factors(plan, names)
+        learning = trained(self.experiment, names)
+        return {n: now * factors[n] for n in names if n in learning and (learns is None or learns(n))}
+
+    def trained(self, member: Member, losses: Sequence[float]) -> Trained:
+        """What the loop would report of a member's training."""
+        samples, per = len(member.x), -(-len(member.x) // member.batch)
+        whole, rest = divmod(member.steps, per)
+        seen = whole * samples + min(rest * member.batch, samples)
+        targets = [t.name for t in self.task.targets]
+        return Trained(member.steps, {name: loss / seen for name, loss in zip(targets, losses, strict=True)})

@@ -1,0 +1,129 @@
+"""A run's models, given back from its folder with their weights."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from flwr.app import ConfigRecord, RecordDict
+from torch import nn
+
+from meadow.arrays.flower import to_record
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.client.node import open_node, open_turn
+from meadow.config import load as files
+from meadow.config.schema import Experiment
+from meadow.experiments.api import Summary
+from meadow.experiments.folds import in_folds
+from meadow.runtime.errors import UserError
+from meadow.server.checkpoints import Checkpoint, latest
+from meadow.server.folder import RunFolder
+from meadow.simulation.grid import node_context
+from meadow.strategies.roles import roles_of
+from meadow.strategies.wire.packing import Request
+from meadow.tasks.evaluation import load_into
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
+
+
+def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:
+    """A run's shared model with its weights, or the one that `client` uses, in eval mode.
+
+    >>> import meadow, torch
+    >>> small = {"engine": {"name": "inline"}, "partition": {"clients": 4}}
+    >>> from meadow.experiments.api import run
+    >>> summary = meadow.run("fedper", out="fedper", run={"rounds": 2}, **small)
+    >>> model = meadow.load(summary, client=3)
+    >>> {target: tuple(output.shape) for target, output in model(torch.zeros(5, 1, 8, 8)).items()}
+    {'digit': (5, 10)}
+
+    run: a run's folder, or what `run` returned. The weights are those after the last round that has a checkpoint. A client's
+    model is the one that `clients.csv` calls "used": its own layers, or its own model where the algorithm keeps one, on
+    what the clients share. The model is a new one at each call, on the CPU. It takes samples as
+    `meadow.tasks.task.Task.prepare` gives them, float32 or tokens, and returns {target: output}
+    (`meadow.tasks.models.multihead`).
+
+    The data is opened again, because it gives a model its form. Raises UserError if it is not there, if the folder holds no
+    such model, or if a file of it is damaged.
+    """
+    folder = RunFolder(Path(run.folder if isinstance(run, Summary) else run))
+    experiment = _experiment(folder.path)
+    checkpoint = _checkpoint(folder)
+    model = open_task(experiment).new_model()
+    if client is None:
+        load_into(model, _shared(experiment, model, checkpoint, folder.path))
+    else:
+        load_into(model, _used(experiment, checkpoint, folder, client))
+    return model.eval()
+
+
+def _experiment(path: Path) -> Experiment:
+    if not (path / "experiment.toml").is_file():
+        if folds := sorted(path.glob("*/experiment.toml")):
+            raise UserError(f"{path} holds several runs: name one of them, for example {folds[0].parent}")
+        raise UserError(f"{path} is not a run folder (it has no experiment.toml): name one that `meadow run` made")
+    experiment = settle(files.load(path / "experiment.toml"))
+    if in_folds(experiment):
+        raise UserError(f"{path} is a cross-validation: name one of its runs, for example {path / 'fold-1'}")
+    return experiment
+
+
+def _checkpoint(folder: RunFolder) -> Checkpoint:
+    found, damaged = latest(folder.checkpoints)
+    if found is None:
+        reason = f"its checkpoints are damaged ({damaged[0]})" if damaged else "no round has ended yet"
+        raise UserError(f"{folder.path}: {reason}; `meadow run --resume --out {folder.path}` goes on with the run")
+    summary = folder.summary()
+    if summary and arrays_sha256(found.arrays) != summary["model_sha256"]:
+        raise UserError(
+            f"{folder.path}: its newest whole checkpoint, of round {found.round}, is not the model that summary.json names"
+            f"{f' ({damaged[0]})' if damaged else ''}; `meadow run --resume --out {folder.path}` makes it again"
+        )
+    return found
+
+
+def _shared(experiment: Experiment, model: nn.Module, checkpoint: Checkpoint, path: Path) -> Arrays:
+    """The whole state of the model that all clients share."""
+    roles = roles_of(experiment, model)
+    if roles.personal:
+        raise UserError(
+            f'{path}: with strategy.share = "{experiment.strategy.share}" there is no one model for all: every client has '
+            f"layers of its own ({roles.personal[0]}, ...). Name a client: load(run, client=0)"
+        )
+    return {**(initial_state(experiment) if roles.fixed else {}), **checkpoint.arrays}
+
+
+def _used(experiment: Experiment, checkpoint: Checkpoint, folder: RunFolder, client: int) -> Arrays:
+    """The whole state of the model that a client uses after the checkpoint's round."""
+    count = experiment.partition.clients
+    if not 0 <= client < count:
+        raise UserError(f"client = {client}: {folder.path} has clients 0 to {count - 1}")
+    records = [record for record in folder.rounds() if record["round"] <= checkpoint.round]
+    run, node = str(folder.manifest()["run_id"]), open_node(node_context(experiment, 0, 1, folder.state))
+    void = [f"{r['round']}.{attempt + 1}" for r in records for attempt in range(len(r.get("void", [])))]
+    config: dict[str, Any] = {"round": checkpoint.round, "run": run, "void": void}
+    content = RecordDict({"arrays": to_record(checkpoint.arrays), "config": ConfigRecord(config)})
+    turn = open_turn(node, Request(client, content), before=checkpoint.round + 1)
+    if not turn.personal and not turn.memory and any(client in _trained(r) for r in records):
+        gone = _Gone(
+            f"{folder.path}: what client {client} keeps for itself is not in {folder.state}. In a deployment it never "
+            "leaves the client's node. Leave `client` out for the shared model, where there is one"
+        )
+        turn = replace(turn, memory=gone, personal=gone if node.roles.personal else {})
+    return node.half.used(turn)
+
+
+class _Gone(dict[str, Any]):
+    """What a client stored, where that is not here: raises UserError when an algorithm asks for it."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self._reason = reason
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise UserError(self._reason)
+
+    __contains__ = __getitem__ = __iter__ = __len__ = __or__ = __ror__ = get = items = keys = values = _refuse
+
+
+def _trained(record: dict[str, Any]) -> set[int]:
+    return {*record["cohort"]} - {failure["client"] for failure in record["failed"]}

@@ -1,0 +1,115 @@
+"""Training of a small network in one call (`fused.c`): its structures, field by field, and a network that is open."""
+
+import ctypes
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from meadow.native.build import NotCompiled, compiled
+
+KINDS = ("linear", "conv", "pool", "norm", "bounded", "flatten")
+ACTIVATIONS = ("", "relu", "tanh")
+"""Kinds of layers and activations, by their numbers in `fused.c`."""
+
+Floats = npt.NDArray[np.float32]
+
+
+def _fields(integers: str, doubles: str) -> list[tuple[str, Any]]:
+    return [
+        *((name, ctypes.c_int64) for name in integers.split()),
+        *((name, ctypes.c_double) for name in doubles.split()),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """A layer: c, h, w before and after (o), kernel and padding, and where weight and bias begin (-1: none)."""
+
+    _fields_ = _fields("kind act c h w oc oh ow kh kw ph pw groups weight bias", "rate_w rate_b eps scale")
+
+
+class Head(ctypes.Structure):
+    """A linear head and its loss. kind: 0 classes, 1 a value."""
+
+    _fields_ = _fields("kind size features weight bias", "rate_w rate_b importance offset spread")
+
+
+class Plan(ctypes.Structure):
+    """The whole network: how many layers, heads and parameters, the largest batch, and SGD's settings."""
+
+    _fields_ = (
+        *_fields("layers heads parameters batch flat_input", "momentum weight_decay"),
+        ("nesterov", ctypes.c_int64),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled `fused.c`. Raises NotCompiled where it cannot be had."""
+    found = compiled("fused.c")
+    pointer, count = ctypes.c_void_p, ctypes.c_int64
+    declare = {
+        "sizes": (None, [pointer]),
+        "open": (pointer, [pointer, pointer, pointer, count]),
+        "close": (None, [pointer]),
+        "rates": (None, [pointer, pointer]),
+        "train": (None, [pointer] * 4 + [count] + [pointer] * 3 + [count] * 3 + [pointer]),
+    }
+    for name, (result, arguments) in declare.items():
+        function = getattr(found, f"fused_{name}")
+        function.restype, function.argtypes = result, arguments
+    theirs = (ctypes.c_int64 * 3)()
+    found.fused_sizes(theirs)
+    if list(theirs) != [ctypes.sizeof(each) for each in (Plan, Layer, Head)]:
+        raise NotCompiled("fused.c and meadow/native/fused.py declare different structures")
+    return found
+
+
+class Net:
+    """A network with room for batches of up to `plan.batch` samples. One thread may use it at a time.
+
+    inputs: numbers of a sample. Raises MemoryError where there is no room.
+    """
+
+    def __init__(self, plan: Plan, layers: Sequence[Layer], heads: Sequence[Head], inputs: int) -> None:
+        self._library, self._heads = library(), len(heads)
+        self._net = self._library.fused_open(
+            ctypes.byref(plan), (Layer * len(layers))(*layers), (Head * len(heads))(*heads), inputs
+        )
+        if not self._net:
+            raise MemoryError(f"no memory for batches of {plan.batch} samples")
+        weakref.finalize(self, self._library.fused_close, self._net)
+
+    def set_rates(self, rates: Sequence[float]) -> None:
+        """The learning rates of a round: of each layer's weight and bias, then of each head's."""
+        given = np.array(rates, np.float64)
+        self._library.fused_rates(self._net, given.ctypes.data)
+
+    def train(
+        self,
+        start: Floats,
+        work: Floats,
+        x: int,
+        inputs: int,
+        y: Sequence[int],
+        weights: Sequence[int | None],
+        order: int,
+        samples: int,
+        batch: int,
+        steps: int,
+    ) -> list[float]:
+        """Train one client from `start`; `work` becomes what it learns. Returns each head's loss, summed over the samples.
+
+        x, y, weights, order: addresses of float32 (samples, inputs), of each head's labels (int64) or values (float32), of
+        its class weights (None: none), and of int64 (epochs, samples), the order of the samples.
+        """
+        losses = np.zeros(self._heads)
+        pointers = ctypes.c_void_p * self._heads
+        self._library.fused_train(
+            self._net, start.ctypes.data, work.ctypes.data, x, inputs, pointers(*y), pointers(*weights), order, samples,
+            batch, steps, losses.ctypes.data,
+        )  # fmt: skip
+        return losses.tolist()
