@@ -21,7 +21,7 @@ from meadow.config.schema import Experiment, Local
 from meadow.runtime.seeds import torch_generator
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import class_weights
+from meadow.tasks.losses import class_weights
 from meadow.tasks.task import Task
 
 KEPT = 2**28

@@ -22,7 +22,8 @@ from meadow.simulation.launch import engine
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
 from meadow.tasks.readers.domains import source_samples
-from meadow.tasks.task import initial_state, open_task, settle
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
 
 Watch = Callable[[Path, Experiment], AbstractContextManager[object]]
 

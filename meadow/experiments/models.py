@@ -19,7 +19,8 @@ from meadow.simulation.grid import node_context
 from meadow.strategies.roles import roles_of
 from meadow.strategies.wire.packing import Request
 from meadow.tasks.evaluation import load_into
-from meadow.tasks.task import initial_state, open_task, settle
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
 
 
 def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:

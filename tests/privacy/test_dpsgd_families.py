@@ -23,9 +23,10 @@ from meadow.privacy.noise import Stream
 from meadow.runtime.seeds import torch_seeded
 from meadow.tasks.data import Part, Raw
 from meadow.tasks.evaluation import load_into
-from meadow.tasks.metrics import losses
+from meadow.tasks.losses import losses
 from meadow.tasks.models.vision import torchvision
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 ONE_STEP = ("local.momentum=0", "local.lr=1", "local.steps=1", "local.clip_norm=0")
 

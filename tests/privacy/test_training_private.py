@@ -14,7 +14,8 @@ from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "head": ("local.trainable=head",),
