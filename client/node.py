@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,14 +23,12 @@ from meadow.strategies.attacks import ON_LABELS, attackers
 from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
 from meadow.strategies.roles import name_weights, roles_of
 from meadow.strategies.stages import Stages, stages_of
-from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
-from meadow.strategies.wire.replies import arrays_fault, weight_fault
+from meadow.strategies.wire.packing import Answer, Request, Values
 from torch import nn
 
 from meadow.arrays.lru import LRU
 from meadow.arrays.memory import find
 from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
-from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
@@ -318,34 +316,6 @@ def open_context(node: Node, request: Request, before: int, pooled: bool = False
     return replace(context, data=data)
 
 
-def add_up(
-    node: Node, answers: list[Answer], sent: Mapping[int, Arrays], blocks: Sequence[tuple[int, Sequence[int]]]
-) -> NodeReply:
-    """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
-
-    Such a block goes to the server client by client, where each reply is judged alone by the same rules. `sent`: the
-    arrays that each client was sent.
-    """
-    given = {a.client: a for a in answers}
-    sums: dict[Span, WeightedSum] = {}
-    for index, clients in blocks:
-        block = [given[client] for client in clients]
-        updates: list[tuple[float | Mapping[str, float], Arrays]] = []
-        for each in block:
-            received = sent[each.client]
-            if each.values is None or weight_fault(each.metrics, _size(node, each.client)):
-                break
-            if arrays_fault(each.arrays, each.metrics, received) or node.stages.judge(each.arrays or {}, received):
-                break
-            weights = name_weights(each.metrics, received, node.experiment.equal_weights)
-            updates.append((weights, cast(Arrays, each.arrays)))
-        else:
-            sums[index, index + 1] = weighted_sum(updates)
-            for each in block:
-                each.summed, each.arrays = True, None
-    return NodeReply(answers, sums)
-
-
 def _validation(node: Node, client: int) -> Data | None:
     """The client's validation part, as far as the settings ask for it."""
     plan, task = node.experiment.local, node.task
@@ -369,7 +339,7 @@ def _source(node: Node, client: int) -> Data | None:
     return node.view.data(key, source_samples(experiment, None if pooled else client))
 
 
-def _size(node: Node, client: int) -> int:
+def size_of(node: Node, client: int) -> int:
     """The training samples that the client may have had in this round."""
     pooled = node.experiment.run.placement == "pooled"
     return len(node.task.pool() if pooled else node.task.client(client).train)

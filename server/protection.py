@@ -24,6 +24,8 @@ class Protection:
     """Whether what leaves next presumes that the round before it is on the disk."""
     needs_no_reply = False
     """Whether a round without any good reply makes a model too."""
+    movable = True
+    """Whether a client may train on any node that has its data."""
     cohort_secret: int | None = None
     """What cohorts are drawn from in the place of the seed, where nobody may foretell them."""
 

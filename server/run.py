@@ -92,7 +92,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     # Ledgers stay with their nodes; so does a state that only one of a cluster's machines has.
-    movable = experiment.privacy.unit not in ("example", "local") and not experiment.engine.address
+    movable = guard.movable and not experiment.engine.address
     writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
     guard.stages = stages
     arrays, server = {n: start[n] for n in parts.shared}, guard.algorithm(server_of(setup(experiment, task, parts)))

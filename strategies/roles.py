@@ -108,7 +108,6 @@ def name_weights(metrics: Mapping[str, Any], names: Iterable[str], equal: bool =
     that needs a weight there puts it in.
     """
     weights = {}
-    metrics = dict(metrics.items())  # Flower's own mapping is slow to look things up in
     for name in names:
         kind, _, of = name.rpartition(AUXILIARY)
         target = of.split(".")[1] if of.startswith(HEADS) else ""

@@ -12,7 +12,6 @@ only some clients train is judged among these.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -24,6 +23,8 @@ from flwr.serverapp.strategy.multikrum import select_multikrum
 from meadow.strategies.adaptors.flower import aggregated
 from meadow.strategies.algorithms.fedavg import stepped
 from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, Setup, State
+from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
+from meadow.strategies.stages.stage import Moves
 
 from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays, Float64, Named, split_auxiliary
@@ -33,17 +34,6 @@ from meadow.runtime.seeds import numpy_generator
 
 log = logging.getLogger("meadow.server")
 logging.getLogger("flwr").addFilter(lambda line: "Received %s results" not in str(line.msg))  # at each of our calls
-
-Moves = dict[str, Float64]
-
-
-@dataclass(frozen=True)
-class Update:
-    """One client's moves of some arrays and its weight; or, behind bucketing, the mean of a bucket's."""
-
-    weight: float
-    moves: Moves
-
 
 Rule = Callable[[Sequence[Update], Settings], Moves]
 """Combines updates, one or more, that all have the same names."""
@@ -67,7 +57,7 @@ class Robust(ServerAlgorithm[Sequence[ClientUpdate]]):
         for senders, names in _groups(total, moves).items():
             updates = [Update(weight, {n: moves[client][n] for n in names}) for client, weight in senders]
             draw = numpy_generator(self.setup.seed, "bucket", total[0].round)
-            given = bucketed(updates, plan.bucket, draw)
+            given = Bucketing(plan.bucket).gather(updates, draw)
             if (needed := least_updates(plan.name, plan.byzantine)) > len(given) and plan.byzantine:
                 log.warning(
                     "round %d: %s stay as they were: %s with strategy.byzantine = %d needs %d updates, there are %d",
@@ -90,24 +80,6 @@ def _groups(
     for name, theirs in senders.items():
         groups.setdefault(tuple(theirs), []).append(name)
     return groups
-
-
-def bucketed(updates: Sequence[Update], size: int, draw: np.random.Generator) -> list[Update]:
-    """Shuffle, cut into buckets of `size`, and take each bucket's weighted mean, with the bucket's weight."""
-    if size == 1:
-        return list(updates)
-    order = draw.permutation(len(updates))
-    buckets = [[updates[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-    return [Update(sum(u.weight for u in bucket), weighted_mean(bucket)) for bucket in buckets]
-
-
-def weighted_mean(updates: Sequence[Update], scales: Sequence[float] | None = None) -> Moves:
-    """sum of weight * scale * moves over the sum of the weights."""
-    total, each = sum(u.weight for u in updates), scales or [1.0] * len(updates)
-    return {
-        name: np.asarray(sum(u.weight * s * u.moves[name] for u, s in zip(updates, each, strict=True)) / total)
-        for name in updates[0].moves
-    }
 
 
 def distance(update: Update, point: Moves) -> float:

@@ -18,15 +18,13 @@ from meadow.strategies.algorithms.robust import (
     KRUM,
     MEDIAN,
     TRIMMED_MEAN,
-    Update,
-    bucketed,
     centred_clipping,
     distance,
     geometric_median,
     multi_krum,
-    weighted_mean,
 )
 from meadow.strategies.attacks import attack, attackers, largest_z
+from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
 from scipy.optimize import minimize
 from scipy.stats import norm, trim_mean
 
@@ -150,7 +148,7 @@ def test_distance_is_over_all_arrays() -> None:
 @settings(max_examples=40, deadline=None)
 def test_buckets_hold_everybody_once(count: int, size: int) -> None:
     given = updates(count)
-    found = bucketed(given, size, numpy_generator(0, "bucket", 1))
+    found = Bucketing(size).gather(given, numpy_generator(0, "bucket", 1))
     assert len(found) == -(-count // size)
     assert sum(u.weight for u in found) == pytest.approx(sum(u.weight for u in given))
     assert flat(weighted_mean(found)) == pytest.approx(flat(weighted_mean(given)), rel=1e-10, abs=1e-12)
@@ -158,7 +156,7 @@ def test_buckets_hold_everybody_once(count: int, size: int) -> None:
 
 def test_a_bucket_of_one_is_none() -> None:
     given = updates(5)
-    assert bucketed(given, 1, numpy_generator(0, "bucket", 1)) == given
+    assert Bucketing(1).gather(given, numpy_generator(0, "bucket", 1)) == given
 
 
 ROBUST_MEAN = (
