@@ -36,13 +36,13 @@ ROUNDS = 20
 def measure(experiment: Experiment) -> tuple[dict[str, float], float]:
     """Run it: the mean seconds of each phase over the rounds after the warm-up, and of a round by the wall clock."""
     stamps: list[float] = []
-    give = Writer.give
+    give = Writer.round_done
 
     def stamped(self: Writer, *given: Any) -> None:
         stamps.append(time.perf_counter())
         give(self, *given)
 
-    with tempfile.TemporaryDirectory() as place, mock.patch.object(Writer, "give", stamped):
+    with tempfile.TemporaryDirectory() as place, mock.patch.object(Writer, "round_done", stamped):
         folder = Path(place) / "run"
         run_many([Job(experiment, folder)])
         records = RunFolder(folder).rounds()[WARM_UP:]

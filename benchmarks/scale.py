@@ -30,11 +30,10 @@ from typing import Any
 import numpy as np
 import torch
 from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, Half, Outcome, Turn
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
 from rich.console import Console
 from rich.table import Table
 
-from meadow.arrays.named import beside
 from meadow.config.load import resolve, to_toml
 from meadow.config.schema import Experiment, Task
 from meadow.runtime.identity import ROOT, versions
@@ -58,19 +57,19 @@ class Nothing:
     losses: dict[str, float] = field(default_factory=dict)
 
 
-class Empty(Half):
+class Empty(ClientAlgorithm):
     """A client that sends back what it received."""
 
-    def train(self, turn: Turn) -> Outcome:
-        return Outcome(turn.received, Nothing())
+    def train(self, context: ClientContext) -> ClientResult:
+        return ClientResult(context.received, Nothing())
 
 
-class Remembering(Half):
+class Remembering(ClientAlgorithm):
     """An empty client that keeps 5 MB of its own: they are read, and written anew, in each round."""
 
-    def train(self, turn: Turn) -> Outcome:
-        state = turn.memory or beside("own", {"state": np.ones(STATE // 4, np.float32)})
-        return Outcome(turn.received, Nothing(), memory=state)
+    def train(self, context: ClientContext) -> ClientResult:
+        state = context.memory or {"own": {"state": np.ones(STATE // 4, np.float32)}}
+        return ClientResult(context.received, Nothing(), memory=state)
 
 
 empty = Algorithm(FedAvg, Empty())

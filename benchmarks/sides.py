@@ -100,13 +100,13 @@ def meadow(name: str, rounds: int, exact: bool = True) -> list[float]:
     from meadow.experiments import api
 
     stamps = []
-    give = Writer.give
+    give = Writer.round_done
 
     def stamped(self: Writer, *given: Any) -> None:
         give(self, *given)
         stamps.append(time.perf_counter())
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Writer, "give", stamped):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Writer, "round_done", stamped):
         engine = {"engine.name": "ray", "engine.workers": PROCESSES, "engine.threads": 1, "engine.exact": exact}
         overrides: dict[str, Any] = settings(name, WARM_UP + rounds + 1) | engine
         api.run("fedavg", out=Path(folder) / "run", **overrides)

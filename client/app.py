@@ -7,6 +7,7 @@ train and evaluate: answer for each client in the pack.
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 
@@ -32,10 +33,12 @@ from meadow.privacy.releases import allowed
 from meadow.runtime.identity import code_sha256, versions
 from meadow.runtime.logs import log_lines
 from meadow.tasks.numerics import kernels
+from meadow.tasks.splits.shares import use_share
 
 log = logging.getLogger("meadow.client")
 
 log_lines()
+use_share(os.environ.get("MEADOW_SHARE", ""))
 app = ClientApp(mods=[fold_for_wire])
 
 
@@ -67,6 +70,7 @@ def join(message: Message, context: Context) -> Message:
             "data": node.task.dataset.sha256,
             "split": node.task.split.sha256,
             "versions": json.dumps(versions()),
+            "keeps": node.keeps,
         }
     )
     return Message(RecordDict({"roll": roll}), reply_to=message)
@@ -83,7 +87,7 @@ def train(message: Message, context: Context) -> Message:
         together, others = train_blocks(node, requests, blocks)
         alone = answer(node, others, train_client)
     node.clock.now("reduce")
-    sent = from_record(requests[0].arrays)
+    sent = {request.client: request.arrays for request in requests}
     one_by_one = [block for block in blocks if (block[0], block[0] + 1) not in together.sums]
     reply = add_up(node, alone, sent, one_by_one)
     answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
@@ -104,7 +108,7 @@ def evaluate(message: Message, context: Context) -> Message:
     with kernels(node.model):
         answers = answer(node, requests, evaluate_client)
     if requests[0].config["thorough"]:  # at a run's end
-        store_of(node, str(requests[0].config["run"])).settle(hosted_here(context, node.experiment.partition.clients))
+        store_of(node, requests[0].config["run"]).settle(hosted_here(context, node.experiment.partition.clients))
     _tell("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 
@@ -112,7 +116,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def _tell(done: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
     for request, given in zip(requests, answers, strict=True):
         which = {"round": request.config["round"], "client": given.client}
-        if given.content is None:
+        if given.values is None:
             log.error("failed: %s", given.error.strip().splitlines()[-1], extra=which)
         else:
             log.info(done, extra=which)

@@ -1,23 +1,20 @@
 """Whole blocks where a trainer takes them at once (`client/trainers/kernel.py`), and what leaves is one sum.
 
-Only where a client's turn is nothing but plain local training of a model that it shares whole: FedAvg, and every strategy
-that differs from it at the server alone. All other turns go through `meadow.client.node.train_client`, one client after
-another.
+Only where clients do nothing but plain local training of a model that they share whole: FedAvg, and every algorithm that
+differs from it at the server alone. All others go through `meadow.client.node.train_client`, one client after another.
 """
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-from flwr.app import ConfigRecord, MetricRecord
 from meadow.client.node import Facts, Node, samples
 from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer
-from meadow.strategies.protocol import Half
+from meadow.strategies.protocol import ClientAlgorithm
 from meadow.strategies.roles import name_weights
-from meadow.strategies.wire.packing import Answer, NodeReply, Request
+from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
 
-from meadow.arrays.flower import from_record, to_content, to_metrics
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import WeightedSum
 from meadow.tasks.data import Data
@@ -38,16 +35,14 @@ def train_blocks(
     if not isinstance(trainer, KernelTrainer) or not _plain(node):
         return done, list(requests)
     # One dictionary for all blocks: kernels take over what is new to them once.
-    first, received = requests[0], from_record(requests[0].arrays)
+    first, received = requests[0], requests[0].arrays
     asked, left = {request.client: request for request in requests}, {request.client for request in requests}
     at_once, names = trainer.blocks_at_once, set(names_of(node.model))
     for begin in range(0, len(blocks), at_once):
         part = blocks[begin : begin + at_once]
         try:
             together = [[asked[client] for client in clients] for _, clients in part]
-            same = all(
-                each.arrays is first.arrays and each.config is first.config for block in together for each in block
-            )
+            same = all(each.arrays is received and each.config is first.config for block in together for each in block)
             if not same or "work" in first.config or received.keys() != names:
                 continue
             found = _train(node, trainer, first.config, received, [clients for _, clients in part])
@@ -69,32 +64,32 @@ def _facts(node: Node, client: int, data: Data) -> Facts:
 
 
 def _plain(node: Node) -> bool:
-    """Whether every client's turn is plain local training from what it received, and it keeps nothing."""
-    experiment, half = node.experiment, type(node.half)
+    """Whether every client's part of a round is plain local training from what it received, and it keeps nothing."""
+    experiment, chosen = node.experiment, type(node.algorithm)
     return (
-        half.train is Half.train
-        and half.used is Half.used
+        chosen.train is ClientAlgorithm.train
+        and chosen.used is ClientAlgorithm.used
         and experiment.run.placement == "federated"
         and experiment.privacy.unit == "none"
+        and node.stages.plain
         and experiment.attack.kind == "none"
-        and not experiment.cohort.max_norm
         and not (node.roles.personal or node.roles.fixed)
     )
 
 
 def _train(
-    node: Node, trainer: KernelTrainer, config: ConfigRecord, received: Arrays, clients: Sequence[Sequence[int]]
+    node: Node, trainer: KernelTrainer, config: Values, received: Arrays, clients: Sequence[Sequence[int]]
 ) -> Sequence[tuple[list[Answer], WeightedSum] | None]:
     """The blocks' answers and sums, by the blocks' clients; None of a block where anything is not finite, and of all if
     another trainer is the one for a client."""
-    round_, local = int(cast(int, config["round"])), node.experiment.local
-    scores = dict[int, MetricRecord]()
+    round_, local = config["round"], node.experiment.local
+    scores = dict[int, Values]()
     if config["evaluate"]:
         node.clock.now("evaluate")
         load_into(node.model, received)
         for client in (client for block in clients for client in block):
             data = node.view.data(f"{client}/test", node.task.client(client).test)
-            scores[client] = to_metrics(evaluate(node.view.model, data, node.view.task))
+            scores[client] = evaluate(node.view.model, data, node.view.task)
     node.clock.now("open")
     own = {client: node.task.client(client).train for block in clients for client in block}
     facts = {client: _facts(node, client, data) for client, data in own.items()}
@@ -118,10 +113,10 @@ def _train(
         for client, one in zip(block, each, strict=True):
             metrics: dict[str, Any] = {**known[client], "steps": one.steps}
             metrics |= {f"loss/{target}": value for target, value in one.losses.items()}
-            content: dict[str, MetricRecord] = {"metrics": to_metrics(metrics)}
+            values: dict[str, Values] = {"metrics": metrics}
             if client in scores:
-                content["evaluation"] = scores[client]
-            answers.append(Answer(client, to_content(content), summed=True))
+                values["evaluation"] = scores[client]
+            answers.append(Answer(client, values, summed=True))
         node.trainers.count(facts[block[0]].choice, len(block))
         weights = {name: sum(counts[client][name] for client in block) for name in received}
         found.append((answers, WeightedSum(total, weights)))

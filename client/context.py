@@ -1,36 +1,47 @@
-"""A client's turn: what an algorithm's client half is given (`meadow.strategies.protocol.Turn`), on the node's model
-and data."""
+"""What an algorithm's client is given in a round (`meadow.strategies.protocol.ClientContext`), on the node's model and
+data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
 from meadow.client.loop.training import LOOP, Beside, Correction, Trained
+from meadow.client.release import Allowed
 from meadow.client.trainers.choose import Trainers
 from meadow.client.trainers.job import Training
-from meadow.strategies.protocol import Batch, Term, steps_of
-from meadow.strategies.roles import Roles
+from meadow.strategies.protocol import Batch, Roles, Term, steps_of
 from meadow.strategies.trainable import rate_factors
 from torch import Tensor, nn
 
-from meadow.arrays.named import Arrays, beside, of_kind
+from meadow.arrays.named import Arrays, Kinds, auxiliary
 from meadow.config import schema
 from meadow.config.schema import Experiment
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import class_weights, losses
+from meadow.tasks.losses import class_weights, losses
 from meadow.tasks.task import Task
 
 
+class Observer(Protocol):
+    """Sees what a node's clients do, and changes nothing."""
+
+    def trains(self, context: "LocalContext", leaves: bool) -> Callable[[Trained], None]:
+        """A client begins to train; what is returned is called when it has. `leaves`: whether the outcome leaves it."""
+
+    def noises(self, client: int, allowed: Allowed) -> None:
+        """What the client's newest training changed gets its noise under local DP."""
+
+
 @dataclass(frozen=True)
-class ClientTurn:
+class LocalContext:
     """One client in one round. `whole` is the complete model, of which `model`, the one that learns, may be a view.
 
     trainers: what trains the model.
     work: the share of its steps that the client gets through (1, but for a simulated straggler). permit: what makes its
-    one training of this turn private. remembered: what the loop must be given back in the next turn; `fit` fills it.
+    one training of this round private. remembered: what the loop must be given back in the next round; `fit` fills it.
     """
 
     experiment: Experiment
@@ -43,8 +54,8 @@ class ClientTurn:
     round: int
     client: int
     received: Arrays
-    extra: Arrays
-    memory: Arrays
+    auxiliary: Kinds
+    memory: Kinds
     base: Callable[[], Arrays]
     personal: Arrays
     work: float = 1.0
@@ -52,6 +63,7 @@ class ClientTurn:
     source: Data | None = None
     permit: Permit | None = None
     remembered: Arrays = field(default_factory=dict)
+    observers: Sequence[Observer] = ()
 
     @property
     def settings(self) -> schema.Strategy:
@@ -94,14 +106,15 @@ class ClientTurn:
         if repeat > 1 or self.work < 1:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
             plan, epochs = plan.model_copy(update={"steps": steps * repeat}), 0
-        beside_it = Beside(self.validation, of_kind(LOOP, self.memory), self.source)
+        beside = Beside(self.validation, dict(self.memory.get(LOOP, {})), self.source)
         permit = self.permit if leaves else None
-        training = Training(
-            self.data, self.round, self.client, plan, epochs, learns, correct, term, beside_it, permit
-        )  # fmt: skip
+        training = Training(self.data, self.round, self.client, plan, epochs, learns, correct, term, beside, permit)
+        observing = [observer.trains(self, leaves) for observer in self.observers]
         trained = self.trainers.train(self.model, training)
         if not self.remembered:
-            self.remembered.update(beside(LOOP, trained.memory))
+            self.remembered.update(auxiliary(LOOP, trained.memory))
+        for ends in observing:
+            ends(trained)
         return trained
 
     def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:

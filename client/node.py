@@ -11,24 +11,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord, RecordDict
-from meadow.client.context import ClientTurn, with_wrong_labels
+from flwr.app import Context
+from meadow.client.context import LocalContext, Observer, with_wrong_labels
 from meadow.client.loop.anchors import teaches
-from meadow.client.loop.training import LOOP, Beside, train
-from meadow.client.release import Exhausted, Keeper, charge, noised_update
+from meadow.client.loop.training import LOOP, Beside, keeps, train
+from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, trainers_of
 from meadow.strategies import algorithm
 from meadow.strategies.attacks import ON_LABELS, attackers
-from meadow.strategies.protocol import Half
-from meadow.strategies.roles import Roles, name_weights, roles_of
-from meadow.strategies.wire.packing import Answer, NodeReply, Request
-from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
+from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
+from meadow.strategies.roles import name_weights, roles_of
+from meadow.strategies.stages import Stages, stages_of
+from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
+from meadow.strategies.wire.replies import arrays_fault, weight_fault
 from torch import nn
 
-from meadow.arrays.flower import from_record, to_record
-from meadow.arrays.memory import Recent, find
-from meadow.arrays.named import Arrays, arrays_sha256, of_kind, split_beside
+from meadow.arrays.lru import LRU
+from meadow.arrays.memory import find
+from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
 from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
@@ -40,8 +41,10 @@ from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
 from meadow.tasks.features import View, view
 from meadow.tasks.readers.domains import source_samples
+from meadow.tasks.source import source_data
 from meadow.tasks.splits.shares import hosted
-from meadow.tasks.task import Task, initial_state, open_task, settle, source_data
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task, settle
 
 log = logging.getLogger("meadow.client")
 
@@ -51,7 +54,7 @@ FACTS = 10_000
 
 @dataclass(frozen=True)
 class Facts:
-    """What is always so of a client's training data: who does plain training on it, and its samples, in all and by target."""
+    """What is always so of a client's training data: who does plain training on it, and its samples, by target too."""
 
     choice: Choice
     samples: dict[str, int]
@@ -66,17 +69,27 @@ class Node:
     model: nn.Module
     roles: Roles
     view: View
-    half: Half
+    algorithm: ClientAlgorithm
     state_root: Path
     keeper: Keeper
     trainers: Trainers
+    stages: Stages
     memory: int = 0
     """Bytes of clients' states that this process may keep in shared memory."""
     clock: Clock = field(default_factory=Clock, repr=False, compare=False)
     """Where the time of the message in hand goes."""
-    facts: Recent[int, Facts] = field(default_factory=lambda: Recent(FACTS), repr=False, compare=False)
+    observers: list[Observer] = field(default_factory=list, repr=False, compare=False)
+    """Who sees what the clients here do: nobody, but in an audit."""
+    facts: LRU[int, Facts] = field(default_factory=lambda: LRU(FACTS), repr=False, compare=False)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether clients keep something from round to round: personal layers, or what the algorithm, a stage or the loop
+        remembers."""
+        remembers = type(self.algorithm) is not ClientAlgorithm or self.stages.keeps or keeps(self.experiment)
+        return bool(self.roles.personal) or remembers
 
 
 def open_node(context: Context) -> Node:
@@ -104,13 +117,14 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = hold_still(task.new_model())
-    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name).client
+    parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
     # Deployed clients keep their states on disk; so do those of a cluster, whose machines share no memory.
     in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
-    return Node(experiment, task, model, parts, seen, half, state_root, keeper, trainers_of(experiment, seen), memory)
+    trainers, stages = trainers_of(experiment, seen), stages_of(experiment, parts)
+    return Node(experiment, task, model, parts, seen, chosen.client, state_root, keeper, trainers, stages, memory)
 
 
 def _state_root(context: Context) -> Path:
@@ -126,15 +140,15 @@ def hosted_here(context: Context, clients: int) -> range:
     return hosted(index, nodes, clients)
 
 
-def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], RecordDict]) -> list[Answer]:
-    """Let each client answer in turn. One that raises costs itself only: its answer is its id and its traceback.
+def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], Answer]) -> list[Answer]:
+    """Let each client answer in context. One that raises costs itself only: its answer is its id and its traceback.
 
     Under DP the kind of the error alone leaves, but for what the ledger says; the rest goes to the node's log.
     """
     answers = []
     for request in requests:
         try:
-            answers.append(Answer(request.client, handler(node, request)))
+            answers.append(handler(node, request))
         except LedgerFault as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
         except Exception as error:  # whatever a client's data or model does, the others go on
@@ -147,11 +161,11 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
     return answers
 
 
-def train_client(node: Node, request: Request) -> RecordDict:
-    """One client's part of a round: score the model it would use, take its turn, store what is its own, reply the rest.
+def train_client(node: Node, request: Request) -> Answer:
+    """One client's part of a round: score the model it would use, take its context, store what is its own, reply the rest.
 
-    The reply holds "arrays" (the shared arrays after training and what the algorithm sends beside them, without those
-    of heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
+    The answer holds arrays (the shared ones after training and what the algorithm sends beside them, without those of
+    heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
     target, and what the algorithm adds) and, if the message asks for it, "evaluation" (target/metric of the model that
     the client would use, on its test part).
 
@@ -159,48 +173,62 @@ def train_client(node: Node, request: Request) -> RecordDict:
     client's ledger then holds; if the budget does not allow the release, that is all, with "exhausted", the reason. What
     else is in a reply under DP is what `meadow.privacy.releases.allowed` lets out; each client weighs 1.
     """
-    config = request.config
-    round_, store = int(cast(int, config["round"])), _store(node, request)
-    client, seen, experiment = request.client, node.view, node.experiment
+    config, client, experiment = request.config, request.client, node.experiment
     node.clock.now("open")
-    turn = open_turn(node, request, before=round_, pooled=experiment.run.placement == "pooled")
-    reply, release = RecordDict(), None
+    context = open_context(node, request, before=config["round"], pooled=experiment.run.placement == "pooled")
+    reply, release = dict[str, Values](), None
     if experiment.privacy.unit in ("example", "local"):
-        begins = turn.start() | turn.memory | turn.extra
+        begins = context.start() | flat(context.memory) | flat(context.auxiliary)
         try:
-            release = charge(node.keeper, request.content, round_, client, begins, turn.work)
+            release = charge(node.keeper, request.ledger, context.round, client, begins, context.work)
         except Exhausted as reason:
-            return RecordDict({"ledger": ConfigRecord({**reason.state, "exhausted": str(reason)})})
+            return Answer(client, {"ledger": {**reason.state, "exhausted": str(reason)}})
         reply["ledger"] = release.state
-        turn = replace(turn, permit=release.permit)
+        context = replace(context, permit=release.permit)
     if config["evaluate"] and allowed(experiment, "metrics"):
         node.clock.now("evaluate")
-        turn.load(node.half.used(turn))
-        data = seen.data(f"{client}/test", node.task.client(client).test)
-        reply["evaluation"] = MetricRecord(dict(evaluate(seen.model, data, seen.task)))
-        turn.load(turn.start())
+        context.load(node.algorithm.used(context))
+        data = node.view.data(f"{client}/test", node.task.client(client).test)
+        reply["evaluation"] = evaluate(node.view.model, data, node.view.task)
+        context.load(context.start())
     node.clock.now("train")
-    outcome = node.half.train(turn)
+    result = node.algorithm.train(context)
     node.clock.now("write")
-    sent = {name: outcome.model[name] for name in node.roles.shared}
-    if release and experiment.privacy.unit == "local":
-        own = [name for name in sent if name in node.roles.trained]
-        received, found = {n: turn.received[n] for n in own}, {n: sent[n] for n in own}
-        sent |= noised_update(experiment, release, received, found)
-    lasting = {name: outcome.model[name] for name in node.roles.personal} | outcome.memory | turn.remembered
+    reply["metrics"], sent_beside = _metrics(node, context, result), flat(result.auxiliary)
+    weights = name_weights(reply["metrics"], [*node.roles.shared, *sent_beside])
+    trained = {name: result.model[name] for name in node.roles.shared}
+    noise = _noise(node, client, release)
+    left = node.stages.leave(trained, client, context.round, context.received, weights, noise, context.memory)
+    lasting = {name: result.model[name] for name in node.roles.personal} | flat(result.memory)
+    lasting |= context.remembered | left.memory
     if lasting:
-        attempt, keep_from = int(cast(int, config.get("attempt", 1))), int(cast(int, config["keep-from"]))
-        store.save(client, round_, lasting, keep_from, attempt, cast(list[str], config.get("void", [])))
+        attempt, void = config.get("attempt", 1), config.get("void", [])
+        _store(node, request).save(client, context.round, lasting, config["keep-from"], attempt, void)
     node.clock.now("reduce")
-    known = turn.permit is not None or allowed(experiment, "samples")
-    metrics: dict[str, Any] = {**samples(node, client, turn.data), "steps": outcome.fitted.steps if known else 0}
-    metrics |= outcome.metrics
-    weights = name_weights(metrics, sent | outcome.extra)
-    everything = {name: value for name, value in (sent | outcome.extra).items() if weights[name] > 0}
-    reply["arrays"] = to_record(everything)
-    losses = {f"loss/{t}": value for t, value in outcome.fitted.losses.items() if allowed(experiment, "loss")}
-    reply["metrics"] = MetricRecord(metrics | losses)
-    return reply
+    beside = {name: value for name, value in sent_beside.items() if weights[name] > 0}
+    return Answer(client, reply, left.arrays | beside)
+
+
+def _metrics(node: Node, context: LocalContext, result: ClientResult) -> dict[str, Any]:
+    """What a client says of its training, as far as it may leave."""
+    known = context.permit is not None or allowed(node.experiment, "samples")
+    steps = result.fitted.steps if known else 0
+    told = allowed(node.experiment, "loss")
+    losses = {f"loss/{target}": value for target, value in result.fitted.losses.items() if told}
+    return {**samples(node, context.client, context.data), "steps": steps, **result.metrics, **losses}
+
+
+def _noise(node: Node, client: int, release: Allowed | None) -> Callable[[Arrays, Arrays], Arrays] | None:
+    """Of arrays that learn, (received, trained) -> what may leave by a release that is charged."""
+    if release is None:
+        return None
+
+    def noised(received: Arrays, trained: Arrays) -> Arrays:
+        for observer in node.observers:
+            observer.noises(client, release)
+        return noised_update(node.experiment, release, received, trained)
+
+    return noised
 
 
 def samples(node: Node, client: int, data: Data) -> dict[str, int]:
@@ -214,30 +242,29 @@ def samples(node: Node, client: int, data: Data) -> dict[str, int]:
     return {"num-examples": 1} | {f"num-examples/{t.name}": int(pooled or held[t.name]) for t in node.task.targets}
 
 
-def evaluate_client(node: Node, request: Request) -> RecordDict:
+def evaluate_client(node: Node, request: Request) -> Answer:
     """Score the model that the client would use, on its test part; after local fine-tuning too, if that is set.
 
-    The reply holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of what
+    The answer holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of what
     the client has of its own, and whether it has anything) and, if the message asks for a thorough evaluation,
     "confusion" (of the used model, by class target: its confusion counts, row after row) and, if evaluate.on names it,
     the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
     `meadow.privacy.releases.allowed` lets out.
     """
     config = request.config
-    round_ = int(cast(int, config["round"]))
-    turn = open_turn(node, request, before=round_ + 1)
+    round_ = config["round"]
+    context = open_context(node, request, before=round_ + 1)
     client, own, seen = request.client, node.task.client(request.client), node.view
-    lasting = turn.personal | turn.memory
+    lasting = context.personal | flat(context.memory)
     sha256 = arrays_sha256(lasting) if allowed(node.experiment, "hashes") else ""
-    identity = ConfigRecord({"personal": sha256, "trained": bool(lasting)})
+    reply: dict[str, Values] = {"identity": {"personal": sha256, "trained": bool(lasting)}}
     if not allowed(node.experiment, "metrics"):
-        return RecordDict({"evaluation": MetricRecord(), "identity": identity})
-    turn.load(node.half.used(turn))
+        return Answer(client, reply)
+    context.load(node.algorithm.used(context))
     test = seen.data(f"{client}/test", own.test)
-    reply = RecordDict()
     if config["thorough"]:
         found, counts = examine(seen.model, test, seen.task)
-        reply["confusion"] = MetricRecord({target: matrix.flatten().tolist() for target, matrix in counts.items()})
+        reply["confusion"] = {target: matrix.flatten().tolist() for target, matrix in counts.items()}
     else:
         found = evaluate(seen.model, test, seen.task)
     scores = {f"used/{key}": value for key, value in found.items()}
@@ -247,26 +274,24 @@ def evaluate_client(node: Node, request: Request) -> RecordDict:
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        beside = Beside(turn.validation, of_kind(LOOP, turn.memory), turn.source)
+        beside = Beside(context.validation, dict(context.memory.get(LOOP, {})), context.source)
         train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
-    reply["evaluation"] = MetricRecord(dict(scores))
-    reply["identity"] = identity
-    return reply
+    reply["evaluation"] = scores
+    return Answer(client, reply)
 
 
-def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -> ClientTurn:
-    """What the client has at the start of its turn: what was received, and what its rounds earlier than `before` left.
+def open_context(node: Node, request: Request, before: int, pooled: bool = False) -> LocalContext:
+    """What the client has at the start of a round: what was received, and what its rounds earlier than `before` left.
 
     `pooled`: its data is that of all clients. The received model is in place when this returns.
     """
     config, client, seen = request.config, request.client, node.view
     store = _store(node, request)
-    received, extra = split_beside(from_record(request.arrays))
-    void = cast(list[str], config.get("void", []))
-    personal, memory = split_beside(store.load(client, before, void))
-    turn = ClientTurn(
+    received, sent_along = split_auxiliary(request.arrays)
+    personal, memory = split_auxiliary(store.load(client, before, config.get("void", [])))
+    context = LocalContext(
         experiment=node.experiment,
         task=seen.task,
         roles=node.roles,
@@ -274,46 +299,50 @@ def open_turn(node: Node, request: Request, before: int, pooled: bool = False) -
         model=seen.model,
         trainers=node.trainers,
         data=node.task.client(client).train,
-        round=int(cast(int, config["round"])),
+        round=config["round"],
         client=client,
         received=received,
-        extra=extra,
-        memory=memory,
+        auxiliary=by_kind(sent_along),
+        memory=by_kind(memory),
         base=lambda: _base(node, store),
         personal=personal,
-        work=float(cast(float, config.get("work", 1.0))),
+        work=config.get("work", 1.0),
         validation=_validation(node, client),
         source=_source(node, client),
+        observers=node.observers,
     )
-    turn.load(turn.start())
-    data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", turn.data)
+    context.load(context.start())
+    data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", context.data)
     if client in attackers(node.experiment) and node.experiment.attack.kind in ON_LABELS:
         data = with_wrong_labels(data, node.task.targets)
-    return replace(turn, data=data)
+    return replace(context, data=data)
 
 
-def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tuple[int, Sequence[int]]]) -> NodeReply:
+def add_up(
+    node: Node, answers: list[Answer], sent: Mapping[int, Arrays], blocks: Sequence[tuple[int, Sequence[int]]]
+) -> NodeReply:
     """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
 
-    Such a block goes to the server client by client, where each reply is judged alone.
+    Such a block goes to the server client by client, where each reply is judged alone by the same rules. `sent`: the
+    arrays that each client was sent.
     """
-    contents = {a.client: a for a in answers}
+    given = {a.client: a for a in answers}
     sums: dict[Span, WeightedSum] = {}
     for index, clients in blocks:
+        block = [given[client] for client in clients]
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
-        for client in clients:
-            content, size = contents[client].content, _size(node, client)
-            if content is None or weight_fault(metrics_of(content), size):
+        for each in block:
+            received = sent[each.client]
+            if each.values is None or weight_fault(each.metrics, _size(node, each.client)):
                 break
-            if arrays_fault(content, sent, node.experiment.cohort.max_norm):
+            if arrays_fault(each.arrays, each.metrics, received) or node.stages.judge(each.arrays or {}, received):
                 break
-            weights = name_weights(metrics_of(content), sent, node.experiment.equal_weights)
-            updates.append((weights, from_record(cast(ArrayRecord, content["arrays"]))))
+            weights = name_weights(each.metrics, received, node.experiment.equal_weights)
+            updates.append((weights, cast(Arrays, each.arrays)))
         else:
             sums[index, index + 1] = weighted_sum(updates)
-            for client in clients:
-                contents[client].summed = True
-                cast(RecordDict, contents[client].content).pop("arrays")
+            for each in block:
+                each.summed, each.arrays = True, None
     return NodeReply(answers, sums)
 
 
@@ -347,7 +376,7 @@ def _size(node: Node, client: int) -> int:
 
 
 def _store(node: Node, request: Request) -> Store:
-    return store_of(node, str(request.config["run"]))
+    return store_of(node, request.config["run"])
 
 
 def store_of(node: Node, run: str) -> Store:

@@ -1,22 +1,20 @@
 """Who will train, before a run: an algorithm takes two rounds with a client whose training does nothing but note what it is
 asked for."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-import numpy.typing as npt
-from meadow.client.context import ClientTurn
+from meadow.client.context import LocalContext
 from meadow.client.loop.training import Trained
 from meadow.client.trainers.choose import Choice, Trainers, trainers_of
 from meadow.client.trainers.job import Job, Training
-from meadow.strategies.protocol import Half, steps_of
-from meadow.strategies.roles import Roles
+from meadow.strategies.protocol import ClientAlgorithm, Roles, steps_of
 from torch import nn
 
+from meadow.arrays.named import Kinds
 from meadow.config.schema import Experiment
 from meadow.tasks.features import view
-from meadow.tasks.task import Task, initial_state
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task
 
 
 @dataclass
@@ -42,11 +40,11 @@ def forecast(
     task: Task,
     model: nn.Module,
     roles: Roles,
-    algorithm: Half,
-    extra: Mapping[str, npt.NDArray[np.generic]],
+    algorithm: ClientAlgorithm,
+    auxiliary: Kinds,
 ) -> list[Choice]:
     """Who will train the clients of a run, and why faster trainers will not: an entry for each kind of training that its
-    algorithm asks for. extra: what the server sends beside the model. Raises UserError where `engine.trainer` names one
+    algorithm asks for. auxiliary: what the server sends beside the model. Raises UserError where `engine.trainer` names one
     that cannot.
     """
     seen = view(task, model, frozen=roles.trunk_is_frozen)
@@ -56,7 +54,7 @@ def forecast(
         return [whole]  # whatever the algorithm adds
     start, notes = initial_state(experiment), Notes()
     data = task.client(0).train
-    context = ClientTurn(
+    context = LocalContext(
         experiment=experiment,
         task=seen.task,
         roles=roles,
@@ -67,14 +65,14 @@ def forecast(
         round=1,
         client=0,
         received={name: start[name] for name in roles.shared},
-        extra=dict(extra),
+        auxiliary=auxiliary,
         memory={},
         base=lambda: start,
         personal={},
     )
     for _ in range(2):  # some act only on what their last round left
         context.load(context.start())
-        context.memory.update(algorithm.train(context).memory)
+        context = replace(context, memory={**context.memory, **algorithm.train(context).memory})
     some_missing = not task.held.all() or not all(
         bool(t.known(task.dataset.train.y[t.name]).all()) for t in task.targets
     )

@@ -8,10 +8,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, RecordDict
+from meadow.strategies.wire.packing import Values
 
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.config.cohort import participations
@@ -20,7 +20,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy import plan
 from meadow.privacy.accounting import epsilon
 from meadow.privacy.client_level import clip, noised
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.ledger import (
     Budget,
     BudgetSpent,
@@ -40,7 +40,7 @@ from meadow.runtime.identity import code_sha256, versions
 class Exhausted(Exception):
     """The next release would cost more than is left of the budget. `state` is what the server is told of the ledger."""
 
-    def __init__(self, reason: str, state: ConfigRecord) -> None:
+    def __init__(self, reason: str, state: Values) -> None:
         super().__init__(reason)
         self.state = state
 
@@ -73,24 +73,25 @@ class Allowed:
     with (unit = "local": z, in units of the clip). `permit` is what trains it if the unit is an example."""
 
     charged: Charged
-    state: ConfigRecord
+    state: Values
     noise_seed: int
     noise_multiplier: float
     permit: Permit | None = None
 
 
 def charge(
-    keeper: Keeper, content: RecordDict, round_: int, client: int, start: Mapping[str, Any], work: float = 1.0
+    keeper: Keeper, known: Values | None, round_: int, client: int, start: Mapping[str, Any], work: float = 1.0
 ) -> Allowed:
     """Charge the client's next release, so that on return its entry is on the disk.
 
-    `start`: all arrays that training starts from, by name. `work`: the share of its steps that the client is told to take:
+    `known`: what the server last heard of the client's ledger. `start`: all arrays that training starts from, by name.
+    `work`: the share of its steps that the client is told to take:
     another share is another release, since the same noise on another update would let their difference out bare. Raises
     LedgerFault if the ledger is not what it was, and Exhausted if the budget does not allow the release; nothing is
     charged then.
     """
     experiment, privacy = keeper.experiment, keeper.experiment.privacy
-    ledger, mark, run = keeper.ledger(client), _mark(content), _run(keeper)
+    ledger, mark, run = keeper.ledger(client), _mark(known), _run(keeper)
     unit = "example" if privacy.unit == "example" else "local"
     clients = 1 if experiment.run.placement == "pooled" else experiment.partition.clients
     budget = plan.budgets(experiment, clients)[client]
@@ -130,17 +131,14 @@ def noised_update(experiment: Experiment, allowed: Allowed, received: Arrays, tr
     return {name: (before.astype(np.float64) + update[name]).astype(before.dtype) for name, before in received.items()}
 
 
-def _mark(content: RecordDict) -> Mark | None:
+def _mark(known: Values | None) -> Mark | None:
     """What the server says that it last heard of the ledger."""
-    known = content.config_records.get("ledger")
-    return None if known is None else Mark(int(cast(int, known["entries"])), str(known["sha256"]))
+    return Mark(int(known["entries"]), str(known["sha256"])) if known else None
 
 
-def _state(keeper: Keeper, mark: Mark, spent: float) -> ConfigRecord:
+def _state(keeper: Keeper, mark: Mark, spent: float) -> Values:
     """What the server is told of the ledger, all of it public: how many releases, what they cost, the newest one's hash."""
-    return ConfigRecord(
-        {"entries": mark.entries, "sha256": mark.sha256, "epsilon": spent, "secret": not keeper.simulated}
-    )
+    return {"entries": mark.entries, "sha256": mark.sha256, "epsilon": spent, "secret": not keeper.simulated}
 
 
 def _spent(experiment: Experiment, ledger: Ledger, unit: str) -> float:
@@ -154,7 +152,9 @@ def _run(keeper: Keeper) -> str:
     settings: dict[str, Any] = {
         key: value
         for key, value in to_flat(keeper.experiment).items()
-        if key != "run.name" and not (keeper.simulated and key.startswith("engine."))
+        if key not in ("run.name", "run.listeners")
+        and not (key == "strategy.stages" and not value)  # so an older ledger's releases are still the same
+        and not (keeper.simulated and key.startswith("engine."))
     }
     if not keeper.simulated:
         settings |= {"code": code_sha256()} | versions()

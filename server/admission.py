@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ConfigRecord
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer
-from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
+from meadow.strategies.wire.replies import arrays_fault, weight_fault
 
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, cut, fault, total
@@ -31,20 +30,21 @@ class Verdict:
 def admit(
     replies: Sequence[Answer],
     sums: Sums,
-    sent: Arrays,
+    sent: Mapping[int, Arrays],
     sizes: Mapping[int, int],
     *,
     equal: bool = False,
-    max_norm: float = 0,
     judge: Judge | None = None,
+    judge_update: Callable[[Arrays, Arrays], str] | None = None,
 ) -> Verdict:
     """Judge each reply: it came, its weight is a positive number no larger than declared, its arrays fit what was sent.
 
-    `sizes`: training samples that each client declared at roll call. `equal`: each client counts 1
-    (`meadow.strategies.roles.name_weights`). `max_norm`: the longest update, 0 for any. `judge`: what the strategy has
-    to say of a reply's metrics. Of two replies of one client the first counts. A client's arrays may be missing only if
-    they are inside its block's sum, which a node makes of arrays that it judged by the same `fault`. What is inside a sum
-    cannot be taken out again, so a sum counts only if all its clients do, and if it is itself of the right form.
+    `sent`: the arrays that each client was sent. `sizes`: training samples that each declared at roll call. `equal`: each
+    client counts 1 (`meadow.strategies.roles.name_weights`). `judge`: what the strategy has to say of a reply's metrics.
+    `judge_update`: what the stages have to say of arrays of the right form, beside those that were sent. Of two replies of
+    one client the first counts. A client's arrays may be missing only if they are inside its block's sum, which a node makes
+    of arrays that it judged by the same `fault`. What is inside a sum cannot be taken out again, so a sum counts only if all
+    its clients do, and if it is itself of the right form.
     """
     inside = {client for block in sums for client in block}
     first: dict[int, Answer] = {}
@@ -53,25 +53,19 @@ def admit(
     weights, refused = dict[int, dict[str, float]](), dict[int, str]()
     for client, reply in first.items():
         size = sizes.get(client, 0)
-        metrics = (
-            {} if reply.content is None else dict(metrics_of(reply.content).items())
-        )  # Flower's are slow to look up
-        reason = _reason(reply, metrics, sent, size, client in inside, max_norm)
+        reason = _reason(reply, sent[client], size, client in inside)
+        if not reason and judge_update is not None and reply.arrays is not None:
+            reason = judge_update(reply.arrays, sent[client])
         if not reason and judge is not None:
-            reason = judge(metrics, size)
+            reason = judge(reply.metrics, size)
         if reason:
             refused[client] = reason
         else:
-            weights[client] = name_weights(metrics, sent, equal)
+            weights[client] = name_weights(reply.metrics, sent[client], equal)
     good = {}
-    doubles = {name: np.broadcast_to(np.float64(0), value.shape) for name, value in sent.items()}  # a sum's form
     for block, found in sums.items():
         wrong = [c for c in block if c in refused]
-        reason = (
-            f"client {wrong[0]} is refused"
-            if wrong
-            else _sum_reason(found, doubles, [[weights[c] for c in part] for part in cut(block)])
-        )
+        reason = f"client {wrong[0]} is refused" if wrong else _sum_reason(found, block, sent, weights)
         if reason:
             refused |= {
                 c: f"its arrays are inside a block's sum that does not count: {reason}" for c in weights if c in block
@@ -81,29 +75,39 @@ def admit(
     return Verdict([reply for client, reply in first.items() if client not in refused], good, refused)
 
 
-def _reason(reply: Answer, metrics: Mapping[str, Any], sent: Arrays, size: int, inside: bool, max_norm: float) -> str:
-    content = reply.content
-    if content is None:
+def _reason(reply: Answer, sent: Arrays, size: int, inside: bool) -> str:
+    if reply.values is None:
         return reply.error
-    ledger = content.get("ledger")
-    if isinstance(ledger, ConfigRecord) and "exhausted" in ledger:
-        return str(ledger["exhausted"])
-    if reason := weight_fault(metrics, size):
+    if exhausted := reply.said("ledger").get("exhausted"):
+        return str(exhausted)
+    if reason := weight_fault(reply.metrics, size):
         return reason
-    return "" if inside else arrays_fault(content, sent, max_norm)
+    return "" if inside else arrays_fault(reply.arrays, reply.metrics, sent)
 
 
 def _sum_reason(
-    found: WeightedSum, sent: Mapping[str, npt.NDArray[np.float64]], blocks: Sequence[Sequence[Mapping[str, float]]]
+    found: WeightedSum,
+    clients: Sequence[int],
+    sent: Mapping[int, Arrays],
+    weights: Mapping[int, Mapping[str, float]],
 ) -> str:
-    def of_block(span: Span) -> dict[str, float] | None:
-        return _added([dict(client) for client in blocks[span[0]]]) if span[1] - span[0] == 1 else None
+    form: dict[str, npt.NDArray[np.float64]] = {}
+    for arrays in {id(sent[client]): sent[client] for client in clients}.values():
+        form |= {name: np.broadcast_to(np.float64(0), value.shape) for name, value in arrays.items()}
+    blocks = cut(clients)
 
-    weights = total((0, len(blocks)), of_block, _added) or {}
-    if found.weights != {name: weight for name, weight in weights.items() if weight > 0}:
+    def of_block(span: Span) -> dict[str, float] | None:
+        return _added([weights[client] for client in blocks[span[0]]]) if span[1] - span[0] == 1 else None
+
+    expected = dict.fromkeys(form, 0.0) | (total((0, len(blocks)), of_block, _added) or {})
+    if found.weights != {name: weight for name, weight in expected.items() if weight > 0}:
         return "the sum's weight is not that of its clients"
-    return fault(found.sums, sent, weights)
+    return fault(found.sums, form, expected)
 
 
 def _added(weights: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(each[name] for each in weights) for name in weights[0]}
+    added: dict[str, float] = {}
+    for each in weights:
+        for name, weight in each.items():
+            added[name] = added.get(name, 0) + weight
+    return added

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from meadow.arrays.files import DamagedFile, read_arrays, read_json, write_arrays, write_json
-from meadow.arrays.named import Arrays, arrays_sha256, beside, of_kind, split_beside
+from meadow.arrays.named import Arrays, arrays_sha256, auxiliary, of_kind, split_auxiliary
 
 KEEP = 3
 
@@ -31,7 +31,7 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, then delete those older than the last `KEEP`."""
     stem = folder / f"round-{checkpoint.round:08d}"
-    everything = checkpoint.arrays | beside(_STRATEGY, checkpoint.strategy)
+    everything = checkpoint.arrays | auxiliary(_STRATEGY, checkpoint.strategy)
     write_arrays(stem.with_suffix(".safetensors"), everything)
     about = {"round": checkpoint.round, "sha256": arrays_sha256(everything), "privacy": checkpoint.privacy}
     write_json(stem.with_suffix(".json"), about)
@@ -51,7 +51,7 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
                 raise DamagedFile(f"{stem}.safetensors: not the arrays that {stem.name}.json names")
             kept = of_kind(_STRATEGY, arrays)
-            return Checkpoint(round_, split_beside(arrays)[0], kept, about.get("privacy", {})), damaged
+            return Checkpoint(round_, split_auxiliary(arrays)[0], kept, about.get("privacy", {})), damaged
         except DamagedFile as error:
             damaged.append(str(error))
     return None, damaged

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flwr.app import MetricRecord
 from torch import Tensor
 
 from meadow.tasks.data import Target
@@ -99,7 +98,7 @@ def add_confusion(clients: Sequence[Mapping[str, Ints]], targets: Sequence[Targe
     return result
 
 
-def read_confusion(record: MetricRecord, task: Task, client: int) -> dict[str, Ints]:
+def read_confusion(said: Mapping[str, Any], task: Task, client: int) -> dict[str, Ints]:
     """The confusion counts in a client's reply, int64 (classes * classes,) a target.
 
     Taken only where they may be true: of a class target with at most MOST_CLASSES, whole numbers from 0, no more in all
@@ -107,7 +106,7 @@ def read_confusion(record: MetricRecord, task: Task, client: int) -> dict[str, I
     """
     result = {}
     for target in task.targets:
-        flat = record.get(target.name)
+        flat = said.get(target.name)
         if target.kind != "class" or target.size > MOST_CLASSES or not isinstance(flat, list):
             continue
         entries = len(task.split.clients[client].test) * math.prod(task.dataset.train.y[target.name].shape[1:])

@@ -105,7 +105,7 @@ def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:
     if not there.exists():
         raise UserError(f"--resume {path}: the folder holds no run (no experiment.toml); name another folder")
     before, now = dict(flatten(to_tree(load(there)))), dict(flatten(to_tree(experiment)))
-    changed = [k for k in now if before.get(k) != now[k] and not k.startswith("engine.")]
+    changed = [k for k in now if before.get(k) != now[k] and not k.startswith("engine.") and k != "run.listeners"]
     if changed:
         key = changed[0]
         raise UserError(

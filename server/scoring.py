@@ -4,14 +4,12 @@ import logging
 import math
 from collections.abc import Sequence
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from meadow.server.evaluation import read_confusion
-from meadow.server.exchange import Cohort
 from meadow.server.session import Session
 from meadow.server.summary import ClientScores
+from meadow.strategies.wire.packing import Answer, Request, Values
 from torch import Tensor
 
-from meadow.arrays.flower import to_record
 from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.evaluation import load_into, predict
 from meadow.tasks.metrics import score
@@ -46,39 +44,32 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
         draw = numpy_generator(session.experiment.run.seed, "evaluate")
         everyone = sorted(int(c) for c in draw.choice(len(everyone), sample, replace=False))
     fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
-    config = ConfigRecord(
-        {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
-    )
-    sent = to_record(session.arrays)
-    replies, _ = session.exchange.send(
-        list(session.strategy.configure_evaluate(round_, sent, config, Cohort(everyone)))
-    )
+    config = {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
+    sent = session.arrays
+    replies, _ = session.exchange.send("evaluate", [Request(client, sent, config) for client in everyone])
     scores = {}
     for reply in replies:
-        client, content = reply.client, reply.content
-        identity = content.config_records.get("identity") if content is not None else None
-        if content is None or identity is None:
+        identity = reply.said("identity")
+        if not identity:
             reason = reply.error or "its reply says nothing of itself"
-            log.warning("client %d was not evaluated: %s", client, reason)
+            log.warning("client %d was not evaluated: %s", reply.client, reason)
             continue
-        counts = content.metric_records.get("confusion") or MetricRecord()
-        scores[client] = ClientScores(
-            scores_in(content),
+        scores[reply.client] = ClientScores(
+            scores_in(reply),
             str(identity.get("personal")),
             bool(identity.get("trained")),
-            read_confusion(counts, session.task, client),
+            read_confusion(reply.said("confusion"), session.task, reply.client),
         )
     return scores
 
 
-def scores_in(content: RecordDict) -> dict[str, float]:
-    """The scores in a reply that are finite numbers."""
-    record = content.get("evaluation")
-    if not isinstance(record, MetricRecord):
-        return {}
-    return {key: value for key in record if (value := scalar(record, key)) is not None}
+def scores_in(answer: Answer) -> dict[str, float]:
+    """The scores in an answer that are finite numbers."""
+    said = answer.said("evaluation")
+    return {key: value for key in said if (value := number(said, key)) is not None}
 
 
-def scalar(record: MetricRecord, key: str) -> float | None:
-    value = record.get(key)
+def number(values: Values, key: str) -> float | None:
+    """The finite number under a key, if it is one."""
+    value = values.get(key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -5,13 +5,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.serverapp.strategy import Strategy
 from meadow.server.exchange import Exchange
 from meadow.server.folder import RunFolder
+from meadow.server.listeners import Listeners
+from meadow.server.placement import AtClients
 from meadow.server.protection import Protection
 from meadow.server.writer import Writer
-from meadow.strategies.protocol import Setup
-from meadow.strategies.roles import HEADS, Roles
+from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
+from meadow.strategies.roles import HEADS
+from meadow.strategies.stages import Stages
 from torch import nn
 
 from meadow.arrays.named import Arrays
@@ -28,31 +30,48 @@ MOST_ROWS = 100_000
 
 @dataclass
 class Session:
-    """What the rounds of one run have in hand. `arrays` (the shared ones) and `protection` are what changes here."""
+    """What the rounds of one run have in hand. `arrays`, the shared ones, `state`, what the
+    algorithm keeps, `round` and `void` are replaced from round to round; the protection changes too.
+
+    clock: where the time of the round in hand goes. round: the last round that is done. void: attempts at rounds that did
+    not count, "ROUND.ATTEMPT": clients forget what those left them.
+    """
 
     experiment: Experiment
     task: Task
     roles: Roles
     start: Arrays
     arrays: Arrays
-    strategy: Strategy
+    algorithm: ServerAlgorithm[Any]
+    state: State
     exchange: Exchange
     folder: RunFolder
     run_id: str
     model: nn.Module
     view: View
     protection: Protection
-    sizes: npt.NDArray[np.int64]
+    placement: AtClients
+    stages: Stages
     schedule: list[list[int]]
     writer: Writer
+    listeners: Listeners
     clock: Clock = field(default_factory=Clock)
-    """Where the time of the round in hand goes."""
+    round: int = 0
     void: list[str] = field(default_factory=list)
-    """Attempts at rounds that did not count, "ROUND.ATTEMPT": clients forget what those left them."""
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """The training samples of each client by the split, int64 (clients,)."""
+        return self.task.split.sizes[:, 0]
+
+    def evaluates(self, round_: int) -> bool:
+        """Whether the server evaluates the shared model after the round."""
+        return round_ % self.experiment.evaluate.every == 0 or round_ == self.experiment.run.rounds
 
 
 def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
-    """What the strategy is made with. A head is trained by the clients that hold its target; unseen ones train nothing."""
+    """What the server's part of the algorithm is made with. A head is trained by the clients that hold its target; unseen
+    ones train nothing."""
     holders = dict.fromkeys(parts.shared, experiment.participants)
     held = np.delete(task.held, sorted(unseen(experiment)), axis=0)
     for target in task.targets:

@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 from meadow.server.evaluation import Scores, mean_tree, over_clients
 from meadow.server.folder import RunFolder
-from meadow.server.protection import Protection
+from meadow.server.session import Session
 from meadow.strategies.trainable import HEADS, is_added, trained
 from meadow.strategies.wire.trainings import Trainings
 
-from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.arrays.named import arrays_sha256
 from meadow.config.cohort import unseen
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.tasks.evaluation import evaluate
 from meadow.tasks.metrics import THOROUGH, Ints
-from meadow.tasks.task import Task, source_data, source_model
+from meadow.tasks.source import source_data, source_model
+from meadow.tasks.task import Task
 
 LAST = 10
 
@@ -51,45 +52,32 @@ def used(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, S
     }
 
 
-def summarise(
-    folder: RunFolder,
-    experiment: Experiment,
-    task: Task,
-    arrays: Arrays,
-    scores: Mapping[int, ClientScores],
-    status: str,
-    reason: str,
-    protection: Protection,
-) -> dict[str, Any]:
+def summarise(session: Session, status: str, reason: str, scores: Mapping[int, ClientScores]) -> dict[str, Any]:
     """The summary of a run that has ended, well or not. `scores` is empty if it never got to the last evaluation."""
-    records = folder.rounds()
-    at_end = over_clients(used(scores), test_sizes(experiment, task))
-    # What only the last evaluation measures is no mean over ten rounds.
-    as_before = {t: {m: v for m, v in metrics.items() if m not in THOROUGH} for t, metrics in at_end.items()}
-    client_curve = [r["clients"] for r in records if r["clients"]] + ([as_before] if at_end else [])
-    if len(records) > 0 and records[-1]["clients_round"] == records[-1]["round"] and at_end:
-        client_curve.pop()
+    experiment, task, records = session.experiment, session.task, session.folder.rounds()
     global_curve = [r["global"] for r in records if r["global"]]
+    at_end = over_clients(used(scores), test_sizes(experiment, task))
     return {
         "name": experiment.run.name,
         "status": status,
         "reason": reason,
         "rounds": records[-1]["round"] if records else 0,
-        "model_sha256": arrays_sha256(arrays),
+        "model_sha256": arrays_sha256(session.arrays),
         "personal_sha256": _personal_sha256(scores),
         "split_sha256": task.split.sha256,
         "metrics": {
             "global": global_curve[-1] if global_curve else {},
             "clients": at_end,
             **_beside(experiment, scores, test_sizes(experiment, task)),
-            "last10": {"global": mean_tree(global_curve[-LAST:]), "clients": mean_tree(client_curve[-LAST:])},
+            "last10": {
+                "global": mean_tree(global_curve[-LAST:]),
+                "clients": mean_tree(_clients_curve(records, at_end)[-LAST:]),
+            },
         },
         **forgetting(experiment, task, scores),
         "clients": {
             "total": experiment.partition.clients,
-            "never_sampled": experiment.partition.clients - len(_sampled(records))
-            if experiment.run.placement != "pooled"
-            else 0,
+            "never_sampled": session.placement.never_sampled(_sampled(records)),
             "untrained_head": sum(not s.trained for s in scores.values()) if _personal_heads(experiment) else 0,
         },
         "cost": {
@@ -100,13 +88,24 @@ def summarise(
             **_of_the_whole(experiment, task, records),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
-        "privacy": protection.summary(),
+        "privacy": session.protection.summary(),
         "engine": {
             "exact": experiment.engine.exact,
             "trainer": experiment.engine.trainer,
             **Trainings.total(records).as_json(),
         },
     }
+
+
+def _clients_curve(records: Sequence[Mapping[str, Any]], at_end: Mapping[str, Any]) -> list[Any]:
+    """The spread over clients, evaluation after evaluation, the last one included."""
+    curve = [r["clients"] for r in records if r["clients"]]
+    if not at_end:
+        return curve
+    # What only the last evaluation measures is no mean over ten rounds.
+    as_before = {t: {m: v for m, v in metrics.items() if m not in THOROUGH} for t, metrics in at_end.items()}
+    same = bool(records) and records[-1]["clients_round"] == records[-1]["round"]
+    return curve if same else [*curve, as_before]
 
 
 def _beside(experiment: Experiment, scores: Mapping[int, ClientScores], samples: Ints) -> dict[str, dict[str, Any]]:

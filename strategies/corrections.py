@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import torch
-from meadow.strategies.protocol import Batch, Correction, Term, Turn
+from meadow.strategies.protocol import Batch, ClientContext, Correction, Term
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
@@ -21,9 +21,9 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def pull(turn: Turn, towards: Arrays, strength: float) -> Correction:
+def pull(context: ClientContext, towards: Arrays, strength: float) -> Correction:
     """The gradient of strength/2 |w - v|^2, v being `towards`, for the names that it has."""
-    anchors = tensors(towards, dict(turn.model.named_parameters()))
+    anchors = tensors(towards, dict(context.model.named_parameters()))
 
     def correct(learning: Mapping[str, nn.Parameter]) -> None:
         for name, parameter in learning.items():
@@ -31,6 +31,19 @@ def pull(turn: Turn, towards: Arrays, strength: float) -> Correction:
                 gradient_of(parameter).add_(parameter.detach() - anchors[name], alpha=strength)
 
     return correct
+
+
+class Shift:
+    """Adds fixed arrays to the gradients with their names; `moved` are the names that it was asked to correct."""
+
+    def __init__(self, context: ClientContext, by: Arrays) -> None:
+        self._by = tensors(by, dict(context.model.named_parameters()))
+        self.moved: set[str] = set()
+
+    def __call__(self, learning: Mapping[str, nn.Parameter]) -> None:
+        for name in learning.keys() & self._by.keys():
+            gradient_of(learning[name]).add_(self._by[name])
+            self.moved.add(name)
 
 
 def watch(batches: list[Batch]) -> Term:

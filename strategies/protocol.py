@@ -1,20 +1,46 @@
-"""The two halves of an algorithm, and what each is given: the server's half is a Flower strategy, the client's is here.
+"""What an algorithm is: its client's part, its server's part, and what each part is given.
 
-A client's half is asked twice. `train` is the client's turn in a round: it gets a `Turn`, trains by `Turn.fit`, which
-is the one training loop with its hooks, and says what came of it. `used` says which model the client would use, for
-evaluation. A half has no state of its own: what must last goes into `Outcome.memory`, which the client stores.
+A round of an algorithm is: the server sends the shared arrays, and beside them what `ServerAlgorithm.auxiliary` says; each
+client of the cohort runs `ClientAlgorithm.train`; the server makes the next model by `ServerAlgorithm.update`. Neither
+part keeps anything in itself. What the server's part keeps is its state, a value that goes into `update` and comes out of
+it; what a client's part keeps is `ClientResult.memory`, which the client stores.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from flwr.serverapp.strategy import Strategy
-from meadow.strategies.roles import Roles
+from meadow.strategies.trainable import HEADS
 from torch import Tensor, nn
 
-from meadow.arrays.named import Arrays
+from meadow.arrays.named import Arrays, Kinds
 from meadow.config import schema
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The names of a model's state, divided. `shared`, `personal` and `fixed` are disjoint and complete.
+
+    shared: travel in every round. personal: trained, never travel, live in the client's store. fixed: neither trained
+    nor shared; they arrive once, before the first round. `trained` and `buffers` cut across: what local training
+    changes; what no gradient changes (running statistics).
+    """
+
+    trained: tuple[str, ...]
+    shared: tuple[str, ...]
+    personal: tuple[str, ...]
+    fixed: tuple[str, ...]
+    buffers: tuple[str, ...] = ()
+
+    @property
+    def trunk_is_frozen(self) -> bool:
+        """Whether local training changes heads alone."""
+        return all(name.startswith(HEADS) for name in self.trained)
+
+    @property
+    def learned_together(self) -> tuple[str, ...]:
+        """The shared parameters that local training changes: what a correction of their gradients is about."""
+        return tuple(n for n in self.shared if n in set(self.trained) - set(self.buffers))
 
 
 class Batch(Protocol):
@@ -26,8 +52,8 @@ class Batch(Protocol):
     def y(self) -> dict[str, Tensor]: ...
 
 
-class Fitted(Protocol):
-    """What the training loop reports: optimiser steps, and for each target its mean loss."""
+class FitResult(Protocol):
+    """What one call of `ClientContext.fit` reports: optimiser steps, and for each target its mean loss."""
 
     @property
     def steps(self) -> int: ...
@@ -49,8 +75,8 @@ class Optimizer(Protocol):
     def step(self) -> Any: ...
 
 
-class Turn(Protocol):
-    """What a client's half is given for one client in one round. Arrays are by state name; none may be written to."""
+class ClientContext(Protocol):
+    """One client in one round, as its algorithm sees it. Arrays are by state name; none may be written to."""
 
     @property
     def settings(self) -> schema.Strategy: ...
@@ -60,7 +86,7 @@ class Turn(Protocol):
     def roles(self) -> Roles: ...
     @property
     def model(self) -> nn.Module:
-        """The model that `fit` trains. It holds what `start` returns when the turn begins."""
+        """The model that `fit` trains. It holds what `start` returns when the round begins."""
         ...
 
     @property
@@ -69,13 +95,13 @@ class Turn(Protocol):
         ...
 
     @property
-    def extra(self) -> Arrays: ...
-
-    """What the server sent beside them ("c@trunk.w")."""
+    def auxiliary(self) -> Kinds:
+        """What the server sent beside the shared arrays (`ServerAlgorithm.auxiliary`), by kind and state name."""
+        ...
 
     @property
-    def memory(self) -> Arrays:
-        """What this client's last turn left in `Outcome.memory`; empty before the first."""
+    def memory(self) -> Kinds:
+        """What this client's last round left in `ClientResult.memory`; empty before the first."""
         ...
 
     @property
@@ -108,10 +134,10 @@ class Turn(Protocol):
         correct: Correction | None = None,
         term: Term | None = None,
         leaves: bool = True,
-    ) -> Fitted:
+    ) -> FitResult:
         """Train the model in place by the one training loop: for `epochs`, else as long as `[local]` says, times `repeat`.
 
-        `learns` narrows the parameters that learn. Two calls in one turn see the same batches in the same order. `leaves`:
+        `learns` narrows the parameters that learn. Two calls in one round see the same batches in the same order. `leaves`:
         whether anything that comes of it may leave the client; what does not is trained without noise under DP.
         """
         ...
@@ -138,38 +164,41 @@ class Turn(Protocol):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of a client's turn. Of `model`, the whole state, the client sends what is shared and stores what is
-    personal. `extra` is sent beside it, under the names that the server sent; `memory` is stored beside it. Names of both
-    carry what they are and of what (`meadow.arrays.named.beside`). `metrics` go with the reply."""
+class ClientResult:
+    """What came of a client's round.
+
+    model: the whole state after training; the client sends what is shared of it and stores what is personal. fitted: the
+    loop's report. auxiliary: what is sent beside the model, under the kinds and names that the server sent, in their
+    shapes and dtypes. memory: what the client stores for its next round. metrics: numbers that go with the reply.
+    """
 
     model: Arrays
-    fitted: Fitted
-    extra: Arrays = field(default_factory=dict)
-    memory: Arrays = field(default_factory=dict)
+    fitted: FitResult
+    auxiliary: Kinds = field(default_factory=dict)
+    memory: Kinds = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-class Half:
-    """The client's half of an algorithm; this one is plain local training, and the model used is the one received."""
+class ClientAlgorithm:
+    """A client's part of an algorithm. This one is plain local training, and the model used is the one received."""
 
-    def train(self, turn: Turn) -> Outcome:
+    def train(self, context: ClientContext) -> ClientResult:
         """Take part in a round."""
-        fitted = turn.fit()
-        return Outcome(turn.arrays(), fitted)
+        fitted = context.fit()
+        return ClientResult(context.arrays(), fitted)
 
     def steps(self, settings: schema.Strategy, local: schema.Local, size: int) -> int:
-        """Optimiser steps that `train` takes on `size` training samples, as its outcome reports them."""
+        """Optimiser steps that `train` takes on `size` training samples, as its result reports them."""
         return steps_of(local, size)
 
-    def used(self, turn: Turn) -> Arrays:
+    def used(self, context: ClientContext) -> Arrays:
         """The whole state of the model that the client would use, given what it now has and last received."""
-        return turn.start()
+        return context.start()
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the server's half is made with. holders: for each array's name, how many clients may ever train it."""
+    """What the server's part is made with. holders: for each array's name, how many clients may ever train it."""
 
     settings: schema.Strategy
     local: schema.Local
@@ -180,14 +209,63 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class ClientUpdate:
+    """One client's admitted reply. arrays: its shared arrays after training, auxiliary ones beside them ("c@trunk.w").
+    weights: for each array's name, what it counts (`meadow.strategies.roles.name_weights`)."""
+
+    client: int
+    round: int
+    arrays: Arrays
+    weights: Mapping[str, float]
+    metrics: Mapping[str, Any]
+
+
+State = Kinds
+"""What a server's part keeps from round to round, by kind and name. It goes into checkpoints, in the same dtypes."""
+
+Replies = TypeVar("Replies", contravariant=True)
+"""What `update` is given: a `WeightedSum`, or `Sequence[ClientUpdate]` (`ServerAlgorithm.sums_only`)."""
+
+
+class ServerAlgorithm(Generic[Replies]):
+    """The server's part of an algorithm: functions of the state, the replies and the model, the shared arrays as sent.
+
+    No method may write to an array that it is given, or change `self`.
+    """
+
+    sums_only = True
+    """Whether `update` gets the sum over the cohort of weight times array (`WeightedSum`), auxiliary arrays among them. If
+    not, it gets each client's update, in the order of the clients."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+
+    def init(self, model: Arrays) -> State:
+        """The state before the first round."""
+        return {}
+
+    def auxiliary(self, state: State, model: Arrays) -> Kinds:
+        """What is sent to each client beside the model; each array comes back under its name, in its shape and dtype."""
+        return {}
+
+    def update(self, state: State, total: Replies, model: Arrays) -> tuple[Arrays, State]:
+        """The next model, with the names, shapes and dtypes of `model`, and the next state. There is one reply or more."""
+        raise NotImplementedError
+
+    def judge(self, metrics: Mapping[str, Any], size: int) -> str:
+        """Why a reply with these metrics cannot count, or "". `size`: training samples that the client declared."""
+        return ""
+
+
+@dataclass(frozen=True)
 class Algorithm:
-    """An algorithm: how to make the server's half, and the client's half.
+    """An algorithm: how to make the server's part, the client's part, and what is true of them.
 
     own_start: clients start a model of their own from the state before the first round, which is then sent to each once.
     """
 
-    server: Callable[[Setup], Strategy]
-    client: Half = field(default_factory=Half)
+    server: Callable[[Setup], ServerAlgorithm[Any]]
+    client: ClientAlgorithm = field(default_factory=ClientAlgorithm)
     own_start: bool = False
 
 

@@ -1,44 +1,18 @@
 """Which arrays travel, which are personal, and which never change: the roles that `strategy.share` gives them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from meadow.strategies.norms import norms
+from meadow.strategies.protocol import Roles
 from meadow.strategies.trainable import HEADS as HEADS
 from meadow.strategies.trainable import is_added, trained
 from torch import nn
 
-from meadow.arrays.named import BESIDE
+from meadow.arrays.named import AUXILIARY
 from meadow.config.schema import SHARES, Experiment
 from meadow.runtime.errors import UserError
-
-
-@dataclass(frozen=True)
-class Roles:
-    """The names of a model's state, divided. `shared`, `personal` and `fixed` are disjoint and complete.
-
-    shared: travel in every round. personal: trained, never travel, live in the client's store. fixed: neither trained
-    nor shared; they arrive once, before the first round. `trained` and `buffers` cut across: what local training
-    changes; what no gradient changes (running statistics).
-    """
-
-    trained: tuple[str, ...]
-    shared: tuple[str, ...]
-    personal: tuple[str, ...]
-    fixed: tuple[str, ...]
-    buffers: tuple[str, ...] = ()
-
-    @property
-    def trunk_is_frozen(self) -> bool:
-        """Whether local training changes heads alone."""
-        return all(name.startswith(HEADS) for name in self.trained)
-
-    @property
-    def learned_together(self) -> tuple[str, ...]:
-        """The shared parameters that local training changes: what a correction of their gradients is about."""
-        return tuple(n for n in self.shared if n in set(self.trained) - set(self.buffers))
 
 
 def roles_of(experiment: Experiment, model: nn.Module) -> Roles:
@@ -136,8 +110,8 @@ def name_weights(metrics: Mapping[str, Any], names: Iterable[str], equal: bool =
     weights = {}
     metrics = dict(metrics.items())  # Flower's own mapping is slow to look things up in
     for name in names:
-        beside, _, of = name.rpartition(BESIDE)
+        kind, _, of = name.rpartition(AUXILIARY)
         target = of.split(".")[1] if of.startswith(HEADS) else ""
         weight = float(metrics.get(f"num-examples/{target}", metrics["num-examples"]))
-        weights[name] = float(weight > 0) if equal or beside else weight
+        weights[name] = float(weight > 0) if equal or kind else weight
     return weights

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment, Local
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import once
 from meadow.runtime.seeds import torch_generator, torch_seeded
@@ -54,6 +54,14 @@ class Beside:
 
 LOOP = "loop"
 """Kind of what the loop itself leaves in a client's memory, for names such as "loop@plateau"."""
+
+
+def keeps(experiment: Experiment) -> bool:
+    """Whether training leaves something in a client's memory that its next round needs (`Trained.memory`)."""
+    plan = experiment.local
+    weighs = plan.balance not in ("fixed", "pcgrad")
+    return plan.schedule == "plateau" or weighs or experiment.adapt.method != "none"
+
 
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
 """Changes the gradients of the parameters that learn, by name, after they are final (clipped and noised, if private)."""

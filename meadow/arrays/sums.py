@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from meadow.arrays.named import Arrays, split_beside
+from meadow.arrays.named import Arrays, split_auxiliary
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ def fault(
             return f"{name} has dtype {value.dtype}, not {sent[name].dtype}"
         if not _finite(value):
             return f"{name} has values that are not finite"
-    if max_norm and (moved := length(split_beside(arrays)[0], sent)) > max_norm:
+    if max_norm and (moved := length(split_auxiliary(arrays)[0], sent)) > max_norm:
         return f"its update is {moved:.6g} long, more than cohort.max_norm = {max_norm:.6g}"
     return ""
 

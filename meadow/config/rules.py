@@ -186,6 +186,11 @@ def _strategy(experiment: Experiment) -> None:
             f'strategy.name = "{name}" with run.placement = "{experiment.run.placement}": nothing is combined there; write '
             'run.placement = "federated", or strategy.name = "fedavg"'
         )
+    if apart and experiment.strategy.stages:
+        raise ValueError(
+            f'strategy.stages = {list(experiment.strategy.stages)} with run.placement = "{experiment.run.placement}": no '
+            'update leaves; write run.placement = "federated", or leave it out'
+        )
     if apart and (experiment.evaluate.unseen or experiment.attack.kind != "none"):
         what = "evaluate.unseen" if experiment.evaluate.unseen else "attack.kind"
         raise ValueError(
@@ -198,6 +203,11 @@ def _strategy(experiment: Experiment) -> None:
         raise ValueError(
             f'strategy.name = "{name}" with strategy.share = "none": nothing travels, so nothing is combined; share '
             'something, or write strategy.name = "fedavg"'
+        )
+    if share == "none" and experiment.strategy.stages:
+        raise ValueError(
+            f'strategy.stages = {list(experiment.strategy.stages)} with strategy.share = "none": no update leaves; share '
+            "something, or leave it out"
         )
     if share == "none" and experiment.attack.kind not in ("none", "label-flip"):
         raise ValueError(

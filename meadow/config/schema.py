@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from meadow.config import rules as combinations
@@ -40,7 +40,15 @@ def _no_such(value: str, known: Iterable[str], other: str) -> PydanticCustomErro
     )
 
 
+def _objects(value: tuple[str, ...]) -> tuple[str, ...]:
+    if wrong := [name for name in value if ":" not in name]:
+        raise ValueError(f'"{wrong[0]}": write module:object, for example "mine:OBJECT"')
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+Objects = Annotated[Names, AfterValidator(_objects)]
+"""A user's own objects, each "module:object"."""
 Fractions = Annotated[tuple[float, ...], BeforeValidator(_listed_floats)]
 
 
@@ -59,6 +67,7 @@ class Run(Section):
     placement: Literal["federated", "local", "pooled"] = Field(
         "federated", description="federated; local: each client alone; pooled: all training data in one place."
     )
+    listeners: Objects = Field((), description="Your own module:object, told what happens (docs/listeners.md).")
 
 
 class Task(Section):
@@ -345,6 +354,7 @@ class Strategy(Section):
         "",
         description="What a client counts in a mean: its samples, or 1; empty: as the algorithm's paper has it.",
     )
+    stages: Objects = Field((), description="Your own stages of an update, module:OBJECT, in order (docs/stages.md).")
     server_lr: float = Field(1.0, gt=0, description="The server's step, as a factor of the mean change.")
     server_momentum: float = Field(0.9, ge=0, lt=1, description="FedAvgM's beta.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Of FedAdam, FedYogi, FedAdagrad.")
@@ -417,10 +427,10 @@ class Privacy(Section):
     denominator: float = Field(
         0.0, ge=0, description="What the noisy sum is divided by; 0: local.batch_size, or the expected cohort."
     )
-    grad_sample: Literal["auto", "book", "ghost", "hooks", "loop"] = Field(
+    grad_sample: Literal["auto", "book", "hooks", "loop"] = Field(
         "auto",
-        description="unit = example: how clipped gradients are had: book: our book-keeping; ghost, hooks: Opacus's; loop: a "
-        "pass for each sample; auto: by the model.",
+        description="unit = example: how per-example gradients are clipped and summed: book, one pass with our "
+        "book-keeping; hooks, Opacus; loop, one pass per example; auto, by the model.",
     )
     adaptive_clip: bool = Field(False, description="unit = client: the clip follows a quantile of the updates' norms.")
     clip_quantile: float = Field(0.5, ge=0, le=1, description="Share of updates that the adaptive clip lets through.")

@@ -16,11 +16,14 @@ from meadow.experiments.plan import plan as costs_of
 from meadow.runtime.errors import UserError
 from meadow.server.cohorts import read_schedule
 from meadow.server.folder import check_folder
-from meadow.server.protection import protection
+from meadow.server.listeners import open_listeners
+from meadow.server.privacy import protection
 from meadow.simulation.launch import engine
 from meadow.strategies.roles import roles_of
+from meadow.strategies.stages import stages_of
 from meadow.tasks.readers.domains import source_samples
-from meadow.tasks.task import initial_state, open_task, settle
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
 
 Watch = Callable[[Path, Experiment], AbstractContextManager[object]]
 
@@ -214,11 +217,16 @@ def check_run(experiment: Experiment) -> None:
     """Raise UserError for what only the data, the model and the files that an experiment names can tell."""
     task = open_task(experiment)
     model = task.new_model()
-    protection(experiment, task, roles_of(experiment, model))
+    roles = roles_of(experiment, model)
+    protection(experiment, task, roles)
+    stages_of(experiment, roles)
     read_schedule(experiment)
+    open_listeners(experiment.run.listeners)
     teacher(model, task, experiment)
     if experiment.adapt.method != "none":
         source_samples(experiment, None)
+    if experiment.engine.trainer != "auto":
+        costs_of(experiment)  # which asks every trainer
 
 
 def default_folder(name: str) -> Path:

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from meadow.arrays.named import nbytes
+from meadow.arrays.named import flat, nbytes
 from meadow.client.rehearsal import forecast
 from meadow.config.cohort import draw_cohort
 from meadow.config.schema import Experiment
@@ -12,10 +12,10 @@ from meadow.experiments.folds import fold_runs
 from meadow.privacy.plan import claim, forecasts, steps_a_round
 from meadow.server.cohorts import read_schedule
 from meadow.server.session import setup
-from meadow.strategies import algorithm, make_strategy
-from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
-from meadow.tasks.task import initial_state, open_task, settle
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
 
 
 def plan(experiment: Experiment) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
 def _plan(experiment: Experiment) -> dict[str, Any]:
     task, start = open_task(experiment), initial_state(experiment)
     model = task.new_model()
-    parts, half = roles_of(experiment, model), algorithm(experiment.strategy.name)
+    parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     pooled = experiment.run.placement == "pooled"
     sizes = [len(task.pool())] if pooled else [len(c.train) for c in task.split.clients]
     schedule = read_schedule(experiment)
@@ -41,12 +41,12 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
     local = experiment.local
     if experiment.privacy.unit == "example":
         local = local.model_copy(update={"steps": steps_a_round(experiment)})
-    steps = [half.client.steps(experiment.strategy, local, n) for n in sizes]
+    steps = [chosen.client.steps(experiment.strategy, local, n) for n in sizes]
     arrays = {n: start[n] for n in parts.shared}
-    strategy = make_strategy(setup(experiment, task, parts))
-    beside = strategy.extra(arrays) if isinstance(strategy, FedAvg) else {}
-    shared = 0 if pooled else nbytes(arrays | beside)
-    own = start if half.own_start else (*parts.personal, *parts.fixed)
+    server = server_of(setup(experiment, task, parts))
+    auxiliary = server.auxiliary(server.init(arrays), arrays)
+    shared = 0 if pooled else nbytes(arrays | flat(auxiliary))
+    own = start if chosen.own_start else (*parts.personal, *parts.fixed)
     once = nbytes({n: start[n] for n in own}) if experiment.task.pretrained else 0
     asked = sum(len(c) for c in cohorts)
     return {
@@ -63,7 +63,7 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
         "bytes_down": shared * asked + (0 if pooled else once * experiment.partition.clients),
         "training": [
             {"trainer": choice.trainer.name, "passed_over": dict(choice.reasons)}
-            for choice in forecast(experiment, task, model, parts, half.client, beside)
+            for choice in forecast(experiment, task, model, parts, chosen.client, auxiliary)
         ],
         "privacy": _privacy(experiment),
     }

@@ -1,6 +1,7 @@
 """A user's own objects: what an experiment file names as `module:object`, found on the Python path."""
 
 import importlib
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -31,3 +32,14 @@ def user_object(setting: str, name: str) -> object:
         raise UserError(
             f'{setting} = "{name}": {error}; the module must be on the Python path (for example PYTHONPATH=.)'
         ) from None
+
+
+def user_instance(setting: str, name: str) -> object:
+    """As `user_object`; of a class, a new object of it. Raises UserError if the class needs arguments, or refuses."""
+    found = user_object(setting, name)
+    if not inspect.isclass(found):
+        return found
+    try:
+        return found()
+    except (TypeError, ValueError) as error:
+        raise UserError(f'{setting} = "{name}": {error}; write a class that needs no arguments, or an object') from None

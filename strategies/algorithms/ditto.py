@@ -7,25 +7,23 @@ It never feeds what is shared. Server: the average of FedAvg.
 
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.corrections import pull
-from meadow.strategies.protocol import Algorithm, Half, Outcome, Turn
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
 
-from meadow.arrays.named import Arrays, beside, of_kind
-
-KIND = "own"
+from meadow.arrays.named import Arrays
 
 
-class Client(Half):
+class Client(ClientAlgorithm):
     """Two trainings on the same batches; v_k is the client's memory, and the model that it would use."""
 
-    def train(self, turn: Turn) -> Outcome:
-        fitted = turn.fit()
-        model = turn.arrays()
-        turn.load(turn.initial() | of_kind(KIND, turn.memory))
-        turn.fit(correct=pull(turn, turn.received, turn.settings.pull), leaves=False)
-        return Outcome(model, fitted, memory=beside(KIND, turn.arrays()))
+    def train(self, context: ClientContext) -> ClientResult:
+        fitted = context.fit()
+        model = context.arrays()
+        context.load(context.initial() | context.memory.get("own", {}))
+        context.fit(correct=pull(context, context.received, context.settings.pull), leaves=False)
+        return ClientResult(model, fitted, memory={"own": context.arrays()})
 
-    def used(self, turn: Turn) -> Arrays:
-        return turn.start() | of_kind(KIND, turn.memory)
+    def used(self, context: ClientContext) -> Arrays:
+        return context.start() | context.memory.get("own", {})
 
 
 DITTO = Algorithm(FedAvg, Client(), own_start=True)

@@ -5,16 +5,16 @@ The body alone is trained and averaged; every client has the same random head, w
 """
 
 from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, Half, Outcome, Turn
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
 
 
-class Client(Half):
+class Client(ClientAlgorithm):
     """Training in which only the trained names (the body) learn."""
 
-    def train(self, turn: Turn) -> Outcome:
-        body = frozenset(turn.roles.trained)
-        fitted = turn.fit(learns=body.__contains__)
-        return Outcome(turn.arrays(), fitted)
+    def train(self, context: ClientContext) -> ClientResult:
+        body = frozenset(context.roles.trained)
+        fitted = context.fit(learns=body.__contains__)
+        return ClientResult(context.arrays(), fitted)
 
 
 FEDBABU = Algorithm(FedAvg, Client())

@@ -8,62 +8,47 @@ theta^t = mean over the cohort of theta_k, minus h / alpha.
 
 from collections.abc import Mapping
 
-import numpy as np
-import numpy.typing as npt
 from meadow.strategies.algorithms.fedavg import FedAvg, changes
 from meadow.strategies.corrections import gradient_of, pull, tensors
-from meadow.strategies.protocol import Algorithm, Half, Outcome, Setup, Turn
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, State
 from torch import nn
 
-from meadow.arrays.named import Arrays, beside, doubles, of_kind
+from meadow.arrays.named import Arrays, Named, zeros_like
 from meadow.arrays.sums import WeightedSum, mean
 
-KIND = "h"
 
-
-class Client(Half):
+class Client(ClientAlgorithm):
     """Gradients with - h_k + alpha (theta - theta^{t-1}) added; h_k is the client's memory."""
 
-    def train(self, turn: Turn) -> Outcome:
-        alpha, before = turn.settings.alpha, turn.received
-        h = {n: np.zeros_like(before[n]) for n in turn.roles.learned_together} | of_kind(KIND, turn.memory)
-        minus = tensors(h, dict(turn.model.named_parameters()))
-        prox = pull(turn, {name: before[name] for name in h}, alpha)
+    def train(self, context: ClientContext) -> ClientResult:
+        alpha, received = context.settings.alpha, context.received
+        h = zeros_like(received, context.roles.learned_together) | context.memory.get("h", {})
+        minus = tensors(h.like(received), dict(context.model.named_parameters()))
+        prox = pull(context, {name: received[name] for name in h}, alpha)
 
         def correct(learning: Mapping[str, nn.Parameter]) -> None:
             prox(learning)
             for name in learning.keys() & minus.keys():
                 gradient_of(learning[name]).sub_(minus[name])
 
-        fitted = turn.fit(correct=correct)
-        model = turn.arrays()
-        now, then = doubles(model), doubles(before)
-        new = {n: (old - alpha * (now[n] - then[n])).astype(model[n].dtype) for n, old in doubles(h).items()}
-        return Outcome(model, fitted, memory=beside(KIND, new))
+        fitted = context.fit(correct=correct)
+        theta = context.arrays()
+        new = h - (Named(theta) - Named(received)) * alpha
+        return ClientResult(theta, fitted, memory={"h": new.like(theta)})
 
 
 class Server(FedAvg):
     """The plain mean of the models, shifted by h."""
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self._h: dict[str, npt.NDArray[np.float64]] = {}
+    def init(self, model: Arrays) -> State:
+        return {"h": zeros_like(model, self.setup.roles.learned_together)}
 
-    def combine(self, total: WeightedSum, before: Arrays) -> Arrays:
-        alpha, moved, result = self.setup.settings.alpha, changes(total, before), mean(total, before)
-        for name in self.setup.roles.learned_together:
-            if name in moved:
-                share = total.weights[name] / self.setup.holders[name]
-                h = self._h.get(name, np.zeros(before[name].shape, np.float64)) - alpha * share * moved[name]
-                self._h[name] = h
-                result[name] = (before[name].astype(np.float64) + moved[name] - h / alpha).astype(before[name].dtype)
-        return result
-
-    def state(self) -> Arrays:
-        return beside(KIND, self._h)
-
-    def load_state(self, arrays: Arrays) -> None:
-        self._h = doubles(of_kind(KIND, arrays))
+    def update(self, state: State, total: WeightedSum, model: Arrays) -> tuple[Arrays, State]:
+        alpha, h, moved = self.setup.settings.alpha, Named(state["h"]), changes(total, model)
+        share = {name: alpha * (total.weights[name] / self.setup.holders[name]) for name in moved}
+        new = h - moved * share
+        theta = Named(model) + moved - new / alpha
+        return mean(total, model) | theta.like(model), {"h": h | new}
 
 
 FEDDYN = Algorithm(Server, Client())

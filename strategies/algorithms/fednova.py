@@ -9,16 +9,13 @@ A client says how many steps it made; the server holds that to what `[local]` an
 client has a normaliser of its own, so the server takes each reply by itself.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, steps_of
-from meadow.strategies.roles import name_weights
+from meadow.strategies.algorithms.fedavg import stepped
+from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, State, steps_of
 
-from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.named import Arrays, Float64
 
 
 def normaliser(steps: int, momentum: float) -> float:
@@ -30,10 +27,10 @@ def normaliser(steps: int, momentum: float) -> float:
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
-class Server(FedAvg):
+class Server(ServerAlgorithm[Sequence[ClientUpdate]]):
     """The normalised average; running statistics, which no step moves, are averaged as they are."""
 
-    needs_sums_only = False
+    sums_only = False
 
     def judge(self, metrics: Mapping[str, Any], size: int) -> str:
         steps, most = metrics.get("steps"), steps_of(self.setup.local, size)
@@ -41,27 +38,21 @@ class Server(FedAvg):
             return f"steps is {steps!r}; with {size} training samples it must be a whole number from 1 to {most}"
         return ""
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        moves: dict[str, list[tuple[float, float, Any]]] = {}
-        for message in replies:
-            metrics = message.content.metric_records["metrics"]
-            update = from_record(message.content.array_records["arrays"])
-            weights = name_weights(metrics, update, self.setup.equal_weights)
-            a = normaliser(int(str(metrics["steps"])), self.setup.local.momentum)
-            for name, value in update.items():
+    def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
+        moves: dict[str, list[tuple[float, float, Float64]]] = {}
+        for reply in total:
+            a = normaliser(reply.metrics["steps"], self.setup.local.momentum)
+            for name, value in reply.arrays.items():
                 scale = 1.0 if name in self.setup.roles.buffers else a
-                move = value.astype(np.float64) - self._before[name].astype(np.float64)
-                moves.setdefault(name, []).append((weights[name], scale, move))
-        if not moves:
-            return None, None
-        changes = {}
+                moves.setdefault(name, []).append(
+                    (reply.weights[name], scale, value.astype("f8") - model[name].astype("f8"))
+                )
+        steps = {}
         for name, of_clients in moves.items():
-            total = sum(weight for weight, _, _ in of_clients)
-            effective = sum(weight * a for weight, a, _ in of_clients) / total
-            changes[name] = effective * sum(weight / a * move for weight, a, move in of_clients) / total
-        return to_record(self.stepped(changes, self._before)), None
+            weights = sum(weight for weight, _, _ in of_clients)
+            effective = sum(weight * a for weight, a, _ in of_clients) / weights
+            steps[name] = effective * sum(weight / a * move for weight, a, move in of_clients) / weights
+        return stepped(self.setup, steps, model), state
 
 
 FEDNOVA = Algorithm(Server)

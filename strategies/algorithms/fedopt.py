@@ -13,14 +13,11 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-from meadow.strategies.algorithms.fedavg import FedAvg, changes
-from meadow.strategies.protocol import Algorithm, Setup
+from meadow.strategies.algorithms.fedavg import FedAvg, changes, stepped
+from meadow.strategies.protocol import Algorithm, Setup, State
 
-from meadow.arrays.named import Arrays, beside, doubles, of_kind
+from meadow.arrays.named import Arrays, Named, zeros_like
 from meadow.arrays.sums import WeightedSum, mean
-
-Float64 = npt.NDArray[np.float64]
 
 
 class Server(FedAvg):
@@ -29,40 +26,33 @@ class Server(FedAvg):
     def __init__(self, setup: Setup, rule: Literal["momentum", "adagrad", "adam", "yogi"]) -> None:
         super().__init__(setup)
         self._rule = rule
-        self._m: dict[str, Float64] = {}
-        self._v: dict[str, Float64] = {}
 
-    def combine(self, total: WeightedSum, before: Arrays) -> Arrays:
-        steps = {}
-        for name, delta in changes(total, before).items():
-            if name in self.setup.roles.learned_together:
-                steps[name] = self._momentum(name, delta) if self._rule == "momentum" else self._adaptive(name, delta)
-        return mean(total, before) | self.stepped(steps, {name: before[name] for name in steps})
+    def init(self, model: Arrays) -> State:
+        zeros = zeros_like(model, self.setup.roles.learned_together)
+        if self._rule == "momentum":
+            return {"m": zeros}
+        return {"m": zeros, "v": zeros.map(lambda zero: zero + self.setup.settings.tau**2)}
 
-    def _momentum(self, name: str, delta: Float64) -> Float64:
-        m: Float64 = self.setup.settings.server_momentum * self._m.get(name, np.zeros_like(delta)) + delta
-        self._m[name] = m
-        return m
-
-    def _adaptive(self, name: str, delta: Float64) -> Float64:
-        plan, square = self.setup.settings, np.square(delta)
-        m: Float64 = plan.beta1 * self._m.get(name, np.zeros_like(delta)) + (1 - plan.beta1) * delta
-        v: Float64 = self._v.get(name, np.full_like(delta, plan.tau**2))
-        if self._rule == "adagrad":
-            v = v + square
-        elif self._rule == "adam":
-            v = plan.beta2 * v + (1 - plan.beta2) * square
+    def update(self, state: State, total: WeightedSum, model: Arrays) -> tuple[Arrays, State]:
+        plan, m = self.setup.settings, Named(state["m"])
+        delta = changes(total, model).only(m)
+        if self._rule == "momentum":
+            step = m * plan.server_momentum + delta
+            new = {"m": m | step}
         else:
-            v = v - (1 - plan.beta2) * square * np.sign(v - square)
-        self._m[name], self._v[name] = m, v
-        step: Float64 = m / (np.sqrt(v) + plan.tau)
-        return step
+            m_new, v_new = m * plan.beta1 + delta * (1 - plan.beta1), self._second(Named(state["v"]), delta * delta)
+            step = m_new / (v_new.map(np.sqrt) + plan.tau)
+            new = {"m": m | m_new, "v": Named(state["v"]) | v_new}
+        return mean(total, model) | stepped(self.setup, step, {name: model[name] for name in step}), new
 
-    def state(self) -> Arrays:
-        return beside("m", self._m) | beside("v", self._v)
-
-    def load_state(self, arrays: Arrays) -> None:
-        self._m, self._v = doubles(of_kind("m", arrays)), doubles(of_kind("v", arrays))
+    def _second(self, v: Named, square: Named) -> Named:
+        """The next v, out of the last one and Delta^2."""
+        beta2 = self.setup.settings.beta2
+        if self._rule == "adagrad":
+            return v + square
+        if self._rule == "adam":
+            return v * beta2 + square * (1 - beta2)
+        return v - square * (1 - beta2) * (v - square).map(np.sign)
 
 
 FEDAVGM = Algorithm(partial(Server, rule="momentum"))

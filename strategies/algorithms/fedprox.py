@@ -5,15 +5,15 @@ Client: minimise F_k(w) + mu/2 |w - w^t|^2 (equation 2), w^t what was received. 
 
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.corrections import pull
-from meadow.strategies.protocol import Algorithm, Half, Outcome, Turn
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
 
 
-class Client(Half):
+class Client(ClientAlgorithm):
     """Local training with the proximal term's gradient mu (w - w^t) added to the gradients of the shared arrays."""
 
-    def train(self, turn: Turn) -> Outcome:
-        fitted = turn.fit(correct=pull(turn, turn.received, turn.settings.mu))
-        return Outcome(turn.arrays(), fitted)
+    def train(self, context: ClientContext) -> ClientResult:
+        fitted = context.fit(correct=pull(context, context.received, context.settings.mu))
+        return ClientResult(context.arrays(), fitted)
 
 
 FEDPROX = Algorithm(FedAvg, Client())

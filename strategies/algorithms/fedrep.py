@@ -8,19 +8,19 @@ Server: the average of FedAvg over the shared arrays.
 """
 
 from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, Half, Outcome, Turn, steps_of
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, steps_of
 
 from meadow.config.schema import Local, Strategy
 
 
-class Client(Half):
+class Client(ClientAlgorithm):
     """First what is personal, then what is shared; the half that does not learn keeps its bits."""
 
-    def train(self, turn: Turn) -> Outcome:
-        shared = frozenset(turn.roles.shared)
-        first = turn.fit(epochs=turn.settings.head_epochs, learns=lambda name: name not in shared)
-        second = turn.fit(epochs=turn.settings.body_epochs, learns=lambda name: name in shared)
-        return Outcome(turn.arrays(), _Both(first.steps + second.steps, second.losses))
+    def train(self, context: ClientContext) -> ClientResult:
+        shared = frozenset(context.roles.shared)
+        first = context.fit(epochs=context.settings.head_epochs, learns=lambda name: name not in shared)
+        second = context.fit(epochs=context.settings.body_epochs, learns=lambda name: name in shared)
+        return ClientResult(context.arrays(), _Both(first.steps + second.steps, second.losses))
 
     def steps(self, settings: Strategy, local: Local, size: int) -> int:
         return steps_of(local, size, settings.head_epochs) + steps_of(local, size, settings.body_epochs)

@@ -14,28 +14,26 @@ import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import numpy as np
 import torch
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.corrections import watch
-from meadow.strategies.protocol import Algorithm, Batch, Half, Outcome, Turn
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from meadow.arrays.named import Arrays, beside, doubles, of_kind
+from meadow.arrays.named import Arrays, Named
 
-KIND = "own"
 ABSENT = 1e-9
 
 
-class Client(Half):
+class Client(ClientAlgorithm):
     """The loop trains the generic model; the personal heads, the client's memory, take their step beside it."""
 
-    def train(self, turn: Turn) -> Outcome:
-        generic = turn.model.get_submodule("heads")
-        own = _Own(copy.deepcopy(generic), of_kind(KIND, turn.memory))
-        optimizer = turn.optimizer(own)
-        priors = {target: torch.log(counts.clamp(min=ABSENT)) for target, counts in turn.class_counts().items()}
+    def train(self, context: ClientContext) -> ClientResult:
+        generic = context.model.get_submodule("heads")
+        own = _Own(copy.deepcopy(generic), context.memory.get("own", {}))
+        optimizer = context.optimizer(own)
+        priors = {target: torch.log(counts.clamp(min=ABSENT)) for target, counts in context.class_counts().items()}
         batches: list[Batch] = []
         features: list[Tensor] = []
         balanced = True
@@ -49,11 +47,11 @@ class Client(Half):
 
         def step_own(learning: Mapping[str, nn.Parameter]) -> None:
             nonlocal balanced
-            sums = {f"model.{n}": p.detach() + q for n, p in turn.model.named_parameters() for q in own.of(n)}
-            both = partial(functional_call, _OnFeatures(turn.model), sums)
+            sums = {f"model.{n}": p.detach() + q for n, p in context.model.named_parameters() for q in own.of(n)}
+            both = partial(functional_call, _OnFeatures(context.model), sums)
             optimizer.zero_grad()
             balanced = False
-            found = turn.loss(lambda _: both((features[-1],)), batches[-1])
+            found = context.loss(lambda _: both((features[-1],)), batches[-1])
             balanced = True
             for parameter, slope in zip(
                 own.parameters(), torch.autograd.grad(found, list(own.parameters())), strict=True
@@ -63,16 +61,16 @@ class Client(Half):
 
         hooks = [module.register_forward_hook(head_hook(target)) for target, module in generic.named_children()]
         try:
-            fitted = turn.fit(term=watch(batches), correct=step_own)
+            fitted = context.fit(term=watch(batches), correct=step_own)
         finally:
             for hook in hooks:
                 hook.remove()
         kept = {name: p.detach().numpy(force=True).copy() for name, p in own.named_parameters()}
-        return Outcome(turn.arrays(), fitted, memory=beside(KIND, kept))
+        return ClientResult(context.arrays(), fitted, memory={"own": kept})
 
-    def used(self, turn: Turn) -> Arrays:
-        start, own = turn.start(), of_kind(KIND, turn.memory)
-        return start | {n: (q + start[n].astype(np.float64)).astype(start[n].dtype) for n, q in doubles(own).items()}
+    def used(self, context: ClientContext) -> Arrays:
+        start = context.start()
+        return start | (Named(context.memory.get("own", {})) + Named(start)).like(start)
 
 
 class _Own(nn.Module):

@@ -13,23 +13,19 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, Batch, Half, Outcome, Turn
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 from meadow.strategies.roles import HEADS
 from torch import Tensor, nn
 
-from meadow.arrays.named import beside, of_kind
 
-KIND = "previous"
-
-
-class Client(Half):
+class Client(ClientAlgorithm):
     """Training with the contrastive term; the trunk after this turn is kept for the next."""
 
-    def train(self, turn: Turn) -> Outcome:
-        previous = of_kind(KIND, turn.memory)
-        settings, trunk = turn.settings, turn.model.get_submodule("trunk")
-        start = turn.start()
-        anchors = [_frozen(turn, trunk, start), _frozen(turn, trunk, start | previous)] if previous else []
+    def train(self, context: ClientContext) -> ClientResult:
+        previous = context.memory.get("previous", {})
+        settings, trunk = context.settings, context.model.get_submodule("trunk")
+        start = context.start()
+        anchors = [_frozen(context, trunk, start), _frozen(context, trunk, start | previous)] if previous else []
         features: list[Tensor] = []
 
         def contrast(model: nn.Module, batch: Batch, outputs: Mapping[str, Tensor]) -> Tensor:
@@ -41,15 +37,15 @@ class Client(Half):
 
         hook = trunk.register_forward_hook(lambda module, inputs, output: features.__setitem__(slice(None), [output]))
         try:
-            fitted = turn.fit(term=contrast if anchors else None)
+            fitted = context.fit(term=contrast if anchors else None)
         finally:
             hook.remove()
-        model = turn.arrays()
+        model = context.arrays()
         body = {name: value for name, value in model.items() if not name.startswith(HEADS)}
-        return Outcome(model, fitted, memory=beside(KIND, body))
+        return ClientResult(model, fitted, memory={"previous": body})
 
 
-def _frozen(turn: Turn, trunk: nn.Module, state: Mapping[str, object]) -> nn.Module:
+def _frozen(context: ClientContext, trunk: nn.Module, state: Mapping[str, object]) -> nn.Module:
     """A copy of the trunk with this state, in `eval()`: its statistics stay, and it draws nothing."""
     result = copy.deepcopy(trunk).eval()
     own = {n: torch.as_tensor(state[f"trunk.{n}"]) for n in result.state_dict()}

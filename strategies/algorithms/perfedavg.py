@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.corrections import watch
-from meadow.strategies.protocol import Algorithm, Batch, Half, Outcome, Turn, steps_of
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult, steps_of
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
@@ -24,13 +24,13 @@ DELTA = 1e-3
 """The finite difference's half width, along v."""
 
 
-class Client(Half):
+class Client(ClientAlgorithm):
     """The loop's steps in turns; only the last of each turn is the optimiser's, on w."""
 
     def __init__(self, batches: int) -> None:
         self._batches = batches
 
-    def train(self, turn: Turn) -> Outcome:
+    def train(self, context: ClientContext) -> ClientResult:
         w: dict[str, Tensor] = {}
         v: dict[str, Tensor] = {}
         seen: list[Batch] = []
@@ -43,7 +43,7 @@ class Client(Half):
             if place == 0:
                 w.update({n: p.detach().clone() for n, p in learning.items()})
                 for name, parameter in learning.items():
-                    _put(parameter, w[name] - (turn.settings.inner_lr or turn.rate(name)) * slopes[name])
+                    _put(parameter, w[name] - (context.settings.inner_lr or context.rate(name)) * slopes[name])
             elif place == 1 and self._batches == 3:
                 v.update(slopes)
                 for name, parameter in learning.items():
@@ -54,31 +54,31 @@ class Client(Half):
             else:
                 for name, parameter in learning.items():
                     _put(parameter, w[name] - DELTA * v[name])
-                turn.model.zero_grad(set_to_none=True)
-                turn.loss(turn.model, seen[-1]).backward()  # type: ignore[no-untyped-call]
+                context.model.zero_grad(set_to_none=True)
+                context.loss(context.model, seen[-1]).backward()  # type: ignore[no-untyped-call]
                 below = _slopes(learning)
                 for name, parameter in learning.items():
-                    alpha = turn.settings.inner_lr or turn.rate(name)
+                    alpha = context.settings.inner_lr or context.rate(name)
                     _put(parameter, w[name], v[name] - alpha * (slopes[name] - below[name]) / (2 * DELTA))
 
-        fitted = turn.fit(repeat=self._batches, term=watch(seen), correct=step)
-        return Outcome(turn.arrays(), fitted)
+        fitted = context.fit(repeat=self._batches, term=watch(seen), correct=step)
+        return ClientResult(context.arrays(), fitted)
 
     def steps(self, settings: Strategy, local: Local, size: int) -> int:
         return self._batches * steps_of(local, size)
 
-    def used(self, turn: Turn) -> Arrays:
-        start = turn.start()
-        turn.load(start)
-        model, trained = turn.model.eval(), set(turn.roles.trained)
+    def used(self, context: ClientContext) -> Arrays:
+        start = context.start()
+        context.load(start)
+        model, trained = context.model.eval(), set(context.roles.trained)
         learning = {n: p for n, p in model.named_parameters() if n in trained}
         for parameter in learning.values():
             parameter.requires_grad_(True)
         model.zero_grad(set_to_none=True)
-        turn.loss(model, turn.batch()).backward()  # type: ignore[no-untyped-call]
+        context.loss(model, context.batch()).backward()  # type: ignore[no-untyped-call]
         for name, slope in _slopes(learning).items():
-            _put(learning[name], learning[name].detach() - (turn.settings.inner_lr or turn.rate(name)) * slope)
-        return turn.arrays()
+            _put(learning[name], learning[name].detach() - (context.settings.inner_lr or context.rate(name)) * slope)
+        return context.arrays()
 
 
 def _slopes(learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -10,20 +10,18 @@ from collections.abc import Mapping
 import torch
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.corrections import watch
-from meadow.strategies.protocol import Algorithm, Batch, Half, Outcome, Turn
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 from torch import nn
 
-from meadow.arrays.named import Arrays, beside, of_kind
-
-KIND = "own"
+from meadow.arrays.named import Arrays
 
 
-class Client(Half):
+class Client(ClientAlgorithm):
     """Each step of the loop is one w-step; theta is in the model while the loop runs, w beside it."""
 
-    def train(self, turn: Turn) -> Outcome:
-        plan, model = turn.settings, turn.model
-        trained = set(turn.roles.trained)
+    def train(self, context: ClientContext) -> ClientResult:
+        plan, model = context.settings, context.model
+        trained = set(context.roles.trained)
         w = {n: p.detach().clone() for n, p in model.named_parameters() if n in trained}
         batches: list[Batch] = []
 
@@ -31,23 +29,23 @@ class Client(Half):
             for k in range(plan.inner_steps):
                 if k > 0:
                     model.zero_grad(set_to_none=True)
-                    turn.loss(model, batches[-1]).backward()  # type: ignore[no-untyped-call]
+                    context.loss(model, batches[-1]).backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     for name, theta in learning.items():
                         slope = plan.pull * (theta - w[name])
                         slope += 0 if theta.grad is None else theta.grad
-                        theta.sub_(slope, alpha=plan.inner_lr or turn.rate(name))
+                        theta.sub_(slope, alpha=plan.inner_lr or context.rate(name))
             for name, theta in learning.items():
-                w[name] -= turn.rate(name) * plan.pull * (w[name] - theta.detach())
+                w[name] -= context.rate(name) * plan.pull * (w[name] - theta.detach())
                 theta.grad = None  # so that the optimiser leaves theta where it is
 
-        fitted = turn.fit(term=watch(batches), correct=step)
-        own = turn.arrays()
+        fitted = context.fit(term=watch(batches), correct=step)
+        own = context.arrays()
         shared = own | {name: value.numpy(force=True).copy() for name, value in w.items()}
-        return Outcome(shared, fitted, memory=beside(KIND, own))
+        return ClientResult(shared, fitted, memory={"own": own})
 
-    def used(self, turn: Turn) -> Arrays:
-        return turn.start() | of_kind(KIND, turn.memory)
+    def used(self, context: ClientContext) -> Arrays:
+        return context.start() | context.memory.get("own", {})
 
 
 PFEDME = Algorithm(FedAvg, Client())

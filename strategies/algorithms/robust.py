@@ -11,24 +11,22 @@ only some clients train is judged among these.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
 
 import numpy as np
-import numpy.typing as npt
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import RecordDict
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, Krum, MultiKrum
 from flwr.serverapp.strategy.bulyan import aggregate_n_closest_weights
 from flwr.serverapp.strategy.multikrum import select_multikrum
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, Setup
-from meadow.strategies.roles import name_weights
+from meadow.strategies.adaptors.flower import aggregated
+from meadow.strategies.algorithms.fedavg import stepped
+from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, Setup, State
 
-from meadow.arrays.flower import from_record, to_record
-from meadow.arrays.named import doubles, split_beside
+from meadow.arrays.flower import to_record
+from meadow.arrays.named import Arrays, Float64, Named, split_auxiliary
 from meadow.config.algorithms import least_updates
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
@@ -36,7 +34,7 @@ from meadow.runtime.seeds import numpy_generator
 log = logging.getLogger("meadow.server")
 logging.getLogger("flwr").addFilter(lambda line: "Received %s results" not in str(line.msg))  # at each of our calls
 
-Moves = dict[str, npt.NDArray[np.float64]]
+Moves = dict[str, Float64]
 
 
 @dataclass(frozen=True)
@@ -51,49 +49,47 @@ Rule = Callable[[Sequence[Update], Settings], Moves]
 """Combines updates, one or more, that all have the same names."""
 
 
-class Robust(FedAvg):
+class Robust(ServerAlgorithm[Sequence[ClientUpdate]]):
     """x <- x + server_lr * rule(the clients' moves). Arrays of which too few updates came for the rule to withstand
     `byzantine` attackers among them stay as they were.
     """
 
-    needs_sums_only = False
+    sums_only = False
 
     def __init__(self, setup: Setup, rule: Rule) -> None:
         super().__init__(setup)
         self._rule = rule
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Group the replies by what they hold, put each group in buckets, and let the rule combine it."""
-        groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
-        senders: dict[str, list[tuple[int, float]]] = {}
-        moves: dict[int, Moves] = {}
-        before = doubles(self._before)
-        for message in replies:
-            client = message.metadata.src_node_id
-            update, _ = split_beside(from_record(message.content.array_records["arrays"]))
-            moves[client] = {n: v - before[n] for n, v in doubles(update).items()}
-            weights = name_weights(message.content.metric_records["metrics"], update, self.setup.equal_weights)
-            for name, weight in weights.items():
-                senders.setdefault(name, []).append((client, weight))
-        for name, theirs in senders.items():
-            groups.setdefault(tuple(theirs), []).append(name)
-        if not groups:
-            return None, None
-        steps: Moves = {}
-        for pairs, names in groups.items():
-            updates = [Update(weight, {n: moves[client][n] for n in names}) for client, weight in pairs]
-            draw = numpy_generator(self.setup.seed, "bucket", server_round)
-            given, plan = bucketed(updates, self.setup.settings.bucket, draw), self.setup.settings
+    def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
+        """Group the arrays by who trained them, put each group's updates in buckets, and let the rule combine them."""
+        before, plan, steps = Named(model), self.setup.settings, dict[str, Float64]()
+        moves = {reply.client: Named(split_auxiliary(reply.arrays)[0]) - before for reply in total}
+        for senders, names in _groups(total, moves).items():
+            updates = [Update(weight, {n: moves[client][n] for n in names}) for client, weight in senders]
+            draw = numpy_generator(self.setup.seed, "bucket", total[0].round)
+            given = bucketed(updates, plan.bucket, draw)
             if (needed := least_updates(plan.name, plan.byzantine)) > len(given) and plan.byzantine:
                 log.warning(
                     "round %d: %s stay as they were: %s with strategy.byzantine = %d needs %d updates, there are %d",
-                    *(server_round, ", ".join(names), plan.name, plan.byzantine, needed, len(given)),
+                    *(total[0].round, ", ".join(names), plan.name, plan.byzantine, needed, len(given)),
                 )
                 continue
             steps |= self._rule(given, plan)
-        return to_record(self.stepped(steps, self._before)), None
+        return stepped(self.setup, steps, model), state
+
+
+def _groups(
+    total: Sequence[ClientUpdate], moves: Mapping[int, Named]
+) -> dict[tuple[tuple[int, float], ...], list[str]]:
+    """The names that the same clients trained with the same weights, by these (client, weight)."""
+    senders: dict[str, list[tuple[int, float]]] = {}
+    for reply in total:
+        for name in moves[reply.client]:
+            senders.setdefault(name, []).append((reply.client, reply.weights[name]))
+    groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, theirs in senders.items():
+        groups.setdefault(tuple(theirs), []).append(name)
+    return groups
 
 
 def bucketed(updates: Sequence[Update], size: int, draw: np.random.Generator) -> list[Update]:
@@ -147,15 +143,8 @@ def centred_clipping(updates: Sequence[Update], settings: Settings, once: bool =
 
 def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update], settings: Settings) -> Moves:
     """Let one of Flower's strategies combine the moves: it gets them as it would get models."""
-    replies = []
-    for update in updates:
-        content = RecordDict(
-            {"arrays": to_record(update.moves), "metrics": MetricRecord({"num-examples": update.weight})}
-        )
-        replies.append(Message(content, dst_node_id=0, message_type="train"))
-    arrays, _ = make(settings).aggregate_train(0, replies)
-    assert arrays is not None  # there are updates, and enough of them
-    return cast(Moves, from_record(arrays))
+    replies = [(dict(update.moves), {"num-examples": update.weight}) for update in updates]
+    return Named(aggregated(make(settings), 0, replies))
 
 
 def bulyan(updates: Sequence[Update], settings: Settings) -> Moves:

@@ -8,73 +8,42 @@ weighted sum, whose weights add up to `normaliser`; that takes the place of K, s
 gradient. An array that only some clients train (a head) has these as its N, because the others never move it.
 """
 
-from collections.abc import Mapping
-
-import numpy as np
-import numpy.typing as npt
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.algorithms.fednova import normaliser
-from meadow.strategies.corrections import gradient_of, tensors
-from meadow.strategies.protocol import Algorithm, Half, Outcome, Setup, Turn
-from torch import nn
+from meadow.strategies.corrections import Shift
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, State
 
-from meadow.arrays.named import Arrays, beside, doubles, of_kind
+from meadow.arrays.named import Arrays, Kinds, Named, of_kind, zeros_like
 from meadow.arrays.sums import WeightedSum
 
-KIND = "c"
-"""The server's c travels as "c@name", and the change of the client's comes back under the same name."""
 
+class Client(ClientAlgorithm):
+    """Steps corrected by c - c_i; c_i is the client's memory. What it sends is how c_i changes."""
 
-class Client(Half):
-    """Steps corrected by c - c_i; c_i is the client's memory."""
-
-    def train(self, turn: Turn) -> Outcome:
-        theirs, before = doubles(of_kind(KIND, turn.extra)), doubles(turn.received)
-        ours = {n: np.zeros_like(c) for n, c in theirs.items()} | doubles(of_kind(KIND, turn.memory))
-        parameters = dict(turn.model.named_parameters())
-        difference = tensors({n: (c - ours[n]).astype(turn.received[n].dtype) for n, c in theirs.items()}, parameters)
-        moved: set[str] = set()
-
-        def correct(learning: Mapping[str, nn.Parameter]) -> None:
-            for name in learning.keys() & difference.keys():
-                gradient_of(learning[name]).add_(difference[name])
-                moved.add(name)
-
-        fitted = turn.fit(correct=correct)
-        model = turn.arrays()
-        after = doubles(model)
-        steps = normaliser(fitted.steps, turn.local.momentum)
-        memory, change = {}, {}
-        for name, c in theirs.items():
-            mean = (before[name] - after[name]) / (steps * turn.rate(name))
-            new = ours[name] - c + mean if name in moved else ours[name]
-            memory[name] = new.astype(model[name].dtype)
-            change[name] = (memory[name].astype(np.float64) - ours[name]).astype(model[name].dtype)
-        return Outcome(model, fitted, beside(KIND, change), beside(KIND, memory))
+    def train(self, context: ClientContext) -> ClientResult:
+        c, x = Named(context.auxiliary["c"]), Named(context.received)
+        c_i = zeros_like(c, c) | context.memory.get("c", {})
+        correction = Shift(context, (c - c_i).like(context.received))
+        fitted = context.fit(correct=correction)
+        y = context.arrays()
+        k_eta = {name: normaliser(fitted.steps, context.local.momentum) * context.rate(name) for name in c}
+        new = (c_i - c + (x - Named(y)) / k_eta).where(correction.moved, c_i).like(y)
+        return ClientResult(y, fitted, auxiliary={"c": (Named(new) - c_i).like(y)}, memory={"c": new})
 
 
 class Server(FedAvg):
     """The plain mean of the models, and c."""
 
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self._c: dict[str, npt.NDArray[np.float64]] = {}
+    def init(self, model: Arrays) -> State:
+        return {"c": zeros_like(model, self.setup.roles.learned_together)}
 
-    def extra(self, arrays: Arrays) -> Arrays:
-        for name in self.setup.roles.learned_together:
-            self._c.setdefault(name, np.zeros(arrays[name].shape, np.float64))
-        return beside(KIND, {name: c.astype(arrays[name].dtype) for name, c in self._c.items()})
+    def auxiliary(self, state: State, model: Arrays) -> Kinds:
+        return {"c": Named(state["c"]).like(model)}
 
-    def combine(self, total: WeightedSum, before: Arrays) -> Arrays:
-        for name, change in doubles(of_kind(KIND, total.sums)).items():
-            self._c[name] = self._c[name] + change / self.setup.holders[name]
-        return super().combine(total, before)
-
-    def state(self) -> Arrays:
-        return beside(KIND, self._c)
-
-    def load_state(self, arrays: Arrays) -> None:
-        self._c = doubles(of_kind(KIND, arrays))
+    def update(self, state: State, total: WeightedSum, model: Arrays) -> tuple[Arrays, State]:
+        c, changed = Named(state["c"]), Named(of_kind("c", total.sums))
+        x, _ = super().update(state, total, model)
+        return x, {"c": c | (c + changed / self.setup.holders)}
 
 
 SCAFFOLD = Algorithm(Server, Client())

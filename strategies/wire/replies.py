@@ -5,40 +5,31 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from meadow.strategies.roles import name_weights
 
-from meadow.arrays.flower import from_record
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import fault
 
 
-def metrics_of(content: RecordDict) -> MetricRecord:
-    """A reply's metrics; empty if it has none. (Flower's `content.metric_records` builds a dictionary at each call.)"""
-    record = content.get("metrics")
-    return record if isinstance(record, MetricRecord) else MetricRecord()
-
-
-def weight_fault(metrics: Mapping[str, Any] | None, size: int) -> str:
+def weight_fault(metrics: Mapping[str, Any], size: int) -> str:
     """Why a reply's weights cannot count, or "": each a number, positive (of a head: from 0), at most `size`."""
-    weight = (metrics or {}).get("num-examples")
+    weight = metrics.get("num-examples")
     if not _number(weight) or weight <= 0:
         return f"num-examples is {weight!r}; it must be a positive number"
     if weight > size:
         return f"num-examples is {weight!r}, more than the {size} training samples declared at roll call"
-    for key, value in (metrics or {}).items():
+    for key, value in metrics.items():
         if key.startswith("num-examples/") and not (_number(value) and 0 <= value <= weight):
             return f"{key} is {value!r}; it must be a number from 0 to num-examples = {weight!r}"
     return ""
 
 
-def arrays_fault(content: RecordDict, sent: Arrays, max_norm: float = 0) -> str:
+def arrays_fault(arrays: Arrays | None, metrics: Mapping[str, Any], sent: Arrays) -> str:
     """Why a reply's arrays cannot count, or "" (`meadow.arrays.sums.fault`). Its weights must be without fault."""
-    record = content.get("arrays")
-    if not isinstance(record, ArrayRecord):
+    if arrays is None:
         return "its reply has no arrays"
     try:
-        return fault(from_record(record), sent, name_weights(metrics_of(content), sent), max_norm)
+        return fault(arrays, sent, name_weights(metrics, sent))
     except (TypeError, ValueError) as error:
         return f"its arrays cannot be read: {error}"
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import meadow.client.app
 import pytest
-from flwr.app import RecordDict
 from helpers.runs import run_inline
 from helpers.stack import (
     PROJECT,
@@ -39,7 +38,7 @@ from helpers.stack import (
 )
 from meadow.client.node import Node
 from meadow.client.node import train_client as train_one
-from meadow.strategies.wire.packing import Request
+from meadow.strategies.wire.packing import Answer, Request
 
 from meadow.config.load import load
 
@@ -240,8 +239,8 @@ def inline_with_losses(stack: Stack, out: Path, monkeypatch: pytest.MonkeyPatch)
     logs = "".join(docker("logs", container(node)) for node in HOSTED)
     trained = {tuple(map(int, found)) for found in re.findall(r'round=(\d+) client=(\d+) text="trained"', logs)}
 
-    def lossy(node: Node, request: Request) -> RecordDict:
-        which = (int(request.content.config_records["config"]["round"]), request.client)  # type: ignore[arg-type]
+    def lossy(node: Node, request: Request) -> Answer:
+        which = (request.config["round"], request.client)
         if which not in lost or which in trained:
             reply = train_one(node, request)
         if which in lost:

@@ -9,7 +9,7 @@ from typing import Any
 import meadow.client.loop.objective
 import meadow.client.node
 import meadow.client.release
-import meadow.server.protection
+import meadow.server.client_level
 import numpy as np
 import pytest
 import torch
@@ -19,12 +19,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import meadow.privacy.client_level
-import meadow.privacy.dpsgd
+import meadow.privacy.dpsgd.step
 import meadow.privacy.ledger
 from meadow.experiments.audit import audit
 from meadow.experiments.command import app
 from meadow.privacy.accounting import epsilon
-from meadow.privacy.dpsgd import Privatiser
+from meadow.privacy.dpsgd.choose import SUMS, Mode
+from meadow.privacy.dpsgd.mechanism import ClippedSum
+from meadow.privacy.dpsgd.step import Privatiser
 from meadow.privacy.ledger import Ledger
 from meadow.privacy.noise import Stream
 from meadow.privacy.statistics import Check, noise_check, one_run_bound, sampling_checks
@@ -75,15 +77,21 @@ def test_what_else_there_is_passes_too(settings: tuple[str, ...]) -> None:
 def test_it_measures_in_the_mode_that_the_run_trains_in(
     trainable: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, honest = set(), Privatiser._prepare
-    monkeypatch.setattr(Privatiser, "_prepare", lambda self: [seen.add(self._mode), honest(self)][1])
+    seen = set[str]()
+
+    class Seen(dict[Mode, type[ClippedSum]]):
+        def __getitem__(self, mode: Mode) -> type[ClippedSum]:
+            seen.add(mode)
+            return super().__getitem__(mode)
+
+    monkeypatch.setattr(meadow.privacy.dpsgd.step, "SUMS", Seen(SUMS))
     settings = (*EXAMPLE, "task.model=helpers.objects:rows", f"local.trainable={trainable}", "partition.clients=2")
     assert found(*settings, preset="fedavg") == set()
     assert seen == {mode}
 
 
 def scaled(factor: float) -> Callable[..., Any]:
-    honest = meadow.privacy.dpsgd.gaussian
+    honest = meadow.privacy.dpsgd.step.gaussian
 
     def gaussian(out: Tensor, deviation: float, stream: Stream) -> None:
         honest(out, deviation * factor, stream)
@@ -93,7 +101,7 @@ def scaled(factor: float) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 0.97])
 def test_too_little_noise_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meadow.privacy.dpsgd, "gaussian", scaled(factor))
+    monkeypatch.setattr(meadow.privacy.dpsgd.step, "gaussian", scaled(factor))
     assert "noise multiplier, by canaries out" in found(*EXAMPLE)
 
 
@@ -109,18 +117,20 @@ def test_shuffling_sold_as_poisson_sampling_is_found(monkeypatch: pytest.MonkeyP
             left += stream.uniform(n).argsort().tensor_split(max(1, round(1 / rate)))
         return left.pop().sort().values
 
-    monkeypatch.setattr(meadow.privacy.dpsgd, "poisson", shuffled)
+    monkeypatch.setattr(meadow.privacy.dpsgd.step, "poisson", shuffled)
     assert {"variance of batch sizes", "variance of a record's times"} <= found(*EXAMPLE)
 
 
 def test_a_higher_sampling_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.privacy.dpsgd.poisson
-    monkeypatch.setattr(meadow.privacy.dpsgd, "poisson", lambda n, rate, stream: honest(n, min(1, 1.25 * rate), stream))
+    honest = meadow.privacy.dpsgd.step.poisson
+    monkeypatch.setattr(
+        meadow.privacy.dpsgd.step, "poisson", lambda n, rate, stream: honest(n, min(1, 1.25 * rate), stream)
+    )
     assert "sampling rate" in found(*EXAMPLE)
 
 
 def test_no_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Privatiser, "_factors", lambda self, norms: np.ones_like(norms))
+    monkeypatch.setattr(ClippedSum, "_factors", lambda self, norms: np.ones_like(norms))
     assert {"longest part of a canary", "mean of canaries in", "largest move by one record added"} <= found(*EXAMPLE)
 
 
@@ -132,7 +142,7 @@ def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.Monk
         return {name: values * (1 + values.detach().mean() - values.mean()) for name, values in each.items()}
 
     monkeypatch.setattr(meadow.client.loop.objective, "sample_losses", coupled)
-    assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=ghost")
+    assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=hooks")
     # Book-keeping sees it as it trains.
     with pytest.raises(UserError, match="depends on the other samples of its batch"):
         found(*EXAMPLE, "privacy.clip=0.5")
@@ -156,7 +166,7 @@ def test_a_ledger_that_drops_an_entry_is_found(monkeypatch: pytest.MonkeyPatch) 
 def test_fresh_noise_in_a_replayed_round_is_found(settings: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = iter(range(10**6))
     monkeypatch.setattr(meadow.client.release, "noise_seed", lambda *_: next(fresh))
-    monkeypatch.setattr(meadow.server.protection, "noise_seed", lambda *_: next(fresh))
+    monkeypatch.setattr(meadow.server.client_level, "noise_seed", lambda *_: next(fresh))
     assert found(*settings) == {"a round made again"}
 
 
@@ -179,15 +189,15 @@ def test_a_personal_head_without_noise_is_found(monkeypatch: pytest.MonkeyPatch)
         patch.setattr(Privatiser, "_noisy", silent)
         assert {f"noise on {name}" for name in heads} <= found(*EXAMPLE)
 
-    from meadow.strategies.protocol import Half
+    from meadow.strategies.protocol import ClientAlgorithm
 
-    half = Half.train
+    half = ClientAlgorithm.train
 
-    def twice(self: Half, turn: Any) -> Any:
-        turn.fit(learns=lambda name: "heads" in name, leaves=False)
-        return half(self, turn)
+    def twice(self: ClientAlgorithm, context: Any) -> Any:
+        context.fit(learns=lambda name: "heads" in name, leaves=False)
+        return half(self, context)
 
-    monkeypatch.setattr(Half, "train", twice)
+    monkeypatch.setattr(ClientAlgorithm, "train", twice)
     assert found(*EXAMPLE) >= {"arrays trained without noise", "entries of the ledgers"}
 
 
@@ -210,17 +220,17 @@ def test_batch_norm_in_train_mode_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_sabotage_of_whole_clients_and_of_local_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     combine, clip, noised = (
-        meadow.server.protection.combine,
-        meadow.server.protection.clip,
+        meadow.server.client_level.combine,
+        meadow.server.client_level.clip,
         meadow.privacy.client_level.noised,
     )
     with monkeypatch.context() as patch:
         patch.setattr(
-            meadow.server.protection, "combine", lambda s, u, bound, z, d, g: combine(s, u, bound, 0.8 * z, d, g)
+            meadow.server.client_level, "combine", lambda s, u, bound, z, d, g: combine(s, u, bound, 0.8 * z, d, g)
         )
         assert "noise multiplier, by canaries out" in found(*CLIENT)
     with monkeypatch.context() as patch:
-        patch.setattr(meadow.server.protection, "clip", lambda sent, trained, bound: clip(sent, trained, 2 * bound))
+        patch.setattr(meadow.server.client_level, "clip", lambda sent, trained, bound: clip(sent, trained, 2 * bound))
         with pytest.raises(ValueError, match="norm <= clip"):  # the sum itself refuses what is longer
             found(*CLIENT)
     with monkeypatch.context() as patch:
@@ -235,7 +245,7 @@ def test_the_command_exits_3_where_the_claim_does_not_hold(monkeypatch: pytest.M
     given = ["audit", "fedavg", *EXAMPLE, "partition.clients=4", "--json"]
     honest = CliRunner().invoke(app, given)
     assert honest.exit_code == 0 and json.loads(honest.stdout)["holds"]
-    monkeypatch.setattr(meadow.privacy.dpsgd, "gaussian", scaled(0.5))
+    monkeypatch.setattr(meadow.privacy.dpsgd.step, "gaussian", scaled(0.5))
     wrong = CliRunner().invoke(app, given)
     assert wrong.exit_code == 3 and not json.loads(wrong.stdout)["holds"]
     told = CliRunner().invoke(app, given[:-1])

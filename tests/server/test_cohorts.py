@@ -145,7 +145,7 @@ def test_stragglers_make_part_of_their_steps(tmp_path: Path, monkeypatch: pytest
 
     def watched(node: Any, request: Any) -> Any:
         reply = honest(node, request)
-        steps[request.client] = reply.metric_records["metrics"]["steps"]
+        steps[request.client] = reply.metrics["steps"]
         return reply
 
     clients_answer(monkeypatch, watched)
@@ -179,7 +179,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
     honest = meadow.client.node.train_client
 
     def train(node: Any, request: Any) -> Any:
-        config = request.content.config_records["config"]
+        config = request.config
         reply = honest(node, request)  # its state is stored: a void round must not leave it anything
         if fails(int(config["round"]), int(config["attempt"]), request.client):
             raise OSError("the line is cut")
@@ -245,7 +245,7 @@ def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
     from meadow.client.loop.training import train
 
     from meadow.tasks.evaluation import evaluate, load_into
-    from meadow.tasks.task import initial_state
+    from meadow.tasks.start import initial_state
 
     experiment = small("fedavg", "evaluate.fine_tune_epochs=2")
     run_inline(experiment, tmp_path)

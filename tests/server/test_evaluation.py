@@ -9,14 +9,14 @@ from typing import Any
 import meadow.client.node
 import numpy as np
 import pytest
-from flwr.app import MetricRecord
 from helpers.runs import run_inline, small
 from meadow.server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
 
 from meadow.config.load import load
 from meadow.privacy.releases import releases
 from meadow.tasks.data import Target
-from meadow.tasks.metrics import PRIMARY, class_weights
+from meadow.tasks.losses import class_weights
+from meadow.tasks.metrics import PRIMARY
 from meadow.tasks.task import open_task
 
 
@@ -97,10 +97,10 @@ def test_confusion_counts_are_taken_only_where_they_may_be_true(lie: str) -> Non
     size = len(task.split.clients[0].test)
     assert 5 < size < 500
     honest = [size] + [0] * 99
-    assert read_confusion(MetricRecord({"digit": honest}), task, 0)["digit"].tolist() == honest
-    assert read_confusion(MetricRecord({"digit": [size + 1] + [0] * 99}), task, 0) == {}
-    assert read_confusion(MetricRecord({"digit": LIES[lie]}), task, 0) == {}
-    assert read_confusion(MetricRecord(), task, 0) == {}
+    assert read_confusion({"digit": honest}, task, 0)["digit"].tolist() == honest
+    assert read_confusion({"digit": [size + 1] + [0] * 99}, task, 0) == {}
+    assert read_confusion({"digit": LIES[lie]}, task, 0) == {}
+    assert read_confusion({}, task, 0) == {}
 
 
 def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path, monkeypat
     def lying(node: Any, request: Any) -> Any:
         reply = honest(node, request)
         if request.client == 2:
-            reply["confusion"] = MetricRecord({"digit": LIES["negative"]})
+            reply.values["confusion"] = {"digit": LIES["negative"]}
         return reply
 
     monkeypatch.setattr("meadow.client.app.evaluate_client", lying)

@@ -7,20 +7,25 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
-from meadow.server.exchange import Exchange, deal
+from meadow.server.carrier import Carrier
+from meadow.server.dealing import deal
+from meadow.server.exchange import Exchange
+from meadow.server.rollcall import RollCall
 from meadow.simulation.grid import LocalGrid, become_server, error_reply
-from meadow.strategies.wire.packing import Answer, NodeReply, pack_replies, unpack_requests
+from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
 
-from meadow.arrays.flower import to_record
 from meadow.arrays.sums import weighted_sum
 from meadow.runtime.clock import PHASES
 from meadow.runtime.errors import RunStopped
 from meadow.runtime.identity import code_sha256, versions
 
 ROLL = {"code": code_sha256(), "data": "d", "split": "s", "versions": json.dumps(versions())}
+
+
+SENT = {"w": np.float32([0])}
 
 
 class FakeGrid(LocalGrid):
@@ -66,41 +71,42 @@ def node(clients: Sequence[int], fault: str = "", **roll: Any) -> Callable[[Mess
         if fault == "garbage":
             return RecordDict({"x": ConfigRecord({"y": 1})})
         requests, _ = unpack_requests(message.content)
-        answers = [Answer(r.client, reply_content(r.client)) for r in requests]
+        answers = [reply(r.client, r.client) for r in requests]
         if fault == "lies":
             extra = weighted_sum([(1e6, {"w": np.float32([666])})])
-            answers.append(Answer(0, reply_content(666)))
+            answers.append(reply(0, 666))
             return pack_replies(NodeReply(answers, {(0, 1): extra, (0, 2): extra, (7, 8): extra}))
         return pack_replies(NodeReply(answers))
 
     return answer
 
 
-def reply_content(value: int) -> RecordDict:
-    return RecordDict({"arrays": to_record({"w": np.float32([value])}), "metrics": MetricRecord({"num-examples": 10})})
+def reply(client: int, value: int) -> Answer:
+    return Answer(client, {"metrics": {"num-examples": 10}}, {"w": np.float32([value])})
 
 
 def exchange(nodes: dict[int, Callable[[Message], RecordDict]], clients: int, timeout: float = 0.3) -> Exchange:
-    return Exchange(FakeGrid(nodes), "run", {}, {"data": "d", "split": "s"}, clients, timeout)
+    return Exchange(roll(nodes, clients, timeout))
+
+
+def roll(nodes: dict[int, Callable[[Message], RecordDict]], clients: int, timeout: float = 0.3) -> RollCall:
+    return RollCall(Carrier(FakeGrid(nodes)), "run", {}, {"data": "d", "split": "s"}, clients, timeout)
 
 
 def ask(found: Exchange, clients: Sequence[int], whole_blocks: bool = False) -> tuple[dict[int, str | float], Any]:
-    content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
-    replies, sums = found.send([Message(content, c, "train") for c in clients], whole_blocks)
+    replies, sums = found.send("train", [Request(c, SENT, {"round": 1}) for c in clients], whole_blocks)
     assert [r.client for r in replies] == list(clients)
-    said = {
-        r.client: r.error if r.content is None else float(r.content.array_records["arrays"]["w"].numpy()[0])
-        for r in replies
-    }
+    said = {r.client: r.error if r.arrays is None else float(r.arrays["w"][0]) for r in replies}
     return said, sums
 
 
 def test_clients_are_addressed_and_nodes_get_one_message() -> None:
     found = exchange({5: node([0, 2]), 9: node([1, 3])}, 4)
-    found.gather()
+    found.roll.gather()
     assert ask(found, [0, 1, 2, 3])[0] == {0: 0, 1: 1, 2: 2, 3: 3}
-    assert isinstance(found.grid, FakeGrid)
-    assert [m.metadata.message_type for m in found.grid.sent] == ["query", "query", "train", "train"]
+    grid = found.roll.carrier.grid
+    assert isinstance(grid, FakeGrid)
+    assert [m.metadata.message_type for m in grid.sent] == ["query", "query", "train", "train"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +114,7 @@ def test_clients_are_addressed_and_nodes_get_one_message() -> None:
 )
 def test_a_failing_node_costs_its_own_clients(fault: str, words: str) -> None:
     found = exchange({5: node([0, 2], fault), 9: node([1])}, 3)
-    found.gather()
+    found.roll.gather()
     said, _ = ask(found, [0, 1, 2])
     assert said[1] == 1
     assert words in str(said[0]) and words in str(said[2])
@@ -116,7 +122,7 @@ def test_a_failing_node_costs_its_own_clients(fault: str, words: str) -> None:
 
 def test_a_node_speaks_for_its_own_clients_only() -> None:
     found = exchange({5: node([0, 1]), 9: node([2], "lies")}, 3)
-    found.gather()
+    found.roll.gather()
     said, sums = ask(found, [0, 1, 2], whole_blocks=True)
     assert said == {0: 0, 1: 1, 2: 2}
     assert sums == {}
@@ -125,7 +131,7 @@ def test_a_node_speaks_for_its_own_clients_only() -> None:
 def test_a_restarted_node_takes_its_clients_back() -> None:
     nodes = {5: node([0]), 9: node([1])}
     found = exchange(nodes, 2)
-    found.gather()
+    found.roll.gather()
     del nodes[9]
     assert ask(found, [0, 1])[0] == {0: 0, 1: "no node answered for it"}
     nodes[11] = node([1])
@@ -134,13 +140,13 @@ def test_a_restarted_node_takes_its_clients_back() -> None:
 
 def test_missing_clients_stop_the_run() -> None:
     with pytest.raises(RunStopped, match=r"1 of 3 clients .* client 2.*cohort\.timeout"):
-        exchange({5: node([0, 1])}, 3).gather()
+        roll({5: node([0, 1])}, 3).gather()
 
 
 @pytest.mark.parametrize("what", ["code", "data", "split"])
 def test_a_node_of_another_kind_is_refused(what: str) -> None:
     with pytest.raises(RunStopped, match=f"node 5 has another {what}.*install the same"):
-        exchange({5: node([0], **{what: "other"})}, 1).gather()
+        roll({5: node([0], **{what: "other"})}, 1).gather()
 
 
 def test_a_node_that_cannot_open_its_clients_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,29 +160,29 @@ def test_a_node_that_cannot_open_its_clients_is_not_waited_for(monkeypatch: pyte
             raise OSError("no data\nunder /data")
         return node([0])(message)
 
-    exchange({5: hesitant}, 1, timeout=60).gather()
-    monkeypatch.setattr("meadow.server.exchange.PATIENCE", 0)
-    found, errors = exchange({5: hesitant, 6: node([1])}, 2), 1
+    roll({5: hesitant}, 1, timeout=60).gather()
+    monkeypatch.setattr("meadow.server.rollcall.PATIENCE", 0)
+    found, errors = roll({5: hesitant, 6: node([1])}, 2), 1
     found.meet()
-    del cast(FakeGrid, found.grid).nodes[5]
+    del cast(FakeGrid, found.carrier.grid).nodes[5]
     found.meet()
-    cast(FakeGrid, found.grid).nodes[5], errors = hesitant, 1
+    cast(FakeGrid, found.carrier.grid).nodes[5], errors = hesitant, 1
     found.meet()  # it was gone meanwhile: this is its first error again
     errors = 10**9
     with pytest.raises(RunStopped, match=r"node 5 .*: under /data; mend it"):
-        exchange({5: hesitant}, 1, timeout=60).gather()
+        roll({5: hesitant}, 1, timeout=60).gather()
 
 
 @pytest.mark.parametrize("name", ["flwr", "torch"])
 def test_a_node_with_another_release_of_a_library_is_refused(name: str) -> None:
     other = json.dumps(versions() | {name: "1.2.3"})
     with pytest.raises(RunStopped, match=f"node 5 has {name} 1.2.3, the server has .*install the same release"):
-        exchange({5: node([0], versions=other)}, 1).gather()
+        roll({5: node([0], versions=other)}, 1).gather()
 
 
 def test_another_build_of_the_same_torch_is_welcome() -> None:
     build = versions()["torch"].partition("+")[0] + "+cu130"
-    exchange({5: node([0], versions=json.dumps(versions() | {"torch": build}))}, 1).gather()
+    roll({5: node([0], versions=json.dumps(versions() | {"torch": build}))}, 1).gather()
 
 
 @given(
@@ -221,15 +227,13 @@ def test_a_nodes_first_round_tells_nothing_of_its_pace() -> None:
             dealt[-1][number] = len(requests)
             time.sleep(0.06)
             times = dict.fromkeys(PHASES, 0.0) | {"train": next(paces[number]) * len(requests) / 20}
-            return pack_replies(NodeReply([Answer(r.client, reply_content(r.client)) for r in requests], times=times))
+            return pack_replies(NodeReply([reply(r.client, r.client) for r in requests], times=times))
 
         return answer
 
-    grid = FakeGrid({5: timed(5), 9: timed(9)})
-    found = Exchange(grid, "run", {}, {"data": "d", "split": "s"}, 40, 1.0, movable=True)
-    found.gather()
-    content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
+    found = Exchange(roll({5: timed(5), 9: timed(9)}, 40, 1.0), movable=True)
+    found.roll.gather()
     for _ in range(3):
         dealt.append({})
-        found.send([Message(content, c, "train") for c in range(40)], work=dict.fromkeys(range(40), 1.0))
+        found.send("train", [Request(c, SENT, {"round": 1}) for c in range(40)], work=dict.fromkeys(range(40), 1.0))
     assert dealt == [{5: 20, 9: 20}, {5: 20, 9: 20}, {5: 30, 9: 10}]

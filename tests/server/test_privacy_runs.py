@@ -20,7 +20,7 @@ import hypothesis
 import meadow.client.app
 import meadow.client.context
 import meadow.client.release
-import meadow.server.protection
+import meadow.server.client_level
 import numpy as np
 import pytest
 import torch
@@ -32,7 +32,7 @@ from meadow.server.checkpoints import latest
 from meadow.server.folder import RunFolder
 from meadow.simulation.inline import InlineGrid
 from meadow.simulation.launch import Launch, engine
-from meadow.strategies.roles import Roles
+from meadow.strategies.protocol import Roles
 from torch import nn
 
 import meadow.arrays.files
@@ -46,15 +46,17 @@ from meadow.config.schema import RELEASES, Experiment
 from meadow.experiments.plan import plan
 from meadow.experiments.report import write_report
 from meadow.privacy.accounting import client_guarantee, epsilon, local_guarantee
-from meadow.privacy.dpsgd import Mechanism, Permit, poisson
+from meadow.privacy.dpsgd.mechanism import Mechanism, poisson
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.ledger import noise_seed, simulated_secret
 from meadow.privacy.noise import Stream
 from meadow.privacy.plan import forecasts
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import Target
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import losses, sample_losses
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.losses import losses, sample_losses
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 EXAMPLE = ("privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.sample_rate=0.1", "local.steps=3")
 LOCAL = ("privacy.unit=local", "privacy.noise_multiplier=4.0")
@@ -402,7 +404,7 @@ def test_an_errors_text_stays_with_the_client(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_model_or_a_weight_that_breaks_the_promise_is_refused_before_the_run() -> None:
-    from meadow.server.protection import protection
+    from meadow.server.privacy import protection
 
     names = ("trunk.0.weight", "trunk.0.bias", "trunk.1.weight", "trunk.1.bias", "trunk.1.running_mean", "heads.0.bias")
     everything = Roles(names, names, (), ())
@@ -446,7 +448,7 @@ OBSERVED = {
 """What can be seen to leave, by the beginning of its declaration: in the replies, split.json and clients.csv."""
 
 KNOWN = {
-    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions"},
+    "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions", "keeps"},
     "ledger": {"entries", "sha256", "epsilon", "secret"},
     "identity": {"personal", "trained"},
     "pack": {"clients", "summed", "times", "trainings"},
@@ -771,7 +773,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int, truth: Path) -> list[in
         return number
 
     monkeypatch.setattr(meadow.client.release, "noise_seed", noise)
-    monkeypatch.setattr(meadow.server.protection, "noise_seed", combined)
+    monkeypatch.setattr(meadow.server.client_level, "noise_seed", combined)
     append = RunFolder.append
 
     def record(self: RunFolder, line: Any) -> None:
@@ -842,7 +844,7 @@ def test_a_round_is_the_clipped_sum_and_one_noise_over_the_expected_cohort(
     )
     drawn: list[float] = []
     with pytest.MonkeyPatch.context() as patch:
-        from meadow.server.protection import Protection
+        from meadow.server.client_level import ClientLevel
 
         class Recording:
             def __init__(self, honest: np.random.Generator) -> None:
@@ -852,8 +854,8 @@ def test_a_round_is_the_clipped_sum_and_one_noise_over_the_expected_cohort(
                 drawn.append(deviation)
                 return np.zeros(shape)
 
-        honest = Protection._generator
-        patch.setattr(Protection, "_generator", lambda self, *a: Recording(honest(self, *a)))
+        honest = ClientLevel._generator
+        patch.setattr(ClientLevel, "_generator", lambda self, *a: Recording(honest(self, *a)))
         run_inline(experiment, tmp_path)
     assert set(drawn) == {0.5 * 0.05} and len(drawn) == len(final(tmp_path))
     start = {n: v for n, v in initial_state(experiment).items() if n in final(tmp_path)}
@@ -918,9 +920,11 @@ def test_a_round_of_whole_clients_made_again_with_other_replies_is_another_relea
     run_inline(experiment, tmp_path)
     for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*3.*")]:
         path.unlink()
-    honest, seed, drawn = meadow.server.protection.clip, meadow.server.protection.noise_seed, []
-    monkeypatch.setattr(meadow.server.protection, "clip", lambda before, after, bound: honest(before, after, bound / 2))
-    monkeypatch.setattr(meadow.server.protection, "noise_seed", lambda *a: drawn.append(seed(*a)) or drawn[-1])
+    honest, seed, drawn = meadow.server.client_level.clip, meadow.server.client_level.noise_seed, []
+    monkeypatch.setattr(
+        meadow.server.client_level, "clip", lambda before, after, bound: honest(before, after, bound / 2)
+    )
+    monkeypatch.setattr(meadow.server.client_level, "noise_seed", lambda *a: drawn.append(seed(*a)) or drawn[-1])
     again = run_inline(experiment, tmp_path, resume=True)
     made = json.loads((tmp_path / "releases.json").read_text())
     assert len(set(made)) == len(made) == rounds_paid

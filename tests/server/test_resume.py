@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import meadow.client.store
-import meadow.server.rounds
+import meadow.server.run
 import pytest
 from helpers.runs import RESUMED, run_inline, small
 from meadow.server.checkpoints import Checkpoint, latest, save
 from meadow.server.folder import RunFolder
+from meadow.server.listeners import RoundDone
 from meadow.server.session import Session
 from meadow.server.writer import Writer
 
@@ -87,7 +88,7 @@ def test_killed_at_any_write_and_resumed_gives_the_same_bits(
     method: tuple[str, ...], every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`every`: seconds between checkpoints; where clients keep something there is one a round whatever it says."""
-    monkeypatch.setattr("meadow.server.rounds.EVERY", every)
+    monkeypatch.setattr("meadow.server.run.EVERY", every)
     experiment = small(method[0], *method[1:], "cohort.size=3", "partition.clients=4")
     total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
     assert total > 3 * 3
@@ -104,7 +105,7 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first round has one, and the last, however the run ends; a run that was stopped goes on from there."""
-    monkeypatch.setattr("meadow.server.rounds.EVERY", 3600)
+    monkeypatch.setattr("meadow.server.run.EVERY", 3600)
     private = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
     kept = []
     for number, method in enumerate([("fedavg",), ("fedper",), ("fedavg", *private), ("fedavg", *PLATEAU)]):
@@ -112,15 +113,15 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
         kept.append([int(p.stem[-8:]) for p in sorted((tmp_path / str(number) / "checkpoints").glob("*.json"))])
     assert kept == [[1, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4]]
 
-    play = meadow.server.rounds.play_round
+    play = meadow.server.run.play_round
 
-    def stop(session: Session, round_: int) -> None:
+    def stop(session: Session, round_: int) -> str:
         if round_ == 4:
             raise KeyboardInterrupt
-        play(session, round_)
+        return play(session, round_)
 
     with monkeypatch.context() as patch:
-        patch.setattr("meadow.server.rounds.play_round", stop)
+        patch.setattr("meadow.server.run.play_round", stop)
         assert run_inline(small("fedavg", "run.rounds=4"), tmp_path / "stopped")["status"] == "stopped"
     found, _ = latest(tmp_path / "stopped" / "checkpoints")
     assert found is not None and found.round == 3
@@ -133,10 +134,10 @@ def test_there_is_no_checkpoint_without_its_rounds_record(tmp_path: Path) -> Non
     folder = RunFolder(tmp_path)
     writer = Writer(folder, every=3600)
     for round_, loss in enumerate((1.0, 2.0, float("nan")), 1):
-        writer.give({"round": round_, "loss": loss}, Checkpoint(round_, {}))
+        writer.round_done(RoundDone(round_, {"round": round_, "loss": loss}, {}))
     with pytest.raises(ValueError, match="JSON"):
-        writer.wait()
-    writer.end()
+        writer.settle()
+    writer.rounds_end()
     found, _ = latest(folder.checkpoints)
     assert found is not None and found.round == 1 and [r["round"] for r in folder.rounds()] == [1, 2]
 

@@ -10,22 +10,21 @@ import meadow.client.node
 import numpy as np
 import pytest
 import torch
-from flwr.app import MetricRecord
 from helpers.runs import clients_answer, run_inline, small
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
 from meadow.strategies.roles import roles
 
 from meadow.arrays.files import read_arrays
-from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.config.cohort import draw_cohort
 from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import losses
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.losses import losses
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 ONE_STEP = ("run.rounds=1", "local.batch_size=0", "local.epochs=1")
 
@@ -203,8 +202,7 @@ def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: py
     def poisoned(node: Any, request: Any) -> Any:
         reply = honest(node, request)
         if request.client == 3:
-            bad = {k: np.full_like(v, np.nan) for k, v in from_record(reply.array_records["arrays"]).items()}
-            reply["arrays"] = to_record(bad)
+            reply.arrays = {k: np.full_like(v, np.nan) for k, v in reply.arrays.items()}
         return reply
 
     clients_answer(monkeypatch, without)
@@ -252,8 +250,8 @@ def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: 
     def boasting(node: Any, request: Any) -> Any:
         reply = honest(node, request)
         if request.client < 3:
-            reply.metric_records["metrics"].update(nonsense[request.client])
-            reply["evaluation"] = MetricRecord({"digit/accuracy": math.inf, "digit/loss": [1.0]})
+            reply.values["metrics"] = {**reply.metrics, **nonsense[request.client]}
+            reply.values["evaluation"] = {"digit/accuracy": math.inf, "digit/loss": [1.0]}
         return reply
 
     expected = run_inline(small("fedavg"), tmp_path / "honest")

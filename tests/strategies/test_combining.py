@@ -6,30 +6,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meadow.server.admission import admit
+from meadow.server.admission import Sums, Verdict, admit
 from meadow.server.evaluation import over_clients
-from meadow.server.exchange import Cohort
-from meadow.server.rounds import round_sum
+from meadow.server.reduce import round_sum
 from meadow.simulation.grid import become_server
-from meadow.strategies import make_strategy
-from meadow.strategies.protocol import Setup
-from meadow.strategies.roles import Roles, roles
+from meadow.strategies import server_of
+from meadow.strategies.protocol import Roles, Setup
+from meadow.strategies.roles import roles
 from meadow.strategies.wire.packing import (
     Answer,
     NodeReply,
     Request,
     add_spans,
-    block_message,
     pack_replies,
     pack_requests,
     unpack_replies,
     unpack_requests,
 )
 
-from meadow.arrays.flower import Kept, from_record, to_record
+from meadow.arrays.flower import Kept
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.arrays.sums import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
 from meadow.config.load import load
@@ -44,10 +42,12 @@ def arrays_of(seed: int) -> Arrays:
 
 def reply(client: int, arrays: Arrays | None, **metrics: Any) -> Answer:
     """A client's reply as the server sees it."""
-    content = RecordDict({"metrics": MetricRecord({"num-examples": 10, "steps": 1} | metrics)})
-    if arrays is not None:
-        content["arrays"] = to_record(arrays)
-    return Answer(client, content)
+    return Answer(client, {"metrics": {"num-examples": 10, "steps": 1} | metrics}, arrays)
+
+
+def admitted(replies: list[Answer], sums: Sums, sent: Arrays, sizes: dict[int, Any]) -> Verdict:
+    """The verdict where all clients were sent the same."""
+    return admit(replies, sums, dict.fromkeys([reply.client for reply in replies], sent), sizes)
 
 
 def test_two_clients_one_to_three() -> None:
@@ -113,16 +113,14 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
         sums = {b: weighted_sum((sizes[c], updates[c]) for c in b) for b in cut(list(cohort)) if draw.random() < whole}
         inside = {c for b in sums for c in b}
         replies = [reply(c, None if c in inside else updates[c], **{"num-examples": sizes[c]}) for c in sorted(cohort)]
-        verdict = admit(replies, sums, before, sizes)
+        verdict = admitted(replies, sums, before, sizes)
         plan, parts = load("fedavg"), Roles(("w",), ("w",), (), ())
         setup = Setup(plan.strategy, plan.local, 0, parts, {"w": 61}, equal_weights=False)
-        strategy = make_strategy(setup)
-        asked = list(strategy.configure_train(1, to_record(before), ConfigRecord(), Cohort(sorted(cohort))))
+        server = server_of(setup)
         whole = round_sum(sorted(cohort), verdict)
         assert whole is not None
-        mean, _ = strategy.aggregate_train(1, [block_message(whole, asked[0])])
-        assert mean is not None
-        results.add(arrays_sha256(from_record(mean)))
+        mean, _ = server.update(server.init(before), whole, before)
+        results.add(arrays_sha256(mean))
     assert len(results) == 1
 
 
@@ -148,7 +146,7 @@ def test_bits_do_not_depend_on_who_adds_up_spans(clients: int, seed: int) -> Non
         sums = {tuple(c for m in range(*span) for c in blocks[m]): total for span, total in node.sums.items()}
         inside = {c for b in sums for c in b}
         replies = [reply(c, None if c in inside else updates[c], **{"num-examples": sizes[c]}) for c in range(clients)]
-        verdict = admit(replies, sums, sent, dict(enumerate([2.0] * clients)))
+        verdict = admitted(replies, sums, sent, dict(enumerate([2.0] * clients)))
         assert not verdict.refused
         total = round_sum(range(clients), verdict)
         assert total is not None
@@ -184,27 +182,28 @@ def test_a_kept_array_is_flowers_on_the_wire_and_itself_in_memory() -> None:
 
 
 def test_packing_round_trip() -> None:
-    shared = to_record(arrays_of(0))
-    own = to_record(arrays_of(1))
-    config = ConfigRecord({"round": 3, "run": "x"})
-    requests = [Request(c, RecordDict({"arrays": own if c == 5 else shared, "config": config})) for c in (2, 5, 11)]
+    shared, own, config = arrays_of(0), arrays_of(1), {"round": 3, "run": "x", "void": ["1.2"]}
+    ledger = {"entries": 2, "sha256": "ab"}
+    requests = [Request(c, own if c == 5 else shared, config, ledger if c == 11 else None) for c in (2, 5, 11)]
     packed = pack_requests(requests, [(0, (2, 5))])
     assert len(packed.array_records) == 2  # what several clients get is there once
     back, blocks = unpack_requests(packed)
     assert blocks == [(0, (2, 5))]
     assert [r.client for r in back] == [2, 5, 11]
     for before, after in zip(requests, back, strict=True):
-        assert from_record(after.content.array_records["arrays"]).keys() == {"trunk.w", "heads.b"}
-        assert arrays_sha256(from_record(after.content.array_records["arrays"])) == arrays_sha256(
-            from_record(before.content.array_records["arrays"])
-        )
-        assert dict(after.content.config_records["config"]) == dict(config)
+        assert arrays_sha256(after.arrays) == arrays_sha256(before.arrays)
+        assert (after.config, after.ledger) == (before.config, before.ledger)
+    assert back[0].arrays is back[2].arrays and back[0].config is back[1].config
+    made: dict[int, Any] = {}
+    nodes = [pack_requests([request], made=made) for request in requests[::2]]
+    assert nodes[0]["0.arrays"] is nodes[1]["0.arrays"]  # so a grid that shares memory hands it over once
     block = weighted_sum([(2.0, arrays_of(0)), (3.0, arrays_of(1))])
-    metrics = RecordDict({"metrics": MetricRecord({"num-examples": 2})})
+    said = {"metrics": {"num-examples": 2}, "ledger": ledger}
     node = unpack_replies(
-        pack_replies(NodeReply([Answer(2, metrics, summed=True), Answer(5, error="why")], {(4, 5): block}))
+        pack_replies(NodeReply([Answer(2, said, summed=True), Answer(5, error="why")], {(4, 5): block}))
     )
     assert [(a.client, a.error, a.summed) for a in node.answers] == [(2, "", True), (5, "why", False)]
+    assert node.answers[0].values == said
     assert node.sums[4, 5].weights == block.weights
     assert all(np.array_equal(node.sums[4, 5].sums[k], block.sums[k]) for k in block.sums)
 
@@ -224,7 +223,7 @@ POISON: dict[str, dict[str, Any]] = {
 def test_poisoned_arrays_are_turned_away(name: str) -> None:
     sent = arrays_of(0)
     bad = reply(1, sent | {k: np.asarray(v) for k, v in POISON[name].items()})
-    verdict = admit([reply(0, sent), bad, reply(2, sent)], {}, sent, {0: 10, 1: 10, 2: 10})
+    verdict = admitted([reply(0, sent), bad, reply(2, sent)], {}, sent, {0: 10, 1: 10, 2: 10})
     assert [answer.client for answer in verdict.admitted] == [0, 2]
     assert set(verdict.refused) == {1} and "trunk" in verdict.refused[1]
 
@@ -232,7 +231,7 @@ def test_poisoned_arrays_are_turned_away(name: str) -> None:
 @pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1, 0, 1e12, 11])
 def test_poisoned_weights_are_turned_away(weight: float) -> None:
     sent = arrays_of(0)
-    verdict = admit([reply(0, sent), reply(1, sent, **{"num-examples": weight})], {}, sent, {0: 10, 1: 10})
+    verdict = admitted([reply(0, sent), reply(1, sent, **{"num-examples": weight})], {}, sent, {0: 10, 1: 10})
     assert set(verdict.refused) == {1} and "num-examples" in verdict.refused[1]
 
 
@@ -240,12 +239,12 @@ def test_missing_arrays_bytes_that_are_none_and_errors_are_turned_away() -> None
     sent = arrays_of(0)
     missing = reply(1, {"trunk.w": sent["trunk.w"]})
     garbage = reply(2, sent)
-    assert garbage.content is not None
-    garbage.content["arrays"] = ArrayRecord({k: Array("float32", (1,), "numpy.ndarray", b"pickled?") for k in sent})
+    packed = pack_replies(NodeReply([garbage]))
+    packed["2.arrays"] = ArrayRecord({k: Array("float32", (1,), "numpy.ndarray", b"pickled?") for k in sent})
+    (unread,) = unpack_replies(packed).answers
     no_metrics = reply(3, sent)
-    assert no_metrics.content is not None
-    del no_metrics.content["metrics"]
-    verdict = admit([reply(0, sent), missing, garbage, no_metrics], {}, sent, dict.fromkeys(range(4), 10))
+    no_metrics.values = {}
+    verdict = admitted([reply(0, sent), missing, unread, no_metrics], {}, sent, dict.fromkeys(range(4), 10))
     assert set(verdict.refused) == {1, 2, 3}
     assert fault(sent, sent) == ""
 
@@ -257,7 +256,7 @@ def test_a_sum_counts_only_as_a_whole() -> None:
     sums = {b: weighted_sum((10.0, arrays_of(c)) for c in b) for b in (first, second, third)}
     sums[third].sums["trunk.w"][0] = np.nan
     replies = [reply(c, None, **({"num-examples": 1e9} if c == 3 else {})) for c in clients]
-    verdict = admit(replies, sums, sent, dict.fromkeys(clients, 10))
+    verdict = admitted(replies, sums, sent, dict.fromkeys(clients, 10))
     assert set(verdict.refused) == {*first, *third}
     assert "declared" in verdict.refused[3] and "client 3 is refused" in verdict.refused[4]
     total = round_sum(clients, verdict)
@@ -266,7 +265,7 @@ def test_a_sum_counts_only_as_a_whole() -> None:
 
 def test_arrays_that_are_in_no_sum_are_missing() -> None:
     sent = arrays_of(0)
-    assert set(admit([reply(0, None), reply(1, sent)], {}, sent, {0: 10, 1: 10}).refused) == {0}
+    assert set(admitted([reply(0, None), reply(1, sent)], {}, sent, {0: 10, 1: 10}).refused) == {0}
 
 
 def test_spread_over_clients_by_hand() -> None:

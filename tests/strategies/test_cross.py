@@ -81,7 +81,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, monkeypatch:
     cohort = ("run.rounds=4", "cohort.size=3", "partition.clients=4", "strategy.mix_lr=0.1", "local.epochs=1")
     experiment = small("fedavg", f"strategy.name={name}", *settings, *cohort)
     expected = run_inline(experiment, tmp_path / "whole")
-    honest = meadow.server.rounds.try_round
+    honest = meadow.server.rounds.attempt
 
     def killed(session: Any, round_: int, attempt: int) -> Any:
         tried = honest(session, round_, attempt)
@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, monkeypatch:
         return tried
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(meadow.server.rounds, "try_round", killed)
+        patch.setattr(meadow.server.rounds, "attempt", killed)
         run_inline(experiment, tmp_path / "cut")
     resumed = run_inline(experiment, tmp_path / "cut", resume=True)
     for key in ("model_sha256", "personal_sha256", "metrics", "rounds"):

@@ -7,59 +7,60 @@ from pathlib import Path
 from typing import Any
 
 import meadow.client.node
-import meadow.server.rounds
+import meadow.server.attempt
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, RecordDict
 from helpers.runs import clients_answer, run_inline, small
 from meadow.server.checkpoints import latest
+from meadow.strategies.wire.packing import Answer
 
-from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.named import Arrays
 from meadow.config.algorithms import ALGORITHMS
 
 HONEST = 4
 
+Poison = Callable[[Answer], None]
+
 NAME = "trunk.linear2.bias"
 
 
-def arrays_by(change: Callable[[Arrays], Any]) -> Callable[[RecordDict], None]:
+def arrays_by(change: Callable[[Arrays], Arrays | None]) -> Poison:
     """A poison of the arrays: `change` gets a copy of them, and may return others."""
 
-    def poison(reply: RecordDict) -> None:
-        arrays = {name: value.copy() for name, value in from_record(reply.array_records["arrays"]).items()}
+    def poison(reply: Answer) -> None:
+        arrays = {name: value.copy() for name, value in (reply.arrays or {}).items()}
         found = change(arrays)
-        reply["arrays"] = found if isinstance(found, ArrayRecord) else to_record(found or arrays)
+        reply.arrays = arrays if found is None else found
 
     return poison
 
 
-def metric(key: str, value: Any) -> Callable[[RecordDict], None]:
-    def poison(reply: RecordDict) -> None:
-        reply.metric_records["metrics"][key] = value
+def metric(key: str, value: Any) -> Poison:
+    def poison(reply: Answer) -> None:
+        reply.values = (reply.values or {}) | {"metrics": {**reply.metrics, key: value}}
 
     return poison
 
 
-def text(arrays: Arrays) -> ArrayRecord:
-    as_sent = {name: Array(value) for name, value in arrays.items()}
-    return ArrayRecord(as_sent | {NAME: Array("<U3", (4,), "numpy.ndarray", b"one" * 4)})
+def without(reply: Answer, what: str) -> None:
+    """Let what a client says of a kind be missing."""
+    reply.values = {kind: values for kind, values in (reply.values or {}).items() if kind != what}
 
 
-POISONS: dict[str, Callable[[RecordDict], None]] = {
+POISONS: dict[str, Poison] = {
     "nan": arrays_by(lambda a: a[NAME].fill(np.nan)),
     "infinite": arrays_by(lambda a: a[NAME].fill(np.inf)),
     "wrong shape": arrays_by(lambda a: a | {NAME: np.zeros((1, 4), np.float32)}),
     "scalar": arrays_by(lambda a: a | {NAME: np.zeros((), np.float32)}),
     "missing key": arrays_by(lambda a: {n: v for n, v in a.items() if n != NAME}),
-    "nothing": arrays_by(lambda a: ArrayRecord()),
+    "nothing": arrays_by(lambda a: {}),
     "extra key": arrays_by(lambda a: a | {"trunk.9.bias": np.zeros(4, np.float32)}),
     "extra beside": arrays_by(lambda a: a | {f"z@{NAME}": np.zeros(4, np.float32)}),
     "complex": arrays_by(lambda a: a | {NAME: np.zeros(4, np.complex64)}),
-    "text": arrays_by(text),
+    "text": arrays_by(lambda a: a | {NAME: np.array(["one"] * 4)}),
     "far": arrays_by(lambda a: a[NAME].fill(1e30)),
-    "no record": lambda reply: reply.pop("arrays"),
-    "no metrics": lambda reply: reply.pop("metrics"),
+    "no record": lambda reply: setattr(reply, "arrays", None),
+    "no metrics": lambda reply: without(reply, "metrics"),
     "metrics of text": metric("num-examples", "many"),
     "weight -1": metric("num-examples", -1),
     "weight nan": metric("num-examples", math.nan),
@@ -71,9 +72,7 @@ STEPS = {f"steps {value}": metric("steps", value) for value in (0, -3, 10**9, ma
 """Poisons for those who divide by a client's steps."""
 
 
-def poisoned_runs(
-    name: str, poisons: dict[str, Callable[[RecordDict], None]], out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def poisoned_runs(name: str, poisons: dict[str, Poison], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     share = "body" if name in ("fedalt", "fedrep") else "all"
     clients = HONEST + len(poisons)
     experiment = small(
@@ -128,11 +127,11 @@ def test_a_poisoned_control_variate_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_second_reply_does_not_count(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = small("fedavg", f"strategy.name={name}", "run.rounds=2", "evaluate.on=global")
     expected = run_inline(experiment, tmp_path / "once")
-    honest = meadow.server.rounds.admit
+    honest = meadow.server.attempt.admit
 
     def twice(replies: Any, sums: Any, sent: Arrays, *args: Any, **kwargs: Any) -> Any:
         worse = [reply for reply in replies if reply.client in (2, 5)]
         return honest([*replies, *worse], sums, sent, *args, **kwargs)
 
-    monkeypatch.setattr(meadow.server.rounds, "admit", twice)
+    monkeypatch.setattr(meadow.server.attempt, "admit", twice)
     assert run_inline(experiment, tmp_path / "twice")["model_sha256"] == expected["model_sha256"]

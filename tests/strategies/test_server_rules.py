@@ -21,7 +21,7 @@ from helpers.worlds import (
     stored,
 )
 
-from meadow.arrays.named import beside, of_kind
+from meadow.arrays.named import auxiliary, of_kind
 
 pytestmark = pytest.mark.usefixtures("double")
 __all__ = ["double"]
@@ -92,7 +92,7 @@ def test_server_optimisers(name: str, tmp_path: Path) -> None:
                 v[n] = v[n] - 0.3 * d**2 * np.sign(v[n] - d**2)
             w[n] = w[n] + 0.3 * m[n] / (np.sqrt(v[n]) + 0.05)
     same(found.arrays, w)
-    kept = beside("m", m) if name == "fedavgm" else beside("m", m) | beside("v", v)
+    kept = auxiliary("m", m) if name == "fedavgm" else auxiliary("m", m) | auxiliary("v", v)
     same(found.strategy, {n: np.asarray(x, np.float64) for n, x in kept.items()})
 
 

@@ -1,0 +1,145 @@
+"""One attempt at a round: a cohort is drawn and sent the model, and each reply is judged."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from meadow.server import checkpoints
+from meadow.server.admission import Verdict, admit
+from meadow.server.cohorts import Call, call
+from meadow.server.exchange import Sums
+from meadow.server.session import Session
+from meadow.strategies.stages import Arrived, Stages
+from meadow.strategies.wire.packing import Answer, Request
+from meadow.strategies.wire.replies import arrays_fault, weight_fault
+
+from meadow.arrays.named import Arrays, flat, nbytes, split_auxiliary
+
+log = logging.getLogger("meadow.server")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Who was asked, who of these trained, what each of those was sent, and which replies count.
+
+    received: bytes of arrays that each sent, where that is not as much as it was sent. quorum: good replies that the round
+    needs.
+    """
+
+    cohort: list[int]
+    trained: list[int]
+    sent: Mapping[int, Arrays]
+    received: Mapping[int, int]
+    verdict: Verdict
+    quorum: int
+
+    @property
+    def counts(self) -> bool:
+        """Whether enough replies are good."""
+        return len(self.verdict.admitted) >= self.quorum
+
+
+def attempt(session: Session, round_: int, number: int) -> Attempt:
+    """Draw a cohort, send it the model, and judge the replies. Raises RunStopped where a budget is spent."""
+    protection = session.protection
+    session.clock.now("broadcast")
+    protection.require(round_)
+    called = call(
+        session.experiment,
+        round_,
+        session.sizes,
+        session.schedule,
+        number,
+        protection.cohort_secret,
+        without=protection.left,
+    )
+    requests = _requests(session, round_, number, called)
+    sent = {request.client: request.arrays for request in requests}
+    replies, sums = _carry(session, requests, called)
+    left = protection.read(replies, round_)
+    received = {r.client: nbytes(r.arrays) for r in replies if r.arrays is not None} if session.stages.encodes else {}
+    verdict = _judge(session, round_, called, sent, replies, sums)
+    quorum = protection.quorum(len(called.asked), len(left))
+    return Attempt(called.asked, called.trained, sent, received, verdict, quorum)
+
+
+def _requests(session: Session, round_: int, number: int, called: Call) -> list[Request]:
+    """What each client that trains is asked."""
+    config: dict[str, Any] = {
+        "round": round_,
+        "attempt": number,
+        "run": session.run_id,
+        "keep-from": checkpoints.oldest_round(session.folder.checkpoints),
+        "void": session.void,
+        "evaluate": session.placement.evaluates_received(round_),
+    }
+    auxiliary = session.algorithm.auxiliary(session.state, session.arrays)
+    sent, reminder = session.arrays | flat(auxiliary), session.protection.reminder
+    requests = []
+    for client in sorted(called.trained):
+        share = called.work.get(client)
+        given = config if share is None else config | {"work": share}
+        requests.append(Request(client, sent, given, reminder(client)))
+    return requests
+
+
+def _carry(session: Session, requests: list[Request], called: Call) -> tuple[list[Answer], Sums]:
+    """Send the requests; what the last round left is written meanwhile, and is on the disk when this returns."""
+    clock, whole = session.clock, session.stages.sums and session.algorithm.sums_only
+    work = session.placement.work(called, session.sizes)
+    replies, sums = session.exchange.send("train", requests, whole, work, meanwhile=session.listeners.clients_train)
+    clock.part("broadcast", session.exchange.times)
+    clock.now("write")
+    session.listeners.settle()
+    clock.now("reduce")
+    return replies, sums
+
+
+def _judge(
+    session: Session, round_: int, called: Call, sent: Mapping[int, Arrays], replies: list[Answer], sums: Sums
+) -> Verdict:
+    """Which replies count. Who was asked and, simulated, never answered is refused with that reason."""
+    samples = session.placement.samples(called.trained, session.exchange.roll.sizes)
+    if session.stages.arriving:
+        replies = restored(session.stages, round_, replies, sent, samples)
+    verdict = admit(
+        replies,
+        sums,
+        sent,
+        samples,
+        equal=session.experiment.equal_weights,
+        judge=session.algorithm.judge,
+        judge_update=session.stages.judge,
+    )
+    for client, reason in verdict.refused.items():
+        which = {"round": round_, "client": client}
+        log.warning(
+            "round %d: client %d does not count: %s", *which.values(), reason.strip().splitlines()[-1], extra=which
+        )
+    return Verdict(verdict.admitted, verdict.sums, dict(sorted({**verdict.refused, **called.absent}.items())))
+
+
+def restored(
+    stages: Stages, round_: int, replies: list[Answer], sent: Mapping[int, Arrays], samples: Mapping[int, int]
+) -> list[Answer]:
+    """The replies behind the server's halves of the stages: their updates in the form of the model."""
+    came = {reply.client: split_auxiliary(reply.arrays) for reply in replies if reply.arrays is not None}
+    answers = {reply.client: reply for reply in replies}
+
+    def sound(client: int, update: Arrays) -> bool:
+        metrics, whole = answers[client].metrics, update | came[client][1]
+        return not (weight_fault(metrics, samples.get(client, 0)) or arrays_fault(whole, metrics, sent[client]))
+
+    own = {client: split_auxiliary(sent[client])[0] for client in came}
+    arrived = Arrived(round_, {client: update for client, (update, _) in came.items()}, own, sound)
+    stages.arrive(arrived)
+    found = []
+    for reply in replies:
+        if fault := arrived.faults.get(reply.client):
+            found.append(Answer(reply.client, error=fault))
+        elif reply.client in came:
+            found.append(replace(reply, arrays=arrived.updates[reply.client] | came[reply.client][1]))
+        else:
+            found.append(reply)
+    return found

@@ -1,0 +1,52 @@
+"""Which protection `[privacy]` asks for, and what of a task cannot have it."""
+
+from meadow.server.client_level import client_level
+from meadow.server.ledgers import Ledgers
+from meadow.server.protection import Protection
+from meadow.strategies.protocol import Roles
+from torch import nn
+
+from meadow.config.schema import Experiment
+from meadow.privacy.dpsgd.choose import chosen_mode
+from meadow.privacy.dpsgd.step import refuse_what_mixes_samples
+from meadow.runtime.errors import UserError
+from meadow.tasks.task import Task
+
+
+def protection(experiment: Experiment, task: Task, roles: Roles) -> Protection:
+    """The protection that `[privacy]` asks for. Raises UserError if this task's model or losses cannot have it."""
+    unit = experiment.privacy.unit
+    if unit != "none":
+        _refuse(experiment, task, roles)
+    if unit == "client":
+        return client_level(experiment, [name for name in roles.shared if name in roles.trained])
+    return (Protection if unit == "none" else Ledgers)(experiment)
+
+
+def _refuse(experiment: Experiment, task: Task, roles: Roles) -> None:
+    """Raise UserError if this task's model or losses cannot have the protection that `[privacy]` asks for."""
+    for target in task.targets:
+        if target.balanced:
+            raise UserError(
+                f'privacy.unit = "{experiment.privacy.unit}": the target {target.name} weighs its classes by the private '
+                "labels; write the weights as constants in task.kinds"
+            )
+    model = task.new_model()
+    parameters = dict(model.named_parameters())
+    if experiment.privacy.unit == "example":
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in roles.trained)
+        for place, module in model.named_modules():  # as `meadow.client.loop.trainable.freeze` does
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            module.training = any((f"{place}.{name}" if place else name) in roles.trained for name, _ in own)
+            if experiment.local.statistics == "kept" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        refuse_what_mixes_samples(model)
+        chosen_mode(model, experiment.privacy.grad_sample)
+        return
+    for name in roles.shared:
+        if name in roles.trained and name not in parameters:
+            raise UserError(
+                f'privacy.unit = "{experiment.privacy.unit}": the shared "{name}" is no parameter but a statistic of the '
+                'private data, which noise would make useless: write task.norm = "group", or do not share it'
+            )

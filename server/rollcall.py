@@ -1,0 +1,143 @@
+"""The roll call: every node says which clients it hosts, and its code, data, split and versions must be the server's."""
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from meadow.server.carrier import Carrier
+
+from meadow.arrays.flower import to_record
+from meadow.arrays.named import Arrays
+from meadow.runtime.errors import RunStopped
+from meadow.runtime.identity import code_sha256, versions
+
+log = logging.getLogger("meadow.server")
+
+PATIENCE = 5.0
+"""Grace period, in seconds, for a node whose roll call fails before round 1; then the run stops."""
+DECISIVE = ("flwr", "torch")
+"""The libraries of which server and nodes need the same release; its build (+cpu, +cu130) may differ."""
+_PAUSE = 0.05
+
+
+@dataclass
+class RollCall:
+    """Which node hosts each client, and what the nodes said of themselves."""
+
+    carrier: Carrier
+    run_id: str
+    base: Arrays
+    """Arrays that every client starts from and that do not travel in the rounds."""
+    expected: dict[str, str]
+    """What every node must have in common with the server: "data" and "split", as hashes."""
+    clients: int
+    timeout: float
+    sizes: npt.NDArray[np.int64] = field(init=False)
+    """Training samples that each client declared, int64 (clients,): the cap of its weight."""
+    simulated: bool = True
+    """Whether every node so far has said that it is simulated: its secrets are then none."""
+    keeps: bool = False
+    """Whether clients keep something from round to round, as some node says."""
+    _faulty: dict[int, float] = field(default_factory=dict)
+    """Since when a node has answered with an error."""
+    _nodes: set[int] = field(default_factory=set)
+    _known: list[int] = field(default_factory=list)
+    _hosts: npt.NDArray[np.int32] = field(init=False)
+    """Each client's place in `_known`, -1 where it has none: four bytes a client, however many there are."""
+
+    def __post_init__(self) -> None:
+        self.sizes = np.zeros(self.clients, dtype=np.int64)
+        self._hosts = np.full(self.clients, -1, dtype=np.int32)
+
+    @property
+    def nodes(self) -> list[int]:
+        """The nodes that are there, ascending."""
+        return sorted(self._nodes)
+
+    def host(self, client: int) -> int | None:
+        """The node that hosts a client, if one does that is there."""
+        place = int(self._hosts[client])
+        return self._known[place] if place >= 0 and self._known[place] in self._nodes else None
+
+    def gather(self) -> None:
+        """Wait until every client is hosted by some node. Raises RunStopped after the time limit, and if a node cannot."""
+        end = time.monotonic() + self.timeout
+        while True:
+            self.meet()
+            missing = np.flatnonzero(self._hosts < 0)
+            if not len(missing):
+                return
+            if time.monotonic() > end:
+                raise RunStopped(
+                    f"{len(missing)} of {self.clients} clients are hosted by no node after {self.timeout:.0f} s, "
+                    f"the first of them client {missing[0]}: start their nodes, or raise cohort.timeout"
+                )
+            time.sleep(_PAUSE)
+
+    def meet(self) -> None:
+        """Call the roll of nodes that are new since the last time; a restarted node takes its clients back."""
+        present = set(self.carrier.grid.get_node_ids())
+        self._nodes &= present
+        self._faulty = {node: since for node, since in self._faulty.items() if node in present}
+        if new := sorted(present - self._nodes):
+            content = RecordDict({"base": to_record(self.base), "config": ConfigRecord({"run": self.run_id})})
+            asked = dict.fromkeys(new, (MessageType.QUERY, content))
+            for node, reply in self.carrier.carry(asked, self.timeout).items():
+                if reply is None:
+                    log.warning("node %d did not answer the roll call in time", node)
+                    self._faulty.pop(node, None)
+                elif reply.has_error():
+                    self._note_fault(node, reply)
+                else:
+                    self._faulty.pop(node, None)
+                    self._enter(node, reply.content.config_records.get("roll", ConfigRecord()))
+
+    def _note_fault(self, node: int, reply: Message) -> None:
+        reason, now = str(reply.error.reason), time.monotonic()
+        waited = now - self._faulty.setdefault(node, now)
+        if waited > PATIENCE and bool((self._hosts < 0).any()):  # else the run goes on without it
+            last = (reason.strip().splitlines() or ["no reason"])[-1]
+            raise RunStopped(
+                f"node {node} answers the roll call with an error: {last}; mend it and start the run again"
+            )
+        log.warning("node %d answers the roll call with an error: %s", node, reason)
+
+    def _enter(self, node: int, roll: ConfigRecord) -> None:
+        _refuse_others(node, roll, self.expected)
+        self._nodes.add(node)
+        self.simulated &= bool(roll.get("simulated", False))
+        self.keeps |= bool(roll.get("keeps", True))
+        if node not in self._known:
+            self._known.append(node)
+        sizes, taken = np.frombuffer(cast(bytes, roll["sizes"]), dtype="<i8"), 0
+        bounds = cast(list[int], roll["clients"])
+        for first, stop in zip(bounds[::2], bounds[1::2], strict=True):
+            self._hosts[first:stop] = self._known.index(node)
+            self.sizes[first:stop] = sizes[taken : taken + stop - first]
+            taken += stop - first
+
+
+def _refuse_others(node: int, roll: ConfigRecord, expected: dict[str, str]) -> None:
+    """Raise RunStopped if a node's code, data, split or releases are not the server's."""
+    for what, ours in {"code": code_sha256(), **expected}.items():
+        if roll.get(what) != ours:
+            raise RunStopped(
+                f"node {node} has another {what} than the server (SHA-256 {roll.get(what)!s:.12}, here {ours:.12}; "
+                f"its versions: {roll.get('versions')!s}): install the same Meadow and the same data on both"
+            )
+    theirs = json.loads(str(roll.get("versions", "{}")))
+    for name in DECISIVE:
+        if _release(theirs.get(name, "missing")) != _release(versions()[name]):
+            raise RunStopped(
+                f"node {node} has {name} {theirs.get(name, 'missing')}, the server has {versions()[name]}: install the "
+                "same release on both; another one may speak another protocol, or give other bits"
+            )
+
+
+def _release(version: str) -> str:
+    return version.partition("+")[0]

@@ -1,0 +1,189 @@
+"""A run: opened once, its rounds from the last checkpoint to the last one, and the evaluation of every client at the end."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.serverapp import Grid
+from meadow.server import checkpoints
+from meadow.server.carrier import Carrier
+from meadow.server.cohorts import read_schedule
+from meadow.server.evaluation import add_confusion, describe
+from meadow.server.exchange import Exchange
+from meadow.server.folder import open_folder
+from meadow.server.listeners import Listeners, RunBegins, open_listeners
+from meadow.server.placement import placement
+from meadow.server.privacy import protection
+from meadow.server.rollcall import RollCall
+from meadow.server.rounds import play_round
+from meadow.server.scoring import predict_globally, score_clients
+from meadow.server.session import Session, setup, split_table
+from meadow.server.summary import ClientScores, client_rows, summarise
+from meadow.server.writer import EVERY, Writer
+from meadow.strategies import algorithm, server_of
+from meadow.strategies.roles import roles_of
+from meadow.strategies.stages import stages_of
+
+from meadow.arrays.named import by_kind
+from meadow.config.load import to_tree
+from meadow.config.schema import Experiment
+from meadow.privacy.releases import allowed
+from meadow.runtime.errors import RunStopped, UserError
+from meadow.tasks.features import view
+from meadow.tasks.numerics import keeps_float32
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
+
+log = logging.getLogger("meadow.server")
+
+
+@dataclass
+class Ending:
+    """How a run has ended; `scores`, of each client, are empty if it never got to the last evaluation."""
+
+    status: str = "done"
+    reason: str = ""
+    scores: dict[int, ClientScores] = field(default_factory=dict)
+
+
+def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
+    """Run the experiment over the grid's nodes and return its summary, which also stands in the run folder `out`.
+
+    Raises UserError for input that only shows now (an impossible split). A run that ends early for a stated reason has a
+    summary too, and in every case the folder can be resumed.
+    """
+    session = open_run(grid, experiment, out, resume)
+    folder = session.folder
+    if (before := folder.summary()) and before["status"] == "done":
+        return before
+    folder.forget_summary()
+    folder.write_split(_split(session.task) | split_table(experiment, session.task))
+    try:
+        ending = _play(session)
+    except BaseException as fault:
+        told = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
+        _end(session, summarise(session, "failed", told, {}))
+        raise
+    if ending.scores:
+        _write_scores(session, ending.scores)
+    return _end(session, summarise(session, ending.status, ending.reason, ending.scores))
+
+
+def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Session:
+    """Everything that the rounds need, with the run folder open; no node has been asked yet."""
+    if (folds := experiment.evaluate.folds) and not experiment.evaluate.fold:
+        raise UserError(
+            f"evaluate.folds = {folds}: a single run is one fold of them; write evaluate.fold = 1 to {folds}, or let "
+            "`meadow run` make all of them"
+        )
+    torch.set_num_threads(experiment.engine.threads)
+    task = open_task(experiment)
+    start, model = initial_state(experiment), task.new_model()
+    parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
+    guard, users = protection(experiment, task, parts), open_listeners(experiment.run.listeners)
+    about = {"large_products": "float32 by oneDNN" if keeps_float32() else "float32 by torch's default"}
+    facts = {"data_sha256": task.dataset.sha256, "split": _split(task)}
+    folder = open_folder(out, experiment, resume, facts, about)
+    run_id = folder.manifest()["run_id"]
+    own = tuple(start) if chosen.own_start else parts.personal + parts.fixed
+    base = {n: start[n] for n in own} if experiment.task.pretrained else {}
+    hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
+    roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
+    # Ledgers stay with their nodes; so does a state that only one of a cluster's machines has.
+    movable = experiment.privacy.unit not in ("example", "local") and not experiment.engine.address
+    writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
+    guard.stages = stages
+    arrays, server = {n: start[n] for n in parts.shared}, guard.algorithm(server_of(setup(experiment, task, parts)))
+    return Session(
+        experiment=experiment,
+        task=task,
+        roles=parts,
+        start=start,
+        arrays=arrays,
+        algorithm=server,
+        state=server.init(arrays),
+        exchange=Exchange(roll, movable=movable),
+        folder=folder,
+        run_id=run_id,
+        model=model,
+        view=view(task, model, frozen=parts.trunk_is_frozen),
+        protection=guard,
+        placement=placement(experiment, task),
+        stages=stages,
+        schedule=read_schedule(experiment),
+        writer=writer,
+        listeners=Listeners([writer], users),
+    )
+
+
+def _split(task: Task) -> dict[str, Any]:
+    """What a resumed run must have in common with the run that was begun."""
+    return {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
+
+
+def _play(session: Session) -> Ending:
+    """The roll call, the rounds that are left, and the evaluation of every client."""
+    try:
+        stop = _play_rounds(session)
+        scores = score_clients(session, session.round, last=True)
+        return Ending("stopped" if stop else "done", stop, scores)
+    except RunStopped as early:
+        return Ending("stopped", str(early))
+    except KeyboardInterrupt:
+        return Ending("stopped", "stopped by the user")
+
+
+def _play_rounds(session: Session) -> str:
+    """Play the rounds; returns why a listener stopped them before the last, "" if none did."""
+    experiment, roll, listeners = session.experiment, session.exchange.roll, session.listeners
+    try:
+        roll.gather()
+        session.protection.begin(roll.simulated, session.folder.path)
+        if roll.keeps or session.protection.lasting:
+            session.writer.every = 0
+        _recover(session)
+        tree = to_tree(experiment)
+        listeners.run_begins(RunBegins(tree, session.folder.path, session.round + 1))
+        session.clock.start("broadcast")
+        stop = ""
+        while session.round < experiment.run.rounds and not stop:
+            stop = play_round(session, session.round + 1)
+        return stop if session.round < experiment.run.rounds else ""
+    finally:
+        listeners.rounds_end()
+
+
+def _recover(session: Session) -> None:
+    """Put the newest whole checkpoint in place; without one the run begins with round 1."""
+    checkpoint, damaged = checkpoints.latest(session.folder.checkpoints)
+    for line in damaged:
+        log.warning("damaged checkpoint, the one before it is used: %s", line)
+    if checkpoint is not None:
+        session.round, session.arrays = checkpoint.round, checkpoint.arrays
+        session.protection.restore(checkpoint.privacy)
+        session.state = {**session.state, **by_kind(checkpoint.strategy)}
+    session.folder.cut_back(session.round)
+    for record in session.folder.rounds():
+        session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]
+
+
+def _write_scores(session: Session, scores: dict[int, ClientScores]) -> None:
+    """Write what is known of each client, and what the models' outputs look like."""
+    folder, experiment, task = session.folder, session.experiment, session.task
+    folder.write_clients(client_rows(folder, experiment, task, scores, session.protection.epsilons()))
+    outputs = predict_globally(session)
+    shared = describe(outputs, task.dataset.test.y, task.targets) if outputs else {}
+    counts = add_confusion([s.confusion for s in scores.values()], task.targets)
+    folder.write_evaluation({"global": shared, "clients": counts})
+
+
+def _end(session: Session, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write the summary and tell the listeners; if one of them has raised in this run, the summary says so."""
+    session.folder.write_summary(summary)
+    session.listeners.run_ends(summary)
+    if session.listeners.faults:
+        summary = summary | {"listeners": list(session.listeners.faults.values())}
+        session.folder.write_summary(summary)
+    return summary

@@ -1,0 +1,1 @@
+"""Algorithms of other libraries, made into ours."""

@@ -1,0 +1,182 @@
+"""Flower's own strategies as the server's part of an algorithm. Flower's messages are made here and nowhere else.
+
+A Flower strategy keeps what it remembers in its attributes. Here these go in and out of `update` as a value: each update
+is made by a fresh copy, into which the state is put, and out of which it is read again. So a resumed run has the bits of
+one that was never interrupted, whatever the strategy keeps: arrays, numbers, text, and lists, dictionaries and objects of
+these. Who trains is said by `[cohort]`, not by the strategy's `fraction_train`.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientUpdate, ServerAlgorithm, Setup, State
+
+from meadow.arrays.flower import Run, from_record, to_record
+from meadow.arrays.named import Arrays, split_auxiliary
+from meadow.arrays.sums import as_before
+from meadow.runtime.errors import RunStopped, UserError
+
+_EVERY_ROUND = ("Received %s results", "Sampled %s nodes")
+logging.getLogger("flwr").addFilter(lambda line: not any(text in str(line.msg) for text in _EVERY_ROUND))
+
+
+def flower(make: Callable[[Setup], Strategy], client: ClientAlgorithm | None = None, **traits: Any) -> Algorithm:
+    """An algorithm whose server is the Flower strategy that `make` returns; `traits`: what else `Algorithm` takes."""
+    return Algorithm(lambda setup: FlowerServer(setup, make(setup)), client or ClientAlgorithm(), **traits)
+
+
+class FlowerServer(ServerAlgorithm[Sequence[ClientUpdate]]):
+    """A Flower strategy that is given each client's arrays and metrics, by `aggregate_train`."""
+
+    sums_only = False
+
+    def __init__(self, setup: Setup, strategy: Strategy) -> None:
+        super().__init__(setup)
+        self._fresh = strategy
+
+    def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
+        """Raises RunStopped if the strategy waits for more clients than replied, and UserError if it keeps something that
+        no checkpoint can hold, or would send clients another model than this one."""
+        strategy, kept = copy.deepcopy(self._fresh), state.get("flower", {})
+        if kept:
+            _restore(strategy, json.loads(bytes(kept["structure"].tobytes())), kept)
+        if (least := getattr(strategy, "min_available_nodes", 0)) > len(total):
+            raise RunStopped(
+                f"round {total[0].round}: {len(total)} clients gave a good reply, and {type(strategy).__name__} waits for "
+                f"{least}: write cohort.quorum = {least}, or give it min_available_nodes = {len(total)}"
+            )
+        round_, sent = total[0].round, to_record(_ordered(model))
+        clients = _Clients([reply.client for reply in total])
+        for message in strategy.configure_train(round_, sent, ConfigRecord(), clients):
+            if message.content.get("arrays") not in (None, sent):
+                raise UserError(
+                    f"{type(strategy).__name__} sends clients other arrays than the model; write its server as a "
+                    "ServerAlgorithm, whose `auxiliary` says what goes beside the model (docs/strategies.md)"
+                )
+        replies = [(_ordered(split_auxiliary(reply.arrays)[0]), self._metrics(reply)) for reply in total]
+        found = aggregated(strategy, round_, replies, clients.ids)
+        new = {name: as_before(np.asarray(found[name]), old) if name in found else old for name, old in model.items()}
+        arrays: Arrays = {}
+        structure = json.dumps(_taken(strategy, self._fresh, arrays)).encode()
+        return new, {"flower": arrays | {"structure": np.frombuffer(structure, np.uint8)}}
+
+    def _metrics(self, reply: ClientUpdate) -> Mapping[str, Any]:
+        return {**reply.metrics, "num-examples": 1} if self.setup.equal_weights else reply.metrics
+
+
+def _ordered(arrays: Arrays) -> Arrays:
+    """By name, because strategies keep lists in the order of the arrays, and a checkpoint's order is another."""
+    return {name: arrays[name] for name in sorted(arrays)}
+
+
+def aggregated(
+    strategy: Strategy,
+    round_: int,
+    replies: Iterable[tuple[Arrays, Mapping[str, Any]]],
+    clients: Sequence[int] = (),
+) -> Arrays:
+    """What a Flower strategy makes of replies: each one's arrays and metrics. Nothing if it makes nothing of them."""
+    messages = []
+    for place, (arrays, metrics) in enumerate(replies):
+        asked = Message(RecordDict(), clients[place] if clients else place, MessageType.TRAIN)
+        content = RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(dict(metrics))})
+        messages.append(Message(content, reply_to=asked))
+    found, _ = strategy.aggregate_train(round_, messages)
+    return {} if found is None else from_record(found)
+
+
+def _taken(thing: Any, fresh: Any, arrays: Arrays) -> dict[str, Any]:
+    """What an object's attributes hold, as JSON that names `arrays`, to which the arrays are added."""
+
+    def written(value: Any, before: Any, where: str) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, np.ndarray | np.generic | bytes):
+            is_bytes, name = isinstance(value, bytes), str(len(arrays))
+            arrays[name] = np.frombuffer(value, np.uint8) if is_bytes else np.asarray(value)
+            return {"bytes" if is_bytes else "array" if isinstance(value, np.ndarray) else "number": name}
+        if isinstance(value, ArrayRecord):
+            return {"record": written(from_record(value), None, where)}
+        if isinstance(value, list | tuple):
+            return {type(value).__name__: [written(each, None, where) for each in value]}
+        if isinstance(value, dict):
+            pairs = [[written(key, None, where), written(each, None, where)] for key, each in value.items()]
+            return {"dict": pairs}
+        if callable(value) and not isinstance(value, Strategy):
+            return {"as made": ""}
+        if type(value) is type(before) and hasattr(value, "__dict__"):
+            return {"object": {name: written(each, vars(before).get(name), name) for name, each in vars(value).items()}}
+        _refuse(thing, where, value)
+
+    return {name: written(value, vars(fresh).get(name), name) for name, value in vars(thing).items()}
+
+
+def _refuse(thing: Any, name: str, value: Any) -> NoReturn:
+    raise UserError(
+        f"{type(thing).__name__}.{name} is a {type(value).__name__}, which no checkpoint can hold: keep arrays, numbers and "
+        "text, or write the server as a ServerAlgorithm (docs/strategies.md)"
+    )
+
+
+def _restore(thing: Any, structure: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    """The inverse of `_taken`, into a fresh object."""
+
+    def read(value: Any, old: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ((kind, inner),) = value.items()
+        if kind == "as made":
+            return old
+        if kind == "object":
+            _restore(old, inner, arrays)
+            return old
+        if kind == "dict":
+            return {read(key, None): read(each, None) for key, each in inner}
+        if kind == "record":
+            return to_record(read(inner, None))
+        if kind in ("list", "tuple"):
+            return (list if kind == "list" else tuple)(read(each, None) for each in inner)
+        return {"array": lambda a: a.copy(), "number": lambda a: a[()], "bytes": lambda a: a.tobytes()}[kind](
+            arrays[inner]
+        )
+
+    for name, value in structure.items():
+        setattr(thing, name, read(value, getattr(thing, name, None)))
+
+
+class _Clients(Grid):
+    """The grid as a strategy sees it in `configure_train`: its node ids are the clients that replied."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+
+    def get_node_ids(self) -> list[int]:
+        return self.ids
+
+    def push_messages(self, messages: Iterable[Message]) -> NoReturn:
+        raise RuntimeError("a strategy returns its messages from configure_train; Meadow's rounds send them")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> NoReturn:
+        self.push_messages(())
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> NoReturn:
+        self.push_messages(())
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def set_run(self, run: Run) -> None:
+        """Nothing to set."""
+
+    @property
+    def run(self) -> Run:
+        return Run.create_empty(0)
