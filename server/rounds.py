@@ -34,7 +34,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.tasks.features import view
-from meadow.tasks.numerics import keeps_float32
+from meadow.tasks.numerics import keeps_float32, placed
 from meadow.tasks.task import Task, initial_state, open_task
 
 log = logging.getLogger("meadow.server")
@@ -53,7 +53,8 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
         )
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    start, model = initial_state(experiment), task.new_model()
+    start, engine = initial_state(experiment), experiment.engine
+    model = placed(task.new_model(), engine.device, engine.exact)
     parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     guard = protection(experiment, task, parts)
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}

@@ -221,7 +221,7 @@ def test_without_a_compiler_torch_trains(monkeypatch: pytest.MonkeyPatch) -> Non
     experiment = load("fedavg", ["engine.exact=false"])
     task = open_task(experiment)
     trainers = trainers_of(experiment, View(task.new_model(), task))
-    assert trainers.choices()[0].trainer.name == "fused"
+    assert trainers.chosen().trainer.name == "fused"
     fused.library.cache_clear()
     try:
         for compiler, reason in (("no-such-compiler", "no C compiler"), ("false", "does not compile")):
