@@ -1,4 +1,4 @@
-"""The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
+"""The training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
 
 What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
 (`trainable.py`), the optimiser and its rates (`optimisers.py`), the loss (`objective.py`), when to stop
