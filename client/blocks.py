@@ -33,7 +33,7 @@ def train_blocks(
     A block with a client that fails, or whose arrays are not finite, is among the others: there each is judged alone.
     """
     done = NodeReply([])
-    trainer = node.trainers.choices()[0].trainer if blocks else None
+    trainer = node.trainers.chosen().trainer if blocks else None
     if not isinstance(trainer, KernelTrainer) or not _plain(node):
         return done, list(requests)
     # One dictionary for all blocks: kernels take over what is new to them once.

@@ -17,7 +17,7 @@ from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Beside, keeps, train
 from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
-from meadow.client.trainers.choose import Choice, Trainers, trainers_of
+from meadow.client.trainers.choose import Choice, Trainers, check_device, trainers_of
 from meadow.strategies import algorithm
 from meadow.strategies.attacks import ON_LABELS, attackers
 from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
@@ -38,6 +38,7 @@ from meadow.runtime.module_cache import hold_still
 from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
 from meadow.tasks.features import View, view
+from meadow.tasks.numerics import placed
 from meadow.tasks.readers.domains import source_samples
 from meadow.tasks.source import source_data
 from meadow.tasks.splits.shares import hosted
@@ -114,7 +115,8 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     experiment = settle(from_flat(json.loads(flat)))
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    model = hold_still(task.new_model())
+    check_device(experiment)
+    model = hold_still(placed(task.new_model(), experiment.engine.device, experiment.engine.exact))
     parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)

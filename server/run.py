@@ -32,7 +32,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.tasks.features import view
-from meadow.tasks.numerics import keeps_float32
+from meadow.tasks.numerics import keeps_float32, placed
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import Task, open_task
 
@@ -80,7 +80,8 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
         )
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    start, model = initial_state(experiment), task.new_model()
+    start, engine = initial_state(experiment), experiment.engine
+    model = placed(task.new_model(), engine.device, engine.exact)
     parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     guard, users = protection(experiment, task, parts), open_listeners(experiment.run.listeners)
     about = {"large_products": "float32 by oneDNN" if keeps_float32() else "float32 by torch's default"}

@@ -135,7 +135,7 @@ class ClientContext(Protocol):
         term: Term | None = None,
         leaves: bool = True,
     ) -> FitResult:
-        """Train the model in place by the one training loop: for `epochs`, else as long as `[local]` says, times `repeat`.
+        """Train the model in place: for `epochs`, else as long as `[local]` says, times `repeat`.
 
         `learns` narrows the parameters that learn. Two calls in one round see the same batches in the same order. `leaves`:
         whether anything that comes of it may leave the client; what does not is trained without noise under DP.

@@ -47,15 +47,11 @@ def check(experiment: Experiment) -> None:
 
 def _engine(experiment: Experiment) -> None:
     engine = experiment.engine
-    if engine.exact and engine.device != "cpu":
+    if engine.precision != "float32" and (engine.device == "cpu" or (engine.exact and engine.trainer == "auto")):
         raise ValueError(
-            f'engine.device = "{engine.device}" with engine.exact = true: the training loop runs on the CPU, where its '
-            "bits are the same everywhere; write engine.exact = false"
-        )
-    if engine.precision != "float32" and engine.device == "cpu":
-        raise ValueError(
-            f'engine.precision = "{engine.precision}" with engine.device = "cpu": half precision is for a GPU; write '
-            'engine.device = "cuda" and engine.exact = false, or engine.precision = "float32"'
+            f'engine.precision = "{engine.precision}" with engine.device = "{engine.device}": half precision is for the '
+            'trainer "stacked" on a GPU; write engine.device = "cuda" and engine.exact = false, or engine.precision = '
+            '"float32"'
         )
 
 

@@ -543,9 +543,9 @@ class Engine(Section):
     trainer: Literal["auto", "loop", "direct", "fused", "stacked"] = Field(
         "auto", description="Who trains clients: the fastest that can, or this one (docs/speed.md)."
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where those kernels run.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients are trained and models evaluated.")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the products on a GPU; parameters and their steps are float32."
+        "float32", description="Of the products of the trainer stacked on a GPU; all else is float32."
     )
     state_memory: int = Field(
         1024,
