@@ -30,7 +30,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.engines import about
 from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
 from meadow.config.load import load
-from meadow.privacy.dpsgd import GradSample, Mechanism, Permit, chosen_mode
+from meadow.privacy.dpsgd.choose import GradSample, chosen_mode
+from meadow.privacy.dpsgd.mechanism import Mechanism
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.runtime.module_cache import hold_still
 from meadow.runtime.seeds import one_thread
@@ -90,7 +92,7 @@ def sides(name: str) -> Sides:
             stepper.step()
 
     chosen = chosen_mode(task.new_model())
-    opacus_modes: list[GradSample] = ["ghost", "hooks"]
+    opacus_modes: list[GradSample] = ["hooks"]
     modes = [chosen, *(mode for mode in opacus_modes if mode != chosen)]
     found: Sides = {"plain PyTorch loop": plain, "Meadow, no privacy": meadow}
     for mode in modes:

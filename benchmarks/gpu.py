@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from meadow.client.trainers.network import Member, network
+from meadow.client.trainers.kernel import Member
+from meadow.client.trainers.network import network
 from meadow.client.trainers.stacked import Stacked
 from rich.console import Console
 from rich.table import Table
@@ -119,8 +120,8 @@ def stacked(work: Work) -> Callable[[], None]:
     """Blocks of clients together, as `meadow run` has them."""
     targets = [Target("label", "class", CLASSES)]
     found = network(work.model.cpu(), SHAPE, targets, [1.0])
-    plan = load("fedavg", ["local.momentum=0"]).local
-    kernels, start = Stacked(found, plan, work.engine), state_of(work.model)
+    experiment = load("fedavg", ["local.momentum=0"]).model_copy(update={"engine": work.engine})
+    kernels, start = Stacked(found, experiment), state_of(work.model)
     blocks = [work.members[i : i + BLOCK] for i in range(0, len(work.members), BLOCK)]
     rates = dict.fromkeys(start, LR)
     weights = [[dict.fromkeys(start, float(len(m.x))) for m in block] for block in blocks]

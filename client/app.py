@@ -7,6 +7,7 @@ train and evaluate: answer for each client in the pack.
 
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 
@@ -32,10 +33,12 @@ from meadow.privacy.releases import allowed
 from meadow.runtime.identity import code_sha256, versions
 from meadow.runtime.logs import log_lines
 from meadow.tasks.numerics import kernels
+from meadow.tasks.splits.shares import use_share
 
 log = logging.getLogger("meadow.client")
 
 log_lines()
+use_share(os.environ.get("MEADOW_SHARE", ""))
 app = ClientApp(mods=[fold_for_wire])
 
 

@@ -3,10 +3,12 @@ data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
 from meadow.client.loop.training import LOOP, Beside, Correction, Trained
+from meadow.client.release import Allowed
 from meadow.client.trainers.choose import Trainers
 from meadow.client.trainers.job import Training
 from meadow.strategies.protocol import Batch, Roles, Term, steps_of
@@ -16,11 +18,21 @@ from torch import Tensor, nn
 from meadow.arrays.named import Arrays, Kinds, auxiliary
 from meadow.config import schema
 from meadow.config.schema import Experiment
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import class_weights, losses
+from meadow.tasks.losses import class_weights, losses
 from meadow.tasks.task import Task
+
+
+class Observer(Protocol):
+    """Sees what a node's clients do, and changes nothing."""
+
+    def trains(self, context: "LocalContext", leaves: bool) -> Callable[[Trained], None]:
+        """A client begins to train; what is returned is called when it has. `leaves`: whether the outcome leaves it."""
+
+    def noises(self, client: int, allowed: Allowed) -> None:
+        """What the client's newest training changed gets its noise under local DP."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class LocalContext:
     source: Data | None = None
     permit: Permit | None = None
     remembered: Arrays = field(default_factory=dict)
+    observers: Sequence[Observer] = ()
 
     @property
     def settings(self) -> schema.Strategy:
@@ -93,14 +106,15 @@ class LocalContext:
         if repeat > 1 or self.work < 1:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
             plan, epochs = plan.model_copy(update={"steps": steps * repeat}), 0
-        beside_it = Beside(self.validation, dict(self.memory.get(LOOP, {})), self.source)
+        beside = Beside(self.validation, dict(self.memory.get(LOOP, {})), self.source)
         permit = self.permit if leaves else None
-        training = Training(
-            self.data, self.round, self.client, plan, epochs, learns, correct, term, beside_it, permit
-        )  # fmt: skip
+        training = Training(self.data, self.round, self.client, plan, epochs, learns, correct, term, beside, permit)
+        observing = [observer.trains(self, leaves) for observer in self.observers]
         trained = self.trainers.train(self.model, training)
         if not self.remembered:
             self.remembered.update(auxiliary(LOOP, trained.memory))
+        for ends in observing:
+            ends(trained)
         return trained
 
     def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from flwr.app import Context
-from meadow.client.context import LocalContext, with_wrong_labels
+from meadow.client.context import LocalContext, Observer, with_wrong_labels
 from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Beside, keeps, train
 from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
@@ -26,7 +26,8 @@ from meadow.strategies.stages import Stages, stages_of
 from meadow.strategies.wire.packing import Answer, Request, Values
 from torch import nn
 
-from meadow.arrays.memory import Recent, find
+from meadow.arrays.lru import LRU
+from meadow.arrays.memory import find
 from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
@@ -38,8 +39,10 @@ from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
 from meadow.tasks.features import View, view
 from meadow.tasks.readers.domains import source_samples
+from meadow.tasks.source import source_data
 from meadow.tasks.splits.shares import hosted
-from meadow.tasks.task import Task, initial_state, open_task, settle, source_data
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task, settle
 
 log = logging.getLogger("meadow.client")
 
@@ -73,7 +76,9 @@ class Node:
     """Bytes of clients' states that this process may keep in shared memory."""
     clock: Clock = field(default_factory=Clock, repr=False, compare=False)
     """Where the time of the message in hand goes."""
-    facts: Recent[int, Facts] = field(default_factory=lambda: Recent(FACTS), repr=False, compare=False)
+    observers: list[Observer] = field(default_factory=list, repr=False, compare=False)
+    """Who sees what the clients here do: nobody, but in an audit."""
+    facts: LRU[int, Facts] = field(default_factory=lambda: LRU(FACTS), repr=False, compare=False)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
@@ -190,7 +195,7 @@ def train_client(node: Node, request: Request) -> Answer:
     reply["metrics"], sent_beside = _metrics(node, context, result), flat(result.auxiliary)
     weights = name_weights(reply["metrics"], [*node.roles.shared, *sent_beside])
     trained = {name: result.model[name] for name in node.roles.shared}
-    noise = _noise(node, release)
+    noise = _noise(node, client, release)
     left = node.stages.leave(trained, client, context.round, context.received, weights, noise, context.memory)
     lasting = {name: result.model[name] for name in node.roles.personal} | flat(result.memory)
     lasting |= context.remembered | left.memory
@@ -211,11 +216,17 @@ def _metrics(node: Node, context: LocalContext, result: ClientResult) -> dict[st
     return {**samples(node, context.client, context.data), "steps": steps, **result.metrics, **losses}
 
 
-def _noise(node: Node, release: Allowed | None) -> Callable[[Arrays, Arrays], Arrays] | None:
+def _noise(node: Node, client: int, release: Allowed | None) -> Callable[[Arrays, Arrays], Arrays] | None:
     """Of arrays that learn, (received, trained) -> what may leave by a release that is charged."""
     if release is None:
         return None
-    return lambda received, trained: noised_update(node.experiment, release, received, trained)
+
+    def noised(received: Arrays, trained: Arrays) -> Arrays:
+        for observer in node.observers:
+            observer.noises(client, release)
+        return noised_update(node.experiment, release, received, trained)
+
+    return noised
 
 
 def samples(node: Node, client: int, data: Data) -> dict[str, int]:
@@ -296,6 +307,7 @@ def open_context(node: Node, request: Request, before: int, pooled: bool = False
         work=config.get("work", 1.0),
         validation=_validation(node, client),
         source=_source(node, client),
+        observers=node.observers,
     )
     context.load(context.start())
     data = seen.data("pool", node.task.pool()) if pooled else seen.data(f"{client}/train", context.data)

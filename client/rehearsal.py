@@ -13,7 +13,8 @@ from torch import nn
 from meadow.arrays.named import Kinds
 from meadow.config.schema import Experiment
 from meadow.tasks.features import view
-from meadow.tasks.task import Task, initial_state
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task
 
 
 @dataclass

@@ -20,7 +20,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy import plan
 from meadow.privacy.accounting import epsilon
 from meadow.privacy.client_level import clip, noised
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.ledger import (
     Budget,
     BudgetSpent,

@@ -6,11 +6,11 @@ must then start from the state of that round; so states newer than the server's 
 
 A disk takes longer over a state than a small client over its training. So a simulation may keep states in files of shared
 memory (`engine.state_memory`): they outlive every process, however it ends, and are moved to disk when the run has ended.
-Only a restart of the machine loses them. A mark on disk says that they were there, and who finds it without them refuses
-to go on. What does not fit goes to disk.
+Only a restart of the machine loses them. (They cannot be segments of `meadow/arrays/memory.py`: these end with the command
+that made them, so a killed run would lose its clients.) A mark on disk says that they were there, and who finds it
+without them refuses to go on. What does not fit goes to disk.
 """
 
-import json
 import os
 import shutil
 import time
@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from meadow.arrays.codec import DamagedArrays, decode, encode
 from meadow.arrays.files import DamagedFile, read_arrays, write_arrays, write_bytes
 from meadow.arrays.named import Arrays
 
 SHARED_MEMORY = Path("/dev/shm")
-_ALIGNED = 64
 _PATTERN = "round-*.safetensors"
 _MARK = "in-memory"
 _FRESH = 600.0
@@ -195,27 +195,16 @@ def _key(path: Path) -> Key:
 def _write(path: Path, arrays: Arrays, spare: Path | None) -> int:
     """Write arrays to shared memory, whole or not at all whenever this process ends; returns the bytes that it takes.
 
-    `spare`: a file that is not needed any more; its memory is used again, five times as fast as new memory. The form is
-    that of safetensors but for the order of what its first line says: a length, JSON, then the arrays' bytes, aligned.
+    `spare`: a file that is not needed any more; its memory is used again, five times as fast as new memory.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     if spare is not None:
         spare.replace(temporary)
-    parts: list[bytes | memoryview] = []
-    about, offset = [], 0
-    for name, value in arrays.items():
-        whole = np.ascontiguousarray(value)
-        about.append([name, whole.dtype.str, list(value.shape), offset])
-        gap = -whole.nbytes % _ALIGNED
-        parts += [whole.reshape(-1).view(np.uint8).data, bytes(gap)]
-        offset += whole.nbytes + gap
-    header = json.dumps(about).encode()
-    header += b" " * (-(len(header) + 8) % _ALIGNED)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         total = 0
-        for part in (len(header).to_bytes(8, "little"), header, *parts):
+        for part in encode(arrays):
             view = memoryview(part)
             while len(view):
                 written = os.write(descriptor, view)
@@ -230,15 +219,8 @@ def _write(path: Path, arrays: Arrays, spare: Path | None) -> int:
 def _read(path: Path) -> Arrays:
     """What `_write` wrote. Raises DamagedFile if it cannot be read."""
     try:
-        content = np.fromfile(path, np.uint8)
-        begin = 8 + int.from_bytes(content[:8].tobytes(), "little")
-        arrays: Arrays = {}
-        for name, kind, shape, offset in json.loads(content[8:begin].tobytes()):
-            dtype = np.dtype(kind)
-            count = int(np.prod(shape, dtype=np.int64))
-            arrays[name] = content[begin + offset :][: count * dtype.itemsize].view(dtype).reshape(shape)
-        return arrays
-    except (OSError, ValueError, TypeError) as error:
+        return decode(np.fromfile(path, np.uint8).data)
+    except (OSError, DamagedArrays) as error:
         raise DamagedFile(f"{path}: {error}") from None
 
 

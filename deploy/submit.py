@@ -8,7 +8,6 @@ never was interrupted.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from typing import Any, TypeVar
 import httpx
 import tomli_w
 from meadow.server.folder import RunFolder, check_folder
+from meadow.simulation.bundle import write_app
 
 from deploy.control import CONNECTION, STATE, connect, log, newest_run, online, register, stop
 from meadow.config.load import load, to_flat
 from meadow.config.schema import Experiment
 from meadow.experiments.report import write_report
 from meadow.runtime.errors import UserError
-from meadow.runtime.identity import ROOT
 
 SHARE = Path(os.environ.get("MEADOW_SHARE", "/own/share"))
 RUNS = Path(os.environ.get("MEADOW_RUNS", "/runs"))
@@ -105,7 +104,7 @@ def _run(experiment: Experiment, out: Path) -> int:
         file.write_text(tomli_w.dumps(overrides))
         log("submit", attempt=attempt, out=str(out))
         submitted = subprocess.run(
-            ["flwr", "run", str(_app()), CONNECTION, "--run-config", str(file), "--format", "json"],
+            ["flwr", "run", str(write_app(STATE / "app")), CONNECTION, "--run-config", str(file), "--format", "json"],
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         if refused := _refusal(submitted):
@@ -152,18 +151,6 @@ def _follow(out: Path, before: Any) -> None:
                 return
             looked = time.monotonic()
         time.sleep(0.2)
-
-
-def _app() -> Path:
-    """A copy of the app to bundle: `flwr run` writes beside it, and the image is read-only."""
-    app = STATE / "app"
-    shutil.rmtree(app, ignore_errors=True)
-    app.mkdir(parents=True)
-    for room in ("config", "tasks", "privacy", "strategies", "client", "server"):
-        shutil.copytree(ROOT / room, app / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / name, app)
-    return app
 
 
 def _verdict() -> str:

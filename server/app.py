@@ -1,5 +1,6 @@
 """The Flower ServerApp, the same on every grid: it reads the experiment from the run configuration and runs the rounds."""
 
+import os
 import time
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from meadow.server.run import run_experiment
 
 from meadow.config.load import from_flat
 from meadow.runtime.logs import log_lines
+from meadow.tasks.splits.shares import use_share
 from meadow.tasks.task import settle
 
+use_share(os.environ.get("MEADOW_SHARE", ""))
 app = ServerApp()
 
 

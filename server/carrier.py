@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.superlink.grid import HttpGrid
 
+from meadow.arrays.flower import is_remote
 from meadow.arrays.folding import folded, is_folded, unfolded
 
 log = logging.getLogger("meadow.server")
@@ -22,7 +22,7 @@ class Carrier:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self._remote = isinstance(grid, HttpGrid)
+        self._remote = is_remote(grid)
 
     def carry(
         self,

@@ -7,7 +7,8 @@ from meadow.strategies.protocol import Roles
 from torch import nn
 
 from meadow.config.schema import Experiment
-from meadow.privacy.dpsgd import chosen_mode, refuse_what_mixes_samples
+from meadow.privacy.dpsgd.choose import chosen_mode
+from meadow.privacy.dpsgd.step import refuse_what_mixes_samples
 from meadow.runtime.errors import UserError
 from meadow.tasks.task import Task
 

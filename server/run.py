@@ -33,7 +33,8 @@ from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.tasks.features import view
 from meadow.tasks.numerics import keeps_float32
-from meadow.tasks.task import Task, initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
 
 log = logging.getLogger("meadow.server")
 

@@ -21,7 +21,8 @@ from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.tasks.evaluation import evaluate
 from meadow.tasks.metrics import THOROUGH, Ints
-from meadow.tasks.task import Task, source_data, source_model
+from meadow.tasks.source import source_data, source_model
+from meadow.tasks.task import Task
 
 LAST = 10
 

@@ -1,40 +1,47 @@
-"""The folder that `flwr run` makes an app bundle of: the checkout, or one that is written where Meadow is installed."""
+"""The folder from which `flwr run` makes the app bundle, written from the Meadow that runs here: a checkout or a wheel."""
 
 import shutil
-from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
-from meadow import __version__
-from meadow.runtime.identity import ROOT
+import meadow
+from meadow.config.load import to_flat
+from meadow.config.schema import Experiment
+from meadow.runtime.identity import ROOMS, ROOT
 
 
-def app_folder(work: Path, config: Mapping[str, bool | int | float | str]) -> Path:
-    """The app's folder. A wheel brings no pyproject.toml; then one with what Flower needs is written below `work`.
+def write_app(folder: Path) -> Path:
+    """Write Meadow's Flower app into `folder`, in the place of what was there; returns it.
 
-    config: every key that the run sets, by dotted name; Flower lets a run override declared keys only.
+    It holds the rooms that server and nodes run, below `meadow/` as in a wheel, so it has the code hash of this process; and
+    a `pyproject.toml` that declares every key of an experiment with its default.
     """
-    if (ROOT / "pyproject.toml").is_file():
-        return ROOT
-    folder = work / "app"
-    shutil.copytree(
-        ROOT / "meadow", folder / "meadow", ignore=shutil.ignore_patterns("__pycache__", "*.c"), dirs_exist_ok=True
-    )
-    declared: dict[str, Any] = {}
-    for key, value in config.items():
-        section, dot, name = key.partition(".")
-        if dot:
-            declared.setdefault(section, {})[name] = value
-        else:
-            declared[section] = value
+    shutil.rmtree(folder, ignore_errors=True)
+    package = folder / "meadow"
+    package.mkdir(parents=True)
+    shutil.copy(Path(str(meadow.__file__)), package)
+    for room in ROOMS:
+        place = next(place for place in (ROOT / "meadow" / room, ROOT / room) if place.is_dir())
+        shutil.copytree(place, package / room, ignore=shutil.ignore_patterns("__pycache__", "*.c", "built"))
+    (folder / "pyproject.toml").write_text(tomli_w.dumps(_declared()), encoding="utf-8")
+    (folder / "README.md").write_text("Meadow's app, written for one run.\n")
+    return folder
+
+
+def _declared() -> dict[str, object]:
+    try:
+        version = metadata.version("meadow")
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        version = "0.0.0"
     app = {
         "publisher": "meadow",
         "fab-include": ["meadow/**/*.py", "meadow/config/presets/*"],
         "components": {"serverapp": "meadow.server.app:app", "clientapp": "meadow.client.app:app"},
-        "config": declared,
+        "config": {"out": "", "resume": False, **to_flat(Experiment())},
     }
-    project = {"name": "meadow", "version": __version__, "description": "Meadow", "license": "Apache-2.0"}
-    (folder / "pyproject.toml").write_text(tomli_w.dumps({"project": project, "tool": {"flwr": {"app": app}}}))
-    return folder
+    return {
+        "project": {"name": "meadow", "version": version, "license": "Apache-2.0"},
+        "tool": {"flwr": {"app": app}},
+    }

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from meadow.arrays.flower import Run, set_message_id, set_task
 from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
 
@@ -20,9 +19,8 @@ NODE_FAILED = 0
 
 
 def become_server() -> None:
-    """Let this process create messages. Flower asks for a task's identity then, and has no public way to set it."""
-    TaskIdentity.task_id = TaskIdentity.run_id = RUN_ID
-    TaskIdentity.node_id = SERVER_NODE
+    """Let this process create messages."""
+    set_task(RUN_ID, SERVER_NODE)
 
 
 def server_context(experiment: Experiment, out: Path, resume: bool) -> Context:
@@ -73,7 +71,7 @@ class LocalGrid(Grid):
         """Send messages to their nodes; returns their ids, in order."""
         batch = list(messages)
         for message in batch:
-            message.metadata.__dict__["_message_id"] = str(next(self._next_id))  # as Flower's own grids do
+            set_message_id(message, str(next(self._next_id)))
         self.start(batch)
         return [message.metadata.message_id for message in batch]
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import tomli_w
-from meadow.simulation.bundle import app_folder
+from meadow.simulation.bundle import write_app
 from meadow.simulation.children import MEMORY, Children, children, free_port, tail
 
 from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
+from meadow.native import build
 from meadow.runtime.errors import UserError
 from meadow.runtime.objects import user_paths
 
@@ -50,19 +51,21 @@ _SETTINGS = MappingProxyType(
 def run_processes(experiment: Experiment, out: Path, resume: bool, nodes: int) -> None:
     """Run the experiment in `out` on one SuperLink and `nodes` SuperNodes on loopback.
 
+    resume: whether to go on with the run in `out`.
+
     Logs stand in `out/logs`: `superlink`, `serverapp` (the ServerApp's output too), `node-i` (its ClientApps' output
     too) and `run`. The clients' state is in `out/state`. Raises RuntimeError with the tail of the relevant log when the
     run fails or a process dies.
     """
-    out = out.resolve()  # each process has a current folder of its own
+    out = out.resolve()  # each process has a folder of its own, in which a relative path would mean another place
     logs, work = out / "logs", out / "flower"
-    config: dict[str, Value] = {**to_flat(experiment), "out": str(out), "resume": True}
+    config: dict[str, Value] = {**to_flat(experiment), "out": str(out), "resume": resume}
     with (
         children(logs) as group,
         superlink(group, work) as link,
         supernodes(group, link, nodes, work, out / "state"),
     ):
-        run_app(group, link, app_folder(work, config), config)
+        run_app(group, link, write_app(work / "app"), config)
 
 
 @dataclass(frozen=True)
@@ -79,15 +82,18 @@ def environment(home: Path) -> dict[str, str]:
 
     Every ``FLWR_*`` variable of the caller is dropped: one that switches on gRPC or another home would change the run.
     The folders of ``PYTHONPATH`` stay, absolute, because a user's modules are there. Flower puts the app bundle before
-    them, so that Meadow's code comes from the bundle all the same; the roll call compares its hash.
+    them, so that Meadow's code comes from the bundle all the same; the roll call compares its hash. Compiled code, which
+    no bundle holds, comes from where ours does. Loopback goes by no proxy.
     """
     home.mkdir(parents=True, exist_ok=True)
     kept = {key: text for key, text in os.environ.items() if not key.startswith("FLWR_")}
     # Flower's processes start each other by name, so its commands must be found in this interpreter's folder first.
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
-    return (
-        MEMORY | kept | _SETTINGS | {"PATH": path, "PYTHONPATH": os.pathsep.join(user_paths()), "FLWR_HOME": str(home)}
-    )
+    kept.setdefault("MEADOW_NATIVE", str(Path(build.__file__).parent))
+    for name in ("no_proxy", "NO_PROXY"):
+        kept[name] = ",".join([*filter(None, [kept.get(name)]), "127.0.0.1", "localhost"])
+    own = {"PATH": path, "PYTHONPATH": os.pathsep.join(user_paths()), "FLWR_HOME": str(home)}
+    return MEMORY | kept | _SETTINGS | own
 
 
 def command(name: str) -> str:
@@ -162,10 +168,11 @@ def supernodes(group: Children, link: SuperLink, nodes: int, work_dir: Path, sta
 def wait_healthy(group: Children, address: str, timeout: float = START_TIMEOUT) -> None:
     """Wait until ``GET /health`` answers 200; raise when a child ends first or the time is up."""
     deadline = time.monotonic() + timeout
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         group.require_alive()
         try:
-            with urllib.request.urlopen(f"http://{address}/health", timeout=1.0) as answer:
+            with direct.open(f"http://{address}/health", timeout=1.0) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):

@@ -1,8 +1,8 @@
 """The Ray engine: actors as nodes. Each hosts an even share of the clients, who always come back to it.
 
-Whatever several messages have in common, above all the global model, is handed over once: through shared memory to workers
-on this machine (`meadow/arrays/slots.py`), which are called over a socket each (`simulation/lines.py`); through Ray's object
-store to those of a cluster, which are called through Ray.
+Whatever several messages have in common, above all the global model, is handed over once. Workers on this machine read it
+in shared memory (`meadow/arrays/memory.py`), and are called over a connection each (`simulation/connections.py`). Those of a
+cluster get it by Ray's object store, and are called through Ray.
 """
 
 import os
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 
 import ray
 from flwr.app import ArrayRecord, Context, Message, RecordDict
+from meadow.simulation.connections import RETRIES, Calls, connect
 from meadow.simulation.grid import LocalGrid, error_reply, node_context
-from meadow.simulation.lines import RETRIES, Lines, connect
 from meadow.simulation.ray_start import start_ray, stop_ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from meadow.arrays.slots import Address, Letter, Slot, Slots
+from meadow.arrays.memory import Address, Place, Segment, Segments
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
 from meadow.tasks.task import share_task
@@ -35,12 +35,14 @@ on any machine, wherever it was sent (measured with Ray 2.55.1)."""
 
 
 class Call(NamedTuple):
-    """What a worker on this machine is asked, pickled by the command whose worker it is. message and the records that belong
-    into it are letters in the slot `sent`; the reply goes into the slot `reply`. context: pickled, the same for all calls of
-    a run."""
+    """What a worker on this machine is asked, pickled by the command whose worker it is.
 
-    message: Letter
-    records: dict[str, Letter]
+    message and the records that belong into it are places in the segment `sent`; the reply goes into the segment `reply`.
+    context: pickled, the same for all calls of a run.
+    """
+
+    message: Place
+    records: dict[str, Place]
     context: bytes
     sent: Address
     reply: Address
@@ -50,7 +52,7 @@ class NodeActor:
     """What runs in a worker: the ClientApp, given messages whose shared records arrive beside them."""
 
     def __init__(self) -> None:
-        self._slots: dict[int, Slot] = {}
+        self._segments: dict[int, Segment] = {}
         self._contexts: dict[bytes, Context] = {}
 
     def home(self) -> str:
@@ -61,32 +63,32 @@ class NodeActor:
         """Put an experiment's data into this machine's common memory: the addresses, "" where it has none."""
         return " ".join(share_task(from_flat(flat)))
 
-    def serve(self, path: str, worker: int) -> None:
-        """Answer the calls of a line, one after another, until the command hangs up or is gone."""
-        with suppress(EOFError, OSError), connect(path, worker) as line:
+    def serve(self, path: str, key: bytes, worker: int) -> None:
+        """Answer a connection's calls, one after another, until the command hangs up or is gone."""
+        with suppress(EOFError, OSError), connect(path, key, worker) as connection:
             while True:
-                line.send_bytes(self.handle_here(line.recv_bytes()))
+                connection.send_bytes(self.handle_here(connection.recv_bytes()))
 
     def handle_here(self, call: bytes) -> bytes:
-        """`handle` for a pickled `Call`: the answer's letter, pickled, or why there is none."""
+        """`handle` for a pickled `Call`: where the answer lies, pickled, or why there is none."""
         try:
-            return pickle.dumps(self._letter(pickle.loads(call)))
-        except Exception:  # a slot that is gone or cannot be had costs this call, not the worker
+            return pickle.dumps(self._answer(pickle.loads(call)))
+        except Exception:  # a segment that is gone or cannot be had costs this call, not the worker
             return pickle.dumps(traceback.format_exc())
 
-    def _letter(self, given: Call) -> Letter:
+    def _answer(self, given: Call) -> Place:
         if given.context not in self._contexts:
             self._contexts = {given.context: pickle.loads(given.context)}
-        slot = self._slot(given.sent)
-        message, *records = (slot.read(letter) for letter in (given.message, *given.records.values()))
+        segment = self._segment(given.sent)
+        message, *records = (segment.read(place) for place in (given.message, *given.records.values()))
         answer = self.handle(message, self._contexts[given.context], list(given.records), *records)
-        (letter,) = self._slot(given.reply).write([answer])
-        return letter
+        (place,) = self._segment(given.reply).write([answer])
+        return place
 
-    def _slot(self, address: Address) -> Slot:
-        if address.number not in self._slots:
-            self._slots[address.number] = Slot(address)
-        return self._slots[address.number]
+    def _segment(self, address: Address) -> Segment:
+        if address.number not in self._segments:
+            self._segments[address.number] = Segment(address)
+        return self._segments[address.number]
 
     def handle(self, message: Message, context: Context, names: list[str], *records: ArrayRecord) -> Message:
         """Answer a message, with the records put back under their names."""
@@ -105,12 +107,12 @@ class Workers:
 
     def __init__(self, count: int, threads: int, on_this_machine: bool) -> None:
         self.actors: list[ActorHandle[Any]] = []
-        self.lines = Lines(count) if on_this_machine and hasattr(os, "memfd_create") else None
+        self.calls = Calls(count) if on_this_machine and hasattr(os, "memfd_create") else None
         self.serving: list[Any] = []
-        """Of workers with a line what Ray answers when they hang up."""
-        self.slots = Slots()
+        """Of workers with a connection what Ray answers when they hang up."""
+        self.segments = Segments()
         self.sent: dict[int, Sent] = {}
-        """What is on its way on a line, by the call's number; of runs that have ended too, as its slots are in use."""
+        """What is on its way, by the call's number; of runs that have ended too, as its segments are in use."""
         remote: Any = ray.remote(NodeActor)
         for number, home in enumerate(_homes(count)):
             # A killed worker comes back (Flower's engine puts it back in its pool dead) and answers what it was asked
@@ -120,12 +122,12 @@ class Workers:
             options = remote.options(
                 num_cpus=_SOME,
                 max_restarts=-1,
-                max_task_retries=-1 if self.lines else RETRIES,
+                max_task_retries=-1 if self.calls else RETRIES,
                 scheduling_strategy=where,
             )
             self.actors.append(options.remote())
-            if self.lines is not None:
-                self.serving.append(self.actors[-1].serve.remote(self.lines.path, number))
+            if self.calls is not None:
+                self.serving.append(self.actors[-1].serve.remote(self.calls.path, self.calls.key, number))
         self.threads = threads
 
 
@@ -139,8 +141,8 @@ def ray_workers(count: int, threads: int, address: str = "") -> Iterator[Workers
         try:
             yield workers
         finally:
-            if workers.lines is not None:
-                workers.lines.close()
+            if workers.calls is not None:
+                workers.calls.close()
     finally:
         stop_ray()
 
@@ -164,9 +166,9 @@ def _homes(count: int) -> list[str]:
 
 def ray_grid(experiment: Experiment, state: Path, workers: Workers) -> LocalGrid:
     """A node for each worker."""
-    if workers.lines is None:
+    if workers.calls is None:
         return ClusterGrid(experiment, state, workers)
-    return MachineGrid(experiment, state, workers, workers.lines)
+    return MachineGrid(experiment, state, workers, workers.calls)
 
 
 class RayGrid(LocalGrid):
@@ -240,26 +242,26 @@ class ClusterGrid(RayGrid):
 
 @dataclass
 class Batch:
-    """Messages that were sent together: the slot of what they have in common, and how many are not answered yet."""
+    """Messages that were sent together: the segment of what they have in common, and how many are not answered yet."""
 
-    slot: Slot
+    segment: Segment
     waiting: int
 
 
 class Sent(NamedTuple):
-    """A message on its way, with the slot of its reply and its batch."""
+    """A message on its way, with the segment of its reply and its batch."""
 
     message: Message
-    reply: Slot
+    reply: Segment
     batch: Batch
 
 
 class MachineGrid(RayGrid):
-    """Workers of this machine, each at the end of a line. The data is held once for all of them and the server."""
+    """Workers of this machine, each at the end of a connection. The data is held once for all of them and the server."""
 
-    def __init__(self, experiment: Experiment, state: Path, workers: Workers, lines: Lines) -> None:
+    def __init__(self, experiment: Experiment, state: Path, workers: Workers, calls: Calls) -> None:
         super().__init__(experiment, state, workers)
-        self._experiment, self._workers, self._lines = experiment, workers, lines
+        self._experiment, self._workers, self._calls = experiment, workers, calls
         self._ours = set[int]()
         self._arrived: dict[str, Message] = {}
 
@@ -271,15 +273,15 @@ class MachineGrid(RayGrid):
 
     def start(self, messages: Sequence[Message]) -> None:
         """Hand each message to its worker; array records are handed over once for all of them."""
-        slots = self._workers.slots
-        places, records = self._parted(messages)
-        batch = Batch(slots.take(), len(messages))
-        letters = batch.slot.write([*records, *messages])
-        for message, own, letter in zip(messages, places, letters[len(records) :], strict=True):
-            node, reply = message.metadata.dst_node_id, slots.take()
-            theirs, context = {name: letters[place] for name, place in own.items()}, pickle.dumps(self._contexts[node])
-            call = Call(letter, theirs, context, batch.slot.address, reply.address)
-            number = self._lines.call(self._node_ids.index(node), pickle.dumps(call))
+        segments = self._workers.segments
+        numbers, records = self._parted(messages)
+        batch = Batch(segments.take(), len(messages))
+        places = batch.segment.write([*records, *messages])
+        for message, own, place in zip(messages, numbers, places[len(records) :], strict=True):
+            node, reply = message.metadata.dst_node_id, segments.take()
+            theirs, context = {name: places[number] for name, number in own.items()}, pickle.dumps(self._contexts[node])
+            call = Call(place, theirs, context, batch.segment.address, reply.address)
+            number = self._calls.call(self._node_ids.index(node), pickle.dumps(call))
             self._workers.sent[number] = Sent(message, reply, batch)
             self._ours.add(number)
 
@@ -287,11 +289,11 @@ class MachineGrid(RayGrid):
         """The replies that are there; waits up to half a second for the first."""
         asked = list(message_ids)
         there = any(each in self._arrived for each in asked)
-        found = self._lines.answers(0 if there else _WAIT)
+        found = self._calls.answers(0 if there else _WAIT)
         if not found and not there:
             serving = self._workers.serving
             ended, _ = ray.wait(serving, num_returns=len(serving), timeout=0)
-            found = [lost for reference in ended for lost in self._lines.lose(serving.index(reference))]
+            found = [lost for reference in ended for lost in self._calls.lose(serving.index(reference))]
         for number, answer in found:
             reply = self._reply(self._workers.sent.pop(number), answer)
             if number in self._ours:  # else it was for a run that has ended
@@ -300,12 +302,12 @@ class MachineGrid(RayGrid):
         return [self._arrived.pop(each) for each in asked if each in self._arrived]
 
     def _reply(self, sent: Sent, answer: bytes | None) -> Message:
-        """The reply in a message's slot; its slots may then be used again."""
+        """The reply in a message's segment; its segments may then be used again."""
         said = "the worker was lost" if answer is None else pickle.loads(answer)
         reply: Message = error_reply(sent.message, said) if isinstance(said, str) else sent.reply.read(said)
-        slots = self._workers.slots
-        slots.give_back(sent.reply)
+        segments = self._workers.segments
+        segments.give_back(sent.reply)
         sent.batch.waiting -= 1
         if not sent.batch.waiting:
-            slots.give_back(sent.batch.slot)
+            segments.give_back(sent.batch.segment)
         return reply

@@ -18,6 +18,7 @@ settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-hashes", action="store_true", help="write down the bits of tests/runs/test_hashes.py")
     parser.addoption(
         "--other-kernels", action="store_true", help="round as another processor might (helpers/kernels.py)"
     )

@@ -24,7 +24,9 @@ from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import load_into
 from meadow.tasks.models.multihead import build, inputs
 from meadow.tasks.models.weights import read_file
-from meadow.tasks.task import Task, initial_state, open_task, source_data, source_model
+from meadow.tasks.source import source_data, source_model
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from meadow.runtime.seeds import torch_generator
 from meadow.tasks.data import Data, Target
-from meadow.tasks.metrics import losses
+from meadow.tasks.losses import losses
 from meadow.tasks.task import Task
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meadow.config.schema import Local
 from meadow.tasks.data import Data
-from meadow.tasks.metrics import class_weights, losses, mean_loss, sample_losses
+from meadow.tasks.losses import class_weights, losses, mean_loss, sample_losses
 from meadow.tasks.task import Task
 
 Term = Callable[[nn.Module, Data, Mapping[str, Tensor]], Tensor]

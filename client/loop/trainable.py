@@ -14,7 +14,9 @@ from meadow.config.schema import Experiment
 from meadow.runtime.module_cache import once
 from meadow.runtime.seeds import one_thread
 from meadow.tasks.evaluation import load_into
-from meadow.tasks.task import initial_state, open_task, source_data, source_model
+from meadow.tasks.source import source_data, source_model
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 
 def freeze(model: nn.Module, learns: Collection[str], statistics: str = "batch") -> dict[str, nn.Parameter]:

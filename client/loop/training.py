@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment, Local
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import once
 from meadow.runtime.seeds import torch_generator, torch_seeded

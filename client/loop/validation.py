@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import predict
-from meadow.tasks.metrics import losses
+from meadow.tasks.losses import losses
 from meadow.tasks.task import Task
 
 

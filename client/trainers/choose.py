@@ -1,8 +1,8 @@
 """Who trains a client: the first of the trainers that can, and why those before it cannot.
 
-From the fastest to the training loop, which always can: `stacked`, all clients of a block at once on a GPU; `fused`, compiled
-code on a CPU; `direct`, torch's operations without autograd's tape, whose numbers for a client depend on nothing but its
-samples; `loop`. All take the samples in the loop's order and differ from it in the order of sums alone
+From the fastest to the training loop, which always can: `stacked`, all clients of a block at once on a GPU; `fused`,
+compiled code on a CPU; `direct`, torch's operations without autograd's tape, whose numbers for a client depend on nothing
+but its samples; `loop`. All take the samples in the loop's order and differ from it in the order of sums alone
 (tests/client/test_direct.py and tests/client/test_fast.py say by how much).
 """
 

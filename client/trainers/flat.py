@@ -17,8 +17,8 @@ from meadow.arrays.named import Arrays
 from meadow.native.sums import add_up, together
 
 LANES = 16
-"""Arrays begin at multiples of 64 bytes, as torch's own do: kernels choose their path by alignment, and a vector that lies in
-two lines of a cache takes two loads."""
+"""Arrays begin at multiples of 64 bytes, as torch's own do: kernels choose their path by alignment, and a vector that lies
+in two lines of a cache takes two loads."""
 
 
 class FlatKernel(ABC):

@@ -10,7 +10,7 @@ from meadow.strategies.protocol import Term
 from torch import nn
 
 from meadow.config.schema import Experiment, Local
-from meadow.privacy.dpsgd import Permit
+from meadow.privacy.dpsgd.step import Permit
 from meadow.tasks.data import Data
 from meadow.tasks.features import View
 

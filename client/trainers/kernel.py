@@ -15,13 +15,13 @@ from meadow.strategies.protocol import steps_of
 from meadow.strategies.trainable import rate_factors, trained
 from torch import Tensor, nn
 
-from meadow.arrays.memory import Recent
+from meadow.arrays.lru import LRU
 from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment, Local
 from meadow.runtime.seeds import torch_generator
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import class_weights
+from meadow.tasks.losses import class_weights
 from meadow.tasks.task import Task
 
 KEPT = 2**28
@@ -95,8 +95,8 @@ class KernelTrainer:
     task: Task
     network: Network | str
     _made: list[Kernel] = field(default_factory=list, repr=False, compare=False)
-    _kept: Recent[int, tuple[Data, Data, Sequence[Tensor | None]]] = field(
-        default_factory=lambda: Recent(KEPT), repr=False, compare=False
+    _kept: LRU[int, tuple[Data, Data, Sequence[Tensor | None]]] = field(
+        default_factory=lambda: LRU(KEPT), repr=False, compare=False
     )
 
     @property

@@ -197,7 +197,7 @@ class Stacked:
         return [_product(x, p[weight], p[bias]) for weight, bias in self.network.heads]
 
     def _loss(self, step: Step, outputs: Sequence[Tensor]) -> Tensor:
-        """The sum over clients of their batches' weighted losses, as `meadow.tasks.metrics.losses` has them."""
+        """The sum over clients of their batches' weighted losses, as `meadow.tasks.losses.losses` has them."""
         total = torch.zeros((), device=self._device)
         sizes = step.mask.sum(1)
         for number, (target, importance) in enumerate(zip(self.network.targets, self.network.importance, strict=True)):

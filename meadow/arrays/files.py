@@ -1,7 +1,7 @@
 """Files that survive a crash: written under a temporary name, synced to disk, then renamed. Arrays as safetensors.
 
-Whoever reads such a file sees the whole old one or the whole new one, never a part. A file of arrays carries a SHA-256
-of its content, so that damage that happened later is found when it is read. No pickle is ever written or read.
+Whoever reads such a file sees the whole old one or the whole new one, never a part. A file of arrays carries a SHA-256 in
+its safetensors metadata, so that damage that happened later is found when it is read. No pickle is ever written or read.
 """
 
 import hashlib
@@ -18,14 +18,15 @@ from safetensors.numpy import load, save
 
 from meadow.arrays.named import Arrays
 
-_DIGEST = 32
+_ZEROS = "0" * 64
+"""Stands for the digest while it is computed."""
 
 
 class DamagedFile(Exception):
     """A file is torn, was changed, or is not of the expected kind."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | bytearray) -> None:
     """Write a file whole or not at all, also if the power fails: temporary name, sync, rename, sync the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -55,19 +56,33 @@ def read_json(path: Path) -> Any:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
-    """Write named arrays as safetensors, with the SHA-256 of the whole beside it in the same file's last 32 bytes."""
-    content = save({name: np.asarray(value, order="C") for name, value in arrays.items()})
-    write_bytes(path, content + hashlib.sha256(content).digest())
+    """Write named arrays as safetensors.
+
+    The metadata's `sha256` is that of the whole file with zeros in the place of these 64 digits.
+    """
+    whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    content = bytearray(save(whole, metadata={"sha256": _ZEROS}))
+    at = content.index(_ZEROS.encode())  # the metadata comes first
+    content[at : at + 64] = hashlib.sha256(content).hexdigest().encode()
+    write_bytes(path, content)
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Read what `write_arrays` wrote. Raises DamagedFile if it is missing, torn or changed."""
+    """Read what `write_arrays` wrote, now or when the digest was the file's last 32 bytes. Raises DamagedFile if it is
+    missing, torn or changed."""
     try:
         content = path.read_bytes()
-        body, digest = content[:-_DIGEST], content[-_DIGEST:]
-        if hashlib.sha256(body).digest() != digest:
+        end = 8 + int.from_bytes(content[:8], "little")
+        said = str(json.loads(content[8:end]).get("__metadata__", {}).get("sha256", ""))
+        if said:
+            body, found = content, hashlib.sha256(content[:end].replace(said.encode(), _ZEROS.encode(), 1))
+            found.update(memoryview(content)[end:])
+        else:
+            body, said = content[:-32], content[-32:].hex()
+            found = hashlib.sha256(body)
+        if found.hexdigest() != said:
             raise DamagedFile(f"{path}: its content does not match its SHA-256")
         arrays: Arrays = load(body)
         return arrays
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{path}: {error}") from None

@@ -1,12 +1,18 @@
-"""What is ours as Flower's records and back: named NumPy arrays without a copy where none is needed, and each client's small
-records without Flower's check of each entry, which for a hundred clients takes as long as training some of them."""
+"""Between Meadow's values and Flower's records; the one place that touches what Flower keeps private (flwr 1.41).
+
+Named NumPy arrays become records without a copy. Each client's small records skip Flower's check of each entry, which for a
+hundred clients takes as long as training some of them.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run as Run
+from flwr.supercore.task_identity import TaskIdentity
 
 from meadow.arrays.named import Arrays
 
@@ -68,3 +74,22 @@ def to_content(records: Mapping[str, ArrayRecord | MetricRecord | ConfigRecord])
     content = RecordDict()
     content.__dict__["_data"].update(records)
     return content
+
+
+def set_task(run: int, node: int) -> None:
+    """Let this process create messages of a run as a node. Flower asks for a task's identity then, and has no public way to
+    set it."""
+    TaskIdentity.task_id = TaskIdentity.run_id = run
+    TaskIdentity.node_id = node
+
+
+def set_message_id(message: Message, number: str) -> None:
+    """Give a message its id, as Flower's own grids do when it is sent."""
+    message.metadata.__dict__["_message_id"] = number
+
+
+def is_remote(grid: Grid) -> bool:
+    """Whether a grid sends messages over Flower's network, each record and array by calls of its own."""
+    from flwr.superlink.grid import HttpGrid  # the server's: a node need not import it
+
+    return isinstance(grid, HttpGrid)

@@ -6,41 +6,34 @@ out: some seventy for a node with five clients. Folded, a content is one array a
 """
 
 import json
-import math
 from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from meadow.arrays.codec import decode, encode
 from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.named import Arrays
 
 _KINDS = {"arrays": ArrayRecord, "metrics": MetricRecord, "config": ConfigRecord}
-_ALIGNED = 64
-"""Bytes at whose multiples an array begins."""
 
 
 def folded(content: RecordDict) -> RecordDict:
     """The same in two records: "folded" with all settings, metrics and the layout, "arrays" with all arrays' bytes."""
     layout: list[object] = []
     values = ConfigRecord()
-    pieces: list[bytes] = []
-    begin = 0
+    arrays: Arrays = {}
     for number, (name, record) in enumerate(content.items()):
+        kind = next(kind for kind, of in _KINDS.items() if isinstance(record, of))
+        layout.append([name, kind, list(record)])
         if isinstance(record, ArrayRecord):
-            arrays = []
-            for key, value in from_record(record).items():
-                arrays.append([key, value.dtype.str, value.shape, begin])
-                pieces.append(value.tobytes())
-                pieces.append(bytes(-value.nbytes % _ALIGNED))
-                begin += value.nbytes + len(pieces[-1])
-            layout.append([name, "arrays", arrays])
+            arrays |= {f"{number}.{key}": value for key, value in from_record(record).items()}
         else:
-            layout.append([name, "metrics" if isinstance(record, MetricRecord) else "config", list(record)])
             for key, entry in record.items():
                 values[f"{number}.{key}"] = entry
     values["layout"] = json.dumps(layout)
-    flat = np.frombuffer(b"".join(pieces), dtype=np.uint8)
+    flat = np.frombuffer(b"".join(encode(arrays)), dtype=np.uint8)
     return RecordDict({"folded": values, "arrays": to_record({"all": flat})})
 
 
@@ -52,19 +45,13 @@ def is_folded(content: RecordDict) -> bool:
 def unfolded(content: RecordDict) -> RecordDict:
     """The inverse of `folded`. Raises KeyError, TypeError or ValueError if it is none."""
     values = cast(ConfigRecord, content["folded"])
-    flat = from_record(cast(ArrayRecord, content["arrays"]))["all"]
+    arrays = decode(from_record(cast(ArrayRecord, content["arrays"]))["all"].data)
     found = RecordDict()
-    for number, (name, kind, entries) in enumerate(json.loads(cast(str, values["layout"]))):
-        if kind != "arrays":
-            found[name] = _KINDS[kind]({key: values[f"{number}.{key}"] for key in entries})
-            continue
-        arrays = {}
-        for key, dtype, shape, begin in entries:
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            if min([begin, *shape]) < 0 or begin + size > len(flat):
-                raise ValueError(f"array {key} lies outside of what was sent")
-            arrays[key] = flat[begin : begin + size].view(dtype).reshape(shape)
-        found[name] = to_record(arrays)
+    for number, (name, kind, keys) in enumerate(json.loads(cast(str, values["layout"]))):
+        if kind == "arrays":
+            found[name] = to_record({key: arrays[f"{number}.{key}"] for key in keys})
+        else:
+            found[name] = _KINDS[kind]({key: values[f"{number}.{key}"] for key in keys})
     return found
 
 

@@ -1,142 +1,179 @@
-"""Data once a machine: a command puts data set and split where the other processes of its machine find them.
+"""Shared memory of a command and its workers on one machine: segments, which hold pickled objects and their arrays.
 
-Without it each worker reads the data by itself and has its own copy. A piece is pickled into a file in memory (memfd, on
-Linux) with its arrays beside it; whoever maps it shares their pages until it writes to them. The file ends with the command
-that made it, however it ends. What is unpickled comes from a command of the same user, who alone can open it.
+A segment is a file in memory (memfd, on Linux). It ends with the command that made it, however that ends, and only the same
+user can open it; so what is unpickled comes from a process of that user. Segments serve two purposes:
+
+- messages between the command and its workers (`Segments`): each segment is used again and again, since memory that was
+  never used before costs more than copying into it;
+- data that all processes of a machine read (`share`, `common`): data set and split lie in memory once.
 """
 
+import copyreg
 import io
+import itertools
 import mmap
 import os
 import pickle
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-K = TypeVar("K", bound=Hashable)
+from meadow.arrays.codec import Bytes, aligned, frame, unframe
+
 T = TypeVar("T")
 
+SMALL = 4096
+"""Bytes up to which an array stays inside its object's pickle."""
 MOST = 8
-"""Pieces that a process keeps; then the oldest goes."""
-_NAME = "meadow-data"
-_ALIGNED = 64
-_HEAD = 16
-"""Bytes that say where the arrays begin."""
+"""Shared values that a process keeps; then the oldest goes."""
+_NAME = "meadow-memory"
+_numbers = itertools.count()
+
+Place = tuple[int, int]
+"""Where an object lies in a segment: its first byte, and how many there are."""
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Address:
+    """Where another process finds a segment. number: its own, among all that a command makes."""
+
+    path: str
+    number: int
+
+
+class Segment:
+    """A file in memory, made here, or by another process of this machine (`address`). Raises OSError if it is gone."""
+
+    def __init__(self, address: Address | None = None) -> None:
+        if address is None:
+            self._file = os.memfd_create(_NAME)
+            address = Address(f"/proc/{os.getpid()}/fd/{self._file}", next(_numbers))
+        else:
+            if _NAME not in str(Path(address.path).readlink()):
+                raise FileNotFoundError(f"{address.path} is another file now")
+            self._file = os.open(address.path, os.O_RDWR)
+        self.address = address
+        self._memory: mmap.mmap | None = None
+        weakref.finalize(self, os.close, self._file)
+
+    def write(self, objects: Sequence[Any]) -> list[Place]:
+        """Put objects into the segment, in the place of what was there. Returns where each lies."""
+        framed = [_pickled(each) for each in objects]
+        sizes = [aligned(sum(memoryview(part).nbytes for part in parts)) for parts in framed]
+        memory, begin = self._mapped(sum(sizes)), 0
+        places = []
+        for parts, size in zip(framed, sizes, strict=True):
+            at = begin
+            for part in parts:
+                end = at + memoryview(part).nbytes
+                memory[at:end] = part
+                at = end
+            places.append((begin, size))
+            begin += size
+        return places
+
+    def read(self, place: Place) -> Any:
+        """The object at a place. Its arrays are read-only, and change when it is written again; `Kept` copies them."""
+        begin, size = place
+        return _unpickled(memoryview(self._mapped(begin + size)).toreadonly()[begin : begin + size])
+
+    def read_private(self) -> Any:
+        """The first object. Its arrays are the segment's pages until this process writes to them; no other one sees that."""
+        return _unpickled(memoryview(mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)))
+
+    def _mapped(self, size: int) -> mmap.mmap:
+        if self._memory is None or len(self._memory) < size:
+            if os.fstat(self._file).st_size < size:
+                os.ftruncate(self._file, size)
+            self._memory = mmap.mmap(self._file, 0)
+        return self._memory
+
+
+@dataclass
+class Segments:
+    """A command's segments for messages. One that is taken is used again only after it was given back."""
+
+    _free: list[Segment] = field(default_factory=list)
+
+    def take(self) -> Segment:
+        """A segment that nobody uses."""
+        return self._free.pop() if self._free else Segment()
+
+    def give_back(self, segment: Segment) -> None:
+        """What is in it has been read, or will not be."""
+        self._free.append(segment)
+
+
+@dataclass(frozen=True)
+class _Shared:
     value: Any
-    address: str
-    file: "_File | None" = None
+    path: str
+    segment: Segment | None = None
+    """Of the process that made it: with it the memory ends."""
 
 
-class _File:
-    """A file in memory, there as long as this object."""
-
-    def __init__(self) -> None:
-        self.number = os.memfd_create(_NAME)
-        self.address = f"/proc/{os.getpid()}/fd/{self.number}"
-
-    def __del__(self) -> None:
-        os.close(self.number)
+_shared: dict[Hashable, _Shared] = {}
 
 
-class _Pickler(pickle.Pickler):
-    """Tensors as the arrays that they are, so that these stay outside the pickle."""
-
-    def reducer_override(self, value: object) -> Any:
-        return (torch.from_numpy, (value.contiguous().numpy(),)) if type(value) is Tensor else NotImplemented
+def common(key: Hashable, make: Callable[[], T]) -> T:
+    """The value that is shared under a key, else what `make` makes."""
+    return cast(T, _shared[key].value) if key in _shared else make()
 
 
-_pieces: dict[Hashable, _Piece] = {}
-
-
-def common(what: Hashable, make: Callable[[], T]) -> T:
-    """The piece that is `what` if it lies in common memory, else what `make` makes."""
-    return cast(T, _pieces[what].value) if what in _pieces else make()
-
-
-def share(what: Hashable, value: object) -> str:
-    """Put a piece into common memory, from where this process takes it too; returns its address for `find`, "" where the
-    system has no such memory."""
-    if what not in _pieces:
+def share(key: Hashable, value: object) -> str:
+    """Share a value with the processes of this machine, and take it from there too. Returns its path for `find`, "" where
+    the system has no such memory."""
+    if key not in _shared:
         if not hasattr(os, "memfd_create"):
             return ""
-        file = _File()
-        _write(file, (what, value))
-        _keep(what, _Piece(_read(file.address)[1], file.address, file))
-    return _pieces[what].address
+        segment = Segment()
+        segment.write([(key, value)])
+        _keep(key, _Shared(segment.read_private()[1], segment.address.path, segment))
+    return _shared[key].path
 
 
-def find(address: str) -> None:
-    """Let `common` have a piece that another process shares. Raises OSError if it is gone.
+def find(path: str) -> None:
+    """Let `common` have a value that another process shares. Raises OSError if it is gone.
 
-    It is looked at each time: an address is given to another piece once its own has gone.
+    It is looked at each time: a path is given to another segment once its own has gone.
     """
-    what, value = _read(address)
-    if what not in _pieces:
-        _keep(what, _Piece(value, address))
+    key, value = Segment(Address(path, -1)).read_private()
+    if key not in _shared:
+        _keep(key, _Shared(value, path))
 
 
-def _keep(what: Hashable, piece: _Piece) -> None:
-    while len(_pieces) >= MOST:
-        del _pieces[next(iter(_pieces))]
-    _pieces[what] = piece
+def _keep(key: Hashable, shared: _Shared) -> None:
+    while len(_shared) >= MOST:
+        del _shared[next(iter(_shared))]
+    _shared[key] = shared
 
 
-def _write(file: _File, value: object) -> None:
-    """The pickle and the arrays' places, then the arrays."""
-    pickled, buffers, places, end = io.BytesIO(), list[memoryview](), list[tuple[int, int]](), 0
-
-    def outside(buffer: pickle.PickleBuffer) -> None:
-        nonlocal end
-        buffers.append(buffer.raw())
-        places.append((end, buffers[-1].nbytes))
-        end += -(-buffers[-1].nbytes // _ALIGNED) * _ALIGNED
-
-    _Pickler(pickled, protocol=5, buffer_callback=outside).dump(value)
-    head = pickle.dumps((pickled.getvalue(), places))
-    begin = -(-(_HEAD + len(head)) // _ALIGNED) * _ALIGNED
-    os.ftruncate(file.number, begin + end)
-    with Path(file.address).open("r+b") as out:
-        out.write(begin.to_bytes(_HEAD, "little") + head)
-        for (at, _), raw in zip(places, buffers, strict=True):
-            out.seek(begin + at)
-            out.write(raw)
+def _as_array(tensor: Tensor) -> tuple[Any, ...]:
+    """A tensor is pickled as the array that it is, so that its numbers stay outside the pickle."""
+    return torch.from_numpy, (tensor.contiguous().numpy(),)
 
 
-def _read(address: str) -> Any:
-    """What lies at an address; its arrays are the file's pages until they are written to. Raises OSError if it is gone."""
-    if _NAME not in str(Path(address).readlink()):
-        raise FileNotFoundError(f"{address} is another file now")
-    with Path(address).open("rb") as file:
-        memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    begin = int.from_bytes(memory[:_HEAD], "little")
-    pickled, places = pickle.loads(memory[_HEAD:begin])
-    return pickle.loads(pickled, buffers=[memory[begin + at : begin + at + size] for at, size in places])
+def _pickled(value: object) -> list[Bytes]:
+    """The pickle as the header, large arrays as the buffers."""
+    pickled, buffers = io.BytesIO(), list[Bytes]()
+
+    def inside(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes > SMALL:
+            buffers.append(raw)
+        return raw.nbytes <= SMALL
+
+    pickler = pickle.Pickler(pickled, protocol=5, buffer_callback=inside)
+    pickler.dispatch_table = {**copyreg.dispatch_table, Tensor: _as_array}
+    pickler.dump(value)
+    return frame(pickled.getbuffer(), buffers)
 
 
-class Recent(Generic[K, T]):
-    """What was made last, as much as fits into so many bytes, but always the newest."""
-
-    def __init__(self, most: int) -> None:
-        self._most, self._bytes = most, 0
-        self._kept: dict[K, tuple[T, int]] = {}
-
-    def get(self, key: K) -> T | None:
-        """What is kept under a key."""
-        found = self._kept.get(key)
-        return None if found is None else found[0]
-
-    def put(self, key: K, value: T, size: int) -> T:
-        """Keep a value of so many bytes; returns it."""
-        self._bytes += size - self._kept.pop(key, (None, 0))[1]
-        self._kept[key] = value, size
-        while self._bytes > self._most and len(self._kept) > 1:
-            self._bytes -= self._kept.pop(next(iter(self._kept)))[1]
-        return value
+def _unpickled(memory: memoryview) -> Any:
+    head, buffers = unframe(memory)
+    return pickle.loads(head, buffers=buffers)

@@ -427,10 +427,10 @@ class Privacy(Section):
     denominator: float = Field(
         0.0, ge=0, description="What the noisy sum is divided by; 0: local.batch_size, or the expected cohort."
     )
-    grad_sample: Literal["auto", "book", "ghost", "hooks", "loop"] = Field(
+    grad_sample: Literal["auto", "book", "hooks", "loop"] = Field(
         "auto",
-        description="unit = example: how clipped gradients are had: book: our book-keeping; ghost, hooks: Opacus's; loop: a "
-        "pass for each sample; auto: by the model.",
+        description="unit = example: how per-example gradients are clipped and summed: book, one pass with our "
+        "book-keeping; hooks, Opacus; loop, one pass per example; auto, by the model.",
     )
     adaptive_clip: bool = Field(False, description="unit = client: the clip follows a quantile of the updates' norms.")
     clip_quantile: float = Field(0.5, ge=0, le=1, description="Share of updates that the adaptive clip lets through.")

@@ -22,7 +22,8 @@ from meadow.simulation.launch import engine
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
 from meadow.tasks.readers.domains import source_samples
-from meadow.tasks.task import initial_state, open_task, settle
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
 
 Watch = Callable[[Path, Experiment], AbstractContextManager[object]]
 
@@ -224,6 +225,8 @@ def check_run(experiment: Experiment) -> None:
     teacher(model, task, experiment)
     if experiment.adapt.method != "none":
         source_samples(experiment, None)
+    if experiment.engine.trainer != "auto":
+        costs_of(experiment)  # which asks every trainer
 
 
 def default_folder(name: str) -> Path:

@@ -274,7 +274,8 @@ def _warm_up(experiment: Experiment) -> None:
 
 
 def _open(experiment: Experiment) -> None:
-    from meadow.tasks.task import initial_state, settle
+    from meadow.tasks.start import initial_state
+    from meadow.tasks.task import settle
 
     with suppress(Exception):  # it shows again, and is told, where the run itself opens the data
         initial_state(settle(experiment))

@@ -4,12 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
-from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays, arrays_sha256
-from meadow.client.node import open_node, open_turn
+from meadow.client.node import open_context, open_node
 from meadow.config import load as files
 from meadow.config.schema import Experiment
 from meadow.experiments.api import Summary
@@ -21,7 +19,8 @@ from meadow.simulation.grid import node_context
 from meadow.strategies.roles import roles_of
 from meadow.strategies.wire.packing import Request
 from meadow.tasks.evaluation import load_into
-from meadow.tasks.task import initial_state, open_task, settle
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
 
 
 def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:
@@ -100,15 +99,14 @@ def _used(experiment: Experiment, checkpoint: Checkpoint, folder: RunFolder, cli
     run, node = str(folder.manifest()["run_id"]), open_node(node_context(experiment, 0, 1, folder.state))
     void = [f"{r['round']}.{attempt + 1}" for r in records for attempt in range(len(r.get("void", [])))]
     config: dict[str, Any] = {"round": checkpoint.round, "run": run, "void": void}
-    content = RecordDict({"arrays": to_record(checkpoint.arrays), "config": ConfigRecord(config)})
-    turn = open_turn(node, Request(client, content), before=checkpoint.round + 1)
-    if not turn.personal and not turn.memory and any(client in _trained(r) for r in records):
+    context = open_context(node, Request(client, checkpoint.arrays, config), before=checkpoint.round + 1)
+    if not context.personal and not context.memory and any(client in _trained(r) for r in records):
         gone = _Gone(
             f"{folder.path}: what client {client} keeps for itself is not in {folder.state}. In a deployment it never "
             "leaves the client's node. Leave `client` out for the shared model, where there is one"
         )
-        turn = replace(turn, memory=gone, personal=gone if node.roles.personal else {})
-    return node.half.used(turn)
+        context = replace(context, memory=gone, personal=gone if node.roles.personal else {})
+    return node.algorithm.used(context)
 
 
 class _Gone(dict[str, Any]):

@@ -14,7 +14,8 @@ from meadow.server.cohorts import read_schedule
 from meadow.server.session import setup
 from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
-from meadow.tasks.task import initial_state, open_task, settle
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task, settle
 
 
 def plan(experiment: Experiment) -> dict[str, Any]:

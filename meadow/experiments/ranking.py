@@ -8,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from meadow.experiments import words
+from meadow.experiments.pairs import compare_paired
 from meadow.experiments.results import (
     ALONE,
     RunResult,
     by_method,
-    compare_paired,
     counted,
     higher_is_better,
     is_share,

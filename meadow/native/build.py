@@ -9,8 +9,8 @@ and else compiles it into the second place, if there is a C compiler (`cc`, or `
 there is none, callers use NumPy or torch instead.
 
 A library's name says for which processor it was built: for exactly one kind (`native`), or for a level of x86-64 that
-many have (`portable`), which is what goes into an image. The two may differ in the last bits of `fused.c` (it rounds products
-and sums apart or together, as the processor likes it); the other files give the same bits however they are built.
+many have (`portable`), which is what goes into an image. The two may differ in the last bits of `fused.c` (products and
+sums are rounded apart or together, as the processor likes it); the other files give the same bits however they are built.
 
 Flower lets no C file into an app bundle. Code that runs from a bundle takes the libraries of the Meadow that is installed
 beside it, or of the folder `$MEADOW_NATIVE`. They fit only if they were built from the very sources that SOURCES names: the
@@ -26,7 +26,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
@@ -128,6 +128,11 @@ def build_all(folder: Path, chosen: Iterable[Target]) -> list[str]:
         return [reason for reason in pool.map(one, [(file, t) for t in chosen for file in SOURCES]) if reason]
 
 
+def to_build(portable: bool) -> Sequence[Target]:
+    """What an installation compiles for: the levels of x86-64 if it is to be portable, else this processor."""
+    return PORTABLE if portable and platform.machine().lower() in ("x86_64", "amd64") else [native()]
+
+
 def targets() -> Iterator[Target]:
     """What this processor can run, the best first."""
     yield native()
@@ -203,6 +208,6 @@ def _features() -> set[str]:
 
 if __name__ == "__main__":  # python -m meadow.native.build native|portable [FOLDER]
     where = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parent / BUILT
-    failed = build_all(where, PORTABLE if sys.argv[1:2] == ["portable"] else [native()])
+    failed = build_all(where, to_build(portable=sys.argv[1:2] == ["portable"]))
     print("\n".join(failed) or f"compiled into {where}")
     sys.exit(bool(failed))

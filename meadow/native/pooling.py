@@ -10,7 +10,7 @@ from meadow.native.build import NotCompiled, compiled
 
 
 def pool_forward(x: Tensor, out: Tensor, places: Tensor, sizes: Sequence[int], relu: bool) -> None:
-    """Write the maximum of each window of x, after ReLU if asked for, to out, and where it was in its window to places (int32).
+    """Write the maximum of each window of x, after ReLU if asked for, to out, and its place in the window to places (int32).
 
     x: float32 (n, h, w, c) in memory; out, places: (n, oh, ow, c). sizes: h, w, c, oh, ow and the window's height and width.
     """

@@ -81,6 +81,11 @@ def _by_numpy(
     return finite
 
 
+def available() -> bool:
+    """Whether `sums.c` can be had here."""
+    return _library() is not None
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     """The compiled `sums.c`, where it can be had."""

@@ -22,7 +22,7 @@ from meadow.privacy.accounting import (
     local_guarantee,
     noise_multiplier,
 )
-from meadow.privacy.dpsgd import Mechanism
+from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import numpy_generator
 

@@ -137,11 +137,12 @@ def _one_run_p(canaries: int, guesses: int, correct: int, epsilon: float, delta:
 
 def _pearson(scores: Floats, included: npt.NDArray[np.bool_], threshold: float, delta: float) -> float:
     """log((TPR - delta) / FPR) and its mirror image, of the bounds that hold together with the confidence."""
-    tail = (1 - CONFIDENCE) / 4
 
     def bounds(hits: int, n: int) -> tuple[float, float]:
-        low = float(stats.beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
-        return low, float(stats.beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
+        if not n:
+            return 0.0, 1.0
+        found = stats.binomtest(hits, n).proportion_ci(1 - (1 - CONFIDENCE) / 2, method="exact")
+        return float(found.low), float(found.high)
 
     said = scores > threshold
     n_in, n_out = int(included.sum()), int((~included).sum())

@@ -1,6 +1,6 @@
-"""Losses for training and scores for reports, for each target of a model.
+"""Scores for reports, for each target of a model.
 
-The scores are scikit-learn's, told not to check its input again: a client is scored thousands of times a run. Those of
+They are scikit-learn's, told not to check its input again: a client is scored thousands of times a run. Those of
 classes are counted here, by its formulas, because importing it takes as long as a round of a thousand clients.
 """
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meadow.tasks.data import MISSING, Target
+from meadow.tasks.data import Target
+from meadow.tasks.losses import each_loss
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -42,113 +42,6 @@ def kind_of(metrics: Collection[str]) -> str:
     """The kind of target that has these metrics: a run folder does not say the kind, but its metrics tell."""
     tells = {"exact_match": "labels", "rmse": "value", "pinball": "quantiles"}
     return next((kind for metric, kind in tells.items() if metric in metrics), "class")
-
-
-def losses(
-    outputs: Mapping[str, Tensor],
-    y: Mapping[str, Tensor],
-    targets: Sequence[Target],
-    weights: Mapping[str, Tensor] | None = None,
-    smoothing: float = 0.0,
-) -> dict[str, Tensor]:
-    """Each target's loss, a mean over the samples that have it, as a scalar tensor; 0 if none has.
-
-    A class target: cross-entropy of logits (n, classes, ...) in nats, times the weight of the sample's class. Labels:
-    binary cross-entropy of logits (n, labels), a positive's times its weight. A value: the mean squared error of the
-    output (n,) against (value - offset) / scale, so it has no unit. Quantiles: the pinball loss of outputs
-    (n, quantiles) in the same unit, max(q e, (q - 1) e) with e = truth - output, summed over the quantiles (Koenker and
-    Bassett 1978). A sample with several entries (labels, a class at each token) has the mean over those that are known.
-    `weights`: `class_weights` of the targets. `smoothing`: this share of a class label is spread evenly over all classes
-    (Szegedy et al. 2016, section 7); other kinds of target keep their loss. The mean is over the count of samples, not
-    over their weights or entries, so that a sample's loss does not depend on the others in its batch.
-    """
-    samples = sample_losses(outputs, y, targets, weights, smoothing)
-    result = {}
-    for target in targets:
-        known = target.known(y[target.name])
-        present = known.flatten(1).any(1) if known.ndim > 1 else known
-        result[target.name] = samples[target.name].sum() / present.sum().clamp(min=1)
-    return result
-
-
-def mean_loss(target: Target, outputs: Mapping[str, Tensor], y: Mapping[str, Tensor], smoothing: float = 0.0) -> Tensor:
-    """What `losses` gives for a class target whose labels are all known, without weights, but for the last bits."""
-    return F.cross_entropy(outputs[target.name], y[target.name], label_smoothing=smoothing)
-
-
-def sample_losses(
-    outputs: Mapping[str, Tensor],
-    y: Mapping[str, Tensor],
-    targets: Sequence[Target],
-    weights: Mapping[str, Tensor] | None = None,
-    smoothing: float = 0.0,
-) -> dict[str, Tensor]:
-    """Each target's loss of each sample, (n,): its mean over the entries (tokens, labels) that the sample has, 0 if none.
-
-    A sample's loss depends on that sample alone, as DP-SGD needs it. Where samples have one entry each, and all of them
-    have it, the mean over the samples is `losses`.
-    """
-    result = {}
-    for target in targets:
-        output, truth = outputs[target.name], y[target.name]
-        known = target.known(truth)
-        each = _each(target, output, truth, known, (weights or {}).get(target.name), smoothing)
-        result[target.name] = each.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1) if each.ndim > 1 else each
-    return result
-
-
-def _each(
-    target: Target, output: Tensor, truth: Tensor, known: Tensor, weight: Tensor | None, smoothing: float = 0.0
-) -> Tensor:
-    """The loss of each entry of `truth`, 0 where it is missing."""
-    if target.kind == "class":
-        return F.cross_entropy(output, truth, weight, ignore_index=MISSING, reduction="none", label_smoothing=smoothing)
-    truth = torch.where(known, truth, 0.0)
-    if target.kind == "labels":
-        each = F.binary_cross_entropy_with_logits(output, truth, pos_weight=weight, reduction="none")
-    elif target.kind == "value":
-        each = F.mse_loss(output, (truth - target.offset) / target.scale, reduction="none")
-    else:
-        error = ((truth - target.offset) / target.scale)[:, None] - output
-        level = torch.tensor(target.quantiles, dtype=output.dtype, device=output.device)
-        each = torch.maximum(level * error, (level - 1) * error).sum(1)
-    return each * known
-
-
-def class_weights(targets: Sequence[Target], y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights for `losses` of those targets that have any, float32 (size,), on the device of `y`.
-
-    A balanced class target: n / (k n_c) with n_c of the n known labels in `y`, the client's own training part, of
-    class c, and k classes that occur there; their mean over the samples is 1. 1 for a class that does not occur.
-    Balanced labels: negatives over positives of each, 1 where it has only one of the two.
-    """
-    result = {}
-    for target in targets:
-        truth = y[target.name]
-        if target.weights:
-            result[target.name] = torch.tensor(target.weights, device=truth.device)
-        elif target.balanced:
-            known = target.known(truth)
-            if target.kind == "class":
-                counts = torch.bincount(truth[known], minlength=target.size).float()
-                weight = counts.sum() / ((counts > 0).sum() * counts)
-            else:
-                positive = torch.where(known, truth, 0.0).sum(0)
-                weight = (known.sum(0) - positive) / positive
-            result[target.name] = torch.where(torch.isfinite(weight) & (weight > 0), weight, 1.0)
-    return result
-
-
-def loss(
-    outputs: Mapping[str, Tensor],
-    y: Mapping[str, Tensor],
-    targets: Sequence[Target],
-    weights: Sequence[float],
-) -> Tensor:
-    """The sum over targets of weight times loss, a scalar tensor. Raises ValueError unless each target has a weight."""
-    each = losses(outputs, y, targets)
-    terms = [weight * each[target.name] for weight, target in zip(weights, targets, strict=True)]
-    return sum(terms[1:], start=terms[0])
 
 
 def score(
@@ -200,7 +93,7 @@ def score(
             with _scikit_learn() as sk:
                 areas = [float(sk.auc(*sk.roc_curve(*asked)[:2])) for _, *asked in _questions(target, output, truth)]
             metrics |= {"auroc": float(np.mean(areas))} if areas else {}
-        metrics["loss"] = float(_each(target, output, truth, known, None).sum() / known.sum())
+        metrics["loss"] = float(each_loss(target, output, truth, known, None).sum() / known.sum())
         result[target.name] = {name: value for name, value in metrics.items() if np.isfinite(value)}
     return result
 

@@ -1,10 +1,10 @@
-"""A task, opened: the data set, its split over the clients, the learned targets, the model and its initial state.
+"""A task, opened: the data set, its split over the clients, the learned targets and the model.
 
 Everything here is a function of the experiment alone, so every process of a run opens the same task by itself.
 """
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,23 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from meadow.arrays import memory
-from meadow.arrays.memory import Recent
-from meadow.arrays.named import Arrays
+from meadow.arrays.lru import LRU
 from meadow.config import schema
 from meadow.config.load import apply, resolve, to_tree
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
-from meadow.runtime.seeds import derive, numpy_generator, one_thread, torch_generator
-from meadow.tasks.data import MISSING, Data, Dataset, Inputs, Target, concatenate
-from meadow.tasks.metrics import loss
+from meadow.runtime.seeds import numpy_generator
+from meadow.tasks.data import MISSING, Data, Dataset, Target, concatenate
 from meadow.tasks.models.multihead import build, inputs, with_domains
 from meadow.tasks.models.peft import Added, added, extend
-from meadow.tasks.models.stitch import COLUMNS
-from meadow.tasks.models.weights import TRUNK, pretrained_trunk
 from meadow.tasks.numerics import laid_out
 from meadow.tasks.pipeline import Pipeline, image_pipeline
 from meadow.tasks.readers.datasets import data_settings, forget_datasets, open_dataset
-from meadow.tasks.readers.digits import printed_digits
 from meadow.tasks.splits.holds import held
 from meadow.tasks.splits.laws import Ints
 from meadow.tasks.splits.partition import Split, deal, label_counts, strata
@@ -70,7 +65,7 @@ class Task:
     counts: Ints | None = None
     added: Added = field(default_factory=Added)
     two_domains: bool = False
-    _clients: Recent[int, ClientData] = field(default_factory=lambda: Recent(_KEPT), repr=False, compare=False)
+    _clients: LRU[int, ClientData] = field(default_factory=lambda: LRU(_KEPT), repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
         """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond.
@@ -131,18 +126,23 @@ class Task:
         return x if self.pipeline is None else self.pipeline(x, training)
 
 
+_elsewhere: list[Callable[[Experiment], Task]] = []
+
+
+def open_tasks_by(open_: Callable[[Experiment], Task] | None) -> None:
+    """From now on let `open_task` open tasks by `open_` in this process, as from a share; None: from the data again."""
+    _elsewhere[:] = [open_] if open_ else []
+
+
 def open_task(experiment: Experiment) -> Task:
     """The task of an experiment; the same object for the same (run.seed, task, partition, fold) in one process.
 
     The split follows the first of `task.targets` (its labels, or for a value target its deciles), not the first
     learned one, so that methods that learn different targets are compared on one split. Raises UserError for an
-    unknown target and an impossible split. A process that has a share (`meadow.tasks.splits.shares`) opens its task
-    from there.
+    unknown target and an impossible split. After `open_tasks_by` it is what that function opens.
     """
-    from meadow.tasks.splits.shares import read_share, share_folder  # shares are made of tasks
-
-    if place := share_folder():
-        return read_share(place, experiment)
+    if _elsewhere:
+        return _elsewhere[-1](experiment)
     seed, folds = experiment.run.seed, (experiment.evaluate.folds, experiment.evaluate.fold)
     more = added(experiment.local), experiment.adapt.method == "augment"
     return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, *more)
@@ -239,118 +239,3 @@ def _added(x: Tensor, noise: Tensor) -> Tensor:
     if x.dtype == torch.uint8:
         return noise.mul_(255).add_(x).round_().clamp_(0, 255).to(torch.uint8)
     return noise.add_(x)
-
-
-def initial_state(experiment: Experiment) -> Arrays:
-    """The model's complete state before the first round, in state_dict order; fresh arrays at each call. All float32, but
-    for a batch normalisation's count of batches, which is int64.
-
-    task.pretrained = "": the random start of run.seed (`meadow.tasks.models.multihead.build`). "source": its trunk is
-    that of `source_state`, the heads keep their random start. Else its trunk is that of
-    `meadow.tasks.models.weights.pretrained_trunk`. Raises UserError for weights that are missing, unreadable or do not fit.
-    """
-    task, opened = experiment.task, open_task(experiment)
-    state = dict(opened.plain_model().state_dict())
-    if task.pretrained == "source":
-        source = source_state(experiment)
-        state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
-    elif task.pretrained:
-        state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
-    if opened.added.kind or opened.two_domains or task.trunks == "cross-stitch":
-        whole = dict(opened.new_model().state_dict())
-        state = {name: _start(name, state, tensor, bool(task.pretrained)) for name, tensor in whole.items()}
-    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    return {name: tensor.numpy(force=True).copy() for name, tensor in floats.items()}
-
-
-def _start(name: str, plain: Mapping[str, Tensor], new: Tensor, pretrained: bool) -> Tensor:
-    """Where an array of a model that is more than the plain one starts: in the trunk as that of the plain model, which
-    coupled trunks take only if it is pretrained; else as it is, new."""
-    if pretrained and name.startswith(COLUMNS):
-        name = TRUNK + name.removeprefix(COLUMNS).partition(".")[2]
-    return plain.get(name, new) if name.startswith(TRUNK) else new
-
-
-def source_model(experiment: Experiment) -> nn.Module:
-    """A new model with `source_state`."""
-    model = open_task(experiment).plain_model()
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, value in source_state(experiment).items():
-            state[name].copy_(torch.from_numpy(value))
-    return model
-
-
-def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
-    """The complete state of the source model, heads and all, float32, in state_dict order; not to be written to.
-
-    The same model family, trained on `task.source_samples` samples of `task.source` for `task.source_epochs` epochs,
-    on the learned targets with their weights. Its data, start and order come from derive(run.seed, "source"), so it is
-    the same for every partition. Kept once trained.
-    """
-    task = experiment.task
-    weights = task.target_weights or (1.0,) * len(experiment.learned)
-    # What a source model depends on, and nothing else: runs that start from it under any other setting share it.
-    key = schema.Task(
-        learn="all",
-        pretrained="",
-        targets=experiment.learned,
-        model=task.model,
-        hidden=task.hidden,
-        norm=task.norm,
-        gated=task.gated,
-        source=task.source,
-        source_samples=task.source_samples,
-        source_epochs=task.source_epochs,
-        target_weights=weights,
-    )
-    targets = open_task(experiment).targets
-    with one_thread():  # it is trained wherever it is asked for first, before or after an engine sets its threads
-        return _source_state(derive(experiment.run.seed, "source"), key, targets)
-
-
-@dataclass(frozen=True)
-class SourceData:
-    """The source task's own samples: those that the source model learned from, and others made the same way."""
-
-    train: Data
-    test: Data
-
-
-def source_data(experiment: Experiment) -> SourceData:
-    """The source task's data of an experiment: what `source_state` is trained on, and a test set of 1,000 samples."""
-    return _source_data(derive(experiment.run.seed, "source"), experiment.task.source_samples)
-
-
-@functools.lru_cache(maxsize=2)
-def _source_data(seed: int, samples: int) -> SourceData:
-    return SourceData(
-        printed_digits(samples, derive(seed, "data")), printed_digits(SOURCE_TEST, derive(seed, "data", "test"))
-    )
-
-
-SOURCE_TEST = 1000
-SOURCE_BATCH = 64
-SOURCE_LR = 2e-3
-SOURCE_WEIGHT_DECAY = 1e-2
-
-
-@functools.lru_cache(maxsize=8)
-def _source_state(seed: int, task: schema.Task, targets: tuple[Target, ...]) -> dict[str, npt.NDArray[np.float32]]:
-    """Train the source model with AdamW (Loshchilov and Hutter 2019) at a rate that falls linearly to zero."""
-    # The sample count alone decides the source data's targets and shape, so no test part is made for it.
-    data = printed_digits(task.source_samples, derive(seed, "data"))
-    model = build(task, targets, Inputs(tuple(data.x.shape[1:])), seed)
-    steps = task.source_epochs * -(-len(data) // SOURCE_BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SOURCE_LR, weight_decay=SOURCE_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    model.train()
-    for epoch in range(task.source_epochs):
-        order = torch.randperm(len(data), generator=torch_generator(seed, "shuffle", epoch))
-        for index in torch.split(order, SOURCE_BATCH):
-            batch = data.take(index)
-            optimizer.zero_grad(set_to_none=True)
-            loss(model(batch.x), batch.y, targets, task.target_weights).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-    return {name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()}

@@ -16,10 +16,9 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from flwr.supercore.run import Run
 from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientUpdate, ServerAlgorithm, Setup, State
 
-from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.flower import Run, from_record, to_record
 from meadow.arrays.named import Arrays, split_auxiliary
 from meadow.arrays.sums import as_before
 from meadow.runtime.errors import RunStopped, UserError

@@ -13,7 +13,7 @@ from helpers.runs import run_inline, small
 from meadow.simulation.launch import engine
 
 from meadow.arrays import memory
-from meadow.arrays.memory import Recent, common, find, share
+from meadow.arrays.memory import Segment, common, find, share
 from meadow.tasks.data import Data
 from meadow.tasks.task import open_task, share_task
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux'
 
 @pytest.fixture(autouse=True)
 def _nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_pieces", {})
+    monkeypatch.setattr(memory, "_shared", {})
 
 
 def lies_in_common_memory(address: int) -> bool:
@@ -30,7 +30,7 @@ def lies_in_common_memory(address: int) -> bool:
     for line in Path("/proc/self/maps").read_text().splitlines():
         first, last = (int(part, 16) for part in line.split(" ")[0].split("-"))
         if first <= address < last:
-            return "meadow-data" in line
+            return "meadow-memory" in line
     return False
 
 
@@ -67,7 +67,7 @@ def test_another_process_finds_what_is_shared_and_writes_to_its_own() -> None:
 def test_what_is_gone_cannot_be_found() -> None:
     addresses = [share(number, torch.full((100,), number)) for number in range(memory.MOST + 1)]
     assert common(0, lambda: "made") == "made"  # the oldest had to go, and its file with it
-    memory._pieces.clear()
+    memory._shared.clear()
     for address in addresses:
         with pytest.raises(OSError):
             find(address)
@@ -76,11 +76,11 @@ def test_what_is_gone_cannot_be_found() -> None:
 def test_an_address_is_not_taken_for_the_piece_that_it_was() -> None:
     """A worker that outlives a run knows addresses of pieces that have gone; their numbers come again."""
     address = share("old", torch.zeros(100))
-    old = memory._pieces.pop("old").value
-    memory._pieces["old"] = memory._Piece(old, address)  # as another process has it, whose owner has let it go
-    new = memory._File()
-    assert new.address == address
-    memory._write(new, ("new", torch.ones(100)))
+    old = memory._shared.pop("old").value
+    memory._shared["old"] = memory._Shared(old, address)  # as another process has it, whose owner has let it go
+    new = Segment()
+    assert new.address.path == address
+    new.write([("new", torch.ones(100))])
     find(address)
     assert float(common("new", lambda: torch.zeros(1)).sum()) == 100 and float(common("old", lambda: old).sum()) == 0
 
@@ -111,7 +111,7 @@ def test_workers_hold_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
             answer = super().handle(message, context, names, *records)
             lines = Path("/proc/self/maps").read_text().splitlines()
-            shared = [line.split(" ")[0].split("-") for line in lines if "meadow-data" in line]
+            shared = [line.split(" ")[0].split("-") for line in lines if "meadow-memory" in line]
             task = open_node(context).task
             places = (task.dataset.train.x.data_ptr(), task.dataset.test.x.data_ptr(), task.split.order.ctypes.data)
             inside = [any(int(a, 16) <= place < int(b, 16) for a, b in shared) for place in places]
@@ -135,14 +135,3 @@ def test_a_worker_that_finds_no_data_reads_it(tmp_path: Path, monkeypatch: pytes
     with engine("ray", 2) as launch:
         summary = launch(experiment, tmp_path / "ray")
     assert summary["model_sha256"] == run_inline(experiment, tmp_path / "inline")["model_sha256"]
-
-
-def test_recent_keeps_the_newest_within_its_bytes() -> None:
-    kept: Recent[str, int] = Recent(10)
-    for number, name in enumerate("abcd"):
-        assert kept.put(name, number, 4) == number
-    assert [kept.get(name) for name in "abcd"] == [None, None, 2, 3]
-    kept.put("c", 5, 6)
-    assert [kept.get(name) for name in "cd"] == [5, 3]
-    kept.put("e", 6, 100)
-    assert [kept.get(name) for name in "cde"] == [None, None, 6]

@@ -28,10 +28,12 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import losses
+from meadow.tasks.losses import losses
 from meadow.tasks.models.multihead import TwoDomains, augmented
 from meadow.tasks.readers.domains import source_samples
-from meadow.tasks.task import Task, initial_state, open_task, source_data
+from meadow.tasks.source import source_data
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
 
 WIDTHS = (0.5, 1.0, 3.0)
 

@@ -20,8 +20,10 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator
 from meadow.tasks.data import Target
 from meadow.tasks.evaluation import evaluate, load_into, state_of
-from meadow.tasks.metrics import losses
-from meadow.tasks.task import Task, initial_state, open_task, source_data, source_state
+from meadow.tasks.losses import losses
+from meadow.tasks.source import source_data, source_state
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
 
 DIGIT = Target("t", "class", 4)
 

@@ -22,9 +22,11 @@ from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import Data, Inputs, Target
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import losses
+from meadow.tasks.losses import losses
 from meadow.tasks.models.multihead import build
-from meadow.tasks.task import Task, initial_state, open_task, source_state
+from meadow.tasks.source import source_state
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
 
 A, B = Target("a", "class", 2), Target("b", "value", 1)
 

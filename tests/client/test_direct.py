@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.runs import run_inline, small
-from meadow.client import blocks as together
-from meadow.client import node
 from meadow.client.loop.training import train
-from meadow.client.trainers.choose import Fast, fast
+from meadow.client.trainers.choose import trainers_of
 from meadow.client.trainers.direct import Direct
+from meadow.client.trainers.job import Training, job_of
+from meadow.client.trainers.kernel import KernelTrainer
 from meadow.client.trainers.layers import (
     Convolution,
     Descent,
@@ -87,7 +88,7 @@ CASES = {
 }
 
 
-def setting(case: str) -> tuple[Fast, Task, nn.Module, list[Data]]:
+def setting(case: str) -> tuple[KernelTrainer, Task, nn.Module, list[Data]]:
     make, shape, settings = CASES[case]
     plan = ("local.epochs=3", "local.batch_size=8", "local.momentum=0", "task.hidden=16")
     experiment = load("fedavg", [*plan, *settings])
@@ -96,8 +97,8 @@ def setting(case: str) -> tuple[Fast, Task, nn.Module, list[Data]]:
         model = laid_out(Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False}))
     template = open_task(experiment)
     task = Task(template.dataset, template.split, (DIGIT,), (0.7,), experiment.task, 0, template.held)
-    found = Direct(network(model, shape, task.targets, task.weights), experiment.local)
-    return Fast(experiment, task, found), task, model, [samples(shape, size) for size in SIZES]
+    found = network(model, shape, task.targets, task.weights)
+    return KernelTrainer(Direct, experiment, task, found), task, model, [samples(shape, size) for size in SIZES]
 
 
 def distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
@@ -116,8 +117,8 @@ def test_clients_move_as_by_the_loop(case: str) -> None:
     faster, task, model, clients = setting(case)
     start, plan = state_of(model), faster.experiment.local
     rates = faster.rates(2, plan)
-    members = [faster.member(data, 2, number, plan) for number, data in enumerate(clients)]
-    done = faster.kernels.train(start, [members], rates)
+    members = [faster.member(Training(data, 2, number, plan)) for number, data in enumerate(clients)]
+    done = faster.made.train(start, [members], rates)
     for number, (data, arrays, losses) in enumerate(zip(clients, done.arrays, done.losses, strict=True)):
         load_into(model, start)
         with kernels(model):
@@ -130,7 +131,7 @@ def test_clients_move_as_by_the_loop(case: str) -> None:
         assert reported.steps == told.steps and reported.losses == pytest.approx(told.losses, rel=BOUND)
     weights = [{n: float(i + 2 + (n == next(iter(start)))) for n in start} for i in range(len(clients))]
     for given in (weights, [dict.fromkeys(start, float(i + 1)) for i in range(len(clients))]):
-        (total,) = faster.kernels.train(start, [members], rates, [given]).totals
+        (total,) = faster.made.train(start, [members], rates, [given]).totals
         expected = weighted_sum(zip(given, done.arrays, strict=True)).sums
         assert total is not None and all(total[n].tobytes() == expected[n].tobytes() for n in start)
 
@@ -138,26 +139,24 @@ def test_clients_move_as_by_the_loop(case: str) -> None:
 def test_a_block_with_infinite_numbers_has_no_sum() -> None:
     faster, _, model, clients = setting("mlp")
     clients[1].x[3] = float("inf")
-    members = [faster.member(data, 1, number, faster.experiment.local) for number, data in enumerate(clients)]
+    plan = faster.experiment.local
+    members = [faster.member(Training(data, 1, number, plan)) for number, data in enumerate(clients)]
     weights = [[dict.fromkeys(state_of(model), 1.0)] * 2, [dict.fromkeys(state_of(model), 1.0)] * 3]
     rates = faster.rates(1, faster.experiment.local)
-    totals = faster.kernels.train(state_of(model), [members[:2], members[2:]], rates, weights).totals
+    totals = faster.made.train(state_of(model), [members[:2], members[2:]], rates, weights).totals
     assert totals[0] is None and totals[1] is not None
 
 
 @pytest.mark.parametrize("preset", ["fedavg", "fedadam", "krum", "fedper", "ditto"])
-def test_runs_have_the_same_bits_by_blocks_and_by_clients(
-    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_have_the_same_bits_by_blocks_and_by_clients(preset: str, tmp_path: Path) -> None:
     """Whether blocks are trained and added up as one, or clients one by one; and a run by the loop is hardly another."""
-    experiment = small(preset, "local.momentum=0", "partition.clients=23", "partition.min_size=3", "evaluate.every=2")
-    blocks = run_inline(experiment, tmp_path / "blocks")
-    monkeypatch.setattr(together, "_plain", lambda node: False)
-    single = run_inline(experiment, tmp_path / "single")
+    settings = ("local.momentum=0", "partition.clients=23", "partition.min_size=3", "evaluate.every=2")
+    blocks = run_inline(small(preset, *settings), tmp_path / "blocks")
+    # A bound on updates lets each client answer for itself; this one bounds nothing.
+    single = run_inline(small(preset, *settings, "cohort.max_norm=1e6"), tmp_path / "single")
     assert [single[key] for key in ("model_sha256", "metrics")] == [blocks[key] for key in ("model_sha256", "metrics")]
-    monkeypatch.setattr(node, "fast", lambda *_: "none")
-    loop = run_inline(experiment, tmp_path / "loop")
-    assert (blocks["engine"]["training"], loop["engine"]["training"]) == (["direct"], ["loop"])
+    loop = run_inline(small(preset, *settings, "engine.trainer=loop"), tmp_path / "loop")
+    assert "direct" in blocks["engine"]["training"] and loop["engine"]["training"].keys() == {"loop"}
     arrays = [checkpoints.latest(tmp_path / run / "checkpoints")[0] for run in ("blocks", "loop")]
     assert arrays[0] is not None and arrays[1] is not None
     for name, value in arrays[1].arrays.items():
@@ -166,15 +165,16 @@ def test_runs_have_the_same_bits_by_blocks_and_by_clients(
 
 def test_what_the_loop_alone_can_do_is_left_to_it() -> None:
     """Missing labels, weights of classes, several targets, values."""
-    faster, *_ = setting("mlp")
-    y = torch.tensor([1, 2])
-    assert faster.kernels.covers([y], [None])
-    assert not faster.kernels.covers([torch.tensor([1, MISSING])], [None])
-    assert not faster.kernels.covers([y], [torch.ones(10)])
-    for learned in ("all", "slant"):
-        experiment = load("fedavg", [f"task.learn={learned}"])
-        task = open_task(experiment)
-        assert fast(experiment, View(task.new_model(), task)) == "there is not one target of classes"
+    experiment = load("fedavg")
+    task = open_task(experiment)
+    job = job_of(experiment, View(task.new_model(), task))
+    assert not Direct.why_not(job)
+    others = [{"complete": False}, {"weighted": True}, {"kinds": ("class", "value")}, {"kinds": ("value",)}]
+    others += [{"correction": True}, {"term": True}]
+    assert len({Direct.why_not(replace(job, **other)) for other in others} - {""}) == 5
+    trainers = trainers_of(experiment, View(task.new_model(), task))
+    data = Data(torch.zeros(2, 64), {t.name: torch.tensor([1, MISSING]) for t in task.targets})
+    assert trainers.choice(data).trainer.name == "loop"
 
 
 def test_relu_comes_after_the_pooling_that_follows_its_layer() -> None:
@@ -188,7 +188,7 @@ def test_relu_comes_after_the_pooling_that_follows_its_layer() -> None:
 @pytest.mark.parametrize("compiled", [True, False])
 def test_sums_have_the_bits_of_their_definition(compiled: bool) -> None:
     """Compiled or by NumPy, in one go or in two, with weights by array; numbers that are not finite are told."""
-    if compiled and adding._library() is None:
+    if compiled and not adding.available():
         pytest.skip("sums.c does not compile here")
     draw = np.random.default_rng(0)
     begins, size = {"a": 0, "b": 16, "c": 16 + 70_000}, 16 + 70_000 + 33

@@ -15,7 +15,8 @@ from meadow.server.checkpoints import latest
 
 from meadow.config.schema import Experiment
 from meadow.runtime.seeds import torch_generator
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 TRUNK, WEIGHT, BIAS = "trunk.1.weight", "heads.c.weight", "heads.c.bias"
 PLAN = experiment(

@@ -4,17 +4,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.runs import run_inline, small
-from meadow.client import blocks as together
 from meadow.client.loop.training import train
-from meadow.client.trainers.choose import Fast, why_not
-from meadow.client.trainers.fused import Fused, unfit
-from meadow.client.trainers.network import Kernels, Unknown, network
+from meadow.client.trainers.direct import Direct
+from meadow.client.trainers.fused import Fused
+from meadow.client.trainers.job import Training, beyond_plain_steps, job_of
+from meadow.client.trainers.kernel import KernelTrainer, Member
+from meadow.client.trainers.network import Unknown, network
 from meadow.client.trainers.stacked import Stacked
 from meadow.simulation.launch import engine
 from torch import nn
@@ -23,11 +25,11 @@ from benchmarks import gpu
 from meadow.arrays.named import Arrays
 from meadow.config.load import load
 from meadow.config.schema import Engine, Experiment
-from meadow.experiments.plan import plan
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator, torch_seeded
 from meadow.tasks.data import MISSING, Data, Inputs, Target
 from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.features import View
 from meadow.tasks.models import networks
 from meadow.tasks.models.multihead import Multihead
 from meadow.tasks.task import Task, open_task
@@ -87,12 +89,14 @@ def samples(shape: tuple[int, ...], size: int) -> Data:
     return Data(torch.randn(size, *shape, generator=draw), {"digit": digit, "slant": slant})
 
 
-def kernels(kind: str, experiment: Experiment, task: Task, model: nn.Module, shape: tuple[int, ...]) -> Fast:
+def kernels(kind: str, experiment: Experiment, task: Task, model: nn.Module, shape: tuple[int, ...]) -> KernelTrainer:
     found = network(model, shape, task.targets, task.weights)
-    made: Kernels = (
-        Fused(found, experiment.local) if kind == "fused" else Stacked(found, experiment.local, experiment.engine)
-    )
-    return Fast(experiment, task, made)
+    return KernelTrainer(Fused if kind == "fused" else Stacked, experiment, task, found)
+
+
+def members_of(trainer: KernelTrainer, clients: list[Data], round_: int = 1) -> list[Member]:
+    plan = trainer.experiment.local
+    return [trainer.member(Training(data, round_, number, plan)) for number, data in enumerate(clients)]
 
 
 def distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
@@ -113,9 +117,9 @@ def test_kernels_move_each_client_as_the_loop_does(kind: str, case: str) -> None
         by_loop.append(state_of(model))
         losses.append(told)
     faster = kernels(kind, experiment, task, model, tuple(clients[0].x.shape[1:]))
-    members = [faster.member(data, 2, number, experiment.local) for number, data in enumerate(clients)]
+    members = members_of(faster, clients, 2)
     rates = faster.rates(2, experiment.local)
-    done = faster.kernels.train(start, [members[:2], members[2:]], rates)
+    done = faster.made.train(start, [members[:2], members[2:]], rates)
     for arrays, exact, member, loss, told in zip(done.arrays, by_loop, members, done.losses, losses, strict=True):
         moved = distance(exact, start)
         assert distance(arrays, exact) <= BOUND * moved and moved > 0
@@ -127,7 +131,7 @@ def test_kernels_move_each_client_as_the_loop_does(kind: str, case: str) -> None
     weights = [
         [{n: float(i + 2 + (n == next(iter(start)))) for n in start} for i in part] for part in ((0, 1), (2, 3, 4))
     ]
-    sums = faster.kernels.train(start, [members[:2], members[2:]], rates, weights)
+    sums = faster.made.train(start, [members[:2], members[2:]], rates, weights)
     for total, part, given in zip(sums.totals, (by_loop[:2], by_loop[2:]), weights, strict=True):
         assert total is not None
         exact_sum = {n: sum(w[n] * a[n].astype(np.float64) for w, a in zip(given, part, strict=True)) for n in start}
@@ -140,10 +144,10 @@ def test_a_block_with_infinite_numbers_has_no_sum(kind: str) -> None:
     experiment, task, model, clients = setting("mlp")
     clients[1].x[3] = float("inf")
     faster = kernels(kind, experiment, task, model, (1, 8, 8))
-    members = [faster.member(data, 1, number, experiment.local) for number, data in enumerate(clients)]
+    members = members_of(faster, clients)
     weights = [[dict.fromkeys(state_of(model), 1.0)] * 2, [dict.fromkeys(state_of(model), 1.0)] * 3]
     rates = faster.rates(1, experiment.local)
-    totals = faster.kernels.train(state_of(model), [members[:2], members[2:]], rates, weights).totals
+    totals = faster.made.train(state_of(model), [members[:2], members[2:]], rates, weights).totals
     assert totals[0] is None and totals[1] is not None
 
 
@@ -151,11 +155,11 @@ def test_fused_clients_do_not_depend_on_their_neighbours() -> None:
     """To the bit: together with others of other sizes, or alone."""
     experiment, task, model, clients = setting("cnn")
     faster = kernels("fused", experiment, task, model, (1, 9, 10))
-    members = [faster.member(data, 1, number, experiment.local) for number, data in enumerate(clients)]
+    members = members_of(faster, clients)
     rates, start = faster.rates(1, experiment.local), state_of(model)
-    together = faster.kernels.train(start, [members], rates).arrays
+    together = faster.made.train(start, [members], rates).arrays
     for member, arrays in zip(members, together, strict=True):
-        alone = kernels("fused", experiment, task, model, (1, 9, 10)).kernels.train(start, [[member]], rates).arrays[0]
+        alone = kernels("fused", experiment, task, model, (1, 9, 10)).made.train(start, [[member]], rates).arrays[0]
         assert all(np.array_equal(alone[n], arrays[n]) for n in start)
 
 
@@ -163,11 +167,11 @@ def test_fused_clients_do_not_depend_on_their_neighbours() -> None:
 def test_each_training_begins_where_it_is_told(kind: str) -> None:
     experiment, task, model, clients = setting("mlp")
     faster = kernels(kind, experiment, task, model, (1, 8, 8))
-    member, rates = faster.member(clients[0], 1, 0, experiment.local), faster.rates(1, experiment.local)
+    (member, *_), rates = members_of(faster, clients), faster.rates(1, experiment.local)
     start = state_of(model)
     other = {name: value + np.float32(0.01) for name, value in start.items()}
-    first = [faster.kernels.train(begin, [[member]], rates).arrays[0] for begin in (start, other, start)]
-    again = kernels(kind, experiment, task, model, (1, 8, 8)).kernels.train(other, [[member]], rates).arrays[0]
+    first = [faster.made.train(begin, [[member]], rates).arrays[0] for begin in (start, other, start)]
+    again = kernels(kind, experiment, task, model, (1, 8, 8)).made.train(other, [[member]], rates).arrays[0]
     assert all(np.array_equal(first[0][n], first[2][n]) and np.array_equal(first[1][n], again[n]) for n in start)
     assert distance(first[0], first[1]) > 0
 
@@ -176,21 +180,16 @@ RUN = ("engine.exact=false", "partition.clients=23", "partition.min_size=3", "ev
 
 
 @pytest.mark.parametrize("preset", ["fedavg", "fedadam", "krum", "fedper"])
-def test_blocks_and_single_clients_give_the_same_bits(
-    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocks_and_single_clients_give_the_same_bits(preset: str, tmp_path: Path) -> None:
     """Whether a node sums a block up itself or answers client by client; with personal layers and robust rules too."""
     experiment = small(preset, *RUN)
     whole = run_inline(experiment, tmp_path / "blocks")
-    monkeypatch.setattr(together, "_plain", lambda node: False)
-    single = run_inline(experiment, tmp_path / "single")
+    # A bound on updates lets each client answer for itself; this one bounds nothing.
+    single = run_inline(small(preset, *RUN, "cohort.max_norm=1e6"), tmp_path / "single")
     assert [single[key] for key in ("model_sha256", "metrics")] == [whole[key] for key in ("model_sha256", "metrics")]
     exact = run_inline(small(preset, *RUN, "engine.exact=true"), tmp_path / "exact")
     assert exact["model_sha256"] != whole["model_sha256"]
-    assert (whole["engine"], exact["engine"]) == (
-        {"exact": False, "training": ["fused"]},
-        {"exact": True, "training": ["direct"]},
-    )
+    assert [run["engine"]["training"].keys() for run in (whole, single, exact)] == [{"fused"}, {"fused"}, {"direct"}]
 
 
 def test_ray_gives_the_bits_of_inline(tmp_path: Path) -> None:
@@ -210,7 +209,10 @@ def test_what_is_not_covered_is_trained_exactly(setting: str, tmp_path: Path) ->
     experiment = small(
         "fedavg", "engine.exact=false", setting, *(["anchor.to=received"] if "anchor" in setting else [])
     )
-    assert setting.split("=")[0] in why_not(experiment)
+    task = open_task(experiment)
+    job = job_of(experiment, View(task.new_model(), task))
+    assert setting.split("=")[0] in beyond_plain_steps(job)
+    assert all(kernel.why_not(job) == beyond_plain_steps(job) for kernel in (Stacked, Fused, Direct))
     exact = experiment.model_copy(update={"engine": Engine(exact=True)})
     runs = [run_inline(e, tmp_path / str(i))["model_sha256"] for i, e in enumerate((experiment, exact))]
     assert runs[0] == runs[1]
@@ -221,7 +223,7 @@ def test_without_compiled_code_torch_trains() -> None:
     code = """
 from meadow.experiments.plan import plan
 from meadow.config.load import load
-print(plan(load("fedavg", ["engine.exact=false"]))["training"])
+print(plan(load("fedavg", ["engine.exact=false"]))["training"][0]["trainer"])
 """
     asked = subprocess.run(
         [sys.executable, "-c", code],
@@ -254,18 +256,17 @@ def test_other_layers_are_named(trunk: nn.Module, told: str) -> None:
 
 def test_large_convolutions_and_windows_stay_with_torch() -> None:
     """The limit is between LeNet's (240,000 multiplications a sample) and those of McMahan et al. (10 million)."""
-    for make, fits in ((networks.lenet, True), (networks.mcmahan_cnn, False)):
-        trunk, features = make(load("fedavg").task, Inputs((1, 28, 28)))
+    experiment = load("fedavg", ["engine.exact=false"])
+    task = open_task(experiment)
+    made = ((networks.lenet, (1, 28, 28)), (networks.mcmahan_cnn, (1, 28, 28)), (networks.cnn1d, (3, 16)))
+    fits = []
+    for make, shape in made:
+        trunk, features = make(experiment.task, Inputs(shape))
         model = Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False})
-        found = network(model, (1, 28, 28), [DIGIT], [1.0])
-        assert (unfit(found) == "") == fits
-    trunk, features = networks.cnn1d(load("fedavg").task, Inputs((3, 16)))
-    found = network(Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False}), (3, 16), [DIGIT], [1.0])
-    plan = load("fedavg").local
-    with pytest.raises(Unknown, match=r"fused\.c has no over time"):
-        Fused(found, plan)
-    with pytest.raises(Unknown, match="sensor windows"):
-        Stacked(found, plan, Engine())
+        job = replace(job_of(experiment, View(task.new_model(), task)), network=network(model, shape, [DIGIT], [1.0]))
+        forced = replace(job, experiment=load("fedavg", ["engine.trainer=stacked"]))
+        fits.append((not Fused.why_not(job), not Stacked.why_not(forced)))
+    assert fits == [(True, True), (False, True), (False, False)]
 
 
 @pytest.mark.parametrize(
@@ -305,17 +306,9 @@ def test_the_gpu_benchmark_trains_the_same_on_both_sides() -> None:
     by_plain = state_of(work.model)
     load_into(work.model, start)
     found = network(work.model, gpu.SHAPE, [Target("label", "class", gpu.CLASSES)], [1.0])
-    plan = load("fedavg", ["local.momentum=0"]).local
-    done = Stacked(found, plan, work.engine).train(start, [work.members], dict.fromkeys(start, gpu.LR))
+    experiment = load("fedavg", ["local.momentum=0"]).model_copy(update={"engine": work.engine})
+    done = Stacked(found, experiment).train(start, [work.members], dict.fromkeys(start, gpu.LR))
     assert distance(done.arrays[-1], by_plain) <= BOUND * distance(by_plain, start)
-
-
-def test_the_plan_says_what_trains() -> None:
-    assert plan(small("fedavg"))["training"] == "direct"
-    assert plan(small("fedavg", "local.optimizer=adam"))["training"] == "loop"
-    assert plan(small("fedavg", "engine.exact=false"))["training"] == "fused"
-    adam = plan(small("fedavg", "engine.exact=false", "local.optimizer=adam"))
-    assert adam["training"] == 'loop: local.optimizer = "adam"'
 
 
 def test_half_precision_is_near_float32() -> None:
@@ -325,9 +318,9 @@ def test_half_precision_is_near_float32() -> None:
     half = Engine.model_construct(device="cpu", precision="bfloat16", exact=False)
     start = state_of(model)
     faster = kernels("stacked", experiment, task, model, (1, 8, 8))
-    members = [faster.member(data, 1, number, experiment.local) for number, data in enumerate(clients)]
+    members = members_of(faster, clients)
     rates = faster.rates(1, experiment.local)
-    full = faster.kernels.train(start, [members], rates).arrays
-    rough = Stacked(found, experiment.local, half).train(start, [members], rates).arrays
+    full = faster.made.train(start, [members], rates).arrays
+    rough = Stacked(found, experiment.model_copy(update={"engine": half})).train(start, [members], rates).arrays
     for a, b in zip(rough, full, strict=True):
         assert 1e-5 < distance(a, b) / distance(b, start) < 0.05

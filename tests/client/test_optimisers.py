@@ -18,8 +18,9 @@ from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment, Local
 from meadow.tasks.data import MISSING, Data, Target
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import losses
-from meadow.tasks.task import Task, initial_state, open_task
+from meadow.tasks.losses import losses
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
 
 GRADIENTS = [torch.tensor(g, dtype=torch.float64) for g in ([1.0, -2.0], [0.5, 3.0], [-4.0, 0.1], [2.0, 2.0])]
 LR, DECAY, MOMENTUM = 0.1, 0.02, 0.8

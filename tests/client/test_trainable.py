@@ -26,7 +26,8 @@ from meadow.tasks.data import Data, Inputs, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.models.multihead import Multihead, build
 from meadow.tasks.models.peft import Added, extend, merged
-from meadow.tasks.task import Task, initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
 
 FAMILIES: dict[str, tuple[str, ...]] = {"mlp": ("task.model=mlp",), "cnn": ("task.model=cnn",), "batchnorm": ()}
 """Models on the default data: what the experiment file says to get them. The last one is built here, below."""

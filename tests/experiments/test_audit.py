@@ -19,12 +19,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import meadow.privacy.client_level
-import meadow.privacy.dpsgd
+import meadow.privacy.dpsgd.step
 import meadow.privacy.ledger
 from meadow.experiments.audit import audit
 from meadow.experiments.command import app
 from meadow.privacy.accounting import epsilon
-from meadow.privacy.dpsgd import Privatiser
+from meadow.privacy.dpsgd.choose import SUMS, Mode
+from meadow.privacy.dpsgd.mechanism import ClippedSum
+from meadow.privacy.dpsgd.step import Privatiser
 from meadow.privacy.ledger import Ledger
 from meadow.privacy.noise import Stream
 from meadow.privacy.statistics import Check, noise_check, one_run_bound, sampling_checks
@@ -75,15 +77,21 @@ def test_what_else_there_is_passes_too(settings: tuple[str, ...]) -> None:
 def test_it_measures_in_the_mode_that_the_run_trains_in(
     trainable: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, honest = set(), Privatiser._prepare
-    monkeypatch.setattr(Privatiser, "_prepare", lambda self: [seen.add(self._mode), honest(self)][1])
+    seen = set[str]()
+
+    class Seen(dict[Mode, type[ClippedSum]]):
+        def __getitem__(self, mode: Mode) -> type[ClippedSum]:
+            seen.add(mode)
+            return super().__getitem__(mode)
+
+    monkeypatch.setattr(meadow.privacy.dpsgd.step, "SUMS", Seen(SUMS))
     settings = (*EXAMPLE, "task.model=helpers.objects:rows", f"local.trainable={trainable}", "partition.clients=2")
     assert found(*settings, preset="fedavg") == set()
     assert seen == {mode}
 
 
 def scaled(factor: float) -> Callable[..., Any]:
-    honest = meadow.privacy.dpsgd.gaussian
+    honest = meadow.privacy.dpsgd.step.gaussian
 
     def gaussian(out: Tensor, deviation: float, stream: Stream) -> None:
         honest(out, deviation * factor, stream)
@@ -93,7 +101,7 @@ def scaled(factor: float) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 0.97])
 def test_too_little_noise_is_found(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(meadow.privacy.dpsgd, "gaussian", scaled(factor))
+    monkeypatch.setattr(meadow.privacy.dpsgd.step, "gaussian", scaled(factor))
     assert "noise multiplier, by canaries out" in found(*EXAMPLE)
 
 
@@ -109,18 +117,20 @@ def test_shuffling_sold_as_poisson_sampling_is_found(monkeypatch: pytest.MonkeyP
             left += stream.uniform(n).argsort().tensor_split(max(1, round(1 / rate)))
         return left.pop().sort().values
 
-    monkeypatch.setattr(meadow.privacy.dpsgd, "poisson", shuffled)
+    monkeypatch.setattr(meadow.privacy.dpsgd.step, "poisson", shuffled)
     assert {"variance of batch sizes", "variance of a record's times"} <= found(*EXAMPLE)
 
 
 def test_a_higher_sampling_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.privacy.dpsgd.poisson
-    monkeypatch.setattr(meadow.privacy.dpsgd, "poisson", lambda n, rate, stream: honest(n, min(1, 1.25 * rate), stream))
+    honest = meadow.privacy.dpsgd.step.poisson
+    monkeypatch.setattr(
+        meadow.privacy.dpsgd.step, "poisson", lambda n, rate, stream: honest(n, min(1, 1.25 * rate), stream)
+    )
     assert "sampling rate" in found(*EXAMPLE)
 
 
 def test_no_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Privatiser, "_factors", lambda self, norms: np.ones_like(norms))
+    monkeypatch.setattr(ClippedSum, "_factors", lambda self, norms: np.ones_like(norms))
     assert {"longest part of a canary", "mean of canaries in", "largest move by one record added"} <= found(*EXAMPLE)
 
 
@@ -132,7 +142,7 @@ def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.Monk
         return {name: values * (1 + values.detach().mean() - values.mean()) for name, values in each.items()}
 
     monkeypatch.setattr(meadow.client.loop.objective, "sample_losses", coupled)
-    assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=ghost")
+    assert "largest move by one record added" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=hooks")
     # Book-keeping sees it as it trains.
     with pytest.raises(UserError, match="depends on the other samples of its batch"):
         found(*EXAMPLE, "privacy.clip=0.5")
@@ -235,7 +245,7 @@ def test_the_command_exits_3_where_the_claim_does_not_hold(monkeypatch: pytest.M
     given = ["audit", "fedavg", *EXAMPLE, "partition.clients=4", "--json"]
     honest = CliRunner().invoke(app, given)
     assert honest.exit_code == 0 and json.loads(honest.stdout)["holds"]
-    monkeypatch.setattr(meadow.privacy.dpsgd, "gaussian", scaled(0.5))
+    monkeypatch.setattr(meadow.privacy.dpsgd.step, "gaussian", scaled(0.5))
     wrong = CliRunner().invoke(app, given)
     assert wrong.exit_code == 3 and not json.loads(wrong.stdout)["holds"]
     told = CliRunner().invoke(app, given[:-1])

@@ -2,6 +2,8 @@
 
 import csv
 import doctest
+import os
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -15,6 +17,7 @@ import meadow
 from meadow.config.load import to_tree
 from meadow.config.schema import Experiment
 from meadow.experiments.compare import values_of
+from meadow.runtime.identity import ROOT
 from meadow.tasks.evaluation import evaluate
 from meadow.tasks.task import open_task
 
@@ -137,3 +140,10 @@ def test_a_mapping_is_as_good_as_a_file(tmp_path: Path) -> None:
     summary = meadow.run(tree, out=tmp_path / "run")
     assert (summary.status, summary.rounds, (tmp_path / "run" / "report.html").exists()) == ("done", 1, True)
     assert meadow.plan(tree)["steps"] == summary.cost["steps"]
+
+
+@pytest.mark.slow
+def test_the_readmes_lines_run(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=600)

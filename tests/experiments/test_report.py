@@ -16,6 +16,7 @@ from rich.console import Console
 from scipy import stats
 
 from meadow.config.load import load, to_toml
+from meadow.experiments.pairs import compare_paired, t_interval
 from meadow.experiments.pictures.confusion import confusion_matrices
 from meadow.experiments.pictures.plots import spread_apart
 from meadow.experiments.pictures.roc import mean_roc
@@ -25,15 +26,7 @@ from meadow.experiments.report import write_report
 from meadow.experiments.report.runs import Fact, entry
 from meadow.experiments.report.sentences import Outcome, Warn, outcome, warnings
 from meadow.experiments.report.write import contents
-from meadow.experiments.results import (
-    by_method,
-    compare_paired,
-    find_runs,
-    metrics_of,
-    read_rounds,
-    read_run,
-    t_interval,
-)
+from meadow.experiments.results import by_method, find_runs, metrics_of, read_rounds, read_run
 from meadow.experiments.words import bytes_text, metric_label, seconds_text
 from meadow.runtime.errors import UserError
 

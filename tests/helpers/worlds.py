@@ -25,6 +25,7 @@ from meadow.config import schema
 from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.tasks.data import Inputs, Part, Raw
+from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task
 
 Floats = npt.NDArray[np.float64]
@@ -84,7 +85,7 @@ def experiment(*overrides: str) -> Experiment:
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything in float64: the models, the state before the first round, and with these all that follows."""
-    build, initial = meadow.tasks.task.build, meadow.tasks.task.initial_state
+    build, initial = meadow.tasks.task.build, initial_state
 
     def build_double(*args: Any) -> nn.Module:
         return build(*args).double()
@@ -100,7 +101,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(plan: Experiment) -> State:
     """The state before the first round."""
-    return {name: value.astype(np.float64) for name, value in meadow.tasks.task.initial_state(plan).items()}
+    return {name: value.astype(np.float64) for name, value in initial_state(plan).items()}
 
 
 def data(plan: Experiment, number: int) -> tuple[Floats, Floats]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meadow.privacy import bookkeeping
-from meadow.privacy.bookkeeping import Book, covers
+from meadow.privacy.dpsgd import layers
+from meadow.privacy.dpsgd.book import Book, covers
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
 
@@ -48,7 +48,7 @@ def test_norms_and_weighted_sums_are_those_of_a_loop(
     kind: str, layout: torch.memory_format, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In double, so that 1e-12 tells a right formula from one that is nearly right."""
-    monkeypatch.setattr(bookkeeping, "_AT_ONCE", at_once)
+    monkeypatch.setattr(layers, "AT_ONCE", at_once)
     with torch_seeded(0, "test", kind):
         model = (tokens if kind == "tokens" else SHAPES[kind][0])().double()
         x = torch.randint(0, 7, (N, 5)) if kind == "tokens" else torch.randn(N, *SHAPES[kind][1]).double()

@@ -9,11 +9,13 @@ from meadow.client.loop.training import train
 from torch import nn
 
 from meadow.config.load import load
-from meadow.privacy.dpsgd import Mechanism, Permit
+from meadow.privacy.dpsgd.mechanism import Mechanism
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "head": ("local.trainable=head",),

@@ -245,7 +245,7 @@ def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
     from meadow.client.loop.training import train
 
     from meadow.tasks.evaluation import evaluate, load_into
-    from meadow.tasks.task import initial_state
+    from meadow.tasks.start import initial_state
 
     experiment = small("fedavg", "evaluate.fine_tune_epochs=2")
     run_inline(experiment, tmp_path)

@@ -15,7 +15,8 @@ from meadow.server.evaluation import add_confusion, over_clients, read_confusion
 from meadow.config.load import load
 from meadow.privacy.releases import releases
 from meadow.tasks.data import Target
-from meadow.tasks.metrics import PRIMARY, class_weights
+from meadow.tasks.losses import class_weights
+from meadow.tasks.metrics import PRIMARY
 from meadow.tasks.task import open_task
 
 

@@ -46,15 +46,17 @@ from meadow.config.schema import RELEASES, Experiment
 from meadow.experiments.plan import plan
 from meadow.experiments.report import write_report
 from meadow.privacy.accounting import client_guarantee, epsilon, local_guarantee
-from meadow.privacy.dpsgd import Mechanism, Permit, poisson
+from meadow.privacy.dpsgd.mechanism import Mechanism, poisson
+from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.ledger import noise_seed, simulated_secret
 from meadow.privacy.noise import Stream
 from meadow.privacy.plan import forecasts
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import Target
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import losses, sample_losses
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.losses import losses, sample_losses
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 EXAMPLE = ("privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.sample_rate=0.1", "local.steps=3")
 LOCAL = ("privacy.unit=local", "privacy.noise_multiplier=4.0")

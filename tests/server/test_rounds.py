@@ -22,8 +22,9 @@ from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.tasks.evaluation import load_into, state_of
-from meadow.tasks.metrics import losses
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.losses import losses
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 ONE_STEP = ("run.rounds=1", "local.batch_size=0", "local.epochs=1")
 

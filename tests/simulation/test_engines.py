@@ -113,6 +113,17 @@ def test_processes_give_the_bits_of_inline(preset: str, nodes: int, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_processes_run_in_a_relative_folder_behind_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing listens at that proxy; the nodes are on loopback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    experiment = load("fedper", QUICK)
+    with engine("processes", 2) as launch:
+        found = launch(experiment, Path("runs/one"))
+    assert found["status"] == "done"
+
+
+@pytest.mark.slow
 def test_processes_killed_leave_nothing_behind_and_resume(tmp_path: Path) -> None:
     experiment = load("fedper", QUICK)
     (tmp_path / "e.toml").write_text(to_toml(experiment))

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from meadow.simulation.children import children
+from meadow.simulation.processes import run_app, superlink
 
+from meadow.config.load import load, to_flat
 from meadow.runtime.identity import ROOT
 
 FILES = {
@@ -71,6 +74,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def inline(folder: Path) -> str:
     return play(folder, "inline")
+
+
+@pytest.mark.slow
+def test_modules_named_like_ours_run_under_flwr_run(
+    folder: Path, inline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("MEADOW_STATE", str(tmp_path / "state"))
+    config = {**to_flat(load(SETTINGS[0], SETTINGS[1:])), "out": str(tmp_path / "out"), "resume": False}
+    nodes = {"num-supernodes": 4, "client-resources-num-cpus": 1}
+    with children(tmp_path / "logs") as group, superlink(group, tmp_path / "flower", simulation=True) as link:
+        run_app(group, link, ROOT, config, federation_config=nodes)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["model_sha256"] == inline
 
 
 @pytest.mark.parametrize("engine", ["ray", pytest.param("processes", marks=pytest.mark.slow)])

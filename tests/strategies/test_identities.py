@@ -17,7 +17,8 @@ from meadow.arrays.named import Arrays, of_kind
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.tasks.models.vision import torchvision
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 LIVELY = ("local.weight_decay=0.01", "local.momentum=0.9", "partition.clients=3", "run.rounds=2", "local.epochs=1")
 NORMED = ("task.model=helpers.worlds:normed", "local.batch_size=0")

@@ -33,7 +33,8 @@ from meadow.config.load import load
 from meadow.config.schema import Attack, Experiment
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 Floats = npt.NDArray[np.float64]
 

@@ -13,7 +13,8 @@ from meadow.config.schema import Task
 from meadow.tasks.data import data_sha256
 from meadow.tasks.readers.datasets import open_dataset
 from meadow.tasks.readers.digits import printed_digits, slant
-from meadow.tasks.task import open_task, source_state
+from meadow.tasks.source import source_state
+from meadow.tasks.task import open_task
 
 DIGITS_SHA256 = "25104659fae2e4d93dab04d1781f1591be76e5843749605b6bcd75780dd59585"
 

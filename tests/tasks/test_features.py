@@ -12,7 +12,8 @@ from meadow.config.load import load
 from meadow.tasks.evaluation import evaluate, load_into, predict
 from meadow.tasks.features import view
 from meadow.tasks.models.multihead import Multihead
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 EXPERIMENT = load("transfer", ["partition.clients=4", "task.source_samples=200", "task.source_epochs=1"])
 

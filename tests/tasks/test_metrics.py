@@ -18,6 +18,7 @@ from torch import Tensor
 from meadow.config.load import load
 from meadow.tasks.data import MISSING, Target
 from meadow.tasks.evaluation import load_into
+from meadow.tasks.losses import class_weights, loss, losses
 from meadow.tasks.metrics import (
     LOWER_IS_BETTER,
     MOST_CLASSES,
@@ -25,15 +26,13 @@ from meadow.tasks.metrics import (
     PRIMARY,
     SHARES,
     THOROUGH,
-    class_weights,
     confusion,
     kind_of,
-    loss,
-    losses,
     roc,
     score,
 )
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 DIGIT, SLANT = Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25, offset=0.5)
 PAIR = Target("pair", "class", 2)

@@ -15,7 +15,9 @@ from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import Inputs, Target
 from meadow.tasks.models.multihead import build
-from meadow.tasks.task import initial_state, open_task, source_state
+from meadow.tasks.source import source_state
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 DIGIT, SLANT = Target("digit", "class", 10), Target("slant", "value", 1, scale=0.25)
 BOTH = (DIGIT, SLANT)

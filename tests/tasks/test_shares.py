@@ -1,6 +1,9 @@
 """Shares: each machine gets its own clients' samples and no others, and opens the same task from them."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,9 @@ from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import Data
-from meadow.tasks.splits.shares import deal_out, hosted, read_share
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.splits.shares import deal_out, hosted, read_share, use_share
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 EXPERIMENT = load({"partition": {"clients": 7, "holds": "1"}, "task": {"source_samples": 200, "source_epochs": 1}})
 
@@ -55,11 +59,23 @@ def test_the_coordinator_has_the_test_set_and_the_sizes_and_no_client(shares: li
     assert [p.name for p in shares[0].glob("*.safetensors")] == ["test.safetensors"]
 
 
-def test_a_process_with_a_share_opens_its_task_from_there(shares: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_with_a_share_opens_its_task_from_there(shares: list[Path]) -> None:
     before = initial_state(EXPERIMENT)
-    monkeypatch.setenv("MEADOW_SHARE", str(shares[2]))
-    assert open_task(EXPERIMENT).dataset.train.x.shape == (0, 1, 8, 8)
-    assert all(np.array_equal(before[n], a) for n, a in initial_state(EXPERIMENT).items())
+    use_share(str(shares[2]))
+    try:
+        assert open_task(EXPERIMENT).dataset.train.x.shape == (0, 1, 8, 8)
+        assert all(np.array_equal(before[n], a) for n, a in initial_state(EXPERIMENT).items())
+    finally:
+        use_share("")
+    assert len(open_task(EXPERIMENT).dataset.train.x) > 0
+
+
+@pytest.mark.parametrize("app", ["client", "server"])
+def test_the_apps_of_a_deployment_take_the_share_of_their_machine(shares: list[Path], app: str) -> None:
+    tell = f"import meadow.{app}.app; from meadow.tasks.task import _elsewhere; print(_elsewhere[0].args[0])"
+    environment = os.environ | {"MEADOW_SHARE": str(shares[1])}
+    done = subprocess.run([sys.executable, "-c", tell], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(shares[1])
 
 
 def other(change: str) -> Experiment:

@@ -4,7 +4,7 @@ import torch
 from helpers.runs import small
 
 from meadow.arrays.named import arrays_sha256
-from meadow.tasks.task import _source_state, source_state
+from meadow.tasks.source import _source_state, source_state
 
 
 def test_source_model_has_the_same_bits_under_any_thread_count() -> None:

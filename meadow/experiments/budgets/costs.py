@@ -7,14 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from meadow.experiments.results import (
-    Floats,
-    RunResult,
-    counted,
-    higher_is_better,
-    settings_of,
-    t_interval,
-)
+from meadow.experiments.pairs import t_interval
+from meadow.experiments.results import Floats, RunResult, counted, higher_is_better, settings_of
 
 UNITS = {
     "example": "One example of a client",

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 
 from meadow.experiments.budgets.costs import GROUPS, PLACES, UNITS, Line, kinds_of, reached
 from meadow.experiments.budgets.sentences import terms, unit_of_loss
+from meadow.experiments.pairs import t_interval
 from meadow.experiments.pictures.plots import box, jitter, label_ends, value_axis
 from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH
-from meadow.experiments.results import Floats, is_share, t_interval
+from meadow.experiments.results import Floats, is_share
 from meadow.experiments.words import metric_name
 
 MARKS = "\N{BLACK CIRCLE}\N{BLACK SQUARE}"

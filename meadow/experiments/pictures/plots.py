@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from meadow.experiments.pairs import Paired
 from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH
-from meadow.experiments.results import ALONE, Curve, Floats, Paired, RunResult, counted, higher_is_better, is_share
+from meadow.experiments.results import ALONE, Curve, Floats, RunResult, counted, higher_is_better, is_share
 from meadow.experiments.words import bytes_text, metric_label, seconds_text
 
 Methods = Mapping[str, Sequence[RunResult]]

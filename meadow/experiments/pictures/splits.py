@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -100,35 +101,16 @@ def picture(split: Mapping[str, object]) -> Figure:
         number = np.arange(MOST_CLIENTS) * len(sizes) // MOST_CLIENTS
         sizes, labels = sizes[number], labels[number]
     clients, classes = labels.shape
-    few = clients <= MOST_BUBBLES
     with matplotlib.rc_context(STYLE):
         tall = min(6.0, 0.27 * max(classes, 1)) if classes else 0.0
         height = 2.25 + tall
         figure = Figure(figsize=(WIDTH, height))
         left, wide = 0.75 / WIDTH, 1 - 2.2 / WIDTH
         bars = figure.add_axes((left, (0.6 + tall) / height, wide, 1.25 / height))
-        blue, at, below = COLOURS["m0"][0], np.arange(clients), np.zeros(clients)
-        edges = np.arange(clients + 1) - 0.5
-
-        def draw(top: Floats, colour: str, alpha: float) -> None:
-            if few:
-                bars.bar(at, top - below, 0.66, bottom=below, color=colour, alpha=alpha, linewidth=0)
-            else:  # one shape for all: thousands of bars would make a heavy page
-                bars.stairs(top, edges, baseline=below, fill=True, color=colour, alpha=alpha, linewidth=0)
-
-        draw(sizes.sum(axis=1), COLOURS["paper"][0], 1.0)  # hides the grid behind the tints
-        key: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
-        for i, (name, alpha) in enumerate((("training", 1.0), ("validation", 0.5), ("test", 0.25))):
-            draw(below + sizes[:, i], blue, alpha)
-            below = below + sizes[:, i]
-            place = (1.015, 0.2 + 0.22 * i)
-            bars.plot(*place, "s", transform=bars.transAxes, color=blue, alpha=alpha, ms=7, clip_on=False, mew=0)
-            bars.annotate(name, place, (9, 0), "axes fraction", **key)
+        _draw_sizes(bars, sizes)
         total = len(split["sizes"])  # type: ignore[arg-type]
         shown = "" if clients == total else f": {clients:,} of {total:,}, evenly spaced"
-        bars.set(title=f"Samples of each client{shown}", xlim=(-0.7, clients - 0.3), ylim=(0, None))
-        bars.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        bars.grid(visible=False, axis="x")
+        bars.set_title(f"Samples of each client{shown}")
         bars.xaxis.set_major_locator(MaxNLocator(20, integer=True))
         bars.xaxis.set_major_formatter(
             FuncFormatter(lambda x, _: f"{number[int(x)]}" if 0 <= x < clients and x == int(x) else "")
@@ -138,22 +120,54 @@ def picture(split: Mapping[str, object]) -> Figure:
             return figure
         bars.tick_params(axis="x", length=0, labelbottom=False)
         grid = figure.add_axes((left, 0.5 / height, wide, tall / height))
-        if few:
-            client, label = np.nonzero(labels)
-            room = min(17.3, 72 * wide * WIDTH / clients * 0.95)  # points: the largest bubble just fits its cell
-            area = labels[client, label] / labels.max() * room**2
-            grid.scatter(client, label, s=area, color=blue, alpha=0.8, linewidths=0)
-        else:
-            ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
-            grid.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest", vmin=0)
-        grid.set(xlabel="client", ylabel=str(split.get("target") or "label"), xlim=(-0.7, clients - 0.3))
-        grid.set_ylim(classes - 0.4, -0.6)
-        grid.set_yticks(range(classes) if classes <= 20 else range(0, classes, 10))
+        _draw_labels(grid, labels, 72 * wide * WIDTH / clients)
+        grid.set(xlabel="client", ylabel=str(split.get("target") or "label"))
         grid.xaxis.set_major_locator(MaxNLocator(20, integer=True))
         grid.xaxis.set_major_formatter(bars.xaxis.get_major_formatter())
-        grid.tick_params(length=0)
-        grid.grid(visible=False, axis="x" if few else "both")
         return figure
+
+
+def _draw_sizes(axes: Axes, sizes: Floats) -> None:
+    """A bar for each client: training, validation and test samples one above the other, with a key beside them."""
+    clients = len(sizes)
+    blue, at, below = COLOURS["m0"][0], np.arange(clients), np.zeros(clients)
+    edges = np.arange(clients + 1) - 0.5
+
+    def draw(top: Floats, colour: str, alpha: float) -> None:
+        if clients <= MOST_BUBBLES:
+            axes.bar(at, top - below, 0.66, bottom=below, color=colour, alpha=alpha, linewidth=0)
+        else:  # one shape for all: thousands of bars would make a heavy page
+            axes.stairs(top, edges, baseline=below, fill=True, color=colour, alpha=alpha, linewidth=0)
+
+    draw(sizes.sum(axis=1), COLOURS["paper"][0], 1.0)  # hides the grid behind the tints
+    key: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
+    for i, (name, alpha) in enumerate((("training", 1.0), ("validation", 0.5), ("test", 0.25))):
+        draw(below + sizes[:, i], blue, alpha)
+        below = below + sizes[:, i]
+        place = (1.015, 0.2 + 0.22 * i)
+        axes.plot(*place, "s", transform=axes.transAxes, color=blue, alpha=alpha, ms=7, clip_on=False, mew=0)
+        axes.annotate(name, place, (9, 0), "axes fraction", **key)
+    axes.set(xlim=(-0.7, clients - 0.3), ylim=(0, None))
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.grid(visible=False, axis="x")
+
+
+def _draw_labels(axes: Axes, labels: Floats, room: float) -> None:
+    """How many samples of each label each client has: bubbles, or shades for many; `room`: points across for a client."""
+    clients, classes = labels.shape
+    few = clients <= MOST_BUBBLES
+    if few:
+        client, label = np.nonzero(labels)
+        across = min(17.3, room * 0.95)  # the largest bubble just fits its cell
+        area = labels[client, label] / labels.max() * across**2
+        axes.scatter(client, label, s=area, color=COLOURS["m0"][0], alpha=0.8, linewidths=0)
+    else:
+        ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
+        axes.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest", vmin=0)
+    axes.set(xlim=(-0.7, clients - 0.3), ylim=(classes - 0.4, -0.6))
+    axes.set_yticks(range(classes) if classes <= 20 else range(0, classes, 10))
+    axes.tick_params(length=0)
+    axes.grid(visible=False, axis="x" if few else "both")
 
 
 def picture_caption(split: Mapping[str, Any]) -> str:

@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from meadow.experiments.budgets import figures as budgets
 from meadow.experiments.budgets.costs import Line
 from meadow.experiments.budgets.sentences import payers_caption, utility_caption
+from meadow.experiments.pairs import Paired, compare_paired
 from meadow.experiments.pictures import confusion, plots, roc, splits, style
 from meadow.experiments.ranking import Methods, Row
 from meadow.experiments.report.sentences import most_repeats
-from meadow.experiments.results import ALONE, Paired, RunResult, compare_paired, counted
+from meadow.experiments.results import ALONE, RunResult, counted
 
 
 @dataclass(frozen=True)

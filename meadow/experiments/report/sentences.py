@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meadow.experiments import words
+from meadow.experiments.pairs import Paired, compare_paired
 from meadow.experiments.ranking import Methods, Row, is_aside, number, repeats, unit, worded
-from meadow.experiments.results import ALONE, Paired, RunResult, compare_paired, counted, higher_is_better
+from meadow.experiments.results import ALONE, RunResult, counted, higher_is_better
 from meadow.experiments.words import metric_name
 
 

@@ -89,7 +89,7 @@ class Encoder(nn.Module):
 
     def _for_each_sample(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Positions are the same in all samples, so the library looks them up once a batch, as one row: then no sample's
-        share of their gradient could be told (`meadow.privacy.bookkeeping`). Here every sample looks up its own."""
+        share of their gradient could be told (`meadow.privacy.dpsgd.book`). Here every sample looks up its own."""
         ids, *others = inputs
         return (ids.expand(self._samples, -1), *others) if ids.ndim == 2 and len(ids) == 1 else inputs
 

@@ -12,7 +12,8 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.data import Data
 from meadow.tasks.readers.datasets import open_dataset
-from meadow.tasks.task import Task, open_task, source_data
+from meadow.tasks.source import source_data
+from meadow.tasks.task import Task, open_task
 
 
 def source_samples(experiment: Experiment, client: int | None) -> Data:

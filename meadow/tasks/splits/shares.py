@@ -1,14 +1,13 @@
 """Shares: what each machine of a deployment needs of a task, and nothing of anybody else's data.
 
-`deal_out` writes them where all the data is (or each data owner writes its own in the same form); a process that finds
-MEADOW_SHARE in its environment opens its task from the share there. A node's share has its own clients' samples, the
+`deal_out` writes them where all the data is (or each data owner writes its own in the same form); the apps of a
+deployment open their task from the share in MEADOW_SHARE (`use_share`). A node's share has its own clients' samples, the
 coordinator's has the global test set and the sizes of all clients. Hashes of data and split are those of the whole, so that
 the roll call still finds out who holds another split.
 """
 
 import functools
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from meadow.arrays.files import DamagedFile, read_arrays, write_arrays, write_bytes, write_json
-from meadow.arrays.memory import Recent
+from meadow.arrays.lru import LRU
 from meadow.arrays.named import Arrays
 from meadow.config.load import to_toml, to_tree
 from meadow.config.schema import Experiment
@@ -27,7 +26,7 @@ from meadow.tasks.data import Data, Dataset, Target
 from meadow.tasks.models.peft import added
 from meadow.tasks.pipeline import image_pipeline
 from meadow.tasks.splits.partition import LeftOut, Split
-from meadow.tasks.task import ClientData, Task, open_task, settle
+from meadow.tasks.task import ClientData, Task, open_task, open_tasks_by, settle
 
 COORDINATOR = "coordinator"
 
@@ -130,7 +129,7 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
         raise UserError(f"MEADOW_SHARE = {folder}: {error}; deal again") from None
     facts = {key: share["dataset"][key] for key in ("name", "sha256", "tokens", "images")}
     dataset = Dataset(train=empty, test=test, targets=targets, clients=tuple(share["dataset"]["clients"]), **facts)
-    kept: Recent[int, ClientData] = Recent(2**62)  # there is no pool to gather them from again
+    kept: LRU[int, ClientData] = LRU(2**62)  # there is no pool to gather them from again
     for client, data in clients.items():
         kept.put(client, data, 0)
     learned = {target.name: target for target in targets}
@@ -151,10 +150,9 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
     )
 
 
-def share_folder() -> Path | None:
-    """Where this process's share is, if it has one."""
-    place = os.environ.get("MEADOW_SHARE", "")
-    return Path(place) if place else None
+def use_share(place: str) -> None:
+    """Let this process open its tasks from the share in the folder `place`; "": from the data itself."""
+    open_tasks_by(functools.partial(read_share, Path(place)) if place else None)
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:

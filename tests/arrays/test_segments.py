@@ -1,4 +1,4 @@
-"""Messages through shared memory: what is read is what was written, slots grow, and end with their command."""
+"""Messages through shared memory: what is read is what was written, segments grow, and end with their command."""
 
 import multiprocessing
 import sys
@@ -9,7 +9,7 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from meadow.arrays.flower import from_record, to_record
-from meadow.arrays.slots import SMALL, Address, Letter, Slot, Slots
+from meadow.arrays.memory import SMALL, Address, Place, Segment, Segments
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
 
@@ -27,51 +27,50 @@ def same(a: RecordDict, b: RecordDict) -> bool:
 
 
 def echo(pipe: Connection, sent: Address, back: Address) -> None:
-    """Another process: read each letter of one slot and write it to the other one."""
-    here, there = Slot(sent), Slot(back)
-    while letters := pipe.recv():
-        pipe.send(there.write([here.read(letter) for letter in letters]))
+    """Another process: read each object of one segment and write it to the other one."""
+    here, there = Segment(sent), Segment(back)
+    while places := pipe.recv():
+        pipe.send(there.write([here.read(place) for place in places]))
 
 
 def test_two_processes_exchange_what_grows_and_shrinks() -> None:
     fresh = multiprocessing.get_context("spawn")
     ours, theirs = fresh.Pipe()
-    slots = Slots()
-    sent, back = slots.take(), slots.take()
+    segments = Segments()
+    sent, back = segments.take(), segments.take()
     other = fresh.Process(target=echo, args=(theirs, sent.address, back.address))
     other.start()
     for seed, numbers in enumerate((1, 5000, 10, 300_000, 2000)):
         several = [content(seed, numbers), content(seed + 50, 1), content(seed + 100, numbers + 3)]
         ours.send(sent.write(several))
-        answers: list[Letter] = ours.recv()
-        assert all(same(back.read(letter), whole) for letter, whole in zip(answers, several, strict=True))
+        answers: list[Place] = ours.recv()
+        assert all(same(back.read(place), whole) for place, whole in zip(answers, several, strict=True))
     ours.send(None)
     other.join()
     assert other.exitcode == 0
 
 
-def test_large_arrays_are_outside_their_letter_and_stay_when_the_slot_is_used_again() -> None:
-    slot = Slots().take()
+def test_arrays_that_are_kept_stay_when_the_segment_is_used_again() -> None:
+    segment = Segments().take()
     first = content(1, SMALL)
-    (letter,) = slot.write([first])
-    assert len(letter[0]) < SMALL and [size for _, size in letter[1]] == [8 * SMALL]
-    read = slot.read(letter)
-    slot.write([content(2, SMALL)])
+    (place,) = segment.write([first])
+    read = segment.read(place)
+    segment.write([content(2, SMALL)])
     assert same(read, first)
 
 
-def test_a_slot_is_used_again_once_it_is_given_back() -> None:
-    slots = Slots()
-    first, second = slots.take(), slots.take()
+def test_a_segment_is_used_again_once_it_is_given_back() -> None:
+    segments = Segments()
+    first, second = segments.take(), segments.take()
     assert first.address != second.address
-    slots.give_back(first)
-    assert slots.take() is first
+    segments.give_back(first)
+    assert segments.take() is first
 
 
-def test_the_memory_ends_with_the_slot() -> None:
-    slot = Slots().take()
-    slot.write([content(0, 1000)])
-    address = slot.address
-    del slot
+def test_the_memory_ends_with_the_segment() -> None:
+    segment = Segments().take()
+    segment.write([content(0, 1000)])
+    address = segment.address
+    del segment
     with pytest.raises(OSError):
-        Slot(address)
+        Segment(address)

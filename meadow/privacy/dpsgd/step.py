@@ -1,0 +1,219 @@
+"""Example-level DP-SGD (Abadi et al. 2016, algorithm 1) for one training loop: it asks for indices and for gradients.
+
+    with Privatiser(model, mechanism, sampling, noise) as private:
+        for _ in range(mechanism.steps):
+            index = private.sample(n)
+            private.gradients(index, losses)     # p.grad = (sum of clipped gradients + noise) / denominator
+            ...                                  # proximal terms, control variates: change p.grad here
+            optimizer.step()
+
+Formal guarantee
+----------------
+Let an example's loss depend on no other example. Then two data sets, of which one has one example more, have clipped sums at
+most `ClippedSum.sensitivity("add-remove")` = `clip` apart. The Gaussian noise on a sum has `noise_multiplier` times that as
+its standard deviation, and each example is in a step's sample with probability `sample_rate`, independently of the others.
+So `steps` steps are the composition of as many Poisson-sampled Gaussian mechanisms, whose history
+[(sample_rate, noise_multiplier, steps)] `meadow.privacy.accounting.epsilon` turns into epsilon at a delta, for whoever sees
+every noisy gradient but neither the samples drawn nor the noise. Hence both streams must be secret where the privacy is to
+be real: amplification by sampling holds only against those who do not know who was drawn. What is computed in floating point
+is taken for real numbers here.
+
+Held on every entry and every step, because the guarantee rests on it: no module computes statistics over a batch, no buffer
+changes, no sample's loss touches another sample's inputs (`book`), the first sample's gradient is autograd's (`hooks`), and
+no more steps are taken than were charged (`Permit`).
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from meadow.privacy.dpsgd.book import modules_of
+from meadow.privacy.dpsgd.choose import SUMS, GradSample, chosen_mode
+from meadow.privacy.dpsgd.mechanism import Mechanism, gaussian, poisson
+from meadow.privacy.noise import Stream
+from meadow.runtime.errors import UserError
+from meadow.runtime.module_cache import once
+
+Losses = Callable[[Tensor], Tensor]
+"""The losses, float (k,), of the samples at the indices int64 (k,). Each may depend on its own sample only."""
+
+VALUES_AT_ONCE = 2**26
+"""Per-sample gradients held at once, in numbers; a larger batch is taken in pieces."""
+
+
+def refuse_what_mixes_samples(model: nn.Module) -> None:
+    """Raise UserError if a module would compute statistics over the batch, or keep such statistics.
+
+    That is every batch normalisation that is not in `eval()` with stored statistics, frozen or not (its output for one
+    sample depends on the others, and its running statistics are released), and instance normalisation that tracks.
+    """
+    for name, module in once(model, "normalising", lambda: _normalising(model)).items():
+        tracks = bool(getattr(module, "track_running_stats", True))
+        batch = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not tracks)
+        instance = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and tracks
+        if batch or instance:
+            raise UserError(
+                f'task.model: "{name}" ({type(module).__name__}) mixes the samples of a batch, so that clipping bounds '
+                'nothing and its statistics leave unprotected: write task.norm = "group", or keep it frozen in eval mode'
+            )
+
+
+@dataclass
+class Privatiser:
+    """Gives the loop its samples and its private gradients, for one round of one client. A context manager.
+
+    While it is open, hooks hang on the model. For Opacus's recurrent layers are replaced by Opacus's (which hold the very
+    same parameters: an `nn.LSTM` shows no gradients of single samples), and no activation works in place; all that is
+    undone at its end. What learns (`requires_grad`) and which modules are in `eval()` must be set before and stay so.
+
+    `sampling` and `noise` are consumed step by step. Raises UserError on entry for a model that mixes samples, and
+    at the end if a buffer has changed, because a buffer that follows the data would leave unprotected.
+    """
+
+    model: nn.Module
+    mechanism: Mechanism
+    sampling: Stream
+    noise: Stream
+    grad_sample: GradSample = "auto"
+    values_at_once: int = VALUES_AT_ONCE
+    _opened: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    def __enter__(self) -> Self:
+        refuse_what_mixes_samples(self.model)
+        parameters = once(self.model, "parameters", lambda: dict(self.model.named_parameters()))
+        self._learning = {name: p for name, p in parameters.items() if p.requires_grad}
+        if not self._learning:
+            raise UserError("local.trainable: nothing of the model learns, so there is nothing to make private")
+        self._buffers = {name: buffer.clone() for name, buffer in _buffers(self.model).items()}
+        learning, wanted = frozenset(self._learning), self.grad_sample
+        mode = once(self.model, ("private mode", learning, wanted), lambda: chosen_mode(self.model, wanted))
+        # Made once, as fresh memory for every step would cost more than the noise.
+        self._drawing, self._shares = once(self.model, ("shares", learning), lambda: _shares(self._learning))
+        with self._opened as opened:
+            self._let_nothing_work_in_place(opened)
+            self._sum = SUMS[mode](self.model, self._learning, self.mechanism)
+            opened.callback(self._sum.close)
+            self._opened = opened.pop_all()
+        most = self.values_at_once // max(1, self._sum.held)
+        self._piece = self._sum.at_once or max(1, min(4096, most))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.close()
+        if kind is None:
+            for name, buffer in _buffers(self.model).items():
+                if not torch.equal(buffer, self._buffers[name]):
+                    raise UserError(
+                        f'task.model: the buffer "{name}" changed in private training, so it holds statistics of private '
+                        'data: write task.norm = "group", or freeze the module that has it'
+                    )
+
+    def sample(self, n: int) -> Tensor:
+        """The indices of the next step's Poisson sample of the client's n samples, int64 and rising; may be empty."""
+        return poisson(n, self.mechanism.sample_rate, self.sampling)
+
+    def gradients(self, index: Tensor, losses: Losses) -> None:
+        """Set every learning parameter's `grad` to (sum of clipped gradients of the samples + noise) / denominator.
+
+        An empty sample gives noise alone; so does a sample whose gradient is not finite. A parameter that had no part in
+        the loss gets noise too. `losses` is called with pieces of the index, each sample once or, where another sample
+        of its piece is not finite, twice. Raises TypeError if it does not give one loss for each sample, and UserError
+        if the hooks miss a part of the gradient, because a parameter is used outside of its own module.
+        """
+        self._drawn = False
+        first = int(self._sum.begins_alone)
+        for begin, end in pairwise([*range(first), *range(first, len(index), self._piece), len(index)]):
+            if begin < end:
+                self._add(index if end - begin == len(index) else index[begin:end], losses)
+        for name, share in self._noisy().items():
+            self._learning[name].grad = share
+
+    def _noisy(self) -> dict[str, Tensor]:
+        """What becomes of the gradients, with this step's noise in it: drawn late, so that it is still in the cache."""
+        plan = self.mechanism
+        deviation = plan.noise_multiplier * self._sum.sensitivity("add-remove") / plan.denominator
+        for flat in () if self._drawn else self._drawing:
+            if deviation > 0:
+                gaussian(flat, deviation, self.noise)
+            else:
+                flat.zero_()
+        self._drawn = True
+        return self._shares
+
+    def _add(self, piece: Tensor, losses: Losses) -> None:
+        self._sum.forget()
+        values = losses(piece)
+        if values.shape != (len(piece),):
+            raise TypeError(
+                f"losses gave shape {tuple(values.shape)} for {len(piece)} samples: one loss each is needed"
+            )
+        again = self._sum.add(values, self._noisy)
+        if again is not None and again.any():
+            self._add(piece[again.to(piece.device)], losses)
+        self._sum.forget()
+
+    def _let_nothing_work_in_place(self, opened: ExitStack) -> None:
+        modules = modules_of(self.model).values()
+        for module in once(self.model, "may work in place", lambda: [m for m in modules if hasattr(m, "inplace")]):
+            if getattr(module, "inplace", None) is True:
+                module.inplace = False  # type: ignore[assignment]
+                opened.callback(setattr, module, "inplace", True)
+
+
+@dataclass
+class Permit:
+    """The right to so many private steps as were charged for one release. `on` gives what makes the gradients of a model.
+
+    Several models, or several stretches of training, may share a permit; together they get no more than its steps.
+    """
+
+    mechanism: Mechanism
+    sampling: Stream
+    noise: Stream
+    grad_sample: GradSample = "auto"
+    _taken: int = 0
+
+    def on(self, model: nn.Module) -> Privatiser:
+        """What makes private gradients of this model."""
+        return Privatiser(model, self.mechanism, self.sampling, self.noise, self.grad_sample)
+
+    def sample(self, n: int) -> Tensor:
+        """The next step's Poisson sample of n samples. Raises UserError if all steps that were charged are taken."""
+        if self._taken >= self.mechanism.steps:
+            raise UserError(
+                f'privacy.unit = "example": training wants more than the {self.mechanism.steps} steps a round that are '
+                "charged for; use a strategy that trains body and head together, once a round"
+            )
+        self._taken += 1
+        return poisson(n, self.mechanism.sample_rate, self.sampling)
+
+
+def _shares(learning: dict[str, nn.Parameter]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Room for what becomes of the gradients, by name; and the pieces, each drawn at once, of which those are parts: one
+    piece if all parameters are of one kind."""
+    kinds = {(p.dtype, p.device) for p in learning.values()}
+    whole = [list(learning.values())] if len(kinds) == 1 else [[p] for p in learning.values()]
+    pieces = [torch.empty(sum(p.numel() for p in some), dtype=some[0].dtype, device=some[0].device) for some in whole]
+    shares = [
+        part.view(p.shape)
+        for piece, some in zip(pieces, whole, strict=True)
+        for p, part in zip(some, torch.split(piece, [p.numel() for p in some]), strict=True)
+    ]
+    return pieces, dict(zip(learning, shares, strict=True))
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    return once(model, "buffers", lambda: dict(model.named_buffers()))
+
+
+def _normalising(model: nn.Module) -> dict[str, nn.Module]:
+    kinds = nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm
+    return {name: module for name, module in modules_of(model).items() if isinstance(module, kinds)}

@@ -1,0 +1,43 @@
+"""Where training starts: the model's complete state before the first round."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from meadow.arrays.named import Arrays
+from meadow.config.schema import Experiment
+from meadow.tasks.models.stitch import COLUMNS
+from meadow.tasks.models.weights import TRUNK, pretrained_trunk
+from meadow.tasks.source import source_state
+from meadow.tasks.task import open_task
+
+
+def initial_state(experiment: Experiment) -> Arrays:
+    """The model's complete state before the first round, in state_dict order; fresh arrays at each call. All float32, but
+    for a batch normalisation's count of batches, which is int64.
+
+    task.pretrained = "": the random start of run.seed (`meadow.tasks.models.multihead.build`). "source": its trunk is
+    that of `source_state`, the heads keep their random start. Else its trunk is that of
+    `meadow.tasks.models.weights.pretrained_trunk`. Raises UserError for weights that are missing, unreadable or do not fit.
+    """
+    task, opened = experiment.task, open_task(experiment)
+    state = dict(opened.plain_model().state_dict())
+    if task.pretrained == "source":
+        source = source_state(experiment)
+        state.update({name: torch.from_numpy(source[name]) for name in state if name.startswith(TRUNK)})
+    elif task.pretrained:
+        state.update(pretrained_trunk(task, {n: t for n, t in state.items() if n.startswith(TRUNK)}))
+    if opened.added.kind or opened.two_domains or task.trunks == "cross-stitch":
+        whole = dict(opened.new_model().state_dict())
+        state = {name: _start(name, state, tensor, bool(task.pretrained)) for name, tensor in whole.items()}
+    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {name: tensor.numpy(force=True).copy() for name, tensor in floats.items()}
+
+
+def _start(name: str, plain: Mapping[str, Tensor], new: Tensor, pretrained: bool) -> Tensor:
+    """Where an array of a model that is more than the plain one starts: in the trunk as that of the plain model, which
+    coupled trunks take only if it is pretrained; else as it is, new."""
+    if pretrained and name.startswith(COLUMNS):
+        name = TRUNK + name.removeprefix(COLUMNS).partition(".")[2]
+    return plain.get(name, new) if name.startswith(TRUNK) else new
