@@ -74,7 +74,7 @@ def test_a_second_attempt_draws_anew() -> None:
 
 
 def test_a_schedule_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meadow.server.rounds.EVERY", 0)
+    monkeypatch.setattr("meadow.server.run.EVERY", 0)
     (tmp_path / "who").write_text("# two, then one, then nobody\n3 1\n2,\n\n")
     plan = ("cohort.sampling=schedule", f"cohort.schedule={tmp_path / 'who'}", "cohort.quorum=0")
     run_inline(small("fedavg", *plan), tmp_path / "run")
