@@ -7,8 +7,8 @@ must then start from the state of that round; so states newer than the server's 
 A disk takes longer over a state than a small client over its training. So a simulation may keep states in files of shared
 memory (`engine.state_memory`): they outlive every process, however it ends, and are moved to disk when the run has ended.
 Only a restart of the machine loses them. (They cannot be segments of `meadow/arrays/memory.py`: these end with the command
-that made them, so a killed run would lose its clients.) A mark on disk says that they were there, and who finds it without them
-refuses to go on. What does not fit goes to disk.
+that made them, so a killed run would lose its clients.) A mark on disk says that they were there, and who finds it without
+them refuses to go on. What does not fit goes to disk.
 """
 
 import os
