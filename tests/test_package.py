@@ -17,6 +17,8 @@ import meadow
 ROOT = Path(__file__).parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUILT = SETTINGS["tool"]["setuptools"]
+COMPILED = "meadow/native/built/"
+"""Where the build leaves what it compiled, if there is a compiler."""
 PLACES = {name: ROOT / folder for name, folder in BUILT["package-dir"].items()}
 
 
@@ -24,8 +26,9 @@ def files() -> Iterator[tuple[str, Path]]:
     """Every file of the package: its path below `meadow/` as it is installed, and where it is here."""
     for name, place in PLACES.items():
         for path in place.rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                yield "/".join([*name.split("."), *path.relative_to(place).parts]), path
+            installed = "/".join([*name.split("."), *path.relative_to(place).parts])
+            if path.is_file() and "__pycache__" not in path.parts and not installed.startswith(COMPILED):
+                yield installed, path
 
 
 def test_every_folder_is_a_package() -> None:
@@ -52,14 +55,11 @@ def test_the_version_is_said_once() -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel of what stands in the checkout, built in a copy."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (copy / name).write_bytes((ROOT / name).read_bytes())
-    for place in PLACES.values():
-        for path in place.rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                target = copy / path.relative_to(ROOT)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(path.read_bytes())
+    named = [ROOT / name for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE")]
+    for path in [*named, *(path for _, path in files())]:
+        target = copy / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
     words = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(copy)]
     subprocess.run([sys.executable, "-m", "pip", *words], check=True, capture_output=True, text=True)
     (found,) = out.glob("meadow-*.whl")
@@ -70,7 +70,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == {name for name, _ in files()}
+    assert {name for name in names if not name.startswith(COMPILED)} == {name for name, _ in files()}
 
 
 LOOK = """
