@@ -9,6 +9,7 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from meadow.arrays.flower import from_record, to_record
+from meadow.arrays.named import Arrays
 from meadow.arrays.slots import SMALL, Address, Letter, Slot, Slots
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
@@ -16,7 +17,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux'
 
 def content(seed: int, numbers: int) -> RecordDict:
     draw = np.random.default_rng(seed)
-    arrays = {"w": draw.normal(size=(numbers, 2)).astype(np.float32), "b": draw.normal(size=3), "n": np.array(seed)}
+    arrays: Arrays = {
+        "w": draw.normal(size=(numbers, 2)).astype(np.float32),
+        "b": draw.normal(size=3),
+        "n": np.array(seed),
+    }
     return RecordDict({"arrays": to_record(arrays), "config": ConfigRecord({"round": seed})})
 
 

@@ -131,7 +131,7 @@ def test_rates_of_the_schedules() -> None:
 
 def test_a_scheduled_rate_scales_the_step() -> None:
     """Plain SGD over the full batch from one state: the change in round 3 is a quarter of that in round 1."""
-    changes = []
+    changes = list[Arrays]()
     for round_ in (1, 3):
         experiment, task, model = opened(
             "local.batch_size=0", "local.steps=1", "local.schedule=step", "local.schedule_every=1",
@@ -140,7 +140,7 @@ def test_a_scheduled_rate_scales_the_step() -> None:
         before = floats(state_of(model.double()))
         train(model, in_double(task.client(0).train), task, experiment, round_, 0)
         changes.append({n: v - before[n] for n, v in floats(state_of(model)).items()})
-    stepped(changes[0], {n: 4 * v for n, v in changes[1].items()}, {})
+    stepped(changes[0], {n: 4 * v for n, v in floats(changes[1]).items()}, {})
 
 
 @pytest.mark.parametrize("patience", [0, 2])

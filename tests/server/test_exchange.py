@@ -68,7 +68,7 @@ def node(clients: Sequence[int], fault: str = "", **roll: Any) -> Callable[[Mess
         requests, _ = unpack_requests(message.content)
         answers = [Answer(r.client, reply_content(r.client)) for r in requests]
         if fault == "lies":
-            extra = weighted_sum([(1e6, {"w": np.float32([666])})])
+            extra = weighted_sum([(1e6, {"w": np.array([666], dtype=np.float32)})])
             answers.append(Answer(0, reply_content(666)))
             return pack_replies(NodeReply(answers, {(0, 1): extra, (0, 2): extra, (7, 8): extra}))
         return pack_replies(NodeReply(answers))
@@ -77,7 +77,9 @@ def node(clients: Sequence[int], fault: str = "", **roll: Any) -> Callable[[Mess
 
 
 def reply_content(value: int) -> RecordDict:
-    return RecordDict({"arrays": to_record({"w": np.float32([value])}), "metrics": MetricRecord({"num-examples": 10})})
+    return RecordDict(
+        {"arrays": to_record({"w": np.array([value], dtype=np.float32)}), "metrics": MetricRecord({"num-examples": 10})}
+    )
 
 
 def exchange(nodes: dict[int, Callable[[Message], RecordDict]], clients: int, timeout: float = 0.3) -> Exchange:
@@ -85,7 +87,9 @@ def exchange(nodes: dict[int, Callable[[Message], RecordDict]], clients: int, ti
 
 
 def ask(found: Exchange, clients: Sequence[int], whole_blocks: bool = False) -> tuple[dict[int, str | float], Any]:
-    content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
+    content = RecordDict(
+        {"arrays": to_record({"w": np.array([0], dtype=np.float32)}), "config": ConfigRecord({"round": 1})}
+    )
     replies, sums = found.send([Message(content, c, "train") for c in clients], whole_blocks)
     assert [r.client for r in replies] == list(clients)
     said = {
@@ -228,7 +232,9 @@ def test_a_nodes_first_round_tells_nothing_of_its_pace() -> None:
     grid = FakeGrid({5: timed(5), 9: timed(9)})
     found = Exchange(grid, "run", {}, {"data": "d", "split": "s"}, 40, 1.0, movable=True)
     found.gather()
-    content = RecordDict({"arrays": to_record({"w": np.float32([0])}), "config": ConfigRecord({"round": 1})})
+    content = RecordDict(
+        {"arrays": to_record({"w": np.array([0], dtype=np.float32)}), "config": ConfigRecord({"round": 1})}
+    )
     for _ in range(3):
         dealt.append({})
         found.send([Message(content, c, "train") for c in range(40)], work=dict.fromkeys(range(40), 1.0))

@@ -202,7 +202,7 @@ def test_class_weights_act_in_a_training_step(kind: str) -> None:
     total = sum(float(each[c]) * F.cross_entropy(logits[i : i + 1], data.y["digit"][i : i + 1])
                 for i, c in enumerate(labels))  # fmt: skip
     names = dict(by_hand.named_parameters())
-    gradients = torch.autograd.grad(total / len(labels), list(names.values()))  # type: ignore[arg-type, operator]
+    gradients = torch.autograd.grad(total / len(labels), list(names.values()))  # type: ignore[arg-type]
     by = {name: experiment.local.lr * value for name, value in zip(names, gradients, strict=True)}
     stepped(state_of(trained), state_of(by_hand), by, np.float32)  # the weights of the classes are float32
 
