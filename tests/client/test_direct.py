@@ -230,7 +230,7 @@ def test_compiled_pooling_has_the_bits_of_torchs(
         expected = F.max_pool2d(given, window, ceil_mode=ceil)
         expected = expected.relu() if relu else expected
         back = torch.randn(expected.shape, generator=draw)
-        expected.backward(back)
+        expected.backward(back)  # type: ignore[no-untyped-call]
         pool = Pool(Layer("pool", (channels, h, w), after, kernel=window, ceil=ceil), relu)
         found = [each.nan_to_num(-1).contiguous().view(torch.int32) for each in (pool.forward(x), expected.detach())]
         assert torch.equal(*found) and given.grad is not None

@@ -17,6 +17,7 @@ import torch
 from meadow.server.checkpoints import Checkpoint, latest
 from torch import Tensor, nn
 
+import meadow.tasks.models.multihead
 import meadow.tasks.task
 from helpers.runs import run_inline
 from meadow.arrays.files import read_arrays
@@ -85,7 +86,7 @@ def experiment(*overrides: str) -> Experiment:
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything in float64: the models, the state before the first round, and with these all that follows."""
-    build, initial = meadow.tasks.task.build, initial_state
+    build, initial = meadow.tasks.models.multihead.build, initial_state
 
     def build_double(*args: Any) -> nn.Module:
         return build(*args).double()

@@ -190,9 +190,12 @@ def test_attackers_come_from_the_seed() -> None:
     assert attackers(plan(ten)) == attackers(plan([*ten, "run.rounds=3"])) != attackers(plan([*ten, "run.seed=1"]))
 
 
-SENT = {"w": np.float32([1, 2]), "n": np.int64(3)}
-HONEST = {0: {"w": np.float32([2, 2]), "n": np.int64(4)}, 1: {"w": np.float32([4, 0]), "n": np.int64(5)}}
-EVIL = {2: {"w": np.float32([0, 3]), "n": np.int64(6)}}  # its honest move would be (-1, 1)
+SENT = {"w": np.array([1, 2], dtype=np.float32), "n": np.int64(3)}
+HONEST = {
+    0: {"w": np.array([2, 2], dtype=np.float32), "n": np.int64(4)},
+    1: {"w": np.array([4, 0], dtype=np.float32), "n": np.int64(5)},
+}
+EVIL = {2: {"w": np.array([0, 3], dtype=np.float32), "n": np.int64(6)}}  # its honest move would be (-1, 1)
 
 
 @pytest.mark.parametrize(
