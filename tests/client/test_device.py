@@ -14,7 +14,8 @@ from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.tasks.evaluation import device_of, evaluate, load_into, state_of
 from meadow.tasks.numerics import placed
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 SOURCE = ("task.pretrained=source",)
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
