@@ -11,6 +11,7 @@ from typing import Any, cast
 from flwr.app import ConfigRecord, MetricRecord
 from meadow.client.node import Facts, Node, samples
 from meadow.client.trainers.choose import Fast
+from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientAlgorithm
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer, NodeReply, Request
@@ -99,7 +100,7 @@ def _train(
         return [None] * len(clients)
     known = {client: each.samples for client, each in facts.items()}
     members = [[fast.member(own[client], round_, client, local) for client in block] for block in clients]
-    counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}
+    counts = {c: name_weights(about, received, equal_weights(node.experiment)) for c, about in known.items()}
     node.clock.now("train")
     outcome = fast.kernels.train(
         received, members, fast.rates(round_, local), [[counts[client] for client in block] for block in clients]

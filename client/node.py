@@ -18,9 +18,9 @@ from meadow.client.loop.training import LOOP, Beside, train
 from meadow.client.release import Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Fast, fast, told
-from meadow.strategies import algorithm
+from meadow.strategies import algorithm, check, equal_weights
 from meadow.strategies.attacks import ON_LABELS, attackers
-from meadow.strategies.protocol import ClientAlgorithm, Roles
+from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
 from meadow.strategies.roles import name_weights, roles_of
 from meadow.strategies.wire.packing import Answer, NodeReply, Request
 from meadow.strategies.wire.replies import arrays_fault, metrics_of, weight_fault
@@ -35,6 +35,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
 from meadow.runtime.clock import Clock
+from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import hold_still
 from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
@@ -107,6 +108,7 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
         except OSError as error:  # then this process reads the data by itself
             log.warning("the data in the machine's memory cannot be opened: %s", error)
     experiment = settle(from_flat(json.loads(flat)))
+    check(experiment)
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     model = hold_still(task.new_model())
@@ -201,12 +203,24 @@ def train_client(node: Node, request: Request) -> RecordDict:
     known = context.permit is not None or allowed(experiment, "samples")
     metrics: dict[str, Any] = {**samples(node, client, context.data), "steps": result.fitted.steps if known else 0}
     metrics |= result.metrics
+    _refuse_undeclared(experiment, result)
     sent |= flat(result.auxiliary)
     weights = name_weights(metrics, sent)
     reply["arrays"] = to_record({name: value for name, value in sent.items() if weights[name] > 0})
     losses = {f"loss/{t}": value for t, value in result.fitted.losses.items() if allowed(experiment, "loss")}
     reply["metrics"] = MetricRecord(metrics | losses)
     return reply
+
+
+def _refuse_undeclared(experiment: Experiment, result: ClientResult) -> None:
+    """Raise UserError for what would leave under DP beside the model without being declared."""
+    name = experiment.strategy.name
+    extra = sorted({*result.auxiliary} - {*algorithm(name).sends}) + sorted(result.metrics)
+    if extra and experiment.privacy.unit != "none":
+        raise UserError(
+            f'privacy.unit = "{experiment.privacy.unit}" with strategy.name = "{name}": its clients send {", ".join(extra)} '
+            "beside the model, which it does not declare; leave them out, or name auxiliary arrays in Algorithm.sends"
+        )
 
 
 def samples(node: Node, client: int, data: Data) -> dict[str, int]:
@@ -313,7 +327,7 @@ def add_up(node: Node, answers: list[Answer], sent: Arrays, blocks: Sequence[tup
                 break
             if arrays_fault(content, sent, node.experiment.cohort.max_norm):
                 break
-            weights = name_weights(metrics_of(content), sent, node.experiment.equal_weights)
+            weights = name_weights(metrics_of(content), sent, equal_weights(node.experiment))
             updates.append((weights, from_record(cast(ArrayRecord, content["arrays"]))))
         else:
             sums[index, index + 1] = weighted_sum(updates)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from flwr.app import RecordDict
 from meadow.server.accounts import Account, account_of, over_accounts, remind, require_budget
+from meadow.strategies import algorithm
 from meadow.strategies.protocol import Roles
 from meadow.strategies.wire.packing import Answer, Request
 from torch import nn
@@ -161,7 +162,8 @@ class Protection:
     def summary(self) -> dict[str, Any]:
         """What was protected, how well by which account, and what left: the summary's "privacy"."""
         privacy, spent = self.experiment.privacy, self.epsilon()
-        left = [quantity.as_json() for quantity in releases(self.experiment)]
+        sends = algorithm(self.experiment.strategy.name).sends.values()
+        left = [quantity.as_json() for quantity in releases(self.experiment, sends)]
         if privacy.unit == "none":
             return {"unit": "none", "delta": None, "accountant": None, "epsilon": spent, "releases": left}
         claim = plan.claim(self.experiment, spent["max"] or 0.0)

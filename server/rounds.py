@@ -20,7 +20,7 @@ from meadow.server.scoring import predict_globally, scalar, score_clients, score
 from meadow.server.session import Session, setup, split_table
 from meadow.server.summary import ClientScores, client_rows, summarise, test_sizes, used
 from meadow.server.writer import EVERY, Writer
-from meadow.strategies import algorithm, server_of
+from meadow.strategies import algorithm, equal_weights, server_of
 from meadow.strategies.attacks import attack, attackers
 from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientUpdate, Roles, steps_of
 from meadow.strategies.roles import name_weights, roles_of
@@ -260,7 +260,7 @@ def try_round(session: Session, round_: int, attempt: int) -> Tried:
         sums,
         sent,
         sizes,
-        equal=experiment.equal_weights,
+        equal=equal_weights(experiment),
         max_norm=experiment.cohort.max_norm,
         judge=session.algorithm.judge,
     )
@@ -335,7 +335,7 @@ def _contents(verdict: Verdict) -> dict[int, RecordDict]:
 
 def _given(session: Session, tried: Tried, round_: int) -> WeightedSum | list[ClientUpdate]:
     """The replies that count as the algorithm takes them: their sum, or each by itself."""
-    equal = session.experiment.equal_weights
+    equal = equal_weights(session.experiment)
     if session.algorithm.sums_only:
         whole = round_sum(tried.trained, tried.verdict, equal)
         return whole if whole is not None else WeightedSum({}, {})

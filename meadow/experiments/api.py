@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from meadow.client.loop.anchors import teacher
-from meadow.config.load import apply, flatten, read_tree, resolve
+from meadow.config.load import apply, flatten, read_tree
 from meadow.config.schema import Experiment
 from meadow.experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
 from meadow.server.cohorts import read_schedule
 from meadow.server.folder import check_folder
 from meadow.server.protection import protection
 from meadow.simulation.launch import engine
+from meadow.strategies import check
+from meadow.strategies.check import resolve
 from meadow.strategies.roles import roles_of
 from meadow.tasks.readers.domains import source_samples
 from meadow.tasks.task import initial_state, open_task, settle
@@ -84,6 +86,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
     """
     jobs = [replace(job, experiment=settle(job.experiment)) for job in jobs]
     for job in jobs:
+        check(job.experiment)
         if in_folds(job.experiment):
             check_folds_folder(job.folder, resume)
         for experiment, folder in fold_runs(job.experiment, job.folder):

@@ -25,7 +25,7 @@ from meadow.client.context import LocalContext
 from meadow.client.loop.training import train
 from meadow.client.release import Allowed, Keeper, charge, noised_update
 from meadow.config.cohort import draw_cohort, participations
-from meadow.config.load import apply, resolve, to_tree
+from meadow.config.load import apply, to_tree
 from meadow.config.schema import Experiment
 from meadow.privacy.accounting import epsilon
 from meadow.privacy.client_level import update_noise
@@ -47,6 +47,8 @@ from meadow.runtime.seeds import numpy_generator, one_thread
 from meadow.server.folder import RunFolder
 from meadow.server.protection import Protection, adaptive, protection
 from meadow.simulation.launch import engine
+from meadow.strategies import algorithm, check
+from meadow.strategies.check import resolve
 from meadow.strategies.roles import roles_of
 from meadow.strategies.wire.packing import Answer
 from meadow.tasks.data import Data, Target
@@ -62,6 +64,7 @@ _MOST_STEPS = 600
 def audit(experiment: Experiment) -> list[Check]:
     """All checks of an experiment under DP. Raises UserError if nothing is claimed, or if the run would be refused."""
     experiment = settle(experiment)
+    check(experiment)
     if experiment.privacy.unit == "none":
         raise UserError('privacy.unit = "none": nothing is claimed, so there is nothing to audit')
     task = open_task(experiment)
@@ -422,7 +425,7 @@ def _observing() -> Iterator[list[dict[str, Any]]]:
                 correct(now)
 
         trained = honest(context, correct=watch, leaves=leaves, **more)
-        if not leaves and context.settings.name == "ditto":
+        if not leaves and algorithm(context.settings.name).own_model:
             return trained
         moved = {name for name, p in context.model.named_parameters() if not torch.equal(p, before[name])}
         part = [0.0, 0.0, 0]

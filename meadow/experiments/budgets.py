@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from meadow.config.algorithms import ALGORITHMS
 from meadow.experiments.pictures import style
 from meadow.experiments.pictures.plots import box, jitter, label_ends, value_axis
 from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH
@@ -27,6 +28,7 @@ from meadow.experiments.results import (
 )
 from meadow.experiments.words import metric_name
 from meadow.privacy.plan import claim
+from meadow.strategies import algorithm
 
 UNITS = {
     "example": "One example of a client",
@@ -539,9 +541,9 @@ def _labels(settings: Sequence[Mapping[str, Any]], runs: Sequence[RunResult]) ->
 
 
 def _method(name: str, share: str) -> str:
-    """FedAvg and FedPer by their names, others as their settings."""
-    known = {("fedavg", "all"): "FedAvg", ("fedavg", "body"): "FedPer"}
-    return known.get((name, share), name if share == "all" else f"{name}, share = {share}")
+    """By the title that the algorithm has, else as the settings."""
+    titles = algorithm(name).titles if name in ALGORITHMS else {}
+    return titles.get(share, name if share == "all" else f"{name}, share = {share}")
 
 
 def _groups_of_line(line: Line, target: str, metric: str) -> list[Group]:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meadow.config.load import Tree, apply, flatten, parse_override, preset_names, read_tree, resolve
+from meadow.config.load import Tree, apply, flatten, parse_override, preset_names, read_tree
 from meadow.experiments.api import Job
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import resolve
 
 METHODS = (
     "pooled",

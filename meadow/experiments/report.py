@@ -43,6 +43,8 @@ from meadow.experiments.results import (
 )
 from meadow.experiments.words import metric_name
 from meadow.privacy.releases import NOT_PROTECTED
+from meadow.runtime.errors import UserError
+from meadow.strategies import equal_weights
 
 CSS = (
     f":root {{ color-scheme: light dark; {style.css_variables(dark=False)} }}\n"
@@ -546,7 +548,11 @@ def _run_html(name: str, run: RunResult) -> str:
 
 def _admission(experiment: Experiment) -> str:
     """What a reply must be to count, and how much it counts."""
-    counts = "each client counts 1" if experiment.equal_weights else "a client counts its training samples"
+    try:
+        equal = equal_weights(experiment)
+    except UserError:  # a strategy of the user's own that is no longer on the path
+        equal = False
+    counts = "each client counts 1" if equal else "a client counts its training samples"
     longest = experiment.cohort.max_norm
     return f"{counts}, with no more samples than it declared at roll call" + (
         f"; updates longer than {longest:g} are refused" if longest else ""

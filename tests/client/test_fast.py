@@ -15,11 +15,11 @@ from meadow.client.trainers.fused import Fused, unfit
 from meadow.client.trainers.network import Kernels, Unknown, network
 from meadow.client.trainers.stacked import Stacked
 from meadow.simulation.launch import engine
+from meadow.strategies.check import load
 from torch import nn
 
 from benchmarks import gpu
 from meadow.arrays.named import Arrays
-from meadow.config.load import load
 from meadow.config.schema import Engine, Experiment
 from meadow.experiments.plan import plan
 from meadow.runtime.errors import UserError

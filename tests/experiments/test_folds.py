@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from helpers.runs import small
 from meadow.simulation.launch import engine
+from meadow.strategies.check import load
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.experiments.api import Job, Summary, run, run_many
 from meadow.experiments.compare import methods_jobs

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.folders import make_run, over_clients, round_line, text_of
+from meadow.strategies.check import load
 from rich.console import Console
 from scipy import stats
 
-from meadow.config.load import load, to_toml
+from meadow.config.load import to_toml
 from meadow.experiments.pictures.plots import confusion_matrices, mean_roc, spread_apart
 from meadow.experiments.progress import Tail, follow, line, time_left
 from meadow.experiments.ranking import number, ranking, ranking_table, worded

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from helpers.runs import small
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from torch import nn
 
-from meadow.config.load import load
 from meadow.privacy.dpsgd import Mechanism, Permit
 from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError

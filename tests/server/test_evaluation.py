@@ -12,8 +12,8 @@ import pytest
 from flwr.app import MetricRecord
 from helpers.runs import run_inline, small
 from meadow.server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
+from meadow.strategies.check import load
 
-from meadow.config.load import load
 from meadow.privacy.releases import releases
 from meadow.tasks.data import Target
 from meadow.tasks.metrics import PRIMARY, class_weights
