@@ -12,6 +12,7 @@ from typing import Any, cast
 from meadow.client.node import Facts, Node, samples, size_of
 from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer
+from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientAlgorithm
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
@@ -78,7 +79,7 @@ def add_up(
                 break
             if arrays_fault(each.arrays, each.metrics, received) or node.stages.judge(each.arrays or {}, received):
                 break
-            weights = name_weights(each.metrics, received, node.experiment.equal_weights)
+            weights = name_weights(each.metrics, received, equal_weights(node.experiment))
             updates.append((weights, cast(Arrays, each.arrays)))
         else:
             sums[index, index + 1] = weighted_sum(updates)
@@ -126,7 +127,8 @@ def _train(
     if any(each.choice.trainer is not trainer for each in facts.values()):
         return [None] * len(clients)
     known = {client: each.samples for client, each in facts.items()}
-    counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}
+    equal = equal_weights(node.experiment)
+    counts = {c: name_weights(about, received, equal) for c, about in known.items()}
     trainings = [[Training(own[client], round_, client, local) for client in block] for block in clients]
     node.clock.now("train")
     trained, totals = node.trainers.train_blocks(

@@ -18,7 +18,7 @@ from meadow.client.loop.training import LOOP, Beside, keeps, train
 from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, check_device, trainers_of
-from meadow.strategies import algorithm
+from meadow.strategies import algorithm, check
 from meadow.strategies.attacks import ON_LABELS, attackers
 from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
 from meadow.strategies.roles import name_weights, roles_of
@@ -34,6 +34,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
 from meadow.runtime.clock import Clock
+from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import hold_still
 from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
@@ -113,6 +114,7 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
         except OSError as error:  # then this process reads the data by itself
             log.warning("the data in the machine's memory cannot be opened: %s", error)
     experiment = settle(from_flat(json.loads(flat)))
+    check(experiment)
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     check_device(experiment)
@@ -194,6 +196,7 @@ def train_client(node: Node, request: Request) -> Answer:
     node.clock.now("train")
     result = node.algorithm.train(context)
     node.clock.now("write")
+    _refuse_undeclared(experiment, result)
     reply["metrics"], sent_beside = _metrics(node, context, result), flat(result.auxiliary)
     weights = name_weights(reply["metrics"], [*node.roles.shared, *sent_beside])
     trained = {name: result.model[name] for name in node.roles.shared}
@@ -229,6 +232,17 @@ def _noise(node: Node, client: int, release: Allowed | None) -> Callable[[Arrays
         return noised_update(node.experiment, release, received, trained)
 
     return noised
+
+
+def _refuse_undeclared(experiment: Experiment, result: ClientResult) -> None:
+    """Raise UserError for what would leave under DP beside the model without being declared."""
+    name = experiment.strategy.name
+    extra = sorted({*result.auxiliary} - {*algorithm(name).sends}) + sorted(result.metrics)
+    if extra and experiment.privacy.unit != "none":
+        raise UserError(
+            f'privacy.unit = "{experiment.privacy.unit}" with strategy.name = "{name}": its clients send {", ".join(extra)} '
+            "beside the model, which it does not declare; leave them out, or name auxiliary arrays in Algorithm.sends"
+        )
 
 
 def samples(node: Node, client: int, data: Data) -> dict[str, int]:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meadow.strategies import algorithm
 from meadow.strategies.protocol import ServerAlgorithm
 from meadow.strategies.stages import Stage
 from meadow.strategies.wire.packing import Answer, Values
@@ -107,4 +108,5 @@ class Protection:
 
     def _releases(self) -> list[dict[str, str]]:
         staged = [quantity for stage in self.stages for quantity in stage.releases(self.experiment)]
-        return [quantity.as_json() for quantity in [*releases(self.experiment), *staged]]
+        sends = algorithm(self.experiment.strategy.name).sends.values()
+        return [quantity.as_json() for quantity in [*releases(self.experiment, sends), *staged]]

@@ -55,4 +55,4 @@ class Server(ServerAlgorithm[Sequence[ClientUpdate]]):
         return stepped(self.setup, steps, model), state
 
 
-FEDNOVA = Algorithm(Server)
+FEDNOVA = Algorithm(Server, trains_once=False, needs_plain_sgd=True)  # the server must know how many steps were made

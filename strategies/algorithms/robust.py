@@ -28,14 +28,14 @@ from meadow.strategies.stages.stage import Moves
 
 from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays, Float64, Named, split_auxiliary
-from meadow.config.algorithms import least_updates
+from meadow.config.rules.rule import Rule
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
 
 log = logging.getLogger("meadow.server")
 logging.getLogger("flwr").addFilter(lambda line: "Received %s results" not in str(line.msg))  # at each of our calls
 
-Rule = Callable[[Sequence[Update], Settings], Moves]
+Combine = Callable[[Sequence[Update], Settings], Moves]
 """Combines updates, one or more, that all have the same names."""
 
 
@@ -46,9 +46,9 @@ class Robust(ServerAlgorithm[Sequence[ClientUpdate]]):
 
     sums_only = False
 
-    def __init__(self, setup: Setup, rule: Rule) -> None:
+    def __init__(self, setup: Setup, combine: Combine, least: Callable[[int], int]) -> None:
         super().__init__(setup)
-        self._rule = rule
+        self._combine, self._least = combine, least
 
     def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
         """Group the arrays by who trained them, put each group's updates in buckets, and let the rule combine them."""
@@ -58,13 +58,13 @@ class Robust(ServerAlgorithm[Sequence[ClientUpdate]]):
             updates = [Update(weight, {n: moves[client][n] for n in names}) for client, weight in senders]
             draw = numpy_generator(self.setup.seed, "bucket", total[0].round)
             given = Bucketing(plan.bucket).gather(updates, draw)
-            if (needed := least_updates(plan.name, plan.byzantine)) > len(given) and plan.byzantine:
+            if (needed := self._least(plan.byzantine)) > len(given) and plan.byzantine:
                 log.warning(
                     "round %d: %s stay as they were: %s with strategy.byzantine = %d needs %d updates, there are %d",
                     *(total[0].round, ", ".join(names), plan.name, plan.byzantine, needed, len(given)),
                 )
                 continue
-            steps |= self._rule(given, plan)
+            steps |= self._combine(given, plan)
         return stepped(self.setup, steps, model), state
 
 
@@ -145,15 +145,29 @@ def multi_krum(updates: Sequence[Update], settings: Settings) -> Moves:
     return flowers(lambda s: _multi_krum(s, len(updates)), updates, settings)
 
 
-def _algorithm(rule: Rule) -> Algorithm:
-    return Algorithm(partial(Robust, rule=rule))
+def _algorithm(combine: Combine, least: Callable[[int], int] = lambda byzantine: 1, *rules: Rule) -> Algorithm:
+    return Algorithm(partial(Robust, combine=combine, least=least), buckets=True, least_updates=least, rules=rules)
 
+
+def _for_krum(byzantine: int) -> int:
+    """Blanchard et al. 2017, proposition 4.2."""
+    return 2 * byzantine + 3
+
+
+_KEEP = Rule(
+    ("strategy.keep", "strategy.name"),
+    lambda e: e.partition.clients > 0 and e.strategy.keep > -(-e.cohort_size // e.strategy.bucket),
+    lambda e: f"that is more than the {-(-e.cohort_size // e.strategy.bucket)} updates of a cohort",
+    "make it smaller, or the cohort larger",
+    ("strategy.name=multi-krum", "strategy.keep=8", "partition.clients=7", "cohort.fraction=1"),
+    ("strategy.name=multi-krum", "strategy.keep=7", "partition.clients=7", "cohort.fraction=1"),
+)
 
 MEDIAN = _algorithm(partial(flowers, lambda s: FedMedian()))
 TRIMMED_MEAN = _algorithm(partial(flowers, lambda s: FedTrimmedAvg(beta=s.trim)))
-KRUM = _algorithm(partial(flowers, lambda s: Krum(num_malicious_nodes=s.byzantine)))
-MULTI_KRUM = _algorithm(multi_krum)
-BULYAN = _algorithm(bulyan)
+KRUM = _algorithm(partial(flowers, lambda s: Krum(num_malicious_nodes=s.byzantine)), _for_krum)
+MULTI_KRUM = _algorithm(multi_krum, _for_krum, _KEEP)
+BULYAN = _algorithm(bulyan, lambda byzantine: 4 * byzantine + 3)  # El Mhamdi et al. 2018
 GEOMETRIC_MEDIAN = _algorithm(geometric_median)
 CENTRED_CLIPPING = _algorithm(centred_clipping)
 NORM_BOUND = _algorithm(partial(centred_clipping, once=True))

@@ -20,10 +20,10 @@ from meadow.client.loop.alignment import (
     reversed_gradient,
 )
 from meadow.client.loop.training import Beside, train
+from meadow.strategies.check import load
 from torch import Tensor, nn
 
 from meadow.arrays.files import read_arrays
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded

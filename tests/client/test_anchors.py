@@ -12,10 +12,10 @@ from helpers.runs import run_inline, small
 from meadow.client.loop.anchors import Teacher, pull, soft_cross_entropy, source_fisher, teacher
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator

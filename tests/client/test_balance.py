@@ -13,12 +13,12 @@ from helpers.runs import run_inline, small
 from meadow.client.loop.balance import DynamicAverage, GradNorm, Surgery, Uncertainty, make_balance, surgery
 from meadow.client.loop.training import Beside, train
 from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from torch import Tensor, nn
 
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
 from meadow.config.cohort import draw_cohort
-from meadow.config.load import load
 from meadow.config.schema import Experiment, Local
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError

@@ -29,10 +29,10 @@ from meadow.client.trainers.layers import (
 )
 from meadow.client.trainers.network import Layer, network
 from meadow.server import checkpoints
+from meadow.strategies.check import load
 from torch import nn
 
 from meadow.arrays.sums import weighted_sum
-from meadow.config.load import load
 from meadow.native import pooling
 from meadow.native import sums as adding
 from meadow.runtime.seeds import torch_generator, torch_seeded

@@ -20,11 +20,11 @@ from meadow.client.trainers.kernel import KernelTrainer, Member
 from meadow.client.trainers.network import Unknown, network
 from meadow.client.trainers.stacked import Stacked
 from meadow.simulation.launch import engine
+from meadow.strategies.check import load
 from torch import nn
 
 from benchmarks import gpu
 from meadow.arrays.named import Arrays
-from meadow.config.load import load
 from meadow.config.schema import Engine, Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator, torch_seeded

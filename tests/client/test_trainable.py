@@ -14,12 +14,12 @@ from meadow.client.loop.fisher import empirical_fisher, true_fisher
 from meadow.client.loop.trainable import freeze, mask, top
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from meadow.strategies.roles import roles
 from meadow.strategies.trainable import layers, rate_factors, stage, trained
 from torch import Tensor, nn
 
 from meadow.arrays.files import read_arrays
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator

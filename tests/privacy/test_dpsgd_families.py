@@ -11,11 +11,11 @@ import torch
 from helpers.runs import small
 from meadow.client.loop.trainable import freeze, mask
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from meadow.strategies.trainable import stage, trained
 from torch import Tensor, nn
 
 from meadow.config import schema
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit

@@ -12,6 +12,7 @@ from helpers.runs import clients_answer, run_inline, small
 from meadow.client.store import Store
 from meadow.server.checkpoints import latest
 from meadow.server.cohorts import call, read_schedule
+from meadow.strategies import equal_weights
 
 from meadow.arrays.named import Arrays
 from meadow.config.cohort import draw_cohort, unseen
@@ -61,8 +62,8 @@ def test_by_size_the_large_ones_come_more_often() -> None:
 
 def test_by_size_each_counts_once(tmp_path: Path) -> None:
     """Who is drawn by size is not weighed by size as well."""
-    assert small("fedavg", "cohort.sampling=size", "cohort.size=3").equal_weights
-    assert not small("fedavg").equal_weights
+    assert equal_weights(small("fedavg", "cohort.sampling=size", "cohort.size=3"))
+    assert not equal_weights(small("fedavg"))
 
 
 def test_a_second_attempt_draws_anew() -> None:

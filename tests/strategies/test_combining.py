@@ -14,6 +14,7 @@ from meadow.server.evaluation import over_clients
 from meadow.server.reduce import round_sum
 from meadow.simulation.grid import become_server
 from meadow.strategies import server_of
+from meadow.strategies.check import load
 from meadow.strategies.protocol import Roles, Setup
 from meadow.strategies.roles import roles
 from meadow.strategies.wire.packing import (
@@ -30,7 +31,6 @@ from meadow.strategies.wire.packing import (
 from meadow.arrays.flower import Kept
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.arrays.sums import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
-from meadow.config.load import load
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 

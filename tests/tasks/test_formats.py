@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import resolve
 
-from meadow.config.load import resolve
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import MISSING, Dataset

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from PIL import Image
 from scipy.io import savemat
 
-from meadow.config.load import load
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import load
 from safetensors.numpy import save_file
 from torch import nn
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
