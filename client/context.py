@@ -15,7 +15,7 @@ from meadow.strategies.protocol import Batch, Roles, Term, steps_of
 from meadow.strategies.trainable import rate_factors
 from torch import Tensor, nn
 
-from meadow.arrays.named import Arrays, Kinds, auxiliary
+from meadow.arrays.named import Arrays, auxiliary
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.step import Permit
@@ -54,8 +54,8 @@ class LocalContext:
     round: int
     client: int
     received: Arrays
-    auxiliary: Kinds
-    memory: Kinds
+    auxiliary: Mapping[str, Arrays]
+    memory: Mapping[str, Arrays]
     base: Callable[[], Arrays]
     personal: Arrays
     work: float = 1.0

@@ -96,12 +96,12 @@ class ClientContext(Protocol):
         ...
 
     @property
-    def auxiliary(self) -> Kinds:
+    def auxiliary(self) -> Mapping[str, Arrays]:
         """What the server sent beside the shared arrays (`ServerAlgorithm.auxiliary`), by kind and state name."""
         ...
 
     @property
-    def memory(self) -> Kinds:
+    def memory(self) -> Mapping[str, Arrays]:
         """What this client's last round left in `ClientResult.memory`; empty before the first."""
         ...
 

@@ -115,7 +115,9 @@ def centred_clipping(updates: Sequence[Update], settings: Settings, once: bool =
 
 def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update], settings: Settings) -> Moves:
     """Let one of Flower's strategies combine the moves: it gets them as it would get models."""
-    replies = [(dict(update.moves), {"num-examples": update.weight}) for update in updates]
+    replies: list[tuple[Arrays, dict[str, float]]] = [
+        ({**update.moves}, {"num-examples": update.weight}) for update in updates
+    ]
     return Named(aggregated(make(settings), 0, replies))
 
 
