@@ -101,9 +101,10 @@ def trainers_of(experiment: Experiment, seen: View) -> "Trainers":
     """The trainers of an experiment on a view of its model. Raises UserError for a device that is not there."""
     check_device(experiment)
     job, loop = job_of(experiment, seen), Loop(experiment, seen.task)
-    kernels = [KernelTrainer(kernel, experiment, seen.task, job.network) for kernel in KERNELS]
+    every: list[Trainer] = [KernelTrainer(kernel, experiment, seen.task, job.network) for kernel in KERNELS]
+    every.append(loop)
     wanted = experiment.engine.trainer
-    return Trainers(job, seen.task, [t for t in (*kernels, loop) if wanted in ("auto", t.name)], loop)
+    return Trainers(job, seen.task, [trainer for trainer in every if wanted in ("auto", trainer.name)], loop)
 
 
 @dataclass
