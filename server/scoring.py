@@ -49,8 +49,8 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
     config = ConfigRecord(
         {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
     )
-    content = RecordDict({"arrays": to_record(session.arrays), "config": config})
-    replies, _ = session.exchange.send([Request(client, content) for client in everyone], MessageType.EVALUATE)
+    asked = RecordDict({"arrays": to_record(session.arrays), "config": config})
+    replies, _ = session.exchange.send([Request(client, asked) for client in everyone], MessageType.EVALUATE)
     scores = {}
     for reply in replies:
         client, content = reply.client, reply.content
