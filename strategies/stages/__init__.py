@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from meadow.strategies.protocol import Roles
 from meadow.strategies.stages.bucketing import Bucketing
 from meadow.strategies.stages.own import Attack, ClipAndNoise, LocalNoise, NormBound, TrainedOnly
-from meadow.strategies.stages.stage import Arrived as Arrived
-from meadow.strategies.stages.stage import AtClient, Left, Stage
-from meadow.strategies.stages.stage import moved as moved
-from meadow.strategies.stages.stage import moves as moves
+from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage, moved, moves
 
 from meadow.arrays.named import Arrays, Kinds, auxiliary, split_auxiliary
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.objects import user_instance
+
+__all__ = ["Arrived", "AtClient", "Left", "Stage", "Stages", "moved", "moves", "stages_of"]
 
 
 class Stages:
