@@ -5,7 +5,7 @@ from typing import Any
 
 from meadow.config import load
 from meadow.experiments import words
-from meadow.experiments.ranking import Methods, Row, cell, flag, is_aside, mean_of, number
+from meadow.experiments.ranking import Methods, Row, cell, flagged, is_aside, mean_of, number
 from meadow.experiments.results import RunResult, counted, is_share, metrics_of
 from meadow.experiments.tables import Cell, Column, Table
 from meadow.experiments.words import metric_name
@@ -47,7 +47,7 @@ def ranking_of(part: Sequence[Row]) -> Table:
     """The ranking's rows of one target; columns that nobody has are left out."""
     known = {key for row in part for key, value in row.items() if value is not None}
     keys = [key for key in RANKING if key in known]
-    rows = [[Cell(flag(row)), *(cell(row, part, key) for key in keys)] for row in part]
+    rows = [[Cell(flagged(row)), *(cell(row, part, key) for key in keys)] for row in part]
     aside = frozenset(i for i, row in enumerate(part) if is_aside(row, part))
     note = ["std: over the clients. last 10: mean of the last ten evaluated rounds."]
     note += [text for key, text in NOTES.items() if key in known]
