@@ -1,9 +1,9 @@
-"""Strategies on real data, beside what others published: one study a table, or all of them.
+"""Run strategies on real data and compare them with published figures: one table for each study.
 
     MEADOW_DATA=... python -m benchmarks.strategies [STUDY ...] [--seeds N] [--out FOLDER]
 
-Every row of a study has the same data, splits and seeds. Runs that are in FOLDER already are not made again, so that a
-study that was stopped goes on where it was. Accuracy in percent, mean and standard deviation over the seeds.
+Every row of a study has the same data, splits and seeds. Runs already in FOLDER are not repeated, so a stopped study can be
+continued. Accuracy in percent, mean and standard deviation over the seeds.
 """
 
 import argparse
@@ -107,7 +107,7 @@ STUDIES = {
          "trimmed mean": ("trimmed-mean",), "Multi-Krum": ("multi-krum", "strategy.byzantine=4")},
         {"FedAvg, without attack": "90.0", "FedAvg": "38.8", "median": "87.5", "trimmed mean": "87.2",
          "Multi-Krum": "89.6"},
-        "times -3 on MNIST, one seed, by docs/field-notes.md",
+        "times -3 on MNIST, one seed, from docs/field-notes.md",
     ),
 }  # fmt: skip
 
