@@ -2,10 +2,10 @@
 
     python -m benchmarks.engines [--out FILE.csv] [--repeats N] [--pfl PYTHON] [workload ...]
 
-`benchmarks/workloads.py` defines the work and `benchmarks/sides.py` runs it on each engine, with two processes of one
-thread. The engines alternate `--repeats` times, each in fresh processes; a figure is the median over all rounds after the
-warm-up. "of limit" is the share of the machine's measured float32 matrix rate that the models' products achieve. If an engine
-is not installed, the output says what to type. pfl-research may be in another Python environment: `--pfl`.
+`benchmarks/workloads.py` has the work; `benchmarks/sides.py` runs it, in two processes of one thread.
+The engines alternate `--repeats` times, each in fresh processes; a figure is the median over all rounds after the warm-up.
+"of limit" is the share of the machine's measured float32 matrix rate that the models' products achieve. If an engine is not
+installed, the output says what to type. pfl-research may be in another Python environment: `--pfl`.
 """
 
 import argparse

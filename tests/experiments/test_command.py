@@ -90,7 +90,7 @@ def test_a_plan_is_what_the_run_then_costs(preset: str, override: str, tmp_path:
         (["show", "fedavg", "local.lr=x"], ["local.lr = 'x'"]),
         (["show", "fedavg", "--out", "x.png"], ["--out x.png", "--split"]),
         (["show", "fedavg", "--split", "--out", "x.gif"], ["--out x.gif", ".png"]),
-        (["show", "fedavg", "--split", "--out", "no/x.png"], ["--out no/x.png", "no folder no"]),
+        (["show", "fedavg", "--split", "--out", "no/x.png"], ["--out no/x.png", "folder no"]),
         (["show", "fedavg", "--split", "partition.law=natural"], ["natural", "task.client"]),
         (["show", "fedavg", "--split", "partition.holds=3"], ["partition.holds = ['3']", "from 1 to 2"]),
         (["frobnicate"], ["frobnicate"]),
