@@ -32,12 +32,11 @@ class BuildWithNative(build_py):
 class PlatformWheel(bdist_wheel):
     """A wheel for any Python of this platform: the libraries know nothing of Python."""
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.root_is_pure = False
-
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        self.root_is_pure = False  # else the platform is "any"
+        platform = str(super().get_tag()[2])
+        self.root_is_pure = True  # so that the wheel holds `meadow/` itself
+        return "py3", "none", platform
 
 
 setup(cmdclass={"build_py": BuildWithNative, "bdist_wheel": PlatformWheel})

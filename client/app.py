@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from meadow.client.blocks import train_blocks
-from meadow.client.node import add_up, answer, evaluate_client, hosted_here, open_node, store_of, train_client
+from meadow.client.blocks import add_up, train_blocks
+from meadow.client.node import answer, evaluate_client, hosted_here, open_node, store_of, train_client
 from meadow.client.store import Store
 from meadow.strategies.wire.packing import (
     Answer,

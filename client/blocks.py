@@ -1,22 +1,25 @@
-"""Whole blocks where a trainer takes them at once (`client/trainers/kernel.py`), and what leaves is one sum.
+"""Whole blocks of clients, of which one sum leaves: trained at once where a trainer can (`client/trainers/kernel.py`), or
+one client after another.
 
-Only where clients do nothing but plain local training of a model that they share whole: FedAvg, and every algorithm that
-differs from it at the server alone. All others go through `meadow.client.node.train_client`, one client after another.
+At once only where clients do nothing but plain local training of a model that they share whole: FedAvg, and every algorithm
+that differs from it at the server alone. All others go through `meadow.client.node.train_client`.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-from meadow.client.node import Facts, Node, samples
+from meadow.client.node import Facts, Node, samples, size_of
 from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer
+from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientAlgorithm
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
+from meadow.strategies.wire.replies import arrays_fault, weight_fault
 
 from meadow.arrays.named import Arrays
-from meadow.arrays.sums import WeightedSum
+from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import evaluate, load_into, names_of
 
@@ -31,7 +34,7 @@ def train_blocks(
     A block with a client that fails, or whose arrays are not finite, is among the others: there each is judged alone.
     """
     done = NodeReply([])
-    trainer = node.trainers.choices()[0].trainer if blocks else None
+    trainer = node.trainers.chosen().trainer if blocks else None
     if not isinstance(trainer, KernelTrainer) or not _plain(node):
         return done, list(requests)
     # One dictionary for all blocks: kernels take over what is new to them once.
@@ -55,6 +58,34 @@ def train_blocks(
                 done.sums[index, index + 1] = answered[1]
                 left -= set(clients)
     return done, [request for request in requests if request.client in left]
+
+
+def add_up(
+    node: Node, answers: list[Answer], sent: Mapping[int, Arrays], blocks: Sequence[tuple[int, Sequence[int]]]
+) -> NodeReply:
+    """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
+
+    Such a block goes to the server client by client, where each reply is judged alone by the same rules. `sent`: the
+    arrays that each client was sent.
+    """
+    given = {a.client: a for a in answers}
+    sums: dict[Span, WeightedSum] = {}
+    for index, clients in blocks:
+        block = [given[client] for client in clients]
+        updates: list[tuple[float | Mapping[str, float], Arrays]] = []
+        for each in block:
+            received = sent[each.client]
+            if each.values is None or weight_fault(each.metrics, size_of(node, each.client)):
+                break
+            if arrays_fault(each.arrays, each.metrics, received) or node.stages.judge(each.arrays or {}, received):
+                break
+            weights = name_weights(each.metrics, received, equal_weights(node.experiment))
+            updates.append((weights, cast(Arrays, each.arrays)))
+        else:
+            sums[index, index + 1] = weighted_sum(updates)
+            for each in block:
+                each.summed, each.arrays = True, None
+    return NodeReply(answers, sums)
 
 
 def _facts(node: Node, client: int, data: Data) -> Facts:
@@ -96,7 +127,8 @@ def _train(
     if any(each.choice.trainer is not trainer for each in facts.values()):
         return [None] * len(clients)
     known = {client: each.samples for client, each in facts.items()}
-    counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}
+    equal = equal_weights(node.experiment)
+    counts = {c: name_weights(about, received, equal) for c, about in known.items()}
     trainings = [[Training(own[client], round_, client, local) for client in block] for block in clients]
     node.clock.now("train")
     trained, totals = node.trainers.train_blocks(

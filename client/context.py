@@ -15,12 +15,12 @@ from meadow.strategies.protocol import Batch, Roles, Term, steps_of
 from meadow.strategies.trainable import rate_factors
 from torch import Tensor, nn
 
-from meadow.arrays.named import Arrays, Kinds, auxiliary
+from meadow.arrays.named import Arrays, auxiliary
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.step import Permit
 from meadow.tasks.data import Data, Target
-from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.evaluation import device_of, load_into, state_of
 from meadow.tasks.losses import class_weights, losses
 from meadow.tasks.task import Task
 
@@ -54,8 +54,8 @@ class LocalContext:
     round: int
     client: int
     received: Arrays
-    auxiliary: Kinds
-    memory: Kinds
+    auxiliary: Mapping[str, Arrays]
+    memory: Mapping[str, Arrays]
     base: Callable[[], Arrays]
     personal: Arrays
     work: float = 1.0
@@ -118,13 +118,14 @@ class LocalContext:
         return trained
 
     def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:
-        weights = class_weights(self.task.targets, self.data.y)
+        weights = class_weights(self.task.targets, self.data.to(batch.x.device).y)
         parts = losses(model(batch.x), batch.y, self.task.targets, weights, self.local.label_smoothing)
         each = [w * parts[t.name] for w, t in zip(self.task.weights, self.task.targets, strict=True)]
         return sum(each[1:], start=each[0])
 
     def batch(self) -> Batch:
-        return Data(self.task.prepare(self.data.x), self.data.y)
+        data = self.data.to(device_of(self.model))
+        return Data(self.task.prepare(data.x), data.y)
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         parameters = dict(model.named_parameters())

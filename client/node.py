@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,29 +17,29 @@ from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Beside, keeps, train
 from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
-from meadow.client.trainers.choose import Choice, Trainers, trainers_of
-from meadow.strategies import algorithm
+from meadow.client.trainers.choose import Choice, Trainers, check_device, trainers_of
+from meadow.strategies import algorithm, check
 from meadow.strategies.attacks import ON_LABELS, attackers
 from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
 from meadow.strategies.roles import name_weights, roles_of
 from meadow.strategies.stages import Stages, stages_of
-from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
-from meadow.strategies.wire.replies import arrays_fault, weight_fault
+from meadow.strategies.wire.packing import Answer, Request, Values
 from torch import nn
 
 from meadow.arrays.lru import LRU
 from meadow.arrays.memory import find
 from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
-from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
 from meadow.runtime.clock import Clock
+from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import hold_still
 from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
 from meadow.tasks.features import View, view
+from meadow.tasks.numerics import placed
 from meadow.tasks.readers.domains import source_samples
 from meadow.tasks.source import source_data
 from meadow.tasks.splits.shares import hosted
@@ -114,9 +114,11 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
         except OSError as error:  # then this process reads the data by itself
             log.warning("the data in the machine's memory cannot be opened: %s", error)
     experiment = settle(from_flat(json.loads(flat)))
+    check(experiment)
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    model = hold_still(task.new_model())
+    check_device(experiment)
+    model = hold_still(placed(task.new_model(), experiment.engine.device, experiment.engine.exact))
     parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
@@ -194,6 +196,7 @@ def train_client(node: Node, request: Request) -> Answer:
     node.clock.now("train")
     result = node.algorithm.train(context)
     node.clock.now("write")
+    _refuse_undeclared(experiment, result)
     reply["metrics"], sent_beside = _metrics(node, context, result), flat(result.auxiliary)
     weights = name_weights(reply["metrics"], [*node.roles.shared, *sent_beside])
     trained = {name: result.model[name] for name in node.roles.shared}
@@ -229,6 +232,17 @@ def _noise(node: Node, client: int, release: Allowed | None) -> Callable[[Arrays
         return noised_update(node.experiment, release, received, trained)
 
     return noised
+
+
+def _refuse_undeclared(experiment: Experiment, result: ClientResult) -> None:
+    """Raise UserError for what would leave under DP beside the model without being declared."""
+    name = experiment.strategy.name
+    extra = sorted({*result.auxiliary} - {*algorithm(name).sends}) + sorted(result.metrics)
+    if extra and experiment.privacy.unit != "none":
+        raise UserError(
+            f'privacy.unit = "{experiment.privacy.unit}" with strategy.name = "{name}": its clients send {", ".join(extra)} '
+            "beside the model, which it does not declare; leave them out, or name auxiliary arrays in Algorithm.sends"
+        )
 
 
 def samples(node: Node, client: int, data: Data) -> dict[str, int]:
@@ -318,34 +332,6 @@ def open_context(node: Node, request: Request, before: int, pooled: bool = False
     return replace(context, data=data)
 
 
-def add_up(
-    node: Node, answers: list[Answer], sent: Mapping[int, Arrays], blocks: Sequence[tuple[int, Sequence[int]]]
-) -> NodeReply:
-    """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
-
-    Such a block goes to the server client by client, where each reply is judged alone by the same rules. `sent`: the
-    arrays that each client was sent.
-    """
-    given = {a.client: a for a in answers}
-    sums: dict[Span, WeightedSum] = {}
-    for index, clients in blocks:
-        block = [given[client] for client in clients]
-        updates: list[tuple[float | Mapping[str, float], Arrays]] = []
-        for each in block:
-            received = sent[each.client]
-            if each.values is None or weight_fault(each.metrics, _size(node, each.client)):
-                break
-            if arrays_fault(each.arrays, each.metrics, received) or node.stages.judge(each.arrays or {}, received):
-                break
-            weights = name_weights(each.metrics, received, node.experiment.equal_weights)
-            updates.append((weights, cast(Arrays, each.arrays)))
-        else:
-            sums[index, index + 1] = weighted_sum(updates)
-            for each in block:
-                each.summed, each.arrays = True, None
-    return NodeReply(answers, sums)
-
-
 def _validation(node: Node, client: int) -> Data | None:
     """The client's validation part, as far as the settings ask for it."""
     plan, task = node.experiment.local, node.task
@@ -369,7 +355,7 @@ def _source(node: Node, client: int) -> Data | None:
     return node.view.data(key, source_samples(experiment, None if pooled else client))
 
 
-def _size(node: Node, client: int) -> int:
+def size_of(node: Node, client: int) -> int:
     """The training samples that the client may have had in this round."""
     pooled = node.experiment.run.placement == "pooled"
     return len(node.task.pool() if pooled else node.task.client(client).train)

@@ -49,9 +49,8 @@ def forecast(
     """
     seen = view(task, model, frozen=roles.trunk_is_frozen)
     trainers = trainers_of(experiment, seen)
-    whole, part = trainers.choices()
-    if whole.trainer is trainers.loop:
-        return [whole]  # whatever the algorithm adds
+    if (plain := trainers.chosen()).trainer is trainers.loop:
+        return [plain]  # whatever the algorithm adds
     start, notes = initial_state(experiment), Notes()
     data = task.client(0).train
     context = LocalContext(
@@ -78,6 +77,7 @@ def forecast(
     )
     found = list[Choice]()
     for kind in notes.kinds:
-        whole, part = trainers.choices(*kind)
-        found += [whole, part] if some_missing and whole is not part else [whole]
+        found.append(trainers.chosen(*kind))
+        if some_missing and found[-1].by_labels:
+            found.append(trainers.chosen(*kind, complete=False))
     return found

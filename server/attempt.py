@@ -10,6 +10,7 @@ from meadow.server.admission import Verdict, admit
 from meadow.server.cohorts import Call, call
 from meadow.server.exchange import Sums
 from meadow.server.session import Session
+from meadow.strategies import equal_weights
 from meadow.strategies.stages import Arrived, Stages
 from meadow.strategies.wire.packing import Answer, Request
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
@@ -108,7 +109,7 @@ def _judge(
         sums,
         sent,
         samples,
-        equal=session.experiment.equal_weights,
+        equal=equal_weights(session.experiment),
         judge=session.algorithm.judge,
         judge_update=session.stages.judge,
     )

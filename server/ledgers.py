@@ -20,7 +20,7 @@ from meadow.runtime.errors import RunStopped
 class Ledgers(Protection):
     """Example-level and local DP: each client has a ledger of its own, and the server what it last said of it."""
 
-    lasting = True
+    lasting, movable = True, False
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meadow.strategies import algorithm
 from meadow.strategies.protocol import ServerAlgorithm
 from meadow.strategies.stages import Stage
 from meadow.strategies.wire.packing import Answer, Values
@@ -24,6 +25,8 @@ class Protection:
     """Whether what leaves next presumes that the round before it is on the disk."""
     needs_no_reply = False
     """Whether a round without any good reply makes a model too."""
+    movable = True
+    """Whether a client may train on any node that has its data."""
     cohort_secret: int | None = None
     """What cohorts are drawn from in the place of the seed, where nobody may foretell them."""
 
@@ -105,4 +108,5 @@ class Protection:
 
     def _releases(self) -> list[dict[str, str]]:
         staged = [quantity for stage in self.stages for quantity in stage.releases(self.experiment)]
-        return [quantity.as_json() for quantity in [*releases(self.experiment), *staged]]
+        sends = algorithm(self.experiment.strategy.name).sends.values()
+        return [quantity.as_json() for quantity in [*releases(self.experiment, sends), *staged]]

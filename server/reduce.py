@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from meadow.server.admission import Verdict
 from meadow.server.attempt import Attempt
 from meadow.server.session import Session
+from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientUpdate, State
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer
@@ -24,7 +25,7 @@ def next_model(session: Session, round_: int, tried: Attempt) -> tuple[Arrays, S
 
 def _given(session: Session, round_: int, tried: Attempt) -> WeightedSum | Sequence[ClientUpdate] | None:
     """The replies that count as the algorithm takes them: their sum, or each by itself; None if there are none."""
-    equal = session.experiment.equal_weights
+    equal = equal_weights(session.experiment)
     if session.algorithm.sums_only:
         return round_sum(tried.trained, tried.verdict, equal)
     return [

@@ -32,7 +32,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.tasks.features import view
-from meadow.tasks.numerics import keeps_float32
+from meadow.tasks.numerics import keeps_float32, placed
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import Task, open_task
 
@@ -80,7 +80,8 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
         )
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
-    start, model = initial_state(experiment), task.new_model()
+    start, engine = initial_state(experiment), experiment.engine
+    model = placed(task.new_model(), engine.device, engine.exact)
     parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     guard, users = protection(experiment, task, parts), open_listeners(experiment.run.listeners)
     about = {"large_products": "float32 by oneDNN" if keeps_float32() else "float32 by torch's default"}
@@ -92,7 +93,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     # Ledgers stay with their nodes; so does a state that only one of a cluster's machines has.
-    movable = experiment.privacy.unit not in ("example", "local") and not experiment.engine.address
+    movable = guard.movable and not experiment.engine.address
     writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
     guard.stages = stages
     arrays, server = {n: start[n] for n in parts.shared}, guard.algorithm(server_of(setup(experiment, task, parts)))

@@ -11,6 +11,7 @@ from meadow.server.listeners import Listeners
 from meadow.server.placement import AtClients
 from meadow.server.protection import Protection
 from meadow.server.writer import Writer
+from meadow.strategies import equal_weights
 from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
 from meadow.strategies.roles import HEADS
 from meadow.strategies.stages import Stages
@@ -78,7 +79,7 @@ def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
         count = int(held[:, experiment.task.targets.index(target.name)].sum())
         holders |= {name: count for name in parts.shared if name.startswith(f"{HEADS}{target.name}.")}
     settings, seed = experiment.strategy, experiment.run.seed
-    return Setup(settings, experiment.local, seed, parts, holders, experiment.equal_weights)
+    return Setup(settings, experiment.local, seed, parts, holders, equal_weights(experiment))
 
 
 def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:

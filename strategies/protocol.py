@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays, Kinds
 from meadow.config import schema
+from meadow.config.rules.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ class ClientContext(Protocol):
         ...
 
     @property
-    def auxiliary(self) -> Kinds:
+    def auxiliary(self) -> Mapping[str, Arrays]:
         """What the server sent beside the shared arrays (`ServerAlgorithm.auxiliary`), by kind and state name."""
         ...
 
     @property
-    def memory(self) -> Kinds:
+    def memory(self) -> Mapping[str, Arrays]:
         """What this client's last round left in `ClientResult.memory`; empty before the first."""
         ...
 
@@ -135,7 +136,7 @@ class ClientContext(Protocol):
         term: Term | None = None,
         leaves: bool = True,
     ) -> FitResult:
-        """Train the model in place by the one training loop: for `epochs`, else as long as `[local]` says, times `repeat`.
+        """Train the model in place: for `epochs`, else as long as `[local]` says, times `repeat`.
 
         `learns` narrows the parameters that learn. Two calls in one round see the same batches in the same order. `leaves`:
         whether anything that comes of it may leave the client; what does not is trained without noise under DP.
@@ -261,12 +262,47 @@ class ServerAlgorithm(Generic[Replies]):
 class Algorithm:
     """An algorithm: how to make the server's part, the client's part, and what is true of them.
 
-    own_start: clients start a model of their own from the state before the first round, which is then sent to each once.
+    What is not said is not presumed: an algorithm that says nothing runs wherever no promise of its own is needed.
     """
 
     server: Callable[[Setup], ServerAlgorithm[Any]]
     client: ClientAlgorithm = field(default_factory=ClientAlgorithm)
     own_start: bool = False
+    """Clients start a model of their own from the state before the first round, which is then sent to each once."""
+    own_model: bool = False
+    """Clients train a model of their own beside the shared one (`fit` with leaves = False), and nothing of it leaves."""
+    trains_once: bool | None = None
+    """Clients train what they send once a round, by each sample's own loss, with corrections that see no data: so DP-SGD
+    can take the place of that training. None: if the client's part is plain local training."""
+    averages: bool = False
+    """The server's part is a mean of what clients send, and nothing beside it: so clip and noise can take its place."""
+    is_plain: bool = False
+    """Both parts are FedAvg's, so nothing is lost where nothing is combined (`run.placement`)."""
+    sends: Mapping[str, str] = field(default_factory=dict)
+    """What clients send beside the model: for each kind of auxiliary array, what it is, in words."""
+    equal_weights: bool = False
+    """Each client counts 1: the server's state is a plain sum over clients."""
+    needs_plain_sgd: bool = False
+    """A client's whole move is turned back into a mean gradient, which is known for plain steps of SGD alone."""
+    steps_itself: bool = False
+    """Clients take steps of their own beside the loop's: what changes the loop's steps alone has no part in them."""
+    trains_heads: bool = True
+    """Local training changes the heads."""
+    buckets: bool = False
+    """The server averages updates in buckets of `strategy.bucket`."""
+    least_updates: Callable[[int], int] = lambda byzantine: 1
+    """How many updates the server needs to withstand so many attackers among them."""
+    rules: tuple[Rule, ...] = ()
+    """What it does not go together with, asked when an experiment is read."""
+    model_rules: tuple[Rule, ...] = ()
+    """What it does not go together with, asked of the experiment and a model's `Roles`."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """What reports call it, by `strategy.share`, where that is not `strategy.name`."""
+
+    @property
+    def is_trained_once(self) -> bool:
+        """`trains_once`, or what the client's part says where that is not said."""
+        return type(self.client) is ClientAlgorithm if self.trains_once is None else self.trains_once
 
 
 def steps_of(local: schema.Local, size: int, epochs: int = 0) -> int:

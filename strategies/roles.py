@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from meadow.strategies.check import check_roles
 from meadow.strategies.norms import norms
 from meadow.strategies.protocol import Roles
+from meadow.strategies.registry import algorithm
 from meadow.strategies.trainable import HEADS as HEADS
 from meadow.strategies.trainable import is_added, trained
 from torch import nn
@@ -27,7 +29,7 @@ def roles(
 ) -> Roles:
     """Divide state names by `local.trainable` and `strategy.share`; the order of names is kept.
 
-    `norms`: those of normalisation layers, `buffers`: those that are no parameters. FedBABU's heads are never trained.
+    `norms`: those of normalisation layers, `buffers`: those that are no parameters. An algorithm may never train heads.
     Raises UserError for patterns that fit no name, and for "all-but-norms" where there are none.
     """
     order = tuple(names)
@@ -37,7 +39,7 @@ def roles(
     changed = tuple(n for n in order if n in learning)
     if experiment.local.statistics == "kept":
         changed = tuple(n for n in changed if n not in buffers)
-    if experiment.strategy.name == "fedbabu":
+    if not algorithm(experiment.strategy.name).trains_heads:
         changed = tuple(n for n in changed if n in body)
     # FedSA-LoRA: each client keeps its B (the experiment file allows this with share = "trainable" only).
     federated = experiment.run.placement == "federated"
@@ -61,31 +63,17 @@ def roles(
     fixed = tuple(n for n in order if n not in shared and n not in personal)
     found = Roles(changed, shared, personal, fixed, buffers)
     _something_learns(found, experiment)
+    check_roles(experiment, found)
     return found
 
 
 def _something_learns(found: Roles, experiment: Experiment) -> None:
-    """Raise UserError if no shared parameter is trained, or no personal one by an algorithm that trains these in turn."""
+    """Raise UserError if no shared parameter is trained."""
     name, share, shared = experiment.strategy.name, experiment.share, experiment.strategy.share
     if share != "none" and not found.learned_together:
         raise UserError(
             f'strategy.share = "{shared}" with local.trainable = "{experiment.local.trainable}" and strategy.name = '
             f'"{name}" shares only what never changes: write strategy.share = "trainable", or local.trainable = "all"'
-        )
-    if name in ("fedrep", "fedalt", "fedbabu") and experiment.local.trainable == "gradual":
-        raise UserError(
-            f'local.trainable = "gradual" with strategy.name = "{name}": at first nothing of the trunk learns, and '
-            'this algorithm trains the trunk by itself; write local.trainable = "all"'
-        )
-    if name == "moon" and found.trunk_is_frozen:
-        raise UserError(
-            f'local.trainable = "{experiment.local.trainable}" with strategy.name = "moon": it trains the trunk; write '
-            'local.trainable = "all", or strategy.name = "fedavg"'
-        )
-    if name in ("fedrep", "fedalt") and not set(found.personal) - set(found.buffers):
-        raise UserError(
-            f'strategy.share = "{shared}" with strategy.name = "{name}": nothing is personal that learns, so there are no '
-            'two parts to train in turns; write strategy.share = "body" and local.trainable = "all"'
         )
 
 
@@ -108,7 +96,6 @@ def name_weights(metrics: Mapping[str, Any], names: Iterable[str], equal: bool =
     that needs a weight there puts it in.
     """
     weights = {}
-    metrics = dict(metrics.items())  # Flower's own mapping is slow to look things up in
     for name in names:
         kind, _, of = name.rpartition(AUXILIARY)
         target = of.split(".")[1] if of.startswith(HEADS) else ""

@@ -48,7 +48,7 @@ class Adaptation:
         with torch.no_grad():
             width = self._features(model.eval(), self.task.prepare(self.source.x[:1])).shape[1]
         with torch_seeded(self.seed, "init", "domain"):
-            self.classifier = domain_classifier(width, self.plan.dann_hidden)
+            self.classifier = domain_classifier(width, self.plan.dann_hidden).to(self.source.x.device)
         if self.memory:
             self.classifier.load_state_dict({n: torch.from_numpy(v) for n, v in self.memory.items()})
         return list(self.classifier.parameters())
@@ -96,7 +96,9 @@ class Adaptation:
             progress = (min(self.path[0], self.rounds) - 1 + done) / self.rounds
             strength = reversal_strength(progress, self.plan.dann_gamma)
             logits = self.classifier(reversed_gradient(features, strength)).squeeze(1)
-            truth = torch.cat([torch.zeros(len(source)), torch.ones(len(target))])
+            truth = torch.cat(
+                [torch.zeros_like(logits[: len(source)]), torch.ones_like(logits[len(source) :])]
+            ).detach()
             value = F.binary_cross_entropy_with_logits(logits, truth)
         else:
             return None

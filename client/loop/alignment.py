@@ -16,7 +16,7 @@ def mmd(source: Tensor, target: Tensor, widths: Sequence[float]) -> Tensor:
     """
     both = torch.cat([source, target])
     distances = (both[:, None] - both[None, :]).pow(2).sum(-1)
-    upper = torch.triu_indices(len(both), len(both), offset=1)
+    upper = torch.triu_indices(len(both), len(both), offset=1, device=both.device)
     median = distances.detach()[upper[0], upper[1]].median().clamp(min=1e-12)
     kernel = torch.stack([torch.exp(-distances / (w * median)) for w in widths]).mean(0)
     n = len(source)
@@ -33,7 +33,7 @@ def deep_coral(source: Tensor, target: Tensor) -> Tensor:
 def coral(source: Tensor, target: Tensor, ridge: float) -> Tensor:
     """The source samples (n, d) whitened and coloured with the target's covariance (Sun et al. 2016, algorithm 1):
     X (C_S + ridge)^(-1/2) (C_T + ridge)^(1/2), float64 within. The means stay as they are."""
-    eye = ridge * torch.eye(source.shape[1], dtype=torch.float64)
+    eye = ridge * torch.eye(source.shape[1], dtype=torch.float64, device=source.device)
     whiten = _power(_covariance(source.double()) + eye, -0.5)
     colour = _power(_covariance(target.double()) + eye, 0.5)
     return (source.double() @ whiten @ colour).to(source.dtype)

@@ -21,7 +21,7 @@ from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import one_thread
 from meadow.tasks.data import Data, Target
-from meadow.tasks.evaluation import load_into
+from meadow.tasks.evaluation import device_of, load_into
 from meadow.tasks.models.multihead import build, inputs
 from meadow.tasks.models.weights import read_file
 from meadow.tasks.source import source_data, source_model
@@ -62,7 +62,7 @@ class Teacher:
         """What it adds to each sample's loss, (n,): the weighted sum over targets of `soft_cross_entropy`."""
         with torch.no_grad():
             taught = self.model(batch.x)
-        total = torch.zeros(len(batch))
+        total = torch.zeros(len(batch), device=batch.x.device)
         for weight, target in zip(self.task.weights, self.task.targets, strict=True):
             own, aim = outputs[target.name], taught[target.name]
             if self.kl:
@@ -103,7 +103,10 @@ def pull(model: nn.Module, experiment: Experiment) -> Pull | None:
         return None
     if plan.to == "received":
         return Pull({name: p.detach().clone() for name, p in model.named_parameters()}, plan.l2)
-    return Pull(_start(experiment), plan.l2, plan.ewc, source_fisher(experiment) if plan.ewc else None)
+    device = device_of(model)
+    start = {name: value.to(device) for name, value in _start(experiment).items()}
+    fisher = {n: v.to(device) for n, v in source_fisher(experiment).items()} if plan.ewc else None
+    return Pull(start, plan.l2, plan.ewc, fisher)
 
 
 def teacher(model: nn.Module, task: Task, experiment: Experiment) -> Teacher | None:
@@ -116,7 +119,7 @@ def teacher(model: nn.Module, task: Task, experiment: Experiment) -> Teacher | N
     if not (plan.kl or plan.distill):
         return None
     whose = _teacher(experiment) if plan.to == "start" or plan.teacher else copy.deepcopy(model)
-    whose.eval().requires_grad_(False)
+    whose.to(device_of(model)).eval().requires_grad_(False)
     return Teacher(whose, task, plan.kl, plan.distill, plan.temperature)
 
 

@@ -28,6 +28,9 @@ class Balance:
         self.targets = targets
         self.parameters: list[nn.Parameter] = []
 
+    def place(self, device: torch.device) -> None:
+        """Let what it learns be on the model's device. Before the optimiser is made."""
+
     def backward(
         self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
     ) -> None:
@@ -64,6 +67,10 @@ class Uncertainty(Balance):
         self.s = {t.name: nn.Parameter(torch.tensor(float(v))) for t, v in zip(targets, start, strict=True)}
         self.parameters = list(self.s.values())
         self.halves = {t.name: 0.5 if t.kind == "value" else 1.0 for t in targets}
+
+    def place(self, device: torch.device) -> None:
+        self.s = {name: nn.Parameter(s.detach().to(device)) for name, s in self.s.items()}
+        self.parameters = list(self.s.values())
 
     def balanced(self, each: Losses) -> Losses:
         return {n: self.halves[n] * torch.exp(-self.s[n]) * v + self.s[n] / 2 for n, v in each.items()}

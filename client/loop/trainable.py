@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meadow.config.schema import Experiment
 from meadow.runtime.module_cache import once
 from meadow.runtime.seeds import one_thread
-from meadow.tasks.evaluation import load_into
+from meadow.tasks.evaluation import device_of, load_into
 from meadow.tasks.source import source_data, source_model
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task
@@ -90,7 +90,7 @@ def mask(model: nn.Module, experiment: Experiment, client: int) -> Mask | None:
     if experiment.local.trainable != "fisher":
         return None
     whose = client if experiment.local.fisher_on == "local" else None
-    entries = _entries(experiment, whose)
+    entries = {name: entry.to(device_of(model)) for name, entry in _entries(experiment, whose).items()}
     return Mask(entries, {n: p.detach().clone() for n, p in model.named_parameters() if n in entries})
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
+"""The training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
 
 What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
 (`trainable.py`), the optimiser and its rates (`optimisers.py`), the loss (`objective.py`), when to stop
@@ -28,7 +28,7 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import once
 from meadow.runtime.seeds import torch_generator, torch_seeded
 from meadow.tasks.data import Data
-from meadow.tasks.evaluation import names_of
+from meadow.tasks.evaluation import device_of, names_of
 from meadow.tasks.task import Task
 
 
@@ -92,7 +92,7 @@ def train(
     targets of each one's mean over the batch, and `term` if given. `learns` narrows what `local.trainable` lets learn, by
     parameter name. A penalty that does not depend on the data (proximal terms, control variates) belongs in `correct`:
     under DP-SGD what is added to the loss is clipped, and what is added to the gradients before the noise is lost. The
-    model's `requires_grad` flags and modes are set here.
+    model's `requires_grad` flags and modes are set here. It trains where it is: all else is brought to its device.
 
     With a `permit` its steps of DP-SGD take the place of all that: each one's batch is a Poisson sample, and a sample's
     loss is the weighted sum of its targets' (`sample_losses`). Raises UserError for a `term`, which sees a whole batch.
@@ -102,16 +102,18 @@ def train(
             f'strategy.name = "{experiment.strategy.name}" with privacy.unit = "example": its local rule adds to the loss '
             "of a whole batch, so no sample's share of it can be clipped; use another strategy"
         )
-    plan, beside = experiment.local, beside or Beside()
+    plan, beside, device = experiment.local, beside or Beside(), device_of(model)
+    data, source = data.to(device), beside.source.to(device) if beside.source else None
     memory = dict(beside.memory)
     size, an_epoch, total = length(plan, len(data), epochs)
     total = total if permit is None else permit.mechanism.steps
-    adapting = adaptation(experiment, task, beside.source, data, round_, client, memory)
+    adapting = adaptation(experiment, task, source, data, round_, client, memory)
     rate = scheduled(plan, round_, experiment.run.rounds)
     watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
     if plan.schedule == "plateau" and beside.validation:
         rate *= plateau(plan, memory, validation_loss(model, beside.validation, task))
     balance = make_balance(plan, task.targets, memory)
+    balance.place(device)
     held = mask(model, experiment, client)
     pull, teacher = anchors.pull(model, experiment), anchors.teacher(model, task, experiment)
     changes = [change for change in (correct, pull and pull.correct, held and held.correct) if change]

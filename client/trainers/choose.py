@@ -70,11 +70,12 @@ class Loop:
 
 @dataclass(frozen=True)
 class Choice:
-    """Who does a kind of training, and of each trainer asked before it, why not. secret: both would tell of labels that may
-    not leave."""
+    """Who does a kind of training, and of each trainer asked before it, why not. by_labels: for clients with other labels it
+    may be another; secret: so that it would tell of labels that may not leave."""
 
     trainer: Trainer
     reasons: Reasons
+    by_labels: bool = False
     secret: bool = False
 
 
@@ -100,9 +101,10 @@ def trainers_of(experiment: Experiment, seen: View) -> "Trainers":
     """The trainers of an experiment on a view of its model. Raises UserError for a device that is not there."""
     check_device(experiment)
     job, loop = job_of(experiment, seen), Loop(experiment, seen.task)
-    kernels = [KernelTrainer(kernel, experiment, seen.task, job.network) for kernel in KERNELS]
+    every: list[Trainer] = [KernelTrainer(kernel, experiment, seen.task, job.network) for kernel in KERNELS]
+    every.append(loop)
     wanted = experiment.engine.trainer
-    return Trainers(job, seen.task, [t for t in (*kernels, loop) if wanted in ("auto", t.name)], loop)
+    return Trainers(job, seen.task, [trainer for trainer in every if wanted in ("auto", trainer.name)], loop)
 
 
 @dataclass
@@ -117,29 +119,31 @@ class Trainers:
     available: Sequence[Trainer]
     loop: Loop
     trainings: Trainings = field(default_factory=Trainings)
-    _chosen: dict[tuple[bool, bool], tuple[Choice, Choice]] = field(default_factory=dict)
+    _chosen: dict[tuple[bool, bool, bool], Choice] = field(default_factory=dict)
     _failed: set[str] = field(default_factory=set)
 
-    def choices(self, correction: bool = False, term: bool = False) -> tuple[Choice, Choice]:
-        """Who does a kind of training for clients whose labels are all known, and for the others; often the same."""
-        kind = correction, term
-        if (found := self._chosen.get(kind)) is None:
-            job = replace(self.job, correction=correction, term=term)
-            whole, part = (choose(replace(job, complete=complete), self.available) for complete in (True, False))
-            if whole == part:
-                part = whole
-            elif not allowed(job.experiment, "samples"):
-                whole, part = replace(whole, secret=True), replace(part, secret=True)
-            found = self._chosen[kind] = whole, part
+    @property
+    def forced(self) -> bool:
+        """Whether the loop takes over from nobody."""
+        return self.loop not in self.available
+
+    def chosen(self, correction: bool = False, term: bool = False, complete: bool = True) -> Choice:
+        """Who does a kind of training, for clients whose labels are all known or for the others. Raises as `choose`."""
+        key = correction, term, complete
+        if (found := self._chosen.get(key)) is None:
+            job = replace(self.job, correction=correction, term=term, complete=complete)
+            found = choose(job, self.available)
+            by_labels = self.forced or choose(replace(job, complete=not complete), self.available) != found
+            secret = by_labels and not self.forced and not allowed(job.experiment, "samples")
+            found = self._chosen[key] = replace(found, by_labels=by_labels, secret=secret)
         return found
 
     def choice(self, data: Data, correction: bool = False, term: bool = False) -> Choice:
         """Who does a kind of training for a client with this data."""
-        whole, part = self.choices(correction, term)
-        if whole is part:
-            return whole
-        complete = all(bool(t.known(data.y[t.name]).all()) for t in self.task.targets)
-        return whole if complete else part
+        found = self.chosen(correction, term)
+        if not found.by_labels or all(bool(t.known(data.y[t.name]).all()) for t in self.task.targets):
+            return found
+        return self.chosen(correction, term, complete=False)
 
     def train(self, model: nn.Module, training: Training) -> Trained:
         """Train the model in place by who can do it; where a fast trainer fails, by the loop."""
@@ -150,7 +154,7 @@ class Trainers:
             if choice.trainer is self.loop:
                 raise
             secret = choice.secret or not allowed(self.job.experiment, "errors")
-            choice = Choice(self.loop, (*choice.reasons, self._note(choice.trainer, error)), secret)
+            choice = Choice(self.loop, (*choice.reasons, self._note(choice.trainer, error)), secret=secret)
             trained = self.loop.train(model, training)
         self.count(choice)
         return trained
@@ -176,7 +180,7 @@ class Trainers:
 
     def _note(self, trainer: Trainer, error: Exception) -> tuple[str, str]:
         """Log that a trainer failed, the first time; what is counted of it. Raises the error if this trainer is forced."""
-        if self.loop not in self.available:
+        if self.forced:
             raise error
         if trainer.name not in self._failed:
             self._failed.add(trainer.name)

@@ -1,7 +1,7 @@
 """Training on a CPU without a framework: a network's layers handed to `fused.c`, which trains a client in one call.
 
-Where networks are small, a framework's step costs more than its arithmetic. The C file is compiled at first use, which
-takes some seconds (`meadow/native/build.py`). A client's result does not depend on the others: they are trained in turn.
+Where networks are small, a framework's step costs more than its arithmetic. The C file is compiled at installation or first
+use (`meadow/native/build.py`). A client's result does not depend on the others: they are trained in turn.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,9 +60,9 @@ class Kernel(Protocol):
     keeps_samples: whether a client's samples are best prepared once and kept.
     """
 
-    name: ClassVar[str]
-    blocks_at_once: ClassVar[int]
-    keeps_samples: ClassVar[bool]
+    name: str
+    blocks_at_once: int
+    keeps_samples: bool
     network: Network
 
     def __init__(self, network: Network, experiment: Experiment) -> None: ...

@@ -3,7 +3,7 @@
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -78,21 +78,27 @@ def apply(tree: Tree, overrides: Iterable[tuple[str, Any]]) -> Tree:
     return result
 
 
-def resolve(tree: Mapping[str, Any]) -> Experiment:
-    """Check a tree of settings and fill in every default.
+Faults = Callable[[Experiment], list[str]]
+"""More rules: of an experiment, one line for each that it breaks."""
+
+
+def resolve(tree: Mapping[str, Any], faults: Faults | None = None) -> Experiment:
+    """Check a tree of settings and fill in every default. `faults`: rules besides those of `meadow.config.rules`.
 
     Raises UserError that lists all faults at once, each with its dotted key, its value, the reason and, for an unknown
     key, the nearest one that exists.
     """
     try:
-        return Experiment.model_validate(dict(tree))
+        return Experiment.model_validate(dict(tree), context={"faults": faults})
     except ValidationError as error:
         raise UserError("\n".join(_explain(fault) for fault in error.errors())) from None
 
 
-def load(experiment: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
+def load(
+    experiment: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), faults: Faults | None = None
+) -> Experiment:
     """Read, override and check an experiment in one go."""
-    return resolve(apply(read_tree(experiment), [parse_override(o) for o in overrides]))
+    return resolve(apply(read_tree(experiment), [parse_override(o) for o in overrides]), faults)
 
 
 def flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -9,11 +9,20 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from meadow.config import rules as combinations
-from meadow.config.algorithms import ALGORITHMS, SUMMED_EQUALLY
+from meadow.config import rules
+from meadow.config.algorithms import ALGORITHMS
 
 
 def _listed(value: Any) -> Any:
@@ -543,9 +552,9 @@ class Engine(Section):
     trainer: Literal["auto", "loop", "direct", "fused", "stacked"] = Field(
         "auto", description="Who trains clients: the fastest that can, or this one (docs/speed.md)."
     )
-    device: Literal["cpu", "cuda"] = Field("cpu", description="Where those kernels run.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where clients are trained and models evaluated.")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the products on a GPU; parameters and their steps are float32."
+        "float32", description="Of the products of the trainer stacked on a GPU; all else is float32."
     )
     state_memory: int = Field(
         1024,
@@ -572,8 +581,10 @@ class Experiment(Section):
     engine: Engine = Field(default_factory=Engine)
 
     @model_validator(mode="after")
-    def _combinations(self) -> Self:
-        combinations.check(self)
+    def _combinations(self, info: ValidationInfo) -> Self:
+        more = (info.context or {}).get("faults")
+        if found := [*rules.faults(self), *(more(self) if more else ())]:
+            raise ValueError("\n".join(found))
         return self
 
     @property
@@ -588,12 +599,6 @@ class Experiment(Section):
         """What travels: `strategy.share` in a federated run, nothing when each client is alone, what is
         trained when pooled."""
         return {"federated": self.strategy.share, "local": "none", "pooled": "trainable"}[self.run.placement]
-
-    @property
-    def equal_weights(self) -> bool:
-        """Whether each client counts 1 in a mean: if said so, if the paper has it so, or if size decided who takes part."""
-        by_paper = self.strategy.name in SUMMED_EQUALLY or self.cohort.sampling == "size"
-        return {"": by_paper, "equal": True, "samples": False}[self.strategy.weights]
 
     @property
     def participants(self) -> int:

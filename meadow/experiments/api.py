@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meadow.client.loop.anchors import teacher
-from meadow.config.load import apply, flatten, read_tree, resolve
+from meadow.config.load import apply, flatten, read_tree
 from meadow.config.schema import Experiment
 from meadow.experiments.compare import METHODS, Job, methods_jobs, sweep_jobs, values_of
 from meadow.experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
@@ -19,6 +19,8 @@ from meadow.server.folder import check_folder
 from meadow.server.listeners import open_listeners
 from meadow.server.privacy import protection
 from meadow.simulation.launch import engine
+from meadow.strategies import check
+from meadow.strategies.check import resolve
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
 from meadow.tasks.readers.domains import source_samples
@@ -187,6 +189,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
     """
     jobs = [replace(job, experiment=settle(job.experiment)) for job in jobs]
     for job in jobs:
+        check(job.experiment)
         if in_folds(job.experiment):
             check_folds_folder(job.folder, resume)
         for experiment, folder in fold_runs(job.experiment, job.folder):

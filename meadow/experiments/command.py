@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from meadow.config.load import Tree, apply, load, parse_override, preset_about, preset_names, read_tree, to_toml
+from meadow.config.load import Tree, apply, parse_override, preset_about, preset_names, read_tree, to_toml
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.identity import versions
@@ -51,7 +51,7 @@ def run(
 ) -> None:
     """One run: a preset's name or a TOML file, then dotted overrides."""
     changes = [*(overrides or []), *_engine_overrides(engine, workers)]
-    _warm_up(load(experiment, changes))
+    _warm_up(_load(experiment, changes))
     from meadow.experiments import api
     from meadow.experiments.ranking import ranking_table
     from meadow.experiments.results import find_runs
@@ -142,7 +142,7 @@ def audit(experiment: Name, overrides: Overrides = None, json_: Json = False) ->
 
     from meadow.experiments.audit import audit as make_audit
 
-    checks = make_audit(load(experiment, overrides or []))
+    checks = make_audit(_load(experiment, overrides or []))
     wrong = [check for check in checks if not check.holds]
     if json_:
         typer.echo(json.dumps({"holds": not wrong, "checks": [asdict(check) for check in checks]}, indent=2))
@@ -192,7 +192,7 @@ def show(
     if "=" in experiment:
         given, experiment = [experiment, *given], ""
     tree: Tree = read_tree(experiment) if experiment else {}
-    resolved = load(apply(tree, [parse_override(o) for o in given]))
+    resolved = _load(apply(tree, [parse_override(o) for o in given]))
     if split:
         _show_split(resolved, out or Path("split.png"))
     elif out is not None:
@@ -212,7 +212,7 @@ def deal(
     """Each machine's own share of the data, for a deployment: OUT/coordinator, OUT/node-0, ... (docs/deploy.md)."""
     from meadow.tasks.splits.shares import deal_out
 
-    for folder in deal_out(load(experiment, overrides or []), nodes, out, below):
+    for folder in deal_out(_load(experiment, overrides or []), nodes, out, below):
         typer.echo(folder)
 
 
@@ -257,6 +257,13 @@ def _show_split(experiment: Experiment, picture: Path) -> None:
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
     console.print(table)
     console.print(f"picture: {picture}. {splits.picture_caption(split)}", soft_wrap=True, markup=False)
+
+
+def _load(experiment: str | Tree, overrides: Sequence[str] = ()) -> Experiment:
+    """An experiment with the rules of its algorithm; imported here because algorithms take torch with them."""
+    from meadow.strategies.check import load
+
+    return load(experiment, overrides)
 
 
 def _warm_up(experiment: Experiment) -> None:

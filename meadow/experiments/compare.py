@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meadow.config.load import Tree, apply, flatten, parse_override, preset_names, read_tree, resolve, to_tree
+from meadow.config.load import Tree, apply, flatten, parse_override, preset_names, read_tree, to_tree
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import resolve
 
 METHODS = (
     "pooled",

@@ -12,7 +12,7 @@ from meadow.experiments.folds import fold_runs
 from meadow.privacy.plan import claim, forecasts, steps_a_round
 from meadow.server.cohorts import read_schedule
 from meadow.server.session import setup
-from meadow.strategies import algorithm, server_of
+from meadow.strategies import algorithm, check, server_of
 from meadow.strategies.roles import roles_of
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task, settle
@@ -25,6 +25,7 @@ def plan(experiment: Experiment) -> dict[str, Any]:
     folds: rounds, steps and bytes are those of all together, the rest is of the first. Raises UserError as a run would.
     """
     experiment = settle(experiment)
+    check(experiment)
     folds = [_plan(fold) for fold, _ in fold_runs(experiment, Path())]
     totals = {key: sum(one[key] for one in folds) for key in ("rounds", "steps", "bytes_up", "bytes_down")}
     return {"runs": len(folds)} | folds[0] | totals

@@ -5,6 +5,7 @@ when a reply comes: they are declared as "outside the guarantee", with the reaso
 asks `allowed`; a report shows `releases`, what is not protected in red.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meadow.config.schema import Experiment
@@ -49,10 +50,10 @@ def allowed(experiment: Experiment, switch: str) -> bool:
     return experiment.privacy.unit == "none" or switch in experiment.privacy.release
 
 
-def releases(experiment: Experiment) -> tuple[Quantity, ...]:
-    """Everything that leaves a client in this run, the arrays first."""
+def releases(experiment: Experiment, sends: Iterable[str] = ()) -> tuple[Quantity, ...]:
+    """Everything that leaves a client in this run, the arrays first. `sends`: what the algorithm sends beside the model."""
     private = experiment.privacy.unit != "none"
-    left = [*_arrays(experiment), *_beside(experiment)]
+    left = [*_arrays(experiment), *_auxiliary(experiment, sends)]
     if experiment.run.placement == "pooled" and not private:
         return tuple(left)  # the data itself has moved: whatever is computed from it is with the same party
     left += [
@@ -107,18 +108,17 @@ def _arrays(experiment: Experiment) -> list[Quantity]:
     return left
 
 
-def _beside(experiment: Experiment) -> list[Quantity]:
+def _auxiliary(experiment: Experiment, sends: Iterable[str]) -> list[Quantity]:
     """What the algorithm sends beside the model."""
     name = experiment.strategy.name
     if experiment.run.placement != "federated":
         return []
     if ":" in name:
         return [Quantity(f"whatever {name} sends beside what the training loop made, or in its place", NOT_PROTECTED)]
-    if name != "scaffold" or experiment.share == "none":
+    if experiment.share == "none":
         return []
-    if experiment.privacy.unit == "example":
-        return [Quantity("control variates", f"computed from what left by {_dpsgd(experiment)}")]
-    return [Quantity("control variates", NOT_PROTECTED)]
+    how = f"computed from what left by {_dpsgd(experiment)}" if experiment.privacy.unit == "example" else NOT_PROTECTED
+    return [Quantity(what, how) for what in sends]
 
 
 def _dpsgd(experiment: Experiment) -> str:

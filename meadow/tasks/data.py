@@ -70,7 +70,14 @@ class Data:
         Always a copy, even of everything: kernels choose their path by memory alignment, and a view's alignment would
         depend on where the samples lie, so that equal numbers could give unequal bits.
         """
+        index = index.to(self.x.device)
         return Data(self.x.index_select(0, index), {k: v.index_select(0, index) for k, v in self.y.items()})
+
+    def to(self, device: torch.device) -> "Data":
+        """The same samples on a device; these themselves if they are there."""
+        if self.x.device == device and all(y.device == device for y in self.y.values()):
+            return self
+        return Data(self.x.to(device), {name: y.to(device) for name, y in self.y.items()})
 
 
 @dataclass(frozen=True)

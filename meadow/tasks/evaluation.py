@@ -24,6 +24,11 @@ def names_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(_state(model))
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is: where it trains and is evaluated."""
+    return next((tensor.device for tensor in _state(model).values()), torch.device("cpu"))
+
+
 def load_into(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
     """Copy arrays into the model's state in place. Raises ValueError unless names and shapes are exactly the model's."""
     state = _state(model)
@@ -40,7 +45,7 @@ def load_into(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -
 
 def state_of(model: nn.Module) -> Arrays:
     """A copy of the model's state, in state_dict order."""
-    return {name: tensor.numpy(force=True).copy() for name, tensor in _state(model).items()}
+    return {name: tensor.detach().cpu().numpy().copy() for name, tensor in _state(model).items()}
 
 
 _NUMBERS_AT_ONCE = 2**23
@@ -56,11 +61,12 @@ def chunks(x: Tensor) -> tuple[Tensor, ...]:
 
 def predict(model: nn.Module, x: Tensor, prepare: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The model's outputs (`meadow.tasks.models.multihead.Multihead`) for stored samples, in `eval()` mode, without
-    gradients."""
+    gradients; computed where the model is, and given back on the CPU."""
     model.eval()
+    device = device_of(model)
     with torch.inference_mode():
-        outputs = [model(prepare(part)) for part in chunks(x)]
-    return {name: torch.cat([output[name] for output in outputs]) for name in outputs[0]}
+        outputs = [model(prepare(part.to(device))) for part in chunks(x)]
+    return {name: torch.cat([output[name] for output in outputs]).cpu() for name in outputs[0]}
 
 
 def evaluate(model: nn.Module, data: Data, task: Task, thorough: bool = False) -> dict[str, float]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from meadow.runtime.module_cache import hold_still
 from meadow.tasks.data import Data
-from meadow.tasks.evaluation import chunks
+from meadow.tasks.evaluation import chunks, device_of
 from meadow.tasks.models.multihead import Multihead
 from meadow.tasks.task import Task
 
@@ -54,7 +54,8 @@ class View:
         if key not in self._kept:
             self.trunk.eval()
             with torch.no_grad():
-                parts = [self.trunk(self.prepare(x)) for x in chunks(data.x)]
+                device = device_of(self.trunk)
+                parts = [self.trunk(self.prepare(x.to(device))) for x in chunks(data.x)]
             self._kept[key] = Data(torch.cat(parts), data.y)
         return self._kept[key]
 

@@ -5,6 +5,7 @@ server and the clients have them alike.
 """
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,18 @@ def laid_out(model: nn.Module) -> nn.Module:
     if any(isinstance(m, nn.Conv2d) for m in modules) and not any(isinstance(m, nn.GroupNorm) for m in modules):
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
     return model
+
+
+def placed(model: nn.Module, device: str, exact: bool) -> nn.Module:
+    """The model on the device where it is to train and be evaluated.
+
+    On a GPU with `exact` torch takes kernels whose results are the same each time, and raises RuntimeError where it has
+    none (`torch.use_deterministic_algorithms`): the same bits on the same GPU, not those of a CPU.
+    """
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+        torch.use_deterministic_algorithms(exact)
+    return model.to(device)
 
 
 @contextmanager

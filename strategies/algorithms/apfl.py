@@ -78,4 +78,4 @@ def _fill(model: nn.Module, state: Arrays) -> None:
     model.load_state_dict({name: torch.from_numpy(state[name]) for name in model.state_dict()})
 
 
-APFL = Algorithm(FedAvg, Client(), own_start=True)
+APFL = Algorithm(FedAvg, Client(), own_start=True, averages=True, steps_itself=True)

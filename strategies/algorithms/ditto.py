@@ -26,4 +26,4 @@ class Client(ClientAlgorithm):
         return context.start() | context.memory.get("own", {})
 
 
-DITTO = Algorithm(FedAvg, Client(), own_start=True)
+DITTO = Algorithm(FedAvg, Client(), own_start=True, own_model=True, trains_once=True, averages=True)

@@ -38,4 +38,5 @@ def stepped(setup: Setup, step: Mapping[str, Float64], model: Arrays) -> Arrays:
     return {name: as_before(moved[name], old) if name in moved else old for name, old in model.items()}
 
 
-FEDAVG = Algorithm(FedAvg)
+FEDAVG = Algorithm(FedAvg, averages=True, is_plain=True, titles={"all": "FedAvg", "body": "FedPer"})
+FEDSIM = Algorithm(FedAvg, averages=True, is_plain=True)

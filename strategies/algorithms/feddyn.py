@@ -15,6 +15,7 @@ from torch import nn
 
 from meadow.arrays.named import Arrays, Named, zeros_like
 from meadow.arrays.sums import WeightedSum, mean
+from meadow.config.rules.rule import Rule
 
 
 class Client(ClientAlgorithm):
@@ -51,4 +52,19 @@ class Server(FedAvg):
         return mean(total, model) | theta.like(model), {"h": h | new}
 
 
-FEDDYN = Algorithm(Server, Client())
+FEDDYN = Algorithm(
+    Server,
+    Client(),
+    trains_once=True,
+    equal_weights=True,
+    rules=(
+        Rule(
+            ("strategy.server_lr", "strategy.name"),
+            lambda e: e.strategy.server_lr != 1,
+            "its server's step has no size of its own",
+            "leave it out",
+            ("strategy.name=feddyn", "strategy.server_lr=0.5"),
+            ("strategy.name=feddyn",),
+        ),
+    ),
+)

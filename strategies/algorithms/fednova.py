@@ -12,6 +12,7 @@ client has a normaliser of its own, so the server takes each reply by itself.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from meadow.strategies.algorithms.fedavg import stepped
 from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, State, steps_of
 
@@ -47,12 +48,12 @@ class Server(ServerAlgorithm[Sequence[ClientUpdate]]):
                 moves.setdefault(name, []).append(
                     (reply.weights[name], scale, value.astype("f8") - model[name].astype("f8"))
                 )
-        steps = {}
+        steps = dict[str, Float64]()
         for name, of_clients in moves.items():
             weights = sum(weight for weight, _, _ in of_clients)
             effective = sum(weight * a for weight, a, _ in of_clients) / weights
-            steps[name] = effective * sum(weight / a * move for weight, a, move in of_clients) / weights
+            steps[name] = np.asarray(effective * sum(weight / a * move for weight, a, move in of_clients) / weights)
         return stepped(self.setup, steps, model), state
 
 
-FEDNOVA = Algorithm(Server)
+FEDNOVA = Algorithm(Server, trains_once=False, needs_plain_sgd=True)  # the server must know how many steps were made

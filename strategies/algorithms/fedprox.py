@@ -16,4 +16,4 @@ class Client(ClientAlgorithm):
         return ClientResult(context.arrays(), fitted)
 
 
-FEDPROX = Algorithm(FedAvg, Client())
+FEDPROX = Algorithm(FedAvg, Client(), trains_once=True, averages=True)

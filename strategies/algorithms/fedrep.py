@@ -10,6 +10,7 @@ Server: the average of FedAvg over the shared arrays.
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, steps_of
 
+from meadow.config.rules.rule import Rule
 from meadow.config.schema import Local, Strategy
 
 
@@ -34,4 +35,32 @@ class _Both:
         self.losses = losses
 
 
-FEDALT = Algorithm(FedAvg, Client())
+FEDALT = Algorithm(
+    FedAvg,
+    Client(),
+    averages=True,
+    rules=(
+        Rule(
+            ("strategy.share", "local.trainable", "strategy.name"),
+            lambda e: e.share in ("all", "trainable") or (e.share == "head" and e.local.trainable == "head"),
+            "nothing is personal, so there are no two parts to train in turns",
+            'write strategy.share = "body"',
+            ("strategy.name=fedrep", "strategy.share=all"),
+            ("strategy.name=fedrep", "strategy.share=body"),
+        ),
+    ),
+    model_rules=(
+        Rule(
+            ("local.trainable", "strategy.name"),
+            lambda e, roles: e.local.trainable == "gradual",
+            "at first nothing of the trunk learns, and this algorithm trains the trunk by itself",
+            'write local.trainable = "all"',
+        ),
+        Rule(
+            ("strategy.share", "strategy.name"),
+            lambda e, roles: not set(roles.personal) - set(roles.buffers),
+            "nothing is personal that learns, so there are no two parts to train in turns",
+            'write strategy.share = "body" and local.trainable = "all"',
+        ),
+    ),
+)

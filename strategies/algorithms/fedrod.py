@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from meadow.arrays.named import Arrays, Named
+from meadow.config.rules.rule import Rule
 
 ABSENT = 1e-9
 
@@ -102,4 +103,19 @@ class _OnFeatures(nn.Module):
         return result
 
 
-FEDROD = Algorithm(FedAvg, Client())
+FEDROD = Algorithm(
+    FedAvg,
+    Client(),
+    averages=True,
+    steps_itself=True,
+    rules=(
+        Rule(
+            ("task.gated", "strategy.name"),
+            lambda e: e.task.gated,
+            "two gated heads do not add up to one",
+            "write task.gated = false",
+            ("strategy.name=fedrod", "task.gated=true"),
+            ("strategy.name=fedrod",),
+        ),
+    ),
+)

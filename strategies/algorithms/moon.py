@@ -17,6 +17,8 @@ from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, Client
 from meadow.strategies.roles import HEADS
 from torch import Tensor, nn
 
+from meadow.config.rules.rule import Rule
+
 
 class Client(ClientAlgorithm):
     """Training with the contrastive term; the trunk after this turn is kept for the next."""
@@ -57,4 +59,26 @@ def _pooled(z: Tensor) -> Tensor:
     return z.mean(1) if z.ndim == 3 else z.flatten(1)
 
 
-MOON = Algorithm(FedAvg, Client())
+MOON = Algorithm(
+    FedAvg,
+    Client(),
+    averages=True,
+    rules=(
+        Rule(
+            ("local.trainable", "strategy.name"),
+            lambda e: e.local.trainable in ("head", "last:0"),
+            "it trains the trunk from round 1 on",
+            'write local.trainable = "all"',
+            ("strategy.name=moon", "local.trainable=head"),
+            ("strategy.name=moon", "local.trainable=last:1"),
+        ),
+    ),
+    model_rules=(
+        Rule(
+            ("local.trainable", "strategy.name"),
+            lambda e, roles: roles.trunk_is_frozen,
+            "it trains the trunk",
+            'write local.trainable = "all", or strategy.name = "fedavg"',
+        ),
+    ),
+)

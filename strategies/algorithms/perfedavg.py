@@ -92,5 +92,5 @@ def _put(parameter: nn.Parameter, value: Tensor, gradient: Tensor | None = None)
     parameter.grad = gradient
 
 
-FIRST_ORDER = Algorithm(FedAvg, Client(batches=2))
-HESSIAN_FREE = Algorithm(FedAvg, Client(batches=3))
+FIRST_ORDER = Algorithm(FedAvg, Client(batches=2), averages=True, steps_itself=True)
+HESSIAN_FREE = Algorithm(FedAvg, Client(batches=3), averages=True, steps_itself=True)

@@ -48,4 +48,4 @@ class Client(ClientAlgorithm):
         return context.start() | context.memory.get("own", {})
 
 
-PFEDME = Algorithm(FedAvg, Client())
+PFEDME = Algorithm(FedAvg, Client(), averages=True, steps_itself=True)

@@ -12,7 +12,6 @@ only some clients train is judged among these.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -24,28 +23,19 @@ from flwr.serverapp.strategy.multikrum import select_multikrum
 from meadow.strategies.adaptors.flower import aggregated
 from meadow.strategies.algorithms.fedavg import stepped
 from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, Setup, State
+from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
+from meadow.strategies.stages.stage import Moves
 
 from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays, Float64, Named, split_auxiliary
-from meadow.config.algorithms import least_updates
+from meadow.config.rules.rule import Rule
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
 
 log = logging.getLogger("meadow.server")
 logging.getLogger("flwr").addFilter(lambda line: "Received %s results" not in str(line.msg))  # at each of our calls
 
-Moves = dict[str, Float64]
-
-
-@dataclass(frozen=True)
-class Update:
-    """One client's moves of some arrays and its weight; or, behind bucketing, the mean of a bucket's."""
-
-    weight: float
-    moves: Moves
-
-
-Rule = Callable[[Sequence[Update], Settings], Moves]
+Combine = Callable[[Sequence[Update], Settings], Moves]
 """Combines updates, one or more, that all have the same names."""
 
 
@@ -56,9 +46,9 @@ class Robust(ServerAlgorithm[Sequence[ClientUpdate]]):
 
     sums_only = False
 
-    def __init__(self, setup: Setup, rule: Rule) -> None:
+    def __init__(self, setup: Setup, combine: Combine, least: Callable[[int], int]) -> None:
         super().__init__(setup)
-        self._rule = rule
+        self._combine, self._least = combine, least
 
     def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
         """Group the arrays by who trained them, put each group's updates in buckets, and let the rule combine them."""
@@ -67,14 +57,14 @@ class Robust(ServerAlgorithm[Sequence[ClientUpdate]]):
         for senders, names in _groups(total, moves).items():
             updates = [Update(weight, {n: moves[client][n] for n in names}) for client, weight in senders]
             draw = numpy_generator(self.setup.seed, "bucket", total[0].round)
-            given = bucketed(updates, plan.bucket, draw)
-            if (needed := least_updates(plan.name, plan.byzantine)) > len(given) and plan.byzantine:
+            given = Bucketing(plan.bucket).gather(updates, draw)
+            if (needed := self._least(plan.byzantine)) > len(given) and plan.byzantine:
                 log.warning(
                     "round %d: %s stay as they were: %s with strategy.byzantine = %d needs %d updates, there are %d",
                     *(total[0].round, ", ".join(names), plan.name, plan.byzantine, needed, len(given)),
                 )
                 continue
-            steps |= self._rule(given, plan)
+            steps |= self._combine(given, plan)
         return stepped(self.setup, steps, model), state
 
 
@@ -90,24 +80,6 @@ def _groups(
     for name, theirs in senders.items():
         groups.setdefault(tuple(theirs), []).append(name)
     return groups
-
-
-def bucketed(updates: Sequence[Update], size: int, draw: np.random.Generator) -> list[Update]:
-    """Shuffle, cut into buckets of `size`, and take each bucket's weighted mean, with the bucket's weight."""
-    if size == 1:
-        return list(updates)
-    order = draw.permutation(len(updates))
-    buckets = [[updates[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
-    return [Update(sum(u.weight for u in bucket), weighted_mean(bucket)) for bucket in buckets]
-
-
-def weighted_mean(updates: Sequence[Update], scales: Sequence[float] | None = None) -> Moves:
-    """sum of weight * scale * moves over the sum of the weights."""
-    total, each = sum(u.weight for u in updates), scales or [1.0] * len(updates)
-    return {
-        name: np.asarray(sum(u.weight * s * u.moves[name] for u, s in zip(updates, each, strict=True)) / total)
-        for name in updates[0].moves
-    }
 
 
 def distance(update: Update, point: Moves) -> float:
@@ -143,7 +115,9 @@ def centred_clipping(updates: Sequence[Update], settings: Settings, once: bool =
 
 def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update], settings: Settings) -> Moves:
     """Let one of Flower's strategies combine the moves: it gets them as it would get models."""
-    replies = [(dict(update.moves), {"num-examples": update.weight}) for update in updates]
+    replies: list[tuple[Arrays, dict[str, float]]] = [
+        ({**update.moves}, {"num-examples": update.weight}) for update in updates
+    ]
     return Named(aggregated(make(settings), 0, replies))
 
 
@@ -173,15 +147,29 @@ def multi_krum(updates: Sequence[Update], settings: Settings) -> Moves:
     return flowers(lambda s: _multi_krum(s, len(updates)), updates, settings)
 
 
-def _algorithm(rule: Rule) -> Algorithm:
-    return Algorithm(partial(Robust, rule=rule))
+def _algorithm(combine: Combine, least: Callable[[int], int] = lambda byzantine: 1, *rules: Rule) -> Algorithm:
+    return Algorithm(partial(Robust, combine=combine, least=least), buckets=True, least_updates=least, rules=rules)
 
+
+def _for_krum(byzantine: int) -> int:
+    """Blanchard et al. 2017, proposition 4.2."""
+    return 2 * byzantine + 3
+
+
+_KEEP = Rule(
+    ("strategy.keep", "strategy.name"),
+    lambda e: e.partition.clients > 0 and e.strategy.keep > -(-e.cohort_size // e.strategy.bucket),
+    lambda e: f"that is more than the {-(-e.cohort_size // e.strategy.bucket)} updates of a cohort",
+    "make it smaller, or the cohort larger",
+    ("strategy.name=multi-krum", "strategy.keep=8", "partition.clients=7", "cohort.fraction=1"),
+    ("strategy.name=multi-krum", "strategy.keep=7", "partition.clients=7", "cohort.fraction=1"),
+)
 
 MEDIAN = _algorithm(partial(flowers, lambda s: FedMedian()))
 TRIMMED_MEAN = _algorithm(partial(flowers, lambda s: FedTrimmedAvg(beta=s.trim)))
-KRUM = _algorithm(partial(flowers, lambda s: Krum(num_malicious_nodes=s.byzantine)))
-MULTI_KRUM = _algorithm(multi_krum)
-BULYAN = _algorithm(bulyan)
+KRUM = _algorithm(partial(flowers, lambda s: Krum(num_malicious_nodes=s.byzantine)), _for_krum)
+MULTI_KRUM = _algorithm(multi_krum, _for_krum, _KEEP)
+BULYAN = _algorithm(bulyan, lambda byzantine: 4 * byzantine + 3)  # El Mhamdi et al. 2018
 GEOMETRIC_MEDIAN = _algorithm(geometric_median)
 CENTRED_CLIPPING = _algorithm(centred_clipping)
 NORM_BOUND = _algorithm(partial(centred_clipping, once=True))

@@ -46,4 +46,11 @@ class Server(FedAvg):
         return x, {"c": c | (c + changed / self.setup.holders)}
 
 
-SCAFFOLD = Algorithm(Server, Client())
+SCAFFOLD = Algorithm(
+    Server,
+    Client(),
+    trains_once=True,
+    sends={"c": "control variates"},
+    equal_weights=True,
+    needs_plain_sgd=True,
+)

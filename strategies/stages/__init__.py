@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from meadow.strategies.protocol import Roles
+from meadow.strategies.stages.bucketing import Bucketing
 from meadow.strategies.stages.own import Attack, ClipAndNoise, LocalNoise, NormBound, TrainedOnly
-from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage
+from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage, moved, moves
 
 from meadow.arrays.named import Arrays, Kinds, auxiliary, split_auxiliary
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.objects import user_instance
+
+__all__ = ["Arrived", "AtClient", "Left", "Stage", "Stages", "moved", "moves", "stages_of"]
 
 
 class Stages:
@@ -73,6 +76,8 @@ def stages_of(experiment: Experiment, roles: Roles) -> Stages:
     found: list[Stage] = []
     if experiment.cohort.max_norm:
         found.append(NormBound(experiment.cohort.max_norm))
+    if experiment.strategy.bucket > 1:
+        found.append(Bucketing(experiment.strategy.bucket))
     if experiment.privacy.unit == "client":
         found.append(ClipAndNoise())
     if experiment.attack.kind not in ("none", "label-flip"):

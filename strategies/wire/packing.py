@@ -91,7 +91,7 @@ def pack_requests(
     names: dict[int, str] = {}
     records = {} if made is None else made
 
-    def name_of(kind: str, given: Arrays | Values) -> str:
+    def name_of(kind: str, given: Mapping[str, Any]) -> str:
         key = id(given)
         if key not in names:
             if key not in records:
@@ -102,7 +102,7 @@ def pack_requests(
 
     lines = []
     for each in requests:
-        given: list[tuple[str, Arrays | Values]] = [("arrays", each.arrays), ("config", each.config)]
+        given: list[tuple[str, Mapping[str, Any]]] = [("arrays", each.arrays), ("config", each.config)]
         given += [("ledger", each.ledger)] if each.ledger is not None else []
         lines.append(" ".join([str(each.client), *(name_of(kind, value) for kind, value in given)]))
     packed["pack"] = ConfigRecord(

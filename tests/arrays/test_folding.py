@@ -1,5 +1,7 @@
 """A folded content is the content it was made of, in few objects; what is no folded content is refused."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -19,7 +21,7 @@ ARRAYS = {
     "none": np.zeros((0, 3), dtype=np.float32),
     "bytes": np.frombuffer(b"abc", dtype=np.uint8),
 }
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "round": 3,
     "rate": 1 / 3,
     "name": "a.b",

@@ -37,7 +37,7 @@ def lies_in_common_memory(address: int) -> bool:
 def child(pipe: Connection, address: str) -> None:
     """Another process: find a piece, answer with what it holds, write to it, and answer again."""
     find(address)
-    data = common("data", lambda: None)
+    data: Any = common("data", lambda: None)
     pipe.send((data.x.numpy().copy(), {n: y.numpy().copy() for n, y in data.y.items()}))
     pipe.send((lies_in_common_memory(data.x.data_ptr()), data.x.is_contiguous()))
     data.x.zero_()

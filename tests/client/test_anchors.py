@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.rounding import floats, stepped
 from helpers.runs import run_inline, small
 from meadow.client.loop.anchors import Teacher, pull, soft_cross_entropy, source_fisher, teacher
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator
@@ -158,8 +159,7 @@ def test_a_teacher_s_part_of_a_step(kl: float, distill: float, temperature: floa
     gradients = dict(zip(names, torch.autograd.grad(total, list(names.values())), strict=True))
     before = state_of(model)
     train(model, data, task, experiment, 1, 0)
-    for name, after in state_of(model).items():
-        assert np.allclose(after, before[name] - 0.1 * gradients[name].numpy(), rtol=1e-4, atol=1e-6), name
+    stepped(state_of(model), before, {name: 0.1 * value for name, value in gradients.items()}, np.float32)
 
 
 def test_a_teacher_learns_nothing() -> None:
@@ -186,7 +186,7 @@ def test_a_teacher_of_another_shape_comes_from_a_file(tmp_path: Path) -> None:
     assert isinstance(held, Teacher)
     x = task.client(0).train.x
     assert all(torch.equal(held.model(x)[n], z) for n, z in large.eval()(x).items())
-    load_into(large, {n: v * np.nan for n, v in state_of(large).items()})
+    load_into(large, {n: v * np.nan for n, v in floats(state_of(large)).items()})
     save_file({n: v for n, v in state_of(large).items() if "norm1" not in n}, place)
     with pytest.raises(UserError, match=r"norm1"):
         teacher(model, task, experiment.model_copy(update={"run": experiment.run.model_copy(update={"name": "x"})}))
@@ -208,8 +208,10 @@ def test_an_infinite_pull_would_keep_the_trunk(tmp_path: Path) -> None:
     start = initial_state(experiment)
     checkpoint, _ = latest(tmp_path / "checkpoints")
     assert checkpoint is not None
-    distance = np.sqrt(sum(float(((checkpoint.arrays[n] - v).astype(np.float64) ** 2).sum()) for n, v in start.items()
-                           if n.startswith("trunk.")))  # fmt: skip
+    end = floats(checkpoint.arrays)
+    distance = np.sqrt(
+        sum(float(((end[n] - v) ** 2).sum()) for n, v in floats(start).items() if n.startswith("trunk."))
+    )
     assert 0 < distance <= 0.01 * 1 * (1 + 1e-4)
 
 

@@ -29,10 +29,10 @@ from meadow.client.trainers.layers import (
 )
 from meadow.client.trainers.network import Layer, network
 from meadow.server import checkpoints
+from meadow.strategies.check import load
 from torch import nn
 
 from meadow.arrays.sums import weighted_sum
-from meadow.config.load import load
 from meadow.native import pooling
 from meadow.native import sums as adding
 from meadow.runtime.seeds import torch_generator, torch_seeded
@@ -230,7 +230,7 @@ def test_compiled_pooling_has_the_bits_of_torchs(
         expected = F.max_pool2d(given, window, ceil_mode=ceil)
         expected = expected.relu() if relu else expected
         back = torch.randn(expected.shape, generator=draw)
-        expected.backward(back)
+        expected.backward(back)  # type: ignore[no-untyped-call]
         pool = Pool(Layer("pool", (channels, h, w), after, kernel=window, ceil=ceil), relu)
         found = [each.nan_to_num(-1).contiguous().view(torch.int32) for each in (pool.forward(x), expected.detach())]
         assert torch.equal(*found) and given.grad is not None

@@ -1,5 +1,6 @@
 """The clients' store: the same states from memory as from disk, the limit kept, nothing lost without a word."""
 
+import shutil
 from pathlib import Path
 
 import meadow.client.store
@@ -15,7 +16,7 @@ ODD: Arrays = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
     "count": np.array(7, dtype=np.int64),
     "none": np.zeros((0, 3), np.float64),
-    "c@trunk.w": np.float32([np.nan, -0.0]),
+    "c@trunk.w": np.array([np.nan, -0.0], dtype=np.float32),
 }
 
 
@@ -52,13 +53,16 @@ def test_what_memory_holds_comes_back_in_another_process_and_from_disk_at_the_en
 def test_the_limit_is_kept_and_the_rest_is_on_disk(tmp_path: Path) -> None:
     """Each state takes 4,096 bytes and a line; three fit. A client's old state gives its place to its new one."""
     store = Store(tmp_path / "state", "run", 13_000)
-    value = {"w": np.zeros(1024, np.float32)}
+    zeros = np.zeros(1024, np.float32)
+    value: Arrays = {"w": zeros}
     for number in range(5):
         store.save(number, 1, value, 0)
     assert (len(files(tmp_path, "shm")), len(files(tmp_path, "state"))) == (3, 2)
     for round_ in range(2, 9):
         for number in range(5):
-            store.save(number, round_, {"w": value["w"] + round_}, round_)  # the state before is not needed any more
+            store.save(
+                number, round_, {"w": zeros + np.float32(round_)}, round_
+            )  # the state before is not needed any more
             assert store.load(number, round_ + 1)["w"][0] == round_
         used = sum(p.stat().st_size for p in (tmp_path / "shm").rglob("round-*"))
         assert used == store._used <= 13_000
@@ -67,7 +71,7 @@ def test_the_limit_is_kept_and_the_rest_is_on_disk(tmp_path: Path) -> None:
 
 def test_states_that_a_restart_of_the_machine_lost_are_missed(tmp_path: Path) -> None:
     Store(tmp_path / "state", "run", 10**6).save(0, 1, ODD, 0)
-    meadow.client.store.shutil.rmtree(next((tmp_path / "shm").iterdir()))
+    shutil.rmtree(next((tmp_path / "shm").iterdir()))
     for memory in (0, 10**6):
         with pytest.raises(DamagedFile, match="state_memory"):
             Store(tmp_path / "state", "run", memory).load(0, 2)
@@ -76,7 +80,7 @@ def test_states_that_a_restart_of_the_machine_lost_are_missed(tmp_path: Path) ->
 def test_the_memory_of_a_run_whose_folder_is_gone_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Store(tmp_path / "gone", "old", 10**6).save(0, 1, ODD, 0)
     Store(tmp_path / "there", "kept", 10**6).save(0, 1, ODD, 0)
-    meadow.client.store.shutil.rmtree(tmp_path / "gone")
+    shutil.rmtree(tmp_path / "gone")
     monkeypatch.setattr(meadow.client.store, "_FRESH", -1.0)
     Store(tmp_path / "there", "new", 10**6).save(0, 1, ODD, 0)
     assert {p.name for p in next((tmp_path / "shm").iterdir()).iterdir()} == {"kept", "new"}

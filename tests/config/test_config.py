@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from meadow.strategies.check import load
 
-from meadow.config.load import flatten, from_flat, load, preset_names, read_tree, to_flat, to_toml, to_tree
+from meadow.config.load import flatten, from_flat, preset_names, read_tree, to_flat, to_toml, to_tree
 from meadow.config.schema import Experiment, Strategy
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import derive, torch_generator, torch_seeded
@@ -69,7 +70,7 @@ def test_presets_differ_in_axis_values_only() -> None:
         ("rounds=3", ["rounds=3", "section.key=value"]),
         ("local.learning_rate=0.1", ["local.learning_rate", "did you mean local.lr?"]),
         ("run.Rounds=3", ["run.Rounds", "did you mean run.rounds?"]),
-        ("task.channels=rgb", ["task.channels = 'rgb'", 'task.dataset = "digits"', "grey"]),
+        ("task.channels=rgb", ['task.channels = "rgb"', 'task.dataset = "digits"', "grey"]),
         ("task.image_size=32", ["task.image_size = 32", "8 x 8"]),
     ],
 )

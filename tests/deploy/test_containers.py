@@ -6,6 +6,7 @@ another version. Minutes long, needs Docker with docker-compose (or Compose v2) 
 longer still is also marked `slow`.
 """
 
+import functools
 import io
 import json
 import re
@@ -38,9 +39,8 @@ from helpers.stack import (
 )
 from meadow.client.node import Node
 from meadow.client.node import train_client as train_one
+from meadow.strategies.check import load
 from meadow.strategies.wire.packing import Answer, Request
-
-from meadow.config.load import load
 
 pytestmark = pytest.mark.docker
 
@@ -117,6 +117,10 @@ def files(node: str) -> dict[str, bytes]:
     done = subprocess.run(words, capture_output=True, check=True, timeout=60)
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         return {m.name.removeprefix("./"): archive.extractfile(m).read() for m in archive if m.isfile()}  # type: ignore[union-attr]
+
+
+def healthy(service: str) -> bool:
+    return bool(inspect(service)["State"]["Health"]["Status"] == "healthy")
 
 
 def cut_off(node: str, seconds: float) -> None:
@@ -198,7 +202,7 @@ def test_containers_are_hardened(stack: Stack) -> None:
         assert host["ReadonlyRootfs"] and host["Init"] and host["CapDrop"] == ["ALL"] and not host["CapAdd"]
         assert "no-new-privileges:true" in host["SecurityOpt"] and host["PidsLimit"] > 0 and host["Memory"] > 0
         assert host["PortBindings"] in (None, {})
-        stack.until(lambda service=service: inspect(service)["State"]["Health"]["Status"] == "healthy", 60)
+        stack.until(functools.partial(healthy, service), 60)
         assert {m["Destination"]: m["RW"] for m in facts["Mounts"]}["/own"] is False
     hands_over = inspect("runs-folder")["HostConfig"]  # the one that is root, to give ./runs to the others' user
     assert (hands_over["CapDrop"], hands_over["CapAdd"], hands_over["NetworkMode"]) == (["ALL"], ["CHOWN"], "none")

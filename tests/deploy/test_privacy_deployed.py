@@ -56,7 +56,11 @@ def deploy(experiment: Experiment, out: Path, states: Sequence[Path]) -> dict[st
         for index, state in enumerate(states):
             port = ports.enter_context(free_port())
             work = link.work.parent / f"node-{index}"
-            told = {"partition-id": index, "num-partitions": len(states), "state": str(state)}
+            told: dict[str, bool | int | float | str] = {
+                "partition-id": index,
+                "num-partitions": len(states),
+                "state": str(state),
+            }
             start = [command("flower-supernode"), "--insecure", "--superlink", link.address, "--host", "127.0.0.1"]
             start += ["--port", str(port), "--node-config", inline_config(told)]
             group.start(f"node-{index}", start, work, environment(work / "flwr"))

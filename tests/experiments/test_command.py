@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runs import run_inline, small
+from meadow.strategies.check import load
 
-from meadow.config.load import load
 from meadow.experiments.plan import plan
 from meadow.runtime.identity import ROOT
 from meadow.tasks.task import open_task

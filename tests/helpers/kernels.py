@@ -54,7 +54,7 @@ def beside(value: Any) -> Any:
     return torch.where((hashed == 0) | (value == 0) | ~value.isfinite(), value, moved)
 
 
-class _Other(TorchDispatchMode):
+class _Other(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name, more = func.overloadpacket.__name__, kwargs or {}
         if name not in MOVED:
@@ -72,5 +72,5 @@ class _Other(TorchDispatchMode):
 @contextmanager
 def other_kernels() -> Iterator[None]:
     """Inside the block, this thread's torch rounds as another processor might."""
-    with _Other():
+    with _Other():  # type: ignore[no-untyped-call]
         yield

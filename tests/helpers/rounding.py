@@ -1,10 +1,15 @@
 """Bounds that follow from the arithmetic, and so hold on every processor, in whatever order its kernels add."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
+
+from meadow.arrays.named import Arrays
+from meadow.tasks.data import Data
 
 LAMBDA = 4.0
 
@@ -36,3 +41,24 @@ def close(found: Any, exact: Any, operations: float, terms: Any = 0.0, dtype: An
         one,
         other,
     )
+
+
+def in_double(data: Data) -> Data:
+    """The same samples in float64, so that what is trained on them tells a formula from one that is nearly the same."""
+    y = {name: values.double() if values.is_floating_point() else values for name, values in data.y.items()}
+    return Data(data.x.double(), y)
+
+
+def stepped(after: Arrays, before: Arrays, by: Mapping[str, Any], dtype: Any = np.float64) -> None:
+    """`after` is `before` less `by`: to a thousand roundings of numbers of size 1 (or larger), as many as a full
+    batch of some fifty samples takes in a small model."""
+    assert after.keys() == before.keys() >= by.keys()
+    for name, value in after.items():
+        assert value.dtype == dtype, name
+        less = np.asarray(by[name]) if name in by else np.zeros(())
+        close(value, before[name].astype(np.float64) - less, 1000, terms=1.0, dtype=dtype, name=name)
+
+
+def floats(arrays: Arrays) -> dict[str, npt.NDArray[np.float64]]:
+    """The arrays in float64, to be worked with."""
+    return {name: value.astype(np.float64) for name, value in arrays.items()}

@@ -15,14 +15,15 @@ import numpy.typing as npt
 import pytest
 import torch
 from meadow.server.checkpoints import Checkpoint, latest
+from meadow.strategies.check import load
 from torch import Tensor, nn
 
+import meadow.tasks.models.multihead
 import meadow.tasks.task
 from helpers.runs import run_inline
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
 from meadow.config import schema
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.tasks.data import Inputs, Part, Raw
 from meadow.tasks.start import initial_state
@@ -85,7 +86,7 @@ def experiment(*overrides: str) -> Experiment:
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything in float64: the models, the state before the first round, and with these all that follows."""
-    build, initial = meadow.tasks.task.build, initial_state
+    build, initial = meadow.tasks.models.multihead.build, initial_state
 
     def build_double(*args: Any) -> nn.Module:
         return build(*args).double()

@@ -54,7 +54,7 @@ def test_norms_and_weighted_sums_are_those_of_a_loop(
         x = torch.randint(0, 7, (N, 5)) if kind == "tokens" else torch.randn(N, *SHAPES[kind][1]).double()
         factors = torch.rand(N).double()
     if x.ndim == 4:
-        model, x = model.to(memory_format=layout), x.to(memory_format=layout)
+        model, x = model.to(memory_format=layout), x.to(memory_format=layout)  # type: ignore[call-overload]
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     norms = []
     for one, factor in zip(x, factors, strict=True):
@@ -85,7 +85,8 @@ class SecondDimension(nn.Module):
         self.layer = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.transpose(0, 1)).sum((0, 2))
+        out: Tensor = self.layer(x.transpose(0, 1)).sum((0, 2))
+        return out
 
 
 class Centred(nn.Module):
@@ -97,7 +98,8 @@ class Centred(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer(x)
-        return self.head((h - h.mean(0)).square())[:, 0]
+        out: Tensor = self.head((h - h.mean(0)).square())[:, 0]
+        return out
 
 
 class InPlace(nn.Module):
@@ -109,7 +111,7 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layer(x).sin()
-        out = self.head(h)[:, 0]
+        out: Tensor = self.head(h)[:, 0]
         h.detach().mul_(2)
         return out
 

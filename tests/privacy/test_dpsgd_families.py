@@ -11,11 +11,11 @@ import torch
 from helpers.runs import small
 from meadow.client.loop.trainable import freeze, mask
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from meadow.strategies.trainable import stage, trained
 from torch import Tensor, nn
 
 from meadow.config import schema
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
@@ -64,7 +64,7 @@ def table(task: schema.Task) -> Raw:
     """Seven columns and a target of each kind, some of them missing."""
     draw = np.random.default_rng(5)
     missing = draw.random(90) < 0.3
-    y = {
+    y: dict[str, Any] = {
         "y": np.where(missing, -1, np.arange(90) % 3).astype(np.int64),
         "many": (draw.random((90, 4)) < 0.5).astype(np.float32),
         "amount": np.where(missing, np.nan, draw.normal(size=90)).astype(np.float32),

@@ -1,6 +1,7 @@
 """The stream of random numbers: published vectors of the cipher, the laws of its numbers, and how it is cut."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,7 @@ def test_normal_numbers_are_box_and_mullers() -> None:
 
 
 def test_noise_is_written_only_to_float32_in_one_piece() -> None:
-    for out in (np.empty(2**16, np.float64), np.empty(2**17, np.float32)[::2]):
+    wrong: tuple[Any, ...] = (np.empty(2**16, np.float64), np.empty(2**17, np.float32)[::2])
+    for out in wrong:
         with pytest.raises(TypeError, match="in one piece"):
             Stream(1).fill(out)

@@ -1,8 +1,8 @@
 """`[privacy]`: what would protect nothing is refused with the reason and the nearest that works."""
 
 import pytest
+from meadow.strategies.check import load
 
-from meadow.config.load import load
 from meadow.config.schema import Privacy
 from meadow.runtime.errors import UserError
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.rounding import stepped
 from helpers.runs import small
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from torch import nn
 
-from meadow.config.load import load
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
@@ -56,10 +57,11 @@ def test_without_noise_a_private_step_is_a_full_batch(name: str) -> None:
         states.append(state_of(model))
     start = initial_state(experiment)
     assert any(not np.array_equal(states[0][n], start[n]) for n in start)
-    for array in start:
-        # Adam divides by the gradient's own size, so that its rounding shows.
-        atol = 2e-5 if name == "adam" else 2e-6
-        assert np.allclose(states[0][array], states[1][array], rtol=1e-4, atol=atol), array
+    if name != "adam":
+        stepped(states[1], states[0], {}, np.float32)
+        return
+    for array in start:  # Adam divides by the gradient's own size: the smaller a gradient, the more its rounding shows
+        assert np.allclose(states[0][array], states[1][array], rtol=1e-4, atol=2e-5), array
 
 
 @pytest.mark.parametrize("balance", ["uncertainty", "dwa", "gradnorm", "pcgrad"])

@@ -12,6 +12,7 @@ from helpers.runs import clients_answer, run_inline, small
 from meadow.client.store import Store
 from meadow.server.checkpoints import latest
 from meadow.server.cohorts import call, read_schedule
+from meadow.strategies import equal_weights
 
 from meadow.arrays.named import Arrays
 from meadow.config.cohort import draw_cohort, unseen
@@ -61,8 +62,8 @@ def test_by_size_the_large_ones_come_more_often() -> None:
 
 def test_by_size_each_counts_once(tmp_path: Path) -> None:
     """Who is drawn by size is not weighed by size as well."""
-    assert small("fedavg", "cohort.sampling=size", "cohort.size=3").equal_weights
-    assert not small("fedavg").equal_weights
+    assert equal_weights(small("fedavg", "cohort.sampling=size", "cohort.size=3"))
+    assert not equal_weights(small("fedavg"))
 
 
 def test_a_second_attempt_draws_anew() -> None:
@@ -74,7 +75,7 @@ def test_a_second_attempt_draws_anew() -> None:
 
 
 def test_a_schedule_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("meadow.server.rounds.EVERY", 0)
+    monkeypatch.setattr("meadow.server.run.EVERY", 0)
     (tmp_path / "who").write_text("# two, then one, then nobody\n3 1\n2,\n\n")
     plan = ("cohort.sampling=schedule", f"cohort.schedule={tmp_path / 'who'}", "cohort.quorum=0")
     run_inline(small("fedavg", *plan), tmp_path / "run")

@@ -32,6 +32,8 @@ from meadow.server.checkpoints import latest
 from meadow.server.folder import RunFolder
 from meadow.simulation.inline import InlineGrid
 from meadow.simulation.launch import Launch, engine
+from meadow.strategies import algorithm
+from meadow.strategies.check import fits
 from meadow.strategies.protocol import Roles
 from torch import nn
 
@@ -39,7 +41,7 @@ import meadow.arrays.files
 import meadow.privacy.ledger
 from meadow.arrays.flower import from_record
 from meadow.arrays.named import Arrays, arrays_sha256
-from meadow.config.algorithms import ALGORITHMS, AVERAGES, PRIVATE
+from meadow.config.algorithms import ALGORITHMS
 from meadow.config.cohort import participations
 from meadow.config.load import to_toml
 from meadow.config.schema import RELEASES, Experiment
@@ -460,7 +462,7 @@ KNOWN = {
 def files(draw: st.DrawFn) -> list[str]:
     """Overrides over every axis that decides what leaves."""
     unit = draw(st.sampled_from(["none", "example", "example", "client", "local"]))
-    fit = {"example": PRIVATE, "client": AVERAGES, "local": AVERAGES}.get(unit, tuple(ALGORITHMS))
+    fit = [name for name in ALGORITHMS if unit == "none" or fits(unit, algorithm(name))]
     settings_ = {
         "none": [], "example": ["privacy.sample_rate=0.2", "local.steps=2"], "client": [], "local": [],
     }[unit]  # fmt: skip

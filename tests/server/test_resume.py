@@ -207,7 +207,7 @@ def test_arrays_of_another_round_are_no_checkpoint(tmp_path: Path) -> None:
     import numpy as np
 
     for round_ in (1, 2):
-        save(tmp_path, Checkpoint(round_, {"w": np.float32([round_])}))
+        save(tmp_path, Checkpoint(round_, {"w": np.array([round_], dtype=np.float32)}))
     (tmp_path / "round-00000001.safetensors").replace(tmp_path / "round-00000002.safetensors")
     found, damaged = latest(tmp_path)
     assert found is None and len(damaged) == 2

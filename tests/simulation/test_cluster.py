@@ -20,7 +20,7 @@ SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    found: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})  # type: ignore[no-untyped-call]
+    found: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     found.second = found.add_node(num_cpus=1)
     yield found
     ray.shutdown()
@@ -30,7 +30,9 @@ def cluster() -> Iterator[Any]:
 @pytest.mark.slow
 def test_a_run_joins_a_cluster_and_goes_on_without_a_lost_machine(cluster: Any, tmp_path: Path) -> None:
     with ray_workers(4, 1, cluster.address) as pool:
-        homes = ray.get([a.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for a in pool.actors])
+        homes: list[str] = ray.get(
+            [a.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()) for a in pool.actors]
+        )
         assert len(set(homes)) == 2
     experiment = small("fedper", f"engine.address={cluster.address}", "run.rounds=5")
     with engine("ray", 2, address=cluster.address) as launch:
@@ -58,7 +60,7 @@ def test_the_data_is_held_once_a_machine(cluster: Any, tmp_path: Path) -> None:
     with ray_workers(4, 1, cluster.address) as pool:
         run = _run_local(ray_grid(experiment, tmp_path / "state", pool), experiment, tmp_path / "run", False)
         here = ray.get_runtime_context().get_node_id()
-        workers = ray.get([actor.__ray_call__.remote(pieces) for actor in pool.actors])
+        workers: list[tuple[str, int, set[str]]] = ray.get([actor.__ray_call__.remote(pieces) for actor in pool.actors])
     elsewhere = [pid for home, pid, _ in workers if home != here]
     assert len(elsewhere) == 2
     assert all(found == {str(os.getpid() if home == here else elsewhere[0])} for home, _, found in workers)

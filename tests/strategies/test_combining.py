@@ -14,6 +14,7 @@ from meadow.server.evaluation import over_clients
 from meadow.server.reduce import round_sum
 from meadow.simulation.grid import become_server
 from meadow.strategies import server_of
+from meadow.strategies.check import load
 from meadow.strategies.protocol import Roles, Setup
 from meadow.strategies.roles import roles
 from meadow.strategies.wire.packing import (
@@ -30,7 +31,6 @@ from meadow.strategies.wire.packing import (
 from meadow.arrays.flower import Kept
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.arrays.sums import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
-from meadow.config.load import load
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 
@@ -51,7 +51,9 @@ def admitted(replies: list[Answer], sums: Sums, sent: Arrays, sizes: dict[int, A
 
 
 def test_two_clients_one_to_three() -> None:
-    block = weighted_sum([(1, {"w": np.float32([4, 8])}), (3, {"w": np.float32([8, 0])})])
+    block = weighted_sum(
+        [(1, {"w": np.array([4, 8], dtype=np.float32)}), (3, {"w": np.array([8, 0], dtype=np.float32)})]
+    )
     mean = average([block], {"w": np.zeros(2, np.float32)})
     assert mean["w"].tolist() == [7, 2] and mean["w"].dtype == np.float32
 
@@ -67,11 +69,23 @@ def test_three_blocks_average_to_the_weighted_mean() -> None:
 
 
 def test_each_name_is_averaged_over_those_who_sent_it() -> None:
-    before = {"a": np.float32([1]), "b": np.float32([2]), "c": np.float32([3]), "n": np.int64([7])}
+    before = {
+        "a": np.array([1], dtype=np.float32),
+        "b": np.array([2], dtype=np.float32),
+        "c": np.array([3], dtype=np.float32),
+        "n": np.array([7], dtype=np.int64),
+    }
     block = weighted_sum(
         [
-            (1, {"a": np.float32([10]), "n": np.int64([8])}),
-            (3, {"a": np.float32([2]), "b": np.float32([5]), "n": np.int64([9])}),
+            (1, {"a": np.array([10], dtype=np.float32), "n": np.array([8], dtype=np.int64)}),
+            (
+                3,
+                {
+                    "a": np.array([2], dtype=np.float32),
+                    "b": np.array([5], dtype=np.float32),
+                    "n": np.array([9], dtype=np.int64),
+                },
+            ),
         ]
     )
     mean = average([block], before)

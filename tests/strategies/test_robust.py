@@ -18,20 +18,18 @@ from meadow.strategies.algorithms.robust import (
     KRUM,
     MEDIAN,
     TRIMMED_MEAN,
-    Update,
-    bucketed,
     centred_clipping,
     distance,
     geometric_median,
     multi_krum,
-    weighted_mean,
 )
 from meadow.strategies.attacks import attack, attackers, largest_z
+from meadow.strategies.check import load
+from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
 from scipy.optimize import minimize
 from scipy.stats import norm, trim_mean
 
 from meadow.arrays.files import read_arrays
-from meadow.config.load import load
 from meadow.config.schema import Attack, Experiment
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
@@ -58,7 +56,7 @@ def matrix(given: list[Update]) -> Floats:
 def rule(algorithm: Any) -> Any:
     """The rule of one of the algorithms that are Flower's."""
     become_server()
-    return algorithm.server.keywords["rule"]
+    return algorithm.server.keywords["combine"]
 
 
 def krum_scores(points: Floats, byzantine: int) -> Floats:
@@ -150,7 +148,7 @@ def test_distance_is_over_all_arrays() -> None:
 @settings(max_examples=40, deadline=None)
 def test_buckets_hold_everybody_once(count: int, size: int) -> None:
     given = updates(count)
-    found = bucketed(given, size, numpy_generator(0, "bucket", 1))
+    found = Bucketing(size).gather(given, numpy_generator(0, "bucket", 1))
     assert len(found) == -(-count // size)
     assert sum(u.weight for u in found) == pytest.approx(sum(u.weight for u in given))
     assert flat(weighted_mean(found)) == pytest.approx(flat(weighted_mean(given)), rel=1e-10, abs=1e-12)
@@ -158,7 +156,7 @@ def test_buckets_hold_everybody_once(count: int, size: int) -> None:
 
 def test_a_bucket_of_one_is_none() -> None:
     given = updates(5)
-    assert bucketed(given, 1, numpy_generator(0, "bucket", 1)) == given
+    assert Bucketing(1).gather(given, numpy_generator(0, "bucket", 1)) == given
 
 
 ROBUST_MEAN = (
@@ -192,9 +190,12 @@ def test_attackers_come_from_the_seed() -> None:
     assert attackers(plan(ten)) == attackers(plan([*ten, "run.rounds=3"])) != attackers(plan([*ten, "run.seed=1"]))
 
 
-SENT = {"w": np.float32([1, 2]), "n": np.int64(3)}
-HONEST = {0: {"w": np.float32([2, 2]), "n": np.int64(4)}, 1: {"w": np.float32([4, 0]), "n": np.int64(5)}}
-EVIL = {2: {"w": np.float32([0, 3]), "n": np.int64(6)}}  # its honest move would be (-1, 1)
+SENT = {"w": np.array([1, 2], dtype=np.float32), "n": np.int64(3)}
+HONEST = {
+    0: {"w": np.array([2, 2], dtype=np.float32), "n": np.int64(4)},
+    1: {"w": np.array([4, 0], dtype=np.float32), "n": np.int64(5)},
+}
+EVIL = {2: {"w": np.array([0, 3], dtype=np.float32), "n": np.int64(6)}}  # its honest move would be (-1, 1)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import resolve
 
-from meadow.config.load import resolve
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import MISSING, Dataset
@@ -161,18 +161,23 @@ def test_the_hubs_form_in_a_local_folder(tmp_path: Path, monkeypatch: pytest.Mon
         return open_dataset(Task(**({"dataset": f"hub:{folder}", "targets": ("label",), "client": "who"} | settings)))
 
     pictures = hub(inputs=("image",), image_size=4)
-    assert pictures.images and pictures.train.x.shape == (4, 3, 4, 4) and pictures.train.x[2].unique().tolist() == [20]
+    assert (
+        pictures.images
+        and pictures.train.x.shape == (4, 3, 4, 4)
+        and torch.unique(pictures.train.x[2]).tolist() == [20]
+    )
     assert pictures.clients == ("5", "9") and pictures.train.y["label"].tolist() == [0, 1, 1, 0]
     assert len(pictures.test) == 2 and pictures.targets[0].size == 2
     texts = hub(inputs=("text",), tokens="chars", length=3)
     assert texts.tokens and (texts.train.x != 0).sum(1).tolist() == [1, 1, 1, 1]
     assert hub(inputs=("size mean 2 std 2",)).train.x.flatten().tolist() == [-0.5, 0, 0.5, 1]
-    for settings, why in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"inputs": ("image",)}, "but the first is 5x4 pixels"),
         ({"inputs": ("size",), "test": "validation"}, "has no such split; it has"),
         ({"dataset": "hub:./nowhere"}, "there is no such folder"),
         ({"inputs": ("nothing",)}, 'no column "nothing"'),
-    ]:
+    ]
+    for settings, why in wrong:
         with pytest.raises(UserError, match=why):
             hub(**settings)
 

@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from PIL import Image
 from scipy.io import savemat
 
-from meadow.config.load import load
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
@@ -655,7 +655,7 @@ def test_jitter_of_images_in_blue_green_red_is_that_of_the_same_colours() -> Non
 
 def test_erased_rectangles_are_of_the_mean_colour() -> None:
     x = torch.full((200, 3, 32, 32), 255, dtype=torch.uint8)
-    settings = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
+    settings: dict[str, Any] = {"mean": (0.1, 0.2, 0.3), "std": (1.0, 1.0, 1.0)}
     found = prepared(x, augment=("erase 0.3",), **settings)
     gone = (found.abs() < 1e-6).all(1)
     assert torch.equal(

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import load
 from safetensors.numpy import save_file
 from torch import nn
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
@@ -31,7 +31,7 @@ def experiment(**task: Any) -> Experiment:
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 9, 5)])
 def test_a_trunk_and_a_head_for_each_target(model: str, shape: tuple[int, ...]) -> None:
-    net = build(Settings(model=model, hidden=12), BOTH, Inputs(shape))  # type: ignore[arg-type]
+    net = build(Settings(model=model, hidden=12), BOTH, Inputs(shape))
     outputs = net(torch.ones(5, *shape))
     assert outputs["digit"].shape == (5, 10) and outputs["slant"].shape == (5,)
     names = list(net.state_dict())
@@ -45,7 +45,7 @@ def test_a_trunk_and_a_head_for_each_target(model: str, shape: tuple[int, ...]) 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 def test_features_are_bounded_so_that_a_value_head_is_stable(model: str) -> None:
     """|h|^2 <= 8 whatever the trunk's weights, so the squared error's curvature in a head is at most 2 (8 + 1)."""
-    net = build(Settings(model=model), (SLANT,), IMAGE)  # type: ignore[arg-type]
+    net = build(Settings(model=model), (SLANT,), IMAGE)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(30)

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import load
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import Data
@@ -34,7 +35,7 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_every_client_is_on_one_node_and_its_samples_are_those_of_the_whole(shares: list[Path]) -> None:
-    whole, seen = open_task(EXPERIMENT), []
+    whole, seen = open_task(EXPERIMENT), list[Any]()
     for index, folder in enumerate(shares[1:]):
         task = read_share(folder, EXPERIMENT)
         own = hosted(index, 3, 7)

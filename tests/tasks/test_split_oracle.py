@@ -123,7 +123,11 @@ def test_hsu_first_client_has_the_distribution_of_inner_dirichlet_partitioner() 
         mine.append(np.bincount(label, minlength=4)[None])
         inner = flower.InnerDirichletPartitioner([size], "label", (alpha * shares).tolist(), seed=seed)
         other.append(counts(theirs(inner, labels), labels))
-    each: list[Statistic] = [lambda table, label=label: float(table[0, label]) for label in range(4)]
+
+    def of(label: int) -> Statistic:
+        return lambda table: float(table[0, label])
+
+    each = [of(label) for label in range(4)]
     same_distribution(mine, other, [unevenness, labels_held, *each])
 
 

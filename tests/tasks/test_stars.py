@@ -1,6 +1,7 @@
 """The stars: what is drawn is what the labels say."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_the_same_call_gives_the_same_bytes() -> None:
         assert all(np.array_equal(a.columns[name], b.columns[name]) for name in ("points", "size"))
 
 
-def test_stars_can_be_larger_and_coloured(tmp_path, monkeypatch) -> None:
+def test_stars_can_be_larger_and_coloured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEADOW_CACHE", str(tmp_path))
     small, large = stars().test, stars(48, "rgb").test
     assert small is not None and large is not None and large.x.shape == (1000, 3, 48, 48)

@@ -119,7 +119,8 @@ def test_what_is_wrong_with_a_table_is_said_with_its_place(tmp_path: Path, case:
 
 
 def write_arrays(root: Path, name: str = "a.npz", **arrays: Any) -> None:
-    np.savez(root / name, **{key: np.asarray(value) for key, value in arrays.items()})
+    made: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
+    np.savez(root / name, **made)
 
 
 def test_arrays_of_two_parts(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_bytes_are_images_whichever_way_the_channels_lie(tmp_path: Path, form: s
 def test_bytes_in_rows_are_numbers(tmp_path: Path) -> None:
     write_arrays(tmp_path, x=np.full((4, 3), 200, dtype=np.uint8), y=[0, 1, 0, 1])
     data = opened("arrays", tmp_path)
-    assert not data.images and data.train.x.dtype == torch.float32 and data.train.x.unique().tolist() == [200.0]
+    assert not data.images and data.train.x.dtype == torch.float32 and torch.unique(data.train.x).tolist() == [200.0]
 
 
 X, Y = np.zeros((4, 3)), [0, 1, 0, 1]
@@ -215,7 +216,7 @@ ARRAYS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 def test_arrays_that_do_not_fit_are_told_by_name(tmp_path: Path, case: str) -> None:
     arrays, given, expected = ARRAYS[case]
     settings = dict(given)
-    np.savez(tmp_path / "a.npz", **{k: v if isinstance(v, np.ndarray) else np.array(v) for k, v in arrays.items()})
+    write_arrays(tmp_path, **arrays)
     refused(expected, tmp_path, lambda: opened("arrays", tmp_path, *settings.pop("targets", ()), **settings))
 
 

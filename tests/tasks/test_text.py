@@ -21,7 +21,7 @@ REAL = pytest.mark.skipif("MEADOW_DATA" not in os.environ, reason="needs MEADOW_
 def opened(folder: Path, **settings: Any) -> Dataset:
     (folder / "train.csv").write_text(TRAIN)
     (folder / "test.csv").write_text("text,label,who\na dog sat,0,q\n")
-    defaults = {"dataset": "text", "root": str(folder), "targets": ("label",), "length": 4}
+    defaults: dict[str, Any] = {"dataset": "text", "root": str(folder), "targets": ("label",), "length": 4}
     return open_dataset(Task(**(defaults | settings)))
 
 

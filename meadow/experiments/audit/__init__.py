@@ -11,6 +11,7 @@ from meadow.privacy.statistics import Check
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import one_thread
 from meadow.server.privacy import protection
+from meadow.strategies import check
 from meadow.strategies.roles import roles_of
 from meadow.tasks.task import open_task, settle
 
@@ -18,6 +19,7 @@ from meadow.tasks.task import open_task, settle
 def audit(experiment: Experiment) -> list[Check]:
     """All checks of an experiment under DP. Raises UserError if nothing is claimed, or if the run would be refused."""
     experiment = settle(experiment)
+    check(experiment)
     if experiment.privacy.unit == "none":
         raise UserError('privacy.unit = "none": nothing is claimed, so there is nothing to audit')
     task = open_task(experiment)

@@ -22,6 +22,7 @@ from meadow.privacy.statistics import Check
 from meadow.server.folder import RunFolder
 from meadow.simulation.grid import node_context
 from meadow.simulation.launch import engine
+from meadow.strategies import algorithm
 
 Part = tuple[float, ...]
 """Sampling rate, noise multiplier and steps, as a ledger's entry has them; all 0 without a mechanism."""
@@ -126,7 +127,7 @@ class Seen:
         before = {name: p.detach().clone() for name, p in context.model.named_parameters()}
 
         def ends(trained: Trained) -> None:
-            if not leaves and context.settings.name == "ditto":
+            if not leaves and algorithm(context.settings.name).own_model:
                 return
             parameters = dict(context.model.named_parameters())
             moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from meadow.config.algorithms import ALGORITHMS
 from meadow.experiments.pairs import t_interval
 from meadow.experiments.results import Floats, RunResult, counted, higher_is_better, settings_of
+from meadow.strategies import algorithm
 
 UNITS = {
     "example": "One example of a client",
@@ -237,9 +239,9 @@ def _labels(settings: Sequence[Mapping[str, Any]], runs: Sequence[RunResult]) ->
 
 
 def _method(name: str, share: str) -> str:
-    """FedAvg and FedPer by their names, others as their settings."""
-    known = {("fedavg", "all"): "FedAvg", ("fedavg", "body"): "FedPer"}
-    return known.get((name, share), name if share == "all" else f"{name}, share = {share}")
+    """By the title that the algorithm has, else as the settings."""
+    titles = algorithm(name).titles if name in ALGORITHMS else {}
+    return titles.get(share, name if share == "all" else f"{name}, share = {share}")
 
 
 def _quarters(score: Floats) -> tuple[list[int], list[int]]:

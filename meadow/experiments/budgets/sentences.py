@@ -101,10 +101,10 @@ def _row(line: Line, epsilon: float | None, kinds: Sequence[str], target: str, m
     row = [Cell(f"{UNITS[line.unit]}, {line.label}"), Cell("none" if epsilon is None else f"{epsilon:g}")]
     for place in PLACES:
         row.append(Cell(number(mean_of(reached(runs, place, target, metric)), metric)))
-        row.append(_cell(costs and costs.utility[place], metric))
+        row.append(_cell(costs.utility[place] if costs else None, metric))
     pairs = [cost for _, own in costs.clients for cost in own.values()] if costs else []
     row.append(Cell(f"{sum(cost > 0 for cost in pairs)}", f"of {len(pairs)}") if pairs else Cell())
-    row.append(_cell(costs and costs.worst, metric))
+    row.append(_cell(costs.worst if costs else None, metric))
     groups = costs.groups if costs else {}
     return row + [_cell(groups.get((k, name)), metric) for k in kinds for name in (*GROUPS[k], DIFFERENCE)]
 

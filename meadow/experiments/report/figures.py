@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -148,7 +149,7 @@ def _roc_curves(shown: Methods, methods: Methods, target: str) -> list[Picture]:
 
 def _confusion(runs: Sequence[RunResult], place: str, target: str) -> confusion.Confusion | None:
     """The confusion of a target over the runs, added up; None where none has any."""
-    found: list[Mapping[str, object]] = [
+    found: list[Mapping[str, Any]] = [
         one for run in runs if "confusion" in (one := (run.evaluation.get(place) or {}).get(target, {}))
     ]
     if not found:

@@ -8,6 +8,8 @@ from meadow.experiments import words
 from meadow.experiments.report.sentences import count_text, seed_of
 from meadow.experiments.results import RunResult
 from meadow.privacy.releases import NOT_PROTECTED
+from meadow.runtime.errors import UserError
+from meadow.strategies import equal_weights
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,11 @@ def privacy(run: RunResult) -> Privacy:
 
 def _admission(experiment: Experiment) -> str:
     """What a reply must be to count, and how much it counts."""
-    counts = "each client counts 1" if experiment.equal_weights else "a client counts its training samples"
+    try:
+        equal = equal_weights(experiment)
+    except UserError:  # a strategy of the user's own that is no longer on the path
+        equal = False
+    counts = "each client counts 1" if equal else "a client counts its training samples"
     longest = experiment.cohort.max_norm
     return f"{counts}, with no more samples than it declared at roll call" + (
         f"; updates longer than {longest:g} are refused" if longest else ""

@@ -45,8 +45,8 @@ def outcome(methods: Methods, rows: Sequence[Row]) -> Outcome:
     best, *others = choices = [row for row in real if not is_aside(row, real)]
     versus = None
     if others:
-        pair = (counted(methods[row["method"]]) for row in (best, others[0]))
-        versus = compare_paired(*pair, best["target"], best["metric"])
+        mine, theirs = (counted(methods[row["method"]]) for row in (best, others[0]))
+        versus = compare_paired(mine, theirs, best["target"], best["metric"])
     alone = next((row for row in real if row["method"] == ALONE), None)
     pooled = next((row for row in real if row["pooled"]), None)
     losing = sorted((r for r in choices if r["lost"]), key=lambda r: -r["lost"] / r["lost_of"])
