@@ -177,8 +177,8 @@ def test_no_training_begins_before_its_entry_is_on_disk(
         seen.append((round_, number))
         return train(*args, **more)
 
-    monkeypatch.setattr(meadow.client.context, "train", watched)
-    monkeypatch.setattr("meadow.client.node.fast", lambda *_: "the loop is watched")
+    monkeypatch.setattr("meadow.client.trainers.choose.train", watched)
+    monkeypatch.setattr("meadow.client.trainers.choose.KERNELS", ())  # the loop is watched
     run_inline(small("fedavg", *settings), tmp_path)
     assert seen == [(r, c) for r in (1, 2, 3) for c in range(8)]
 
@@ -974,8 +974,8 @@ def test_a_noised_update_is_what_the_ledgers_entry_gives(
         bare[args[5]] = state_of(args[0])
         return result
 
-    monkeypatch.setattr(meadow.client.context, "train", watched)
-    monkeypatch.setattr("meadow.client.node.fast", lambda *_: "the loop is watched")
+    monkeypatch.setattr("meadow.client.trainers.choose.train", watched)
+    monkeypatch.setattr("meadow.client.trainers.choose.KERNELS", ())  # the loop is watched
     experiment = small(
         "fedavg", *LOCAL, "run.rounds=1", "privacy.clip=0.2", "partition.clients=3", "partition.law=quantity"
     )
