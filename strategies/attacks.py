@@ -1,4 +1,5 @@
-"""Attacks by simulated clients, to test a defence with. Who attacks comes from the seed; what an attacker sends stands here.
+"""Attacks by simulated clients, to test a defence with. Who attacks comes from the seed; what an attacker sends stands
+here.
 
 Every attacker trains as told. "label-flip" does so on wrong labels. The others change what it sends; where they need
 what honest clients send (IPM, ALIE), they know it, which is the strongest attacker that the papers defend against. They
@@ -6,9 +7,9 @@ are carried out where the server receives the replies, before admission, so that
 
 v is an honest move y - x, mu and sigma mean and standard deviation over the honest clients, n clients in all, m of them
 attackers; an attacker sends x plus:
-sign-flip: -scale v. noise: v + scale N(0, 1). replacement (Bagdasaryan et al. 2020): n/m times the move trained on wrong
-labels, or scale times. ipm (Xie et al. 2020): -scale mu. alie (Baruch et al. 2019, algorithm 3): mu - z sigma, z = scale,
-or if that is 0 the largest z with which the attackers still look like the nearer half.
+sign-flip: -scale v. noise: v + scale N(0, 1). replacement (Bagdasaryan et al. 2020): n/m times the move trained on
+wrong labels, or scale times. ipm (Xie et al. 2020): -scale mu. alie (Baruch et al. 2019, algorithm 3): mu - z sigma, z
+= scale, or if that is 0 the largest z with which the attackers still look like the nearer half.
 """
 
 from collections.abc import Mapping

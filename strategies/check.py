@@ -191,7 +191,8 @@ def load(experiment: str | Path | Mapping[str, Any], overrides: Iterable[str] = 
 
 
 def resolve(tree: Mapping[str, Any]) -> Experiment:
-    """Check the settings of an experiment that is to run (`meadow.config.load.resolve`), with the rules of its algorithm."""
+    """Check the settings of an experiment that is to run (`meadow.config.load.resolve`), with the rules of its
+    algorithm."""
     return config.resolve(tree, faults)
 
 

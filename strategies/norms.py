@@ -10,6 +10,7 @@ def norms(model: nn.Module) -> tuple[str, ...]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Torch's own normalisation layers and their subclasses, and others that are called one (transformers' RMS norms)."""
+    """Torch's own normalisation layers and their subclasses, and others that are called one (transformers' RMS
+    norms)."""
     torchs = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
     return isinstance(module, torchs) or type(module).__name__.rstrip("1234d").endswith("Norm")

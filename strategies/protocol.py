@@ -1,9 +1,9 @@
 """What an algorithm is: its client's part, its server's part, and what each part is given.
 
-A round of an algorithm is: the server sends the shared arrays, and beside them what `ServerAlgorithm.auxiliary` says; each
-client of the cohort runs `ClientAlgorithm.train`; the server makes the next model by `ServerAlgorithm.update`. Neither
-part keeps anything in itself. What the server's part keeps is its state, a value that goes into `update` and comes out of
-it; what a client's part keeps is `ClientResult.memory`, which the client stores.
+A round of an algorithm is: the server sends the shared arrays, and beside them what `ServerAlgorithm.auxiliary` says;
+each client of the cohort runs `ClientAlgorithm.train`; the server makes the next model by `ServerAlgorithm.update`.
+Neither part keeps anything in itself. What the server's part keeps is its state, a value that goes into `update` and
+comes out of it; what a client's part keeps is `ClientResult.memory`, which the client stores.
 """
 
 from collections.abc import Callable, Mapping
@@ -111,7 +111,8 @@ class ClientContext(Protocol):
         ...
 
     def start(self) -> Arrays:
-        """The model's whole state as the client begins: what was received, its own personal layers, and what is fixed."""
+        """The model's whole state as the client begins: what was received, its own personal layers, and what is
+        fixed."""
         ...
 
     def initial(self) -> Arrays:
@@ -138,8 +139,9 @@ class ClientContext(Protocol):
     ) -> FitResult:
         """Train the model in place: for `epochs`, else as long as `[local]` says, times `repeat`.
 
-        `learns` narrows the parameters that learn. Two calls in one round see the same batches in the same order. `leaves`:
-        whether anything that comes of it may leave the client; what does not is trained without noise under DP.
+        `learns` narrows the parameters that learn. Two calls in one round see the same batches in the same order.
+        `leaves`: whether anything that comes of it may leave the client; what does not is trained without noise under
+        DP.
         """
         ...
 
@@ -168,9 +170,9 @@ class ClientContext(Protocol):
 class ClientResult:
     """What came of a client's round.
 
-    model: the whole state after training; the client sends what is shared of it and stores what is personal. fitted: the
-    loop's report. auxiliary: what is sent beside the model, under the kinds and names that the server sent, in their
-    shapes and dtypes. memory: what the client stores for its next round. metrics: numbers that go with the reply.
+    model: the whole state after training; the client sends what is shared of it and stores what is personal. fitted:
+    the loop's report. auxiliary: what is sent beside the model, under the kinds and names that the server sent, in
+    their shapes and dtypes. memory: what the client stores for its next round. metrics: numbers that go with the reply.
     """
 
     model: Arrays
@@ -235,8 +237,8 @@ class ServerAlgorithm(Generic[Replies]):
     """
 
     sums_only = True
-    """Whether `update` gets the sum over the cohort of weight times array (`WeightedSum`), auxiliary arrays among them. If
-    not, it gets each client's update, in the order of the clients."""
+    """Whether `update` gets the sum over the cohort of weight times array (`WeightedSum`), auxiliary arrays among them.
+    If not, it gets each client's update, in the order of the clients."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -246,11 +248,13 @@ class ServerAlgorithm(Generic[Replies]):
         return {}
 
     def auxiliary(self, state: State, model: Arrays) -> Kinds:
-        """What is sent to each client beside the model; each array comes back under its name, in its shape and dtype."""
+        """What is sent to each client beside the model; each array comes back under its name, in its shape and
+        dtype."""
         return {}
 
     def update(self, state: State, total: Replies, model: Arrays) -> tuple[Arrays, State]:
-        """The next model, with the names, shapes and dtypes of `model`, and the next state. There is one reply or more."""
+        """The next model, with the names, shapes and dtypes of `model`, and the next state. There is one reply or
+        more."""
         raise NotImplementedError
 
     def judge(self, metrics: Mapping[str, Any], size: int) -> str:
@@ -270,10 +274,11 @@ class Algorithm:
     own_start: bool = False
     """Clients start a model of their own from the state before the first round, which is then sent to each once."""
     own_model: bool = False
-    """Clients train a model of their own beside the shared one (`fit` with leaves = False), and nothing of it leaves."""
+    """Clients train a model of their own beside the shared one (`fit` with leaves = False), and nothing of it
+    leaves."""
     trains_once: bool | None = None
-    """Clients train what they send once a round, by each sample's own loss, with corrections that see no data: so DP-SGD
-    can take the place of that training. None: if the client's part is plain local training."""
+    """Clients train what they send once a round, by each sample's own loss, with corrections that see no data: so
+    DP-SGD can take the place of that training. None: if the client's part is plain local training."""
     averages: bool = False
     """The server's part is a mean of what clients send, and nothing beside it: so clip and noise can take its place."""
     is_plain: bool = False

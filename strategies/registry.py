@@ -29,6 +29,7 @@ def algorithm(name: str) -> Algorithm:
 
 
 def server_of(setup: Setup) -> ServerAlgorithm[Any]:
-    """The server's part of the algorithm that `strategy.name` asks for; one that makes a strategy of Flower is adapted."""
+    """The server's part of the algorithm that `strategy.name` asks for; one that makes a strategy of Flower is
+    adapted."""
     server = algorithm(setup.settings.name).server(setup)
     return FlowerServer(setup, server) if isinstance(server, Strategy) else server

@@ -89,8 +89,8 @@ def _matching(patterns: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def name_weights(metrics: Mapping[str, Any], names: Iterable[str], equal: bool = False) -> dict[str, float]:
-    """The weight of each array in a client's reply: its training samples (`num-examples`); for a head those of its target
-    (`num-examples/<target>`). A head that no sample trained has weight 0 and does not travel.
+    """The weight of each array in a client's reply: its training samples (`num-examples`); for a head those of its
+    target (`num-examples/<target>`). A head that no sample trained has weight 0 and does not travel.
 
     `equal`: 1 for each array that travels. So it is always for what goes beside the model ("c@trunk.w"): an algorithm
     that needs a weight there puts it in.

@@ -1,9 +1,9 @@
 """Flower's own strategies as the server's part of an algorithm. Flower's messages are made here and nowhere else.
 
-A Flower strategy keeps what it remembers in its attributes. Here these go in and out of `update` as a value: each update
-is made by a fresh copy, into which the state is put, and out of which it is read again. So a resumed run has the bits of
-one that was never interrupted, whatever the strategy keeps: arrays, numbers, text, and lists, dictionaries and objects of
-these. Who trains is said by `[cohort]`, not by the strategy's `fraction_train`.
+A Flower strategy keeps what it remembers in its attributes. Here these go in and out of `update` as a value: each
+update is made by a fresh copy, into which the state is put, and out of which it is read again. So a resumed run has the
+bits of one that was never interrupted, whatever the strategy keeps: arrays, numbers, text, and lists, dictionaries and
+objects of these. Who trains is said by `[cohort]`, not by the strategy's `fraction_train`.
 """
 
 import copy
@@ -42,8 +42,8 @@ class FlowerServer(ServerAlgorithm[Sequence[ClientUpdate]]):
         self._fresh = strategy
 
     def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
-        """Raises RunStopped if the strategy waits for more clients than replied, and UserError if it keeps something that
-        no checkpoint can hold, or would send clients another model than this one."""
+        """Raises RunStopped if the strategy waits for more clients than replied, and UserError if it keeps something
+        that no checkpoint can hold, or would send clients another model than this one."""
         strategy, kept = copy.deepcopy(self._fresh), state.get("flower", {})
         if kept:
             _restore(strategy, json.loads(bytes(kept["structure"].tobytes())), kept)

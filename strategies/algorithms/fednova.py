@@ -2,8 +2,8 @@
 (NeurIPS 2020), equation 6 and algorithm 1.
 
 Client i does tau_i local steps; its move is eta times a weighted sum of gradients with weights a_i. The server undoes
-that weighting: d_i = (x - y_i) / |a_i|_1, and x <- x - tau_eff sum_i p_i d_i with tau_eff = sum_i p_i |a_i|_1, so that a
-client that steps more often does not count more.
+that weighting: d_i = (x - y_i) / |a_i|_1, and x <- x - tau_eff sum_i p_i d_i with tau_eff = sum_i p_i |a_i|_1, so that
+a client that steps more often does not count more.
 
 A client says how many steps it made; the server holds that to what `[local]` and the client's declared size allow. Each
 client has a normaliser of its own, so the server takes each reply by itself.
@@ -22,8 +22,8 @@ from meadow.arrays.named import Arrays, Float64
 def normaliser(steps: int, momentum: float) -> float:
     """|a|_1 of `steps` steps of SGD: how many gradients of full weight the move is made of (section 4.1 of the paper).
 
-    Without momentum that is `steps`. With momentum rho, torch's velocity v <- rho v + g gives the gradient of step k the
-    weight 1 + rho + ... + rho^(steps - k), together (steps - rho (1 - rho^steps) / (1 - rho)) / (1 - rho).
+    Without momentum that is `steps`. With momentum rho, torch's velocity v <- rho v + g gives the gradient of step k
+    the weight 1 + rho + ... + rho^(steps - k), together (steps - rho (1 - rho^steps) / (1 - rho)) / (1 - rho).
     """
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 

@@ -1,10 +1,10 @@
 """FedAlt and FedRep: personal and shared layers in turns.
 
-FedAlt: Pillutla et al., Federated Learning with Partial Model Personalization (ICML 2022), algorithm 3: for any split, a
-client trains its personal layers with the shared ones as received, and then the shared ones with its new personal ones.
-FedRep: Collins et al., Exploiting Shared Representations for Personalized Federated Learning (ICML 2021), algorithm 1:
-that with share = "body": `head_epochs` for the head first, then `body_epochs` for the body.
-Server: the average of FedAvg over the shared arrays.
+FedAlt: Pillutla et al., Federated Learning with Partial Model Personalization (ICML 2022), algorithm 3: for any split,
+a client trains its personal layers with the shared ones as received, and then the shared ones with its new personal
+ones. FedRep: Collins et al., Exploiting Shared Representations for Personalized Federated Learning (ICML 2021),
+algorithm 1: that with share = "body": `head_epochs` for the head first, then `body_epochs` for the body. Server: the
+average of FedAvg over the shared arrays.
 """
 
 from meadow.strategies.algorithms.fedavg import FedAvg

@@ -1,9 +1,9 @@
 """FedRoD: Chen and Chao, On Bridging Generic and Personalized Federated Learning for Image Classification (ICLR 2022),
 section 4 (linear personalised heads).
 
-Client: body and generic head are trained on the balanced softmax loss (Ren et al. 2020), cross-entropy of the logits plus
-log(n_c) of the client's class counts; and a personal head, on the body's features with no gradient into them, so that
-the sum of both heads' logits has a low plain loss. Server: the average of FedAvg over body and generic head.
+Client: body and generic head are trained on the balanced softmax loss (Ren et al. 2020), cross-entropy of the logits
+plus log(n_c) of the client's class counts; and a personal head, on the body's features with no gradient into them, so
+that the sum of both heads' logits has a low plain loss. Server: the average of FedAvg over body and generic head.
 
 The model used adds the two heads up: two linear heads on the same features are one whose weights are their sum. The
 personal head starts at zero, so that a client without one uses the generic model. A class that the client has not gets

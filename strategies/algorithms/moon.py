@@ -1,10 +1,10 @@
 """MOON: Li, He and Song, Model-Contrastive Federated Learning (CVPR 2021), equation 3 and algorithm 1.
 
-Client: loss + mu * l_con, where for a sample's representation z (what the trunk gives), z_glob that of the received model
-and z_prev that of the client's own model after its last turn,
-l_con = -log( exp(sim(z, z_glob)/T) / (exp(sim(z, z_glob)/T) + exp(sim(z, z_prev)/T)) ), sim being the cosine.
-In a client's first turn there is no z_prev and no term (with z_prev = z_glob, as the authors' code starts, l_con is
-log 2 whatever z is). Server: the average of FedAvg. Of token sequences the representation is their mean.
+Client: loss + mu * l_con, where for a sample's representation z (what the trunk gives), z_glob that of the received
+model and z_prev that of the client's own model after its last turn, l_con = -log( exp(sim(z, z_glob)/T) / (exp(sim(z,
+z_glob)/T) + exp(sim(z, z_prev)/T)) ), sim being the cosine. In a client's first turn there is no z_prev and no term
+(with z_prev = z_glob, as the authors' code starts, l_con is log 2 whatever z is). Server: the average of FedAvg. Of
+token sequences the representation is their mean.
 """
 
 import copy

@@ -1,12 +1,11 @@
 """Per-FedAvg: Fallah, Mokhtari and Ozdaglar, Personalized Federated Learning: A Model-Agnostic Meta-Learning Approach
 (NeurIPS 2020), algorithm 1, with the two approximations of section 5.
 
-Client, local.steps times (or epochs' worth): on a batch D, w' = w - alpha grad f(w; D); on the next, v = grad f(w'; D');
-first order (FO): w <- w - beta v. Hessian-free (HF), on a third batch D'':
-w <- w - beta (v - alpha d),  d = (grad f(w + delta v; D'') - grad f(w - delta v; D'')) / (2 delta).
-alpha is `inner_lr` (0: local.lr), beta local.lr. Each step of w takes two (HF: three) steps of the loop, one a batch.
-Server: the average of FedAvg. The model used is the received one after one step of rate alpha on all of the client's
-training samples.
+Client, local.steps times (or epochs' worth): on a batch D, w' = w - alpha grad f(w; D); on the next, v = grad f(w';
+D'); first order (FO): w <- w - beta v. Hessian-free (HF), on a third batch D'': w <- w - beta (v - alpha d),  d = (grad
+f(w + delta v; D'') - grad f(w - delta v; D'')) / (2 delta). alpha is `inner_lr` (0: local.lr), beta local.lr. Each step
+of w takes two (HF: three) steps of the loop, one a batch. Server: the average of FedAvg. The model used is the received
+one after one step of rate alpha on all of the client's training samples.
 """
 
 from collections.abc import Mapping

@@ -122,8 +122,8 @@ def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update],
 
 
 def bulyan(updates: Sequence[Update], settings: Settings) -> Moves:
-    """El Mhamdi et al. 2018, section 4: theta = n - 2 byzantine times the Krum choice among the updates that are left, then
-    of each coordinate the mean of the theta - 2 byzantine values nearest to the median of those chosen."""
+    """El Mhamdi et al. 2018, section 4: theta = n - 2 byzantine times the Krum choice among the updates that are left,
+    then of each coordinate the mean of the theta - 2 byzantine values nearest to the median of those chosen."""
     left = [(RecordDict({"arrays": to_record(update.moves)}), update) for update in updates]
     chosen: list[Update] = []
     theta = len(updates) - 2 * settings.byzantine

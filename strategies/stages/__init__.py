@@ -45,7 +45,8 @@ class Stages:
         noise: Callable[[Arrays, Arrays], Arrays] | None,
         memory: Kinds,
     ) -> Left:
-        """The clients' halves, in order. `memory`: what the client has stored, of the stages under names of their own."""
+        """The clients' halves, in order. `memory`: what the client has stored, of the stages under names of their
+        own."""
         kept: Arrays = {}
         for number, stage in enumerate(self._stages):
             kind = f"stage-{number}"
@@ -72,8 +73,8 @@ class Stages:
 
 
 def stages_of(experiment: Experiment, roles: Roles) -> Stages:
-    """The stages that the settings ask for, then `strategy.stages`: a user's own get an update that has its noise already,
-    if the client adds any. Raises UserError for a stage that cannot be, or may not stand there."""
+    """The stages that the settings ask for, then `strategy.stages`: a user's own get an update that has its noise
+    already, if the client adds any. Raises UserError for a stage that cannot be, or may not stand there."""
     found: list[Stage] = []
     if experiment.cohort.max_norm:
         found.append(NormBound(experiment.cohort.max_norm))

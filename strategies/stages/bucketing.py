@@ -1,5 +1,5 @@
-"""The stage of buckets: Karimireddy, He and Jaggi, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing (ICLR
-2022), algorithm 1. The rule that comes behind sees fewer updates, each nearer to the mean."""
+"""The stage of buckets: Karimireddy, He and Jaggi, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing
+(ICLR 2022), algorithm 1. The rule that comes behind sees fewer updates, each nearer to the mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

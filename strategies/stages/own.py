@@ -43,8 +43,8 @@ class LocalNoise(Own):
 
 
 class Attack(Own):
-    """What simulated attackers send takes the place of what they trained, where the server receives it. They know the sound
-    updates of the others (`meadow.strategies.attacks`)."""
+    """What simulated attackers send takes the place of what they trained, where the server receives it. They know the
+    sound updates of the others (`meadow.strategies.attacks`)."""
 
     name = "attack"
 

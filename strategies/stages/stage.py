@@ -1,7 +1,9 @@
-"""What a stage of an update is: what the client does before the update leaves, and what the server does to what arrived.
+"""What a stage of an update is: what the client does before the update leaves, and what the server does to what
+arrived.
 
-An experiment has a list of stages. Clients apply them in order, the server in reverse; admission and the sum stand between.
-A stage sees the shared arrays that a client trained, by state name, and never what an algorithm sends beside them.
+An experiment has a list of stages. Clients apply them in order, the server in reverse; admission and the sum stand
+between. A stage sees the shared arrays that a client trained, by state name, and never what an algorithm sends beside
+them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +23,10 @@ Moves = dict[str, npt.NDArray[np.float64]]
 class AtClient:
     """Where a client's half stands. Arrays may not be written to.
 
-    received: the shared arrays as they were sent. weights: what each array of the update counts, 0 where nothing trained
-    it. noise: under local DP, of the arrays that learn, (received, trained) -> what may leave; the client's ledger is
-    charged for one call. memory: what this stage left of this client in its last round; empty before the first.
+    received: the shared arrays as they were sent. weights: what each array of the update counts, 0 where nothing
+    trained it. noise: under local DP, of the arrays that learn, (received, trained) -> what may leave; the client's
+    ledger is charged for one call. memory: what this stage left of this client in its last round; empty before the
+    first.
     """
 
     client: int
@@ -36,7 +39,8 @@ class AtClient:
 
 @dataclass(frozen=True)
 class Left:
-    """What leaves the client: arrays by name, without "@" in a name. memory: what the client stores for its next round."""
+    """What leaves the client: arrays by name, without "@" in a name. memory: what the client stores for its next
+    round."""
 
     arrays: Arrays
     memory: Arrays = field(default_factory=dict)
@@ -68,8 +72,8 @@ class Stage:
     plain = False
     """Whether an update whose arrays are all trained leaves as it is, and no `judge` has a say."""
     before_noise = False
-    """Whether it may read updates that have no noise yet: under privacy.unit = "client", where the noise is the server's.
-    What it does there must depend on one client alone."""
+    """Whether it may read updates that have no noise yet: under privacy.unit = "client", where the noise is the
+    server's. What it does there must depend on one client alone."""
 
     def leave(self, update: Arrays, at: AtClient) -> Left:
         """The client's half: what leaves in the place of the arrays that the client trained."""

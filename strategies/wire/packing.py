@@ -1,9 +1,10 @@
-"""Packing: the requests to all clients of one node as the content of one Flower message, and the answers on their way back.
+"""Packing: the requests to all clients of one node as the content of one Flower message, and the answers on their way
+back.
 
 Both sides of this format stand here, and here alone are named arrays and plain values made Flower's records. A packed
-request holds each distinct set of arrays and of settings once, then says which client gets which. A packed reply holds, for
-each client, its values, and either its own arrays, or its error, or nothing because its arrays are inside the sum of a whole
-block (`meadow/arrays/sums.py`).
+request holds each distinct set of arrays and of settings once, then says which client gets which. A packed reply holds,
+for each client, its values, and either its own arrays, or its error, or nothing because its arrays are inside the sum
+of a whole block (`meadow/arrays/sums.py`).
 """
 
 import json
@@ -31,7 +32,8 @@ _METRICS = ("metrics", "evaluation", "confusion")
 
 @dataclass(frozen=True)
 class Request:
-    """What one client is asked: the arrays that it is sent, the settings of its turn, and what it last said of its ledger.
+    """What one client is asked: the arrays that it is sent, the settings of its turn, and what it last said of its
+    ledger.
 
     Clients that are sent the same share one dictionary: it is packed, and taken over by faster trainers, once.
     """
@@ -73,7 +75,8 @@ class NodeReply:
     answers: list[Answer]
     sums: dict[Span, WeightedSum] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
-    """How long the node worked on it, in seconds by phase (`meadow.runtime.clock`); empty if that is nobody's business."""
+    """How long the node worked on it, in seconds by phase (`meadow.runtime.clock`); empty if that is nobody's
+    business."""
     trainings: Trainings = field(default_factory=Trainings)
     """Who trained these clients, and why faster trainers did not."""
 
@@ -85,8 +88,8 @@ def pack_requests(
     made: dict[int, Record] | None = None,
 ) -> RecordDict:
     """One content for a node. `whole_blocks`: (index, clients) of blocks that the node may answer with one sum;
-    `whole_spans`: spans of them for which it may, each behind its parts. `made`: the records made so far of what other nodes
-    are sent too, by the identity of what they were made of; new ones are added."""
+    `whole_spans`: spans of them for which it may, each behind its parts. `made`: the records made so far of what other
+    nodes are sent too, by the identity of what they were made of; new ones are added."""
     packed: dict[str, Record] = {}
     names: dict[int, str] = {}
     records = {} if made is None else made

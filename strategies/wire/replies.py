@@ -1,5 +1,5 @@
-"""What one client's reply must be to count. Its node asks this before it adds the reply up, and the server where the reply
-comes by itself, by the same rules: so it makes no difference who asks."""
+"""What one client's reply must be to count. Its node asks this before it adds the reply up, and the server where the
+reply comes by itself, by the same rules: so it makes no difference who asks."""
 
 import math
 from collections.abc import Mapping
