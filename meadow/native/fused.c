@@ -1,7 +1,7 @@
 /* Mini-batch SGD of a small network: the whole local training of a client in one function.
 
-   A network is a list of layers, a list of heads, and one flat vector of parameters (client/trainers/fused.py makes them from a
-   model). A batch of n samples passes all layers forward and backward; each weight is updated in the pass that computes its
+   A network is a list of layers, a list of heads, and one flat vector of parameters (client/trainers/fused.py makes them from
+   a model). A batch of n samples passes all layers forward and backward; each weight is updated in the pass that computes its
    gradient. Layouts of activations, n samples of c x h x w:
 
      flat    [sample][features], rows padded with zeros to `stride` floats, a multiple of 16

@@ -1,8 +1,8 @@
 /* Max pooling of channels-last images, [n][h][w][c], bit-identical to torch, which is slow on few channels. Windows do not
    overlap; the first of equal values wins, and NaN wins over all; ReLU may follow.
 
-   LANES channels of a pixel are processed at once, even if it has fewer: later writes, from front to back, overwrite the excess.
-   The last pixels are processed value by value. */
+   LANES channels of a pixel are processed at once, even if it has fewer: later writes, from front to back, overwrite the
+   excess. The last pixels are processed value by value. */
 
 #include <stdint.h>
 #include <string.h>

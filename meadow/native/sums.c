@@ -1,5 +1,5 @@
-/* Weighted sum of trained models, bit-identical to the NumPy code in `sums.py`: each product and each sum is rounded separately
-   (-ffp-contract=off), in the clients' order. */
+/* Weighted sum of trained models, bit-identical to the NumPy code in `sums.py`: each product and each sum is rounded
+   separately (-ffp-contract=off), in the clients' order. */
 
 #include <float.h>
 #include <math.h>
