@@ -44,17 +44,9 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
         draw = numpy_generator(session.experiment.run.seed, "evaluate")
         everyone = sorted(int(c) for c in draw.choice(len(everyone), sample, replace=False))
     fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
-<<<<<<< HEAD
     config = {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
     sent = session.arrays
     replies, _ = session.exchange.send("evaluate", [Request(client, sent, config) for client in everyone])
-=======
-    config = ConfigRecord(
-        {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
-    )
-    asked = RecordDict({"arrays": to_record(session.arrays), "config": config})
-    replies, _ = session.exchange.send([Request(client, asked) for client in everyone], MessageType.EVALUATE)
->>>>>>> 4eeae46
     scores = {}
     for reply in replies:
         identity = reply.said("identity")
