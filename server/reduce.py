@@ -1,5 +1,7 @@
-"""From a round's replies to the next model: the sum, in the order that defines its bits, or each update by itself, and the
-step that the algorithm takes with it."""
+"""From a round's replies to the next model: collects the replies as a sum or as single updates, and calls the algorithm.
+
+A sum is taken in a fixed order, which defines its bits.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,14 +19,14 @@ from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
 
 def next_model(session: Session, round_: int, tried: Attempt) -> tuple[Arrays, State]:
     """The shared arrays and the algorithm's state after the round."""
-    given = _given(session, round_, tried)
-    if not given and not session.protection.needs_no_reply:
+    admitted = _admitted(session, round_, tried)
+    if not admitted and not session.protection.needs_no_reply:
         return session.arrays, session.state
-    return session.algorithm.update(session.state, given, session.arrays)
+    return session.algorithm.update(session.state, admitted, session.arrays)
 
 
-def _given(session: Session, round_: int, tried: Attempt) -> WeightedSum | Sequence[ClientUpdate] | None:
-    """The replies that count as the algorithm takes them: their sum, or each by itself; None if there are none."""
+def _admitted(session: Session, round_: int, tried: Attempt) -> WeightedSum | Sequence[ClientUpdate] | None:
+    """The replies that count, in the form that the algorithm takes: a sum (None without replies), or single updates."""
     equal = equal_weights(session.experiment)
     if session.algorithm.sums_only:
         return round_sum(tried.trained, tried.verdict, equal)
@@ -36,7 +38,7 @@ def _given(session: Session, round_: int, tried: Attempt) -> WeightedSum | Seque
 
 
 def round_sum(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> WeightedSum | None:
-    """The sum over a cohort of what nodes have added up, and of single replies, added up here; None if there are none."""
+    """The sum over a cohort, of the nodes' sums and of single replies; None if there are neither."""
     admitted, sums, blocks = {answer.client: answer for answer in verdict.admitted}, verdict.sums, cut(cohort)
 
     def known(span: Span) -> WeightedSum | None:
