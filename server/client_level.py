@@ -15,7 +15,6 @@ from meadow.config.schema import Experiment
 from meadow.privacy import plan
 from meadow.privacy.client_level import (
     AdaptiveClip,
-    Clipped,
     clip,
     combine,
     next_clip,
@@ -79,7 +78,8 @@ class ClientLevel(Protection):
         """
         privacy, experiment = self.experiment.privacy, self.experiment
         before = {name: sent[name] for name in self.learned}
-        clipped = [self._clipped(before, update) for update in updates]
+        learned = [{name: value for name, value in update.items() if name in before} for update in updates]
+        clipped = [clip(before, update, self.bound) for update in learned]
         facts = [str(round_), repr(self.bound), arrays_sha256(before), *(arrays_sha256(c.update) for c in clipped)]
         inputs = hashlib.sha256(" ".join(facts).encode()).hexdigest()
         self._charge(inputs, round_)
@@ -130,9 +130,6 @@ class ClientLevel(Protection):
                 f"round {round_}: the privacy budget of every client is spent: with this round, {cost}, "
                 f"and privacy.epsilon = {budget:g}"
             )
-
-    def _clipped(self, before: Arrays, update: Arrays) -> Clipped:
-        return clip(before, {name: value for name, value in update.items() if name in before}, self.bound)
 
     def _generator(self, inputs: str, purpose: str) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(noise_seed(self._secret, inputs, purpose)))

@@ -50,7 +50,8 @@ class Ledgers(Protection):
         return min(self.experiment.cohort.quorum, asked - withdrawn)
 
     def epsilon(self) -> dict[str, float | None]:
-        return over_accounts(self.accounts)
+        spent = [account.epsilon for account in self.accounts.values()]
+        return {"max": max(spent, default=None), "median": statistics.median(spent) if spent else None}
 
     def epsilons(self) -> dict[int, float]:
         if self._pooled:
@@ -109,9 +110,3 @@ def require_budget(experiment: Experiment, accounts: Mapping[int, Account], owne
         raise RunStopped(f"round {round_}: the privacy budget of {len(gone)} clients is spent: {first}")
     if len(gone) == owners:
         raise RunStopped(f"round {round_}: the privacy budget of every client is spent: {first}")
-
-
-def over_accounts(accounts: Mapping[int, Account]) -> dict[str, float | None]:
-    """The largest and the median epsilon of the clients that have released anything; None if no client has."""
-    spent = [account.epsilon for account in accounts.values()]
-    return {"max": max(spent, default=None), "median": statistics.median(spent) if spent else None}

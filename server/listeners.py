@@ -69,7 +69,7 @@ class Listener:
 METHODS = ("run_begins", "round_done", "clients_train", "settle", "rounds_end", "run_ends")
 
 
-class Listeners:
+class Listeners(Listener):
     """All listeners of a run. An exception from one of `ours` ends the run; one from a user's listener is only logged."""
 
     def __init__(self, ours: Sequence[Listener], users: Mapping[str, Any]) -> None:
@@ -78,28 +78,22 @@ class Listeners:
         """For each user's listener that has raised: its name, how often, and the first exception."""
 
     def run_begins(self, run: RunBegins) -> None:
-        """Notify all that the run begins."""
         self._notify("run_begins", run)
 
     def round_done(self, done: RoundDone) -> str:
-        """Notify all that a round is finished; return a listener's reason to stop the run, or ""."""
         returned = self._notify("round_done", done)
         return next((f"{name} asked the run to stop: {reason}" for name, reason in returned.items() if reason), "")
 
     def clients_train(self) -> None:
-        """Notify all that clients are training."""
         self._notify("clients_train")
 
     def settle(self) -> None:
-        """Wait until all have finished the work that they began."""
         self._notify("settle")
 
     def rounds_end(self) -> None:
-        """Notify all that no further round follows."""
         self._notify("rounds_end")
 
     def run_ends(self, summary: Mapping[str, Any]) -> None:
-        """Notify all that the run has ended."""
         self._notify("run_ends", summary)
 
     def _notify(self, what: str, *about: Any) -> dict[str, Any]:

@@ -27,8 +27,8 @@ def _refuse_unprotectable(experiment: Experiment, task: Task, roles: Roles) -> N
     for target in task.targets:
         if target.balanced:
             raise UserError(
-                f'privacy.unit = "{experiment.privacy.unit}": the target {target.name} weighs its classes by the private '
-                "labels; write the weights as constants in task.kinds"
+                f'privacy.unit = "{experiment.privacy.unit}": the target {target.name} weights its classes by counts of '
+                "the private labels; write the weights as constants in task.kinds"
             )
     model = task.new_model()
     parameters = dict(model.named_parameters())

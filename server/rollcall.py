@@ -1,4 +1,4 @@
-"""The roll call: every node reports the clients that it hosts; its code, data, split and versions must match the server's."""
+"""The roll call: each node reports the clients that it hosts; its code, data, split and versions must match the server's."""
 
 import json
 import logging
@@ -74,8 +74,8 @@ class RollCall:
                 return
             if time.monotonic() > end:
                 raise RunStopped(
-                    f"cohort.timeout = {self.timeout:.0f}: after these seconds no node hosts {len(missing)} of "
-                    f"{self.clients} clients, client {missing[0]} first; start their nodes, or raise cohort.timeout"
+                    f"no node hosts {len(missing)} of {self.clients} clients (the first is client {missing[0]}) after "
+                    f"cohort.timeout = {self.timeout:.0f} s: start their nodes, or raise cohort.timeout"
                 )
             time.sleep(_PAUSE)
 

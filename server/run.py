@@ -1,7 +1,6 @@
 """A run: opens it, plays its rounds from the last checkpoint on, and evaluates every client at the end."""
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,6 @@ from meadow.tasks.task import Task, open_task
 log = logging.getLogger("meadow.server")
 
 
-@dataclass
-class Ending:
-    """How a run ended. `scores`, for each client, is empty if the run did not reach the last evaluation."""
-
-    status: str = "done"
-    reason: str = ""
-    scores: dict[int, ClientScores] = field(default_factory=dict)
-
-
 def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
     """Run the experiment over the grid's nodes; return its summary, which is also written to the run folder `out`.
 
@@ -61,14 +51,14 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     folder.delete_summary()
     folder.write("split", _split(session.task) | split_table(experiment, session.task))
     try:
-        ending = _play(session)
+        status, reason, scores = _play(session)
     except BaseException as fault:
         reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
         _end(session, summarise(session, "failed", reason, {}))
         raise
-    if ending.scores:
-        _write_scores(session, ending.scores)
-    return _end(session, summarise(session, ending.status, ending.reason, ending.scores))
+    if scores:
+        _write_scores(session, scores)
+    return _end(session, summarise(session, status, reason, scores))
 
 
 def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Session:
@@ -124,16 +114,16 @@ def _split(task: Task) -> dict[str, Any]:
     return {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
 
 
-def _play(session: Session) -> Ending:
-    """Hold the roll call, play the remaining rounds, and evaluate every client."""
+def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
+    """Hold the roll call, play the remaining rounds, evaluate every client; return status, reason and clients' scores."""
     try:
         stop = _play_rounds(session)
         scores = score_clients(session, session.round, last=True)
-        return Ending("stopped" if stop else "done", stop, scores)
+        return "stopped" if stop else "done", stop, scores
     except RunStopped as early:
-        return Ending("stopped", str(early))
+        return "stopped", str(early), {}
     except KeyboardInterrupt:
-        return Ending("stopped", "stopped by the user")
+        return "stopped", "stopped by the user", {}
 
 
 def _play_rounds(session: Session) -> str:

@@ -156,7 +156,9 @@ def client_rows(
     Samples stay empty if they may not be released. With evaluate.sample, only clients that trained or were scored have rows.
     """
     counted = allowed(experiment, "labels")
-    rounds = Counter(client for record in folder.rounds() for client in _took_part(record))
+    rounds = Counter[int]()
+    for record in folder.rounds():
+        rounds.update(set(record["cohort"]) - {failure["client"] for failure in record["failed"]})
     clients: Iterable[int] = range(experiment.partition.clients)
     if experiment.evaluate.sample:
         clients = sorted(rounds.keys() | scores.keys())
@@ -193,10 +195,6 @@ def _model_costs(experiment: Experiment, task: Task, records: Sequence[Mapping[s
     travelled = sum(r["bytes_up"] + r["bytes_down"] for r in records)
     federated = experiment.run.placement == "federated"
     return {"trained_parameters": count, "bytes_saved": whole * trips - travelled if federated else 0}
-
-
-def _took_part(record: Mapping[str, Any]) -> set[int]:
-    return set(record["cohort"]) - {failure["client"] for failure in record["failed"]}
 
 
 def _personal_sha256(scores: Mapping[int, ClientScores]) -> str:
