@@ -72,9 +72,8 @@ class Exchange:
         found = {node: _unpack(reply) for node, reply in replies.items()}
         self._note_times(found, lasted, asked, work)
         answers, sums = _accepted(found, asked, whole)
-        for reply in found.values():
-            if isinstance(reply, NodeReply):
-                self.trainings.merge(reply.trainings)
+        for reply in [reply for reply in found.values() if isinstance(reply, NodeReply)]:
+            self.trainings.merge(reply.trainings)
         return [
             answers.get(r.client) or Answer(r.client, error="no node that hosts it answered") for r in requests
         ], sums

@@ -3,7 +3,7 @@
 A sum is taken in a fixed order, which defines its bits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from meadow.server.admission import Verdict
 from meadow.server.attempt import Attempt
@@ -11,7 +11,6 @@ from meadow.server.session import Session
 from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientUpdate, State
 from meadow.strategies.roles import name_weights
-from meadow.strategies.wire.packing import Answer
 
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
@@ -43,16 +42,10 @@ def round_sum(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> W
 
     def known(span: Span) -> WeightedSum | None:
         found = sums.get(tuple(c for block in blocks[slice(*span)] for c in block))
-        if found is None and span[1] - span[0] == 1 and any(c in admitted for c in blocks[span[0]]):
-            return _block_sum(blocks[span[0]], admitted, equal)
-        return found
+        if found is not None or span[1] - span[0] > 1:
+            return found
+        single = [admitted[c] for c in blocks[span[0]] if c in admitted]
+        updates = [(answer.metrics, answer.arrays) for answer in single if answer.arrays is not None]
+        return weighted_sum((name_weights(m, arrays, equal), arrays) for m, arrays in updates) if single else None
 
     return total((0, len(blocks)), known, add) if blocks else None
-
-
-def _block_sum(block: Sequence[int], admitted: Mapping[int, Answer], equal: bool) -> WeightedSum:
-    return weighted_sum(
-        (name_weights(answer.metrics, answer.arrays, equal), answer.arrays)
-        for answer in (admitted[c] for c in block if c in admitted)
-        if answer.arrays is not None
-    )
