@@ -155,7 +155,7 @@ class GradNorm(Balance):
         return {self.NAME: np.stack([self.w, self.first])}
 
 
-class Surgery(Balance):
+class PCGrad(Balance):
     """PCGrad (Yu et al. 2020, algorithm 1) on the trunk: each target's gradient loses what points against another's,
     the others in random order, and then they are added. Heads, which no two targets share, have the plain sum."""
 
@@ -172,13 +172,13 @@ class Surgery(Balance):
         if len(gradients) < 2:
             return
         # What the plain sum has too much is taken from it: so `rest` keeps its own gradient.
-        change = surgery(gradients) - torch.stack(gradients).sum(0)
+        change = projected_sum(gradients) - torch.stack(gradients).sum(0)
         for parameter, part in zip(trunk, torch.split(change, [p.numel() for p in trunk]), strict=True):
             moved = part.view_as(parameter)
             parameter.grad = moved if parameter.grad is None else parameter.grad + moved
 
 
-def surgery(gradients: Sequence[Tensor]) -> Tensor:
+def projected_sum(gradients: Sequence[Tensor]) -> Tensor:
     """The sum over targets of each one's gradient (1-D, equal lengths) after its projections, by torch's generator."""
     result = torch.zeros_like(gradients[0])
     for i, own in enumerate(gradients):
@@ -199,7 +199,7 @@ def make_balance(plan: Local, targets: Sequence[Target], memory: Arrays) -> Bala
         "uncertainty": Uncertainty,
         "dwa": DynamicAverage,
         "gradnorm": GradNorm,
-        "pcgrad": Surgery,
+        "pcgrad": PCGrad,
     }
     return kinds[plan.balance](plan, targets, memory)
 

@@ -17,7 +17,7 @@ from meadow.client.loop.balance import make_balance
 from meadow.client.loop.objective import Objective, Term
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, plateau, scheduled
 from meadow.client.loop.trainable import freeze, mask
-from meadow.client.loop.validation import Watch, validation_loss
+from meadow.client.loop.validation import EarlyStopping, validation_loss
 from meadow.strategies.trainable import rate_factors, stage, trained
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ from meadow.tasks.task import Task
 @dataclass(frozen=True)
 class Trained:
     """What training reports: optimiser steps, for each target its mean loss over the samples seen, if any, and the arrays
-    that the client must give back in its next round (`Beside.memory`)."""
+    that the client must give back in its next round (`Extras.memory`)."""
 
     steps: int
     losses: dict[str, float]
@@ -43,7 +43,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Extras:
     """What a client has beside its training samples: its validation part, what its last round left in memory, and
     labelled samples of a source domain."""
 
@@ -82,7 +82,7 @@ def train(
     learns: Callable[[str], bool] | None = None,
     correct: Correction | None = None,
     term: Term | None = None,
-    beside: Beside | None = None,
+    extras: Extras | None = None,
     permit: Permit | None = None,
 ) -> Trained:
     """Train the model in place on a client's data for one round.
@@ -102,16 +102,16 @@ def train(
             f'strategy.name = "{experiment.strategy.name}" with privacy.unit = "example": its local rule adds to the loss '
             "of a whole batch, so no sample's share of it can be clipped; use another strategy"
         )
-    plan, beside, device = experiment.local, beside or Beside(), device_of(model)
-    data, source = data.to(device), beside.source.to(device) if beside.source else None
-    memory = dict(beside.memory)
+    plan, extras, device = experiment.local, extras or Extras(), device_of(model)
+    data, source = data.to(device), extras.source.to(device) if extras.source else None
+    memory = dict(extras.memory)
     size, an_epoch, total = length(plan, len(data), epochs)
     total = total if permit is None else permit.mechanism.steps
     adapting = adaptation(experiment, task, source, data, round_, client, memory)
     rate = scheduled(plan, round_, experiment.run.rounds)
-    watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
-    if plan.schedule == "plateau" and beside.validation:
-        rate *= plateau(plan, memory, validation_loss(model, beside.validation, task))
+    watch = EarlyStopping(plan.patience, extras.validation, task) if plan.patience and extras.validation else None
+    if plan.schedule == "plateau" and extras.validation:
+        rate *= plateau(plan, memory, validation_loss(model, extras.validation, task))
     balance = make_balance(plan, task.targets, memory)
     balance.place(device)
     held = mask(model, experiment, client)
@@ -135,7 +135,7 @@ def train(
                     order = torch.randperm(
                         len(data), generator=torch_generator(experiment.run.seed, "shuffle", round_, client, epoch)
                     )
-                    batches = taken(objective.samples, order, size, at_least_two=learner.normalises)
+                    batches = batches_of(objective.samples, order, size, at_least_two=learner.normalises)
                 learner.optimizer.zero_grad()
                 objective.backward(*next(batches), learner.learning, steps / total)
             if plan.clip_norm:
@@ -148,7 +148,7 @@ def train(
             steps += 1
             if position == an_epoch - 1 or steps == total:
                 balance.epoch_ends()
-            if watch is not None and position == an_epoch - 1 and watch.ends(model):
+            if watch is not None and position == an_epoch - 1 and watch.should_stop(model):
                 break
     if watch is not None:
         watch.restore(model)
@@ -201,7 +201,7 @@ def length(plan: Local, samples: int, epochs: int = 0) -> tuple[int, int, int]:
     return size, an_epoch, epochs * an_epoch if epochs else plan.steps or plan.epochs * an_epoch
 
 
-def taken(samples: Data, order: Tensor, size: int, at_least_two: bool) -> Iterator[tuple[Tensor, Data]]:
+def batches_of(samples: Data, order: Tensor, size: int, at_least_two: bool) -> Iterator[tuple[Tensor, Data]]:
     """The batches of an epoch over `order`, each with its indices, gathered many at once; `at_least_two`: as `batch_at`."""
     indices = [batch_at(order, i, size, at_least_two) for i in range(-(-len(order) // size))]
     at_once = max(1, _NUMBERS_AT_ONCE // max(1, size * samples.x[0].numel()))

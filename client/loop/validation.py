@@ -20,8 +20,8 @@ def validation_loss(model: nn.Module, data: Data, task: Task) -> float:
 
 
 @dataclass
-class Watch:
-    """Early stopping (Prechelt 1998) within a round: `ends` after each epoch, `restore` at the end.
+class EarlyStopping:
+    """Early stopping (Prechelt 1998) within a round: `should_stop` after each epoch, `restore` at the end.
 
     The best of the states after each epoch is kept, buffers too; of equal losses the first.
     """
@@ -33,7 +33,7 @@ class Watch:
     _since: int = 0
     _state: dict[str, Tensor] = field(default_factory=dict)
 
-    def ends(self, model: nn.Module) -> bool:
+    def should_stop(self, model: nn.Module) -> bool:
         """Whether training is over: `patience` epochs since the best validation loss. The model is left in `eval()`."""
         loss = validation_loss(model, self.data, self.task)
         if loss < self._best or not self._state:

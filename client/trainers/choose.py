@@ -63,7 +63,7 @@ class Loop:
             learns=training.learns,
             correct=training.correct,
             term=training.term,
-            beside=training.beside,
+            extras=training.extras,
             permit=training.permit,
         )
 

@@ -15,7 +15,7 @@ import torch
 from meadow.client.trainers.flat import FlatKernel
 from meadow.client.trainers.job import Job, beyond_plain_steps, first_of
 from meadow.client.trainers.kernel import Member, Result
-from meadow.client.trainers.layers import CrossEntropy, Descent, lowest, operations
+from meadow.client.trainers.layers import CrossEntropy, Descent, first_learning, operations
 from meadow.client.trainers.network import Network
 from torch import Tensor
 
@@ -69,7 +69,7 @@ class Direct(FlatKernel):
             torch.set_float32_matmul_precision(before)
 
     def _begin(self, members: Sequence[Member], rates: Mapping[str, float]) -> None:
-        self._rates, self._stop = rates, lowest(self._operations, rates)
+        self._rates, self._stop = rates, first_learning(self._operations, rates)
 
     def _train_one(self, member: Member, work: Tensor, parameters: dict[str, Tensor]) -> list[float]:
         if self._sgd.begin(self._start_views, parameters, self._rates):

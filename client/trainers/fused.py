@@ -48,7 +48,7 @@ class Fused(FlatKernel):
         ):
             return reason
         assert isinstance(job.network, Network)
-        return unfit(job.network) or _not_compiled()
+        return unsupported_layer(job.network) or _not_compiled()
 
     def _begin(self, members: Sequence[Member], rates: Mapping[str, float]) -> None:
         self._net = self._open(max(member.batch for member in members))
@@ -110,7 +110,7 @@ def _not_compiled() -> str:
     return ""
 
 
-def unfit(network: Network) -> str:
+def unsupported_layer(network: Network) -> str:
     """The layer that is not for `fused.c`, or ""."""
     for layer in network.layers:
         if layer.kind not in KINDS:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from meadow.client.loop.training import Beside, Correction, Trained
+from meadow.client.loop.training import Extras, Correction, Trained
 from meadow.client.trainers.network import Network, Unknown, network
 from meadow.strategies.protocol import Term
 from torch import nn
@@ -30,7 +30,7 @@ class Training(NamedTuple):
     learns: Callable[[str], bool] | None = None
     correct: Correction | None = None
     term: Term | None = None
-    beside: Beside | None = None
+    extras: Extras | None = None
     permit: Permit | None = None
 
 

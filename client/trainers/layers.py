@@ -18,7 +18,7 @@ from meadow.native import pooling
 from meadow.tasks.models.networks import BoundedFeatures
 from meadow.tasks.numerics import keeps_float32
 
-MANY = 2**21
+ONEDNN_FROM = 2**21
 """Multiplications of a product from which on it is oneDNN's: below, handing it over costs as much as it saves (a layer of
 784 x 200 with batches of 20: 59 microseconds forward where torch's own takes 74; with batches of 8, 40 and 38)."""
 
@@ -81,7 +81,7 @@ class Descent:
 
     def move_by_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """`move` along left^T right; a plain step adds the product to the array at once."""
-        _choose(left.numel() * right.shape[1])
+        _set_backend(left.numel() * right.shape[1])
         if self._plain:
             value = self._values[name]
             torch.addmm(self.values[name], left.t(), right, alpha=-self._rates[name], out=value)
@@ -89,9 +89,9 @@ class Descent:
             self.move(name, left.t().mm(right))
 
 
-def _choose(multiplications: int) -> None:
+def _set_backend(multiplications: int) -> None:
     """Whose the next product is, torch's or oneDNN's. `Direct.train` puts back what was."""
-    torch.set_float32_matmul_precision("medium" if multiplications >= MANY and keeps_float32() else "highest")
+    torch.set_float32_matmul_precision("medium" if multiplications >= ONEDNN_FROM and keeps_float32() else "highest")
 
 
 class Operation(ABC):
@@ -119,14 +119,14 @@ class Linear(Operation):
     def forward(self, x: Tensor) -> Tensor:
         self._x, values = x, self._sgd.values
         weight = values[self._weight]
-        _choose(len(x) * weight.numel())
+        _set_backend(len(x) * weight.numel())
         return F.linear(x, weight, values.get(self._bias))
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
         sgd, weight = self._sgd, self._sgd.values[self._weight]
         found = back
         if further:
-            _choose(len(back) * weight.numel())
+            _set_backend(len(back) * weight.numel())
             found = back.mm(weight)
         if sgd.learns(self._bias):
             sgd.move(self._bias, back.sum(0))
@@ -145,10 +145,10 @@ class Convolution(Operation):
 
     def forward(self, x: Tensor) -> Tensor:
         self._x, values = x, self._sgd.values
-        return F.conv2d(x, _of_rows(values[self._weight]), values.get(self._bias), 1, self._padding)
+        return F.conv2d(x, _as_2d(values[self._weight]), values.get(self._bias), 1, self._padding)
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
-        sgd, weight = self._sgd, _of_rows(self._sgd.values[self._weight])
+        sgd, weight = self._sgd, _as_2d(self._sgd.values[self._weight])
         need = [further, *map(sgd.learns, self.names)]
         found, *gradients = _convolution_back(
             back, self._x, weight, self._channels, [1, 1], self._padding, [1, 1], False, [0, 0], 1, need
@@ -159,7 +159,7 @@ class Convolution(Operation):
         return found  # type: ignore[no-any-return]
 
 
-def _of_rows(weight: Tensor) -> Tensor:
+def _as_2d(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 4 else weight.unsqueeze(2)
 
 
@@ -173,7 +173,7 @@ class Norm(Operation):
     def forward(self, x: Tensor) -> Tensor:
         self._x, values, (c, h, w) = x, self._sgd.values, self._layer.before
         weight, bias = (values[name] for name in self.names)
-        out, *self._beside = _norm(x, weight, bias, len(x), c, h * w, self._layer.groups, self._layer.eps)
+        out, *self._statistics = _norm(x, weight, bias, len(x), c, h * w, self._layer.groups, self._layer.eps)
         return out  # type: ignore[no-any-return]
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
@@ -181,7 +181,7 @@ class Norm(Operation):
         weight = sgd.values[self._layer.weight]
         # All three: without the first, torch 2.13 ends the process on activations that lie by pixels.
         need = [True, True, True]
-        found, *gradients = _norm_back(back, x, *self._beside, weight, len(x), c, h * w, self._layer.groups, need)
+        found, *gradients = _norm_back(back, x, *self._statistics, weight, len(x), c, h * w, self._layer.groups, need)
         for name, gradient in zip(self.names, gradients, strict=True):
             if sgd.learns(name):
                 sgd.move(name, gradient)
@@ -319,6 +319,6 @@ def _operation(layer: Layer, sgd: Descent) -> Operation:
     return OverTime() if layer.kind == "over time" else Bounded()
 
 
-def lowest(found: list[Operation], learning: Collection[str]) -> int:
+def first_learning(found: list[Operation], learning: Collection[str]) -> int:
     """The first operation that learns: nothing in front of it needs a gradient."""
     return next(i for i, operation in enumerate(found) if {*operation.names} & {*learning})

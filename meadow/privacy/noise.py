@@ -97,7 +97,7 @@ class Stream:
             size = self._cipher.update_into(_ZEROS[: some.nbytes], self._bytes)
             words = np.frombuffer(self._bytes, "<u4", size // 4).reshape(some.shape)
             radius = _radius(words[:, 0])
-            for place, side in enumerate(_turned(words[:, 1])):
+            for place, side in enumerate(_cosine_and_sine(words[:, 1])):
                 np.multiply(radius, side, out=some[:, place])
             some *= np.float32(deviation)
 
@@ -129,7 +129,7 @@ def _radius(words: Words) -> Floats:
     return np.sqrt(y, out=y)
 
 
-def _turned(words: Words) -> tuple[Floats, Floats]:
+def _cosine_and_sine(words: Words) -> tuple[Floats, Floats]:
     """Cosine and sine of a uniform angle: 30 bits say which between -pi/4 and pi/4 (neither those nor 0), the highest
     whether it is mirrored at the second axis, the next whether at the diagonal."""
     words = np.ascontiguousarray(words)

@@ -25,7 +25,7 @@ from meadow.privacy.dpsgd.mechanism import ClippedSum, Mechanism, Sums
 from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import once
 
-_HELD: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
 """Models that have been seen to keep samples apart, each with the layers that learned then."""
 
 
@@ -82,7 +82,7 @@ class Book:
         some = once(model, "layers", lambda: {place: m for place, m in modules_of(model).items() if m._parameters})
         self._layers = {place: layer for place, layer in some.items() if own(layer)}
         self._kind = tuple(self._layers)
-        self._held = self._kind in _HELD.setdefault(model, set())
+        self._checked = self._kind in _CHECKED.setdefault(model, set())
         self._model = model
         self._calls: dict[str, list[_Call]] = {place: [] for place in self._layers}
         self._parts: dict[str, Part] = {}
@@ -114,8 +114,8 @@ class Book:
         n = len(values)
         if values.grad_fn is None:
             return values.new_zeros(n)
-        if not self._held:
-            self._hold_uses(values.grad_fn)
+        if not self._checked:
+            self._check_uses(values.grad_fn)
         calls = [call for some in self._calls.values() for call in some]
         if not calls:
             return values.new_zeros(n)
@@ -128,12 +128,12 @@ class Book:
                     'cannot be told apart: keep the samples first, or write privacy.grad_sample = "hooks"'
                 )
         edges = [call.edge for call in calls]
-        hold = not self._held and n > 1
+        check = not self._checked and n > 1
         # torch.autograd.grad but for its checks, which take as long as going back through a small network.
         whole, unused = (torch.ones_like(values),), True
-        backs = _engine_run_backward((values,), whole, hold, False, tuple(edges), unused, accumulate_grad=False)
-        if hold:
-            self._hold_samples_apart(values, edges)
+        backs = _engine_run_backward((values,), whole, check, False, tuple(edges), unused, accumulate_grad=False)
+        if check:
+            self._check_independence(values, edges)
         squares, back_of = list[Tensor](), iter(backs)
         for place, layer in self._layers.items():
             seen = [(call.input, next(back_of)) for call in self._calls[place]]
@@ -148,7 +148,7 @@ class Book:
         for name, part in self._parts.items():
             part.add(factors, gradients[name])
 
-    def _hold_uses(self, loss: Node) -> None:
+    def _check_uses(self, loss: Node) -> None:
         nodes, found = _uses(loss)
         for place, layer in self._layers.items():
             for name, parameter in own(layer).items():
@@ -159,7 +159,7 @@ class Book:
                         "nowhere else"
                     )
 
-    def _hold_samples_apart(self, values: Tensor, edges: list[GradientEdge]) -> None:
+    def _check_independence(self, values: Tensor, edges: list[GradientEdge]) -> None:
         """From the losses of every other sample nothing may come back to the others' rows."""
         some = torch.zeros_like(values)
         some[::2] = 1
@@ -173,8 +173,8 @@ class Book:
                 "clipping bounds nothing: keep the samples apart, in the first dimension of every layer"
             )
         if size == 0:
-            self._held = True
-            _HELD[self._model].add(self._kind)
+            self._checked = True
+            _CHECKED[self._model].add(self._kind)
 
 
 class BookSum(ClippedSum):
@@ -184,7 +184,7 @@ class BookSum(ClippedSum):
         super().__init__(model, learning, mechanism)
         # Gradients of linear layers and embeddings are never made.
         free = once(model, ("free", frozenset(learning)), lambda: _in_linear_layers(model))
-        self.held -= free
+        self.numbers_per_sample -= free
         self._book = Book(model)
         self.undo.callback(self._book.close)
 

@@ -52,7 +52,7 @@ class HooksSum(ClippedSum):
                 samples[name][:, self._padding[parameter]] = 0  # Opacus gives padding a gradient, autograd none
         if not samples:
             return None
-        self._hold_against_autograd({name: s[0] for name, s in samples.items()}, len(next(iter(samples.values()))))
+        self._compare_with_autograd({name: s[0] for name, s in samples.items()}, len(next(iter(samples.values()))))
         norms = torch.stack([s.reshape(len(s), -1).norm(2, dim=-1) for s in samples.values()], dim=1).norm(2, dim=1)
         finite = torch.isfinite(norms)
         factors = self.weights(norms)
@@ -85,7 +85,7 @@ class HooksSum(ClippedSum):
             elif parameter.grad is not None:
                 self._refuse_unless(False, name)
 
-    def _hold_against_autograd(self, first: dict[str, Tensor], n: int) -> None:
+    def _compare_with_autograd(self, first: dict[str, Tensor], n: int) -> None:
         if self._checked or n != 1:
             return
         true = {name: p.grad for name, p in self.learning.items() if p.grad is not None}

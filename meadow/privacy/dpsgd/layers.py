@@ -42,8 +42,8 @@ def _linear(layer: nn.Linear, pairs: Pairs) -> dict[str, Part]:
             gradient.addmm_((factors[:, None] * back).T, x)
 
         return _learning(layer, lambda: Part(_squares(x).mul_(bias.squares), add), lambda: bias)
-    inputs = _one([x.reshape(len(x), -1, layer.in_features) for x, _ in pairs])
-    backs = _one([back.reshape(len(back), -1, layer.out_features) for _, back in pairs])
+    inputs = _concatenated([x.reshape(len(x), -1, layer.in_features) for x, _ in pairs])
+    backs = _concatenated([back.reshape(len(back), -1, layer.out_features) for _, back in pairs])
     return _learning(layer, lambda: _products(lambda some: inputs[some], backs), lambda: _rows(backs.sum(1)))
 
 
@@ -52,16 +52,16 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d, pairs: Pairs) -> dict[str, Part]:
     groups, kernel = layer.groups, (1, *layer.kernel_size)[-2:]
     # What is copied goes by runs of numbers that lie side by side: along a row of places where there are few channels.
     by_rows = kernel[1] * layer.in_channels // groups < pairs[0][1].shape[-1]
-    views = [_seen(layer, x, by_rows) for x, _ in pairs]
+    views = [_patches(layer, x, by_rows) for x, _ in pairs]
     # (n, out, *places) -> (n, places, out), which is no copy where the channels are last already
-    backs = _one([back.flatten(2).transpose(1, 2) for _, back in pairs])
+    backs = _concatenated([back.flatten(2).transpose(1, 2) for _, back in pairs])
 
     def columns(some: slice) -> Tensor:
         parts = [view[some].flatten(0, 1) for view in views]
         width = math.prod(kernel) * layer.in_channels // groups
         if by_rows:
-            return _one([part.permute(0, 3, 4, 5, 1, 2).reshape(len(part), width, -1) for part in parts], 2).mT
-        return _one([part.reshape(len(part), -1, width) for part in parts])
+            return _concatenated([part.permute(0, 3, 4, 5, 1, 2).reshape(len(part), width, -1) for part in parts], 2).mT
+        return _concatenated([part.reshape(len(part), -1, width) for part in parts])
 
     def weight() -> Part:
         grouped = backs.reshape(*backs.shape[:2], groups, -1).transpose(1, 2).flatten(0, 1)
@@ -78,8 +78,8 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d, pairs: Pairs) -> dict[str, Part]:
 
 
 def _embedding(layer: nn.Embedding, pairs: Pairs) -> dict[str, Part]:
-    tokens = _one([ids.reshape(len(ids), -1) for ids, _ in pairs])
-    backs = _one([back.reshape(len(back), -1, layer.embedding_dim) for _, back in pairs])
+    tokens = _concatenated([ids.reshape(len(ids), -1) for ids, _ in pairs])
+    backs = _concatenated([back.reshape(len(back), -1, layer.embedding_dim) for _, back in pairs])
     if layer.padding_idx is not None:  # it learns nothing
         backs = backs * (tokens != layer.padding_idx)[..., None]
     same = tokens[:, :, None] == tokens[:, None, :]
@@ -157,7 +157,7 @@ def _products(columns: Callable[[slice], Tensor], backs: Tensor, groups: int = 1
     return _rows(made.view(n, -1))
 
 
-def _seen(layer: nn.Conv1d | nn.Conv2d, x: Tensor, by_rows: bool) -> Tensor:
+def _patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor, by_rows: bool) -> Tensor:
     """What each place of a convolution's output sees, a view: (n, groups, height, width, *kernel, channels of a group);
     height and the kernel's first side are 1 if there is one dimension. In memory the rows come last, or the channels."""
     one = isinstance(layer, nn.Conv1d)
@@ -174,7 +174,7 @@ def _seen(layer: nn.Conv1d | nn.Conv2d, x: Tensor, by_rows: bool) -> Tensor:
     return seen
 
 
-def _one(parts: list[Tensor], dim: int = 1) -> Tensor:
+def _concatenated(parts: list[Tensor], dim: int = 1) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 

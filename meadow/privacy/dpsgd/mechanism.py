@@ -78,7 +78,7 @@ class ClippedSum(ABC):
 
     def __init__(self, model: nn.Module, learning: Mapping[str, nn.Parameter], mechanism: Mechanism) -> None:
         self.model, self.learning, self.mechanism = model, learning, mechanism
-        self.held = sum(p.numel() for p in learning.values())
+        self.numbers_per_sample = sum(p.numel() for p in learning.values())
         self.undo = ExitStack()
 
     def sensitivity(self, adjacency: Adjacency) -> float:

@@ -96,11 +96,11 @@ class Privatiser:
         # Made once, as fresh memory for every step would cost more than the noise.
         self._drawing, self._shares = once(self.model, ("shares", learning), lambda: _shares(self._learning))
         with self._opened as opened:
-            self._let_nothing_work_in_place(opened)
+            self._disable_in_place(opened)
             self._sum = SUMS[mode](self.model, self._learning, self.mechanism)
             opened.callback(self._sum.close)
             self._opened = opened.pop_all()
-        most = self.values_at_once // max(1, self._sum.held)
+        most = self.values_at_once // max(1, self._sum.numbers_per_sample)
         self._piece = self._sum.at_once or max(1, min(4096, most))
         return self
 
@@ -160,7 +160,7 @@ class Privatiser:
             self._add(piece[again.to(piece.device)], losses)
         self._sum.forget()
 
-    def _let_nothing_work_in_place(self, opened: ExitStack) -> None:
+    def _disable_in_place(self, opened: ExitStack) -> None:
         modules = modules_of(self.model).values()
         for module in once(self.model, "may work in place", lambda: [m for m in modules if hasattr(m, "inplace")]):
             if getattr(module, "inplace", None) is True:
