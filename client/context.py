@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
-from meadow.client.loop.training import LOOP, Extras, Correction, Trained
+from meadow.client.loop.training import LOOP, Correction, Extras, Trained
 from meadow.client.release import Allowed
 from meadow.client.trainers.choose import Trainers
 from meadow.client.trainers.job import Training

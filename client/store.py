@@ -154,7 +154,7 @@ class Store:
             return
         if not (self._in_memory / _MARK).exists():
             raise DamagedFile(
-                f"{self._folder}: the clients' states were in shared memory and are lost, perhaps by a restart of the machine: "
+                f"{self._folder}: the clients' states were in shared memory and are lost (did the machine restart?): "
                 "start a new run; engine.state_memory = 0 keeps states on disk"
             )
         self._adopt()

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from meadow.client.loop.training import Extras, Correction, Trained
+from meadow.client.loop.training import Correction, Extras, Trained
 from meadow.client.trainers.network import Network, Unknown, network
 from meadow.strategies.protocol import Term
 from torch import nn
