@@ -121,8 +121,8 @@ class Adaptation:
         if not data.x.is_floating_point():
             raise UserError(
                 f'adapt.method = "coral" with task.dataset = "{self.task.dataset.name}": it needs floating-point '
-                'samples, and stored images and tokens are integers; write adapt.method = "deep-coral", or local.trainable = "head" '
-                "to recolour the features"
+                "samples, and stored images and tokens are integers; write adapt.method = "
+                '"deep-coral", or local.trainable = "head" to recolour the features'
             )
         flat = coral(source.x.flatten(1), data.x.flatten(1), self.plan.ridge)
         return Data(flat.view_as(source.x), source.y)
