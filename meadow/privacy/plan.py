@@ -214,7 +214,7 @@ def _from_file(setting: str, path: Path, clients: int) -> list[float]:
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f'privacy.budgets = "{setting}": {type(error).__name__}: {error}; give a CSV file with the columns client and '
-            "epsilon, a number each"
+            "epsilon, both numbers"
         ) from None
     for client in range(clients):
         if client not in found:

@@ -14,8 +14,8 @@ at most `ClippedSum.sensitivity("add-remove")` = `clip` apart. The Gaussian nois
 `noise_multiplier` times that, and each example is in a step's sample independently with probability `sample_rate`. So the
 `steps` steps compose as many Poisson-sampled Gaussian mechanisms, and `meadow.privacy.accounting.epsilon` of
 [(sample_rate, noise_multiplier, steps)] holds against anyone who sees every noisy gradient, but neither the samples drawn
-nor the noise. Both streams must therefore be secret: amplification by sampling holds only against those who do not know who was
-drawn. Floating-point numbers are treated as real numbers.
+nor the noise. Both streams must therefore be secret: amplification by sampling holds only against those who do not know
+who was drawn. Floating-point numbers are treated as real numbers.
 
 The code checks what the guarantee needs: no module computes statistics over a batch, no buffer changes, no sample's loss
 depends on another sample's inputs (`book`), the first sample's gradient is autograd's (`hooks`), and no more steps are taken
