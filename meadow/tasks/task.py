@@ -195,7 +195,7 @@ def _open_task(
     if shifted and dataset.tokens:
         raise UserError(
             f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which no '
-            "noise can be added; choose another law"
+            "noise cannot be added; choose another law"
         )
     split = memory.common(
         _split_of(seed, task, partition, folds, fold),
