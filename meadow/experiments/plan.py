@@ -1,4 +1,4 @@
-"""What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
+"""The cost of a run before it runs: rounds, optimiser steps and bytes, exact if all clients reply."""
 
 import statistics
 from pathlib import Path
@@ -21,8 +21,8 @@ from meadow.tasks.task import open_task, settle
 def plan(experiment: Experiment) -> dict[str, Any]:
     """Rounds, cohort, clients and samples; parameters by role; steps and bytes of the whole run (`summary.json`'s cost).
 
-    Bytes are those of arrays, as if each client were reached by itself. A cross-validation is as many `runs` as it has
-    folds: rounds, steps and bytes are those of all together, the rest is of the first. Raises UserError as a run would.
+    Bytes count the arrays, as if each client had its own message. For a cross-validation, rounds, steps and bytes are sums
+    over its `runs`, the rest is that of the first fold. Raises UserError as a run would.
     """
     experiment = settle(experiment)
     check(experiment)
@@ -71,7 +71,7 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
 
 
 def _privacy(experiment: Experiment) -> dict[str, Any]:
-    """What the run would cost with new ledgers: noise multipliers (of each clip), and epsilon over the clients."""
+    """The privacy loss of the run with new ledgers: noise multipliers, and epsilon over the clients."""
     if experiment.privacy.unit == "none":
         return {"unit": "none", "epsilon": None}
     forecast = forecasts(experiment)
