@@ -101,8 +101,8 @@ def tokeniser(task: Task, folder: Path | None, public: Iterable[str] | None) -> 
     if kind == "hash":
         if given is not None:
             raise UserError(
-                f'task.vocabulary = "{task.vocabulary}": task.tokens = "hash" has no vocabulary; write task.tokens = "words", '
-                "or leave task.vocabulary out"
+                f'task.vocabulary = "{task.vocabulary}": task.tokens = "hash" has no vocabulary; write "words", '
+                "or leave the vocabulary out"
             )
         buckets = task.vocabulary_size - 2
         bucket = functools.cache(lambda word: 2 + zlib.crc32(word.encode(errors="surrogatepass")) % buckets)
