@@ -34,27 +34,27 @@ CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=1")
         ((*EXAMPLE, "privacy.budgets=choice"), ['"choice"']),
         ((*EXAMPLE, "privacy.budgets=choice 1 -2"), ['"choice 1 -2"']),
         ((*EXAMPLE, "privacy.budgets=choice 1 inf"), ['"choice 1 inf"']),
-        ((*EXAMPLE, "privacy.sample_rate=0"), ["without privacy.sample_rate", "public constant", "0.05"]),
+        ((*EXAMPLE, "privacy.sample_rate=0"), ["privacy.sample_rate = 0", "0.05"]),
         ((*EXAMPLE, "local.batch_size=0"), ["local.batch_size = 0", "privacy.denominator"]),
-        ((*EXAMPLE, "task.kinds=class balanced,value"), ['"class balanced"', '"digit"', "weights W1 W2"]),
+        ((*EXAMPLE, "task.kinds=class balanced,value"), ['"class balanced"', "weights W1 W2"]),
         ((*EXAMPLE, "task.public=train"), ['task.public = "train"', "public file"]),
-        ((*EXAMPLE, "local.patience=2"), ["local.patience = 2", "private samples"]),
-        ((*EXAMPLE, "local.schedule=plateau"), ["local.schedule = plateau", "private samples"]),
-        ((*EXAMPLE, "local.balance=gradnorm", "task.learn=all"), ["local.balance = gradnorm"]),
-        ((*EXAMPLE, "local.trainable=fisher", "local.fisher_on=local"), ["local.fisher_on = local"]),
-        ((*EXAMPLE, "adapt.method=mmd"), ['adapt.method = "mmd"', "whole batches"]),
+        ((*EXAMPLE, "local.patience=2"), ["local.patience = 2", 'unit = "client"']),
+        ((*EXAMPLE, "local.schedule=plateau"), ['local.schedule = "plateau"', 'unit = "client"']),
+        ((*EXAMPLE, "local.balance=gradnorm", "task.learn=all"), ['local.balance = "gradnorm"']),
+        ((*EXAMPLE, "local.trainable=fisher", "local.fisher_on=local"), ['local.fisher_on = "local"']),
+        ((*EXAMPLE, "adapt.method=mmd"), ['adapt.method = "mmd"', 'unit = "client"']),
         ((*EXAMPLE, "strategy.name=moon"), ['strategy.name = "moon"', "each sample's own loss"]),
         ((*EXAMPLE, "strategy.name=fedrep", "strategy.share=body"), ['strategy.name = "fedrep"', "more than once"]),
-        ((*EXAMPLE, "cohort.stragglers=0.1"), ["cohort.stragglers = 0.1", "public constant"]),
-        ((*EXAMPLE, "cohort.sampling=size", "cohort.size=2"), ['cohort.sampling = "size"', "seed alone"]),
-        ((*EXAMPLE, "strategy.weights=samples"), ['strategy.weights = "samples"', "each counts 1"]),
-        ((*CLIENT, "strategy.name=scaffold"), ['strategy.name = "scaffold"', "server's half"]),
-        ((*CLIENT, "cohort.attempts=2"), ["cohort.attempts", "one cohort a round"]),
+        ((*EXAMPLE, "cohort.stragglers=0.1"), ["cohort.stragglers = 0.1", "cohort.stragglers = 0"]),
+        ((*EXAMPLE, "cohort.sampling=size", "cohort.size=2"), ['cohort.sampling = "size"', "poisson"]),
+        ((*EXAMPLE, "strategy.weights=samples"), ['strategy.weights = "samples"']),
+        ((*CLIENT, "strategy.name=scaffold"), ['strategy.name = "scaffold"']),
+        ((*CLIENT, "cohort.attempts=2"), ["cohort.attempts = 2"]),
         ((*CLIENT, "task.public=train"), ['task.public = "train"']),
-        ((*CLIENT, "run.placement=local"), ["nothing shared", 'unit = "none"']),
-        ((*CLIENT, "strategy.share=none"), ["nothing shared", "no update leaves"]),
+        ((*CLIENT, "run.placement=local"), ['run.placement = "local"', 'unit = "none"']),
+        ((*CLIENT, "strategy.share=none"), ['strategy.share = "none"', 'unit = "none"']),
         ((*CLIENT, "run.placement=pooled"), ['placement = "pooled"', 'privacy.unit = "example"']),
-        (("privacy.unit=local", "privacy.epsilon=8", "strategy.share=none"), ["nothing shared"]),
+        (("privacy.unit=local", "privacy.epsilon=8", "strategy.share=none"), ['strategy.share = "none"']),
     ],
 )
 def test_what_would_not_hold_is_refused_with_a_way_out(overrides: tuple[str, ...], words: list[str]) -> None:
@@ -71,5 +71,5 @@ def test_laws_of_budgets_are_read(budgets: str) -> None:
 def test_all_reasons_are_told_at_once() -> None:
     with pytest.raises(UserError) as caught:
         load("fedavg", [*EXAMPLE, "privacy.sample_rate=0", "task.public=train", "local.batch_size=0"])
-    for words in ("without privacy.sample_rate", 'task.public = "train"', "local.batch_size = 0"):
+    for words in ("privacy.sample_rate = 0", 'task.public = "train"', "local.batch_size = 0"):
         assert words in str(caught.value)
