@@ -194,7 +194,7 @@ def _open_task(
     shifted = partition.law == "feature-shift"
     if shifted and dataset.tokens:
         raise UserError(
-            f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which no '
+            f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which '
             "noise cannot be added; choose another law"
         )
     split = memory.common(
