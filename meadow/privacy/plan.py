@@ -113,7 +113,7 @@ def client_noise(experiment: Experiment) -> float:
         return privacy.noise_multiplier
     if not privacy.epsilon:
         raise UserError(
-            f'privacy.budgets = "{privacy.budgets}" with unit = "client": one noise is added for all clients; '
+            f'privacy.budgets = "{privacy.budgets}" with privacy.unit = "client": one noise is added for all clients; '
             "write privacy.epsilon or privacy.noise_multiplier instead"
         )
     rate = _rate(experiment)

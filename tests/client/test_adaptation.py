@@ -308,7 +308,7 @@ def test_adaptation_composes(preset: str, method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["adapt.method=mmd", "local.trainable=head"], ["adapt.method", "never changes"]),
+        (["adapt.method=mmd", "local.trainable=head"], ["adapt.method", "local.trainable"]),
         (["adapt.method=augment"], ["adapt.labels", 'labels = "both"']),
         (["adapt.widths=1,0"], ["widths"]),
         (
