@@ -1,4 +1,4 @@
-"""The Flower ServerApp, the same on every grid: it reads the experiment from the run configuration and runs the rounds."""
+"""The Flower ServerApp, the same on every grid. It reads the experiment from the run configuration and runs it."""
 
 import os
 import time
@@ -20,7 +20,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment. `out` is the run folder (empty: `runs/NAME-TIME` where this process started)."""
+    """Run the experiment. `out` names the run folder; empty means `runs/NAME-TIME` in the current folder."""
     log_lines()
     experiment = settle(from_flat(context.run_config))
     check(experiment)

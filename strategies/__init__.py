@@ -1,4 +1,4 @@
-"""How updates are shared and combined: which arrays travel, how they are packed, and one file for each algorithm."""
+"""Algorithms, one file each; which arrays are shared, how they are packed, and how updates are transformed."""
 
 from meadow.strategies.check import check as check
 from meadow.strategies.check import equal_weights as equal_weights

@@ -1,8 +1,9 @@
-"""What an experiment's algorithm does not go together with, by what the algorithm says of itself (`Algorithm`)."""
+"""Checks that an experiment's settings fit its algorithm, by the properties that the `Algorithm` declares."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from meadow.runtime.errors import UserError
 
 
 def fits(unit: str, a: Algorithm) -> bool:
-    """Whether `privacy.unit` holds with an algorithm."""
+    """Whether an algorithm supports this `privacy.unit`."""
     if unit == "client":
         return a.averages
     return a.is_trained_once if unit == "example" else (a.averages or a.is_trained_once) and not a.sends
@@ -26,7 +27,7 @@ def fits(unit: str, a: Algorithm) -> bool:
 
 def _which_fit(e: Experiment) -> str:
     names = [name for name in ALGORITHMS if fits(e.privacy.unit, algorithm(name))]
-    own = "" if e.strategy.name in ALGORITHMS else "say so in its Algorithm (docs/strategies.md), or "
+    own = "" if e.strategy.name in ALGORITHMS else "declare the property in its Algorithm (docs/strategies.md), or "
     return f"{own}write one of {', '.join(names)}"
 
 
@@ -45,31 +46,41 @@ def _unit(unit: str, why: str, given: tuple[str, ...], wrong: str) -> Rule:
     )
 
 
-_STEPS = "it turns a client's move back into a mean gradient, so a client's steps must be plain and of a known rate"
-_ITSELF = "its clients take steps of their own, where that would have no part"
-
-
-def _plain_sgd(key: str, changed: Any, wrong: tuple[str, ...]) -> Rule:
+def _ordinary_steps(
+    applies: Callable[[Algorithm], bool],
+    why: str,
+    remedy: str,
+    example: str,
+    key: str,
+    changed: Any,
+    wrong: tuple[str, ...],
+) -> Rule:
+    """A rule that `changed`, the effect of a setting on the loop's steps, does not fit the algorithms that `applies`
+    selects."""
     return Rule(
         (key, "strategy.name"),
-        lambda e, a: _federated(e) and a.needs_plain_sgd and bool(changed(e)),
-        _STEPS,
-        "leave it out",
-        ("strategy.name=fednova", *wrong),
+        lambda e, a: _federated(e) and applies(a) and bool(changed(e)),
+        why,
+        remedy,
+        (f"strategy.name={example}", *wrong),
         wrong,
     )
 
 
-def _steps_itself(key: str, changed: Any, wrong: tuple[str, ...]) -> Rule:
-    return Rule(
-        (key, "strategy.name"),
-        lambda e, a: _federated(e) and a.steps_itself and bool(changed(e)),
-        _ITSELF,
-        'leave it out, or write strategy.name = "fedavg"',
-        ("strategy.name=apfl", *wrong),
-        wrong,
-    )
-
+_plain_sgd = partial(
+    _ordinary_steps,
+    lambda a: a.needs_plain_sgd,
+    "it computes a mean gradient from a client's update, which needs plain steps with a known learning rate",
+    "leave it out",
+    "fednova",
+)
+_steps_itself = partial(
+    _ordinary_steps,
+    lambda a: a.steps_itself,
+    "its clients take additional steps, which this setting would not affect",
+    'leave it out, or write strategy.name = "fedavg"',
+    "apfl",
+)
 
 _RATES: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("local.schedule", lambda e: e.local.schedule == "plateau", ("local.schedule=plateau",)),
@@ -80,13 +91,13 @@ _RATES: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ),
     ("local.patience", lambda e: e.local.patience, ("local.patience=1",)),
 )
-"""Settings with which the training loop changes its own steps' number or rate."""
+"""Settings that change the number or rate of the training loop's steps."""
 
 RULES: tuple[Rule, ...] = (
     Rule(
         ("strategy.name", "run.placement"),
         lambda e, a: not _federated(e) and not a.is_plain,
-        "nothing is combined there",
+        "that placement combines nothing",
         'write run.placement = "federated", or strategy.name = "fedavg"',
         ("strategy.name=fedprox", "run.placement=local"),
         ("strategy.name=fedprox",),
@@ -94,7 +105,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("strategy.name", "strategy.share"),
         lambda e, a: _federated(e) and e.strategy.share == "none" and not a.is_plain,
-        "nothing travels, so nothing is combined",
+        "nothing is shared, so nothing is combined",
         'share something, or write strategy.name = "fedavg"',
         ("strategy.name=fedprox", "strategy.share=none"),
         ("strategy.name=fedprox", "strategy.share=body"),
@@ -102,7 +113,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("strategy.weights", "strategy.name"),
         lambda e, a: _federated(e) and a.equal_weights and e.strategy.weights == "samples",
-        "its server adds up what clients keep, each once, and models weighted otherwise would not fit",
+        "its server state is an unweighted sum over clients, which does not fit weighted models",
         'write strategy.weights = "equal"',
         ("strategy.name=scaffold", "strategy.weights=samples"),
         ("strategy.name=scaffold", "strategy.weights=equal"),
@@ -110,7 +121,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("local.optimizer", "strategy.name"),
         lambda e, a: _federated(e) and a.needs_plain_sgd and e.local.optimizer != "sgd",
-        "it turns a client's move back into a mean gradient, which is known for SGD only",
+        "it computes a mean gradient from a client's update, which works for SGD only",
         'write local.optimizer = "sgd"',
         ("strategy.name=fednova", "local.optimizer=adam"),
         ("strategy.name=fednova", "local.optimizer=sgd"),
@@ -131,40 +142,40 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("strategy.bucket", "strategy.name"),
         lambda e, a: e.partition.clients > 0 and e.strategy.bucket > 1 and not a.buckets,
-        "a mean of means is the mean",
+        "buckets do not change an average",
         lambda e: f"write strategy.bucket = 1, or one of {', '.join(n for n in ALGORITHMS if algorithm(n).buckets)}",
         ("strategy.bucket=2",),
         ("strategy.bucket=2", "strategy.name=median"),
     ),
     Rule(
         ("strategy.byzantine", "strategy.name", "strategy.bucket"),
-        lambda e, a: e.partition.clients > 0 and updates(e) < a.least_updates(e.strategy.byzantine),
+        lambda e, a: e.partition.clients > 0 and update_count(e) < a.least_updates(e.strategy.byzantine),
         lambda e: (
-            f"that needs {algorithm(e.strategy.name).least_updates(e.strategy.byzantine)} updates or more, and a cohort of "
-            f"{e.cohort_size} gives {updates(e)}"
+            f"that needs {algorithm(e.strategy.name).least_updates(e.strategy.byzantine)} or more updates, and a cohort of "
+            f"{e.cohort_size} gives {update_count(e)}"
         ),
-        "make the cohort larger, or byzantine or the bucket smaller",
+        "write a larger cohort, or a smaller strategy.byzantine or strategy.bucket",
         ("strategy.name=krum", "strategy.byzantine=2", "partition.clients=6", "cohort.fraction=1"),
         ("strategy.name=krum", "strategy.byzantine=2", "partition.clients=7", "cohort.fraction=1"),
     ),
     _unit(
         "example",
-        "its clients train more than once a round, or by more than each sample's own loss",
+        "its clients train more than once a round, or not on per-example losses alone",
         EXAMPLE,
         "strategy.name=moon",
     ),
-    _unit("local", "what its clients send beside the model would leave without noise", LOCAL, "strategy.name=scaffold"),
-    _unit("client", "clip and noise take the place of its server's part", CLIENT, "strategy.name=scaffold"),
+    _unit("local", "its clients also send auxiliary arrays, which would get no noise", LOCAL, "strategy.name=scaffold"),
+    _unit("client", "clipping and noise would replace its server algorithm", CLIENT, "strategy.name=scaffold"),
 )
 
 
-def updates(e: Experiment) -> int:
-    """Updates that a round's aggregator gets: clients, or buckets of them."""
+def update_count(e: Experiment) -> int:
+    """The number of updates that the server combines in a round: clients, or buckets of them."""
     return -(-e.cohort_size // e.strategy.bucket)
 
 
 def faults(experiment: Experiment) -> list[str]:
-    """One line for each rule of algorithms, and of this one, that the experiment breaks."""
+    """One line for each rule that the experiment breaks."""
     try:
         chosen = algorithm(experiment.strategy.name)
     except UserError as error:
@@ -174,28 +185,29 @@ def faults(experiment: Experiment) -> list[str]:
 
 
 def check(experiment: Experiment) -> None:
-    """Raise UserError with all `faults`."""
+    """Raise UserError with all `faults`, if any."""
     if found := faults(experiment):
         raise UserError("\n".join(found))
 
 
 def check_roles(experiment: Experiment, roles: Roles) -> None:
-    """Raise UserError if the algorithm has no use for what a model's state is divided into."""
+    """Raise UserError if the algorithm does not fit the roles of a model's arrays."""
     if found := [f for rule in algorithm(experiment.strategy.name).model_rules if (f := rule.fault(experiment, roles))]:
         raise UserError("\n".join(found))
 
 
 def load(experiment: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
-    """Read an experiment that is to run (`meadow.config.load.load`), with the rules of its algorithm."""
+    """Load an experiment (`meadow.config.load.load`) and check it, including its algorithm's rules."""
     return config.load(experiment, overrides, faults)
 
 
 def resolve(tree: Mapping[str, Any]) -> Experiment:
-    """Check the settings of an experiment that is to run (`meadow.config.load.resolve`), with the rules of its algorithm."""
+    """Resolve settings (`meadow.config.load.resolve`) and check them, including the algorithm's rules."""
     return config.resolve(tree, faults)
 
 
 def equal_weights(experiment: Experiment) -> bool:
-    """Whether each client counts 1 in a mean: if said so, if the paper has it so, or if size decided who takes part."""
+    """Whether all clients have equal weights: set so, required by the algorithm, or because clients were sampled by
+    size."""
     by_paper = algorithm(experiment.strategy.name).equal_weights or experiment.cohort.sampling == "size"
     return {"": by_paper, "equal": True, "samples": False}[experiment.strategy.weights]

@@ -1,4 +1,4 @@
-"""The algorithms by name."""
+"""Finds algorithms by name."""
 
 from typing import Any
 
@@ -12,11 +12,8 @@ from meadow.runtime.objects import user_object
 
 
 def algorithm(name: str) -> Algorithm:
-    """What `strategy.name` stands for: one of `meadow.config.algorithms`, or a user's own "module:object" on the
-    current path, which may also be a strategy of Flower.
-
-    Raises UserError if there is no such object, or if it is no algorithm.
-    """
+    """The algorithm of `strategy.name`: one of `meadow.config.algorithms`, or a user's "module:object", which may be a
+    strategy of Flower. Raises UserError if it does not exist or is not an algorithm."""
     found = user_object("strategy.name", ALGORITHMS.get(name, name))
     if isinstance(found, Strategy):
         return flower(lambda setup: found)
@@ -29,6 +26,6 @@ def algorithm(name: str) -> Algorithm:
 
 
 def server_of(setup: Setup) -> ServerAlgorithm[Any]:
-    """The server's part of the algorithm that `strategy.name` asks for; one that makes a strategy of Flower is adapted."""
+    """The server of the algorithm `strategy.name`; a Flower strategy is adapted."""
     server = algorithm(setup.settings.name).server(setup)
     return FlowerServer(setup, server) if isinstance(server, Strategy) else server

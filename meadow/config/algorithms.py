@@ -1,8 +1,5 @@
-"""The algorithms by name, and where each one stands: a new one is a file in `strategies/` and a line here.
-
-What a name stands for is a `meadow.strategies.protocol.Algorithm`; `strategy.name` may also be a user's own,
-"module:object".
-"""
+"""The algorithms by `strategy.name`, each a `meadow.strategies.protocol.Algorithm`: a new one is a file in
+`strategies/algorithms/` and a line here. `strategy.name` may also be a user's own "module:object"."""
 
 ALGORITHMS: dict[str, str] = {
     "fedavg": "meadow.strategies.algorithms.fedavg:FEDAVG",

@@ -1,7 +1,7 @@
 """FedBABU: Oh, Kim and Yun, Toward Enhanced Representation for Federated Image Classification (ICLR 2022), algorithm 1.
 
-The body alone is trained and averaged; every client has the same random head, which no optimiser ever sees
-(`Algorithm.trains_heads`). After training a client fine-tunes the whole model: `evaluate.fine_tune_epochs`.
+Only the body is trained and averaged; all clients have the same random head, which never changes
+(`Algorithm.trains_heads`). After training, each client fine-tunes the whole model: `evaluate.fine_tune_epochs`.
 """
 
 from meadow.strategies.algorithms.fedavg import FedAvg
@@ -11,7 +11,7 @@ from meadow.config.rules.rule import Rule
 
 
 class Client(ClientAlgorithm):
-    """Training in which only the trained names (the body) learn."""
+    """Trains only the body."""
 
     def train(self, context: ClientContext) -> ClientResult:
         body = frozenset(context.roles.trained)
@@ -37,7 +37,7 @@ FEDBABU = Algorithm(
         Rule(
             ("strategy.share", "strategy.name"),
             lambda e: e.strategy.share == "head",
-            "its head never changes, so nothing would be learned together",
+            "its head never changes, so clients would learn nothing together",
             'write strategy.share = "body"',
             ("strategy.name=fedbabu", "strategy.share=head"),
             ("strategy.name=fedbabu", "strategy.share=body"),

@@ -74,7 +74,7 @@ def test_a_killed_worker_comes_back(deaths: int, tmp_path: Path, monkeypatch: py
 def test_a_call_that_cannot_be_read_costs_itself_and_not_the_worker() -> None:
     from meadow.simulation.ray_engine import NodeActor
 
-    assert "UnpicklingError" in pickle.loads(NodeActor().handle_here(b"no pickle"))
+    assert "UnpicklingError" in pickle.loads(NodeActor().handle_pickled(b"no pickle"))
 
 
 def simulate(out: Path, preset: str, *overrides: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What does not go together in an experiment, as data. What depends on the algorithm is in `meadow/strategies/check.py`.
+"""Combinations of settings that are refused, as data: each rule has a reason and says what to write instead.
 
-Nothing is refused merely because nobody thought of it: each rule has a reason, and says what to write instead.
+Rules that depend on the algorithm are in `meadow/strategies/check.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rules of `[privacy]`: why a protection would not hold, or cannot be had.
+"""Rules of `[privacy]`: settings under which a guarantee would not hold.
 
-What only the model can tell (batch normalisation, shared parameters) is refused by `meadow.privacy.dpsgd` when the model is
-opened; what depends on the algorithm, by `meadow.strategies.check`.
+`meadow.privacy.dpsgd` refuses models that DP-SGD cannot train (batch normalisation, shared parameters) when it opens them;
+`meadow.strategies.check` has the rules that depend on the algorithm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ EXAMPLE = ("privacy.unit=example", "privacy.noise_multiplier=1", "privacy.sample
 CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=1")
 LOCAL = ("privacy.unit=local", "privacy.noise_multiplier=1")
 GIVEN = {"example": EXAMPLE, "client": CLIENT, "local": LOCAL}
-"""Overrides of a minimal experiment with each unit."""
+"""The overrides of a minimal experiment with each unit."""
 
 
 def _private(
@@ -30,7 +30,7 @@ def _private(
     wrong: tuple[str, ...],
     right: tuple[str, ...] = (),
 ) -> Rule:
-    """A rule that holds under some units."""
+    """A rule for these privacy units."""
     given = GIVEN[units[0]]
     return Rule(
         ("privacy.unit", *keys),
@@ -43,8 +43,8 @@ def _private(
 
 
 ALL = ("example", "client", "local")
-_ONE_COHORT = "the account is of one cohort a round, clipped, noised and added as it is"
-_NO_NOISE = "it is decided by private samples without any noise"
+_ONE_COHORT = "the accounting assumes one cohort per round whose clipped updates and noise are summed unchanged"
+_NO_NOISE = "this is decided by private samples without noise"
 _AS_CLIENT = 'leave it out or write privacy.unit = "client"'
 
 PRIVACY = (
@@ -52,7 +52,7 @@ PRIVACY = (
         ALL,
         ("cohort.sampling",),
         lambda e: e.cohort.sampling in ("size", "schedule"),
-        "who takes part must be a function of the seed alone, which the account knows beforehand",
+        "the accounting must know each client's participation beforehand, from the seed alone",
         'write "poisson" or "fixed"',
         ("cohort.sampling=size", "strategy.weights=equal"),
     ),
@@ -60,8 +60,8 @@ PRIVACY = (
         ("example", "local"),
         ("cohort.stragglers",),
         lambda e: bool(e.cohort.stragglers),
-        "the steps of a round are a public constant",
-        "write 0",
+        "the number of steps per round must be a public constant",
+        "write cohort.stragglers = 0",
         ("cohort.stragglers=0.5",),
     ),
     _private(
@@ -70,7 +70,7 @@ PRIVACY = (
         lambda e: (
             e.strategy.weights == "samples" and (e.privacy.unit == "client" or "samples" not in e.privacy.release)
         ),
-        "how many samples a client has is private, so each counts 1",
+        "a client's sample count is private, so all clients have weight 1",
         "leave it out",
         ("strategy.weights=samples",),
         ("strategy.weights=samples", "privacy.release=samples"),
@@ -78,7 +78,7 @@ PRIVACY = (
     Rule(
         ("privacy.unit", "privacy.budgets"),
         lambda e: e.privacy.unit == "client" and bool(e.privacy.budgets),
-        "one noise is added for all clients, so they have one budget",
+        "the same noise protects all clients, so they have one budget",
         "write privacy.epsilon",
         ("privacy.unit=client", "privacy.budgets=uniform 1 8"),
         CLIENT,
@@ -87,7 +87,7 @@ PRIVACY = (
         ("client",),
         ("cohort.quorum", "cohort.sampling"),
         lambda e: e.cohort.quorum > 1 and e.cohort.sampling == "poisson",
-        "whether a round goes on would tell how many took part",
+        "whether a round is discarded would reveal how many clients took part",
         "write cohort.quorum = 1",
         ("cohort.quorum=2", "cohort.sampling=poisson"),
         ("cohort.quorum=1", "cohort.sampling=poisson"),
@@ -109,7 +109,7 @@ PRIVACY = (
         ("privacy.unit", "privacy.sample_rate"),
         lambda e: e.privacy.unit == "example" and e.privacy.sample_rate == 0,
         "it must be a public constant, not a function of each client's size",
-        "write the batch over a size that all may know, for example privacy.sample_rate = 0.05",
+        "write the batch size over a public number of samples, for example privacy.sample_rate = 0.05",
         ("privacy.unit=example", "privacy.noise_multiplier=1", "local.steps=2"),
         EXAMPLE,
     ),
@@ -118,7 +118,7 @@ PRIVACY = (
         ("local.batch_size", "privacy.denominator"),
         lambda e: e.privacy.denominator == 0 and e.local.batch_size == 0,
         "the noisy sum would be divided by each client's private size",
-        "write privacy.denominator, the expected batch",
+        "write privacy.denominator, the expected batch size",
         ("local.batch_size=0",),
         ("local.batch_size=0", "privacy.denominator=16"),
     ),
@@ -139,7 +139,7 @@ PRIVACY = (
         ("example",),
         ("adapt.method",),
         lambda e: e.adapt.method != "none",
-        "it compares whole batches of private samples, so no sample's share can be clipped",
+        "its loss couples the samples of a batch, so there are no per-example gradients to clip",
         'write privacy.unit = "client"',
         ("adapt.method=coral",),
     ),
@@ -147,7 +147,7 @@ PRIVACY = (
         ("example",),
         ("local.gradual_unit",),
         lambda e: e.local.trainable == "gradual" and e.local.gradual_unit == "epochs",
-        "a round of DP-SGD has steps and no epochs",
+        "a round of DP-SGD is counted in steps, not in epochs",
         'write local.gradual_unit = "rounds"',
         ("local.trainable=gradual", "local.gradual_unit=epochs"),
         ("local.trainable=gradual", "local.gradual_unit=rounds"),
@@ -156,15 +156,15 @@ PRIVACY = (
         ("client", "local"),
         ("run.placement", "strategy.share"),
         lambda e: e.share == "none",
-        "with nothing shared no update leaves, so there is nothing to protect",
-        'write privacy.unit = "none", or "example" if the models themselves are given away',
+        "nothing is shared, so there are no updates to protect",
+        'write privacy.unit = "none", or "example" if the models themselves are published',
         ("strategy.share=none",),
     ),
     _private(
         ("client", "local"),
         ("run.placement",),
         lambda e: e.run.placement == "pooled",
-        "there are no updates of clients",
+        "pooled training has no client updates",
         'write privacy.unit = "example"',
         ("run.placement=pooled",),
     ),
@@ -173,7 +173,7 @@ PRIVACY = (
         ("task.kinds",),
         lambda e: any("balanced" in kind.split() for kind in e.task.kinds[: len(e.task.targets)]),
         "class weights from private labels are neither clipped nor noised",
-        "write public ones, weights W1 W2 ...",
+        "write public weights instead of balanced: weights W1 W2 ...",
         ("task.kinds=class balanced,value",),
         ("task.kinds=class,value",),
     ),
@@ -181,8 +181,8 @@ PRIVACY = (
         ALL,
         ("task.public",),
         lambda e: e.task.public == "train",
-        "vocabulary and scaling would be learned from private data",
-        "name a public file, or constants",
+        "vocabulary and scaling would come from private data without protection",
+        "name a public file, or write the constants in task.inputs",
         ("task.public=train",),
     ),
 )

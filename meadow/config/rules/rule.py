@@ -1,4 +1,4 @@
-"""A rule: settings that are each right, and wrong beside one another."""
+"""A rule: settings that are valid by themselves but not together."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Text = str | Callable[["Experiment"], str]
 class Rule:
     """Settings that do not go together, and what to write instead.
 
-    settings: the dotted keys that the message names with their values. when: whether the experiment breaks the rule; a rule
-    of an algorithm may be given more (its traits, the model's roles). why: the reason. write: the way out. wrong: overrides
-    of the preset `fedavg` that break this rule and no other. right: overrides close to them that break none.
+    settings: the dotted keys that the message shows with their values. when: whether the experiment breaks the rule; rules
+    of algorithms take more arguments (the algorithm's traits, the model's roles). why: the reason. write: what to write
+    instead. wrong: overrides of the preset `fedavg` that break only this rule. right: similar overrides that break none.
     """
 
     settings: tuple[str, ...]
@@ -29,10 +29,10 @@ class Rule:
     right: tuple[str, ...] = ()
 
     def fault(self, experiment: Experiment, *more: Any) -> str:
-        """What is wrong, why, and the way out; "" if the experiment keeps the rule."""
+        """The message: settings, reason and what to write instead; "" if the experiment keeps the rule."""
         if not self.when(experiment, *more):
             return ""
-        named = [f"{key} = {_shown(_value(experiment, key))}" for key in self.settings]
+        named = [f"{key} = {_as_toml(_value(experiment, key))}" for key in self.settings]
         why, write = (text if isinstance(text, str) else text(experiment) for text in (self.why, self.write))
         return f"{' with '.join([named[0], ' and '.join(named[1:])] if named[1:] else named)}: {why}; {write}"
 
@@ -42,10 +42,10 @@ def _value(experiment: Experiment, key: str) -> Any:
     return getattr(getattr(experiment, section), name)
 
 
-def _shown(value: Any) -> str:
-    """A value as TOML has it."""
+def _as_toml(value: Any) -> str:
+    """A value as it is written in TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(_as_toml, value))}]"
     return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else repr(value)

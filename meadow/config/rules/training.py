@@ -1,4 +1,4 @@
-"""Rules of what is trained, from where it starts, and on what: `[task]`, `[local]`, `[anchor]`, `[adapt]`, `[engine]`."""
+"""Rules on training: `[task]`, `[local]`, `[anchor]`, `[adapt]`, `[engine]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from meadow.config.schema import Experiment
 
 HEAD = ("head", "last:0")
-"""`local.trainable` that never changes the trunk."""
+"""Values of `local.trainable` that never change the trunk."""
 
 NO_SOURCE = "there is no source task"
 
@@ -21,7 +21,7 @@ def _by_depth(e: Experiment) -> bool:
 
 
 def _no_source(e: Experiment, free: bool = True) -> bool:
-    """Without a source task; `free`: and nothing else that could be held on to."""
+    """Whether there is no source task; `free`: nor another reference model."""
     return e.task.pretrained != "source" and (not free or not (e.anchor.to == "received" or e.anchor.teacher))
 
 
@@ -30,7 +30,7 @@ def _needs_source(name: str) -> Rule:
     return Rule(
         (f"anchor.{name}", "task.pretrained"),
         lambda e: bool(getattr(e.anchor, name)) and _no_source(e, free=not is_ewc),
-        f"{NO_SOURCE} to hold on to",
+        f"{NO_SOURCE} to take as the reference",
         'write task.pretrained = "source"' + ("" if is_ewc else ', anchor.to = "received" or anchor.teacher'),
         (f"anchor.{name}=0.5",),
         (f"anchor.{name}=0.5", "task.pretrained=source"),
@@ -41,8 +41,8 @@ def _fixed_images(setting: str, wrong: str) -> Rule:
     return Rule(
         (f"task.{setting}", "task.dataset"),
         lambda e: bool(getattr(e.task, setting)) and e.task.dataset in ("digits", "printed-digits"),
-        "these images are 8 x 8 grey pixels and are taken as they are",
-        'leave it out, or write task.dataset = "stars" or another one with images',
+        "these images are always 8 x 8 grey pixels",
+        'leave it out, or write another task.dataset, for example "stars"',
         (f"task.{setting}={wrong}",),
         (f"task.{setting}={wrong}", "task.dataset=stars", "task.targets=points"),
     )
@@ -52,7 +52,7 @@ TRAINING = (
     Rule(
         ("task.learn", "task.targets"),
         lambda e: e.task.learn not in ("all", "first", *e.task.targets),
-        "it is no target",
+        "there is no such target",
         'write "all", "first" or one of the targets',
         ("task.learn=colour",),
         ("task.learn=slant",),
@@ -65,7 +65,7 @@ TRAINING = (
             and len(e.task.target_weights) != len(e.learned)
         ),
         lambda e: f"{len(e.task.target_weights)} values for {len(e.learned)} learned targets {list(e.learned)}",
-        "give one each, or none",
+        "give one per target, or none",
         ("task.target_weights=1,2,3",),
         ("task.target_weights=1,2", "task.learn=all"),
     ),
@@ -74,7 +74,7 @@ TRAINING = (
     Rule(
         ("strategy.share", "local.trainable"),
         lambda e: e.share == "body" and e.local.trainable in HEAD,
-        "this shares only what never changes",
+        "the shared trunk would never change",
         'write strategy.share = "head" or "none", or local.trainable = "all"',
         ("strategy.share=body", "local.trainable=head"),
         ("strategy.share=head", "local.trainable=head"),
@@ -87,7 +87,7 @@ TRAINING = (
             and e.local.lora_share == "a"
             and e.share not in ("trainable", "none")
         ),
-        "B would travel too",
+        "B would be shared too",
         'write strategy.share = "trainable"',
         ("local.trainable=lora", "local.lora_share=a"),
         ("local.trainable=lora", "local.lora_share=a", "strategy.share=trainable"),
@@ -103,7 +103,7 @@ TRAINING = (
     Rule(
         ("task.trunks", "local.trainable", "local.depth_lr_factor"),
         lambda e: e.task.trunks == "cross-stitch" and _by_depth(e),
-        "coupled trunks have no one order of layers",
+        "coupled trunks have no single order of layers",
         'write trainable = "all" or "head", and lr_factors',
         ("task.trunks=cross-stitch", "local.trainable=last:1"),
         ("task.trunks=cross-stitch", "local.trainable=head"),
@@ -111,7 +111,7 @@ TRAINING = (
     Rule(
         ("local.balance", "local.trainable"),
         lambda e: e.local.trainable in (*HEAD, "gradual") and e.local.balance in ("gradnorm", "pcgrad"),
-        "it weighs gradients of the trunk, which does not learn (or not at first)",
+        "it weights by gradients of the trunk, which is not trained (or not at first)",
         'write local.balance = "dwa" or another local.trainable',
         ("local.balance=gradnorm", "local.trainable=head"),
         ("local.balance=dwa", "local.trainable=head"),
@@ -124,7 +124,7 @@ TRAINING = (
             and bool(e.local.steps)
             and e.privacy.unit != "example"
         ),
-        "rounds then have no number of epochs",
+        "a round counted in steps has no epochs",
         'write local.steps = 0 or local.gradual_unit = "rounds"',
         ("local.trainable=gradual", "local.gradual_unit=epochs", "local.steps=3"),
         ("local.trainable=gradual", "local.gradual_unit=rounds", "local.steps=3"),
@@ -133,7 +133,7 @@ TRAINING = (
     Rule(
         ("anchor.ewc", "anchor.to"),
         lambda e: bool(e.anchor.ewc) and e.anchor.to == "received",
-        "the Fisher information is the source model's",
+        "the Fisher information belongs to the source model",
         'write anchor.to = "start", or anchor.l2',
         ("anchor.ewc=1", "anchor.to=received", "task.pretrained=source"),
         ("anchor.ewc=1", "anchor.to=start", "task.pretrained=source"),
@@ -152,7 +152,7 @@ TRAINING = (
     Rule(
         ("anchor.ewc", "local.trainable"),
         lambda e: bool(e.anchor.ewc) and e.local.trainable in ("lora", "adapters"),
-        "the weights that the Fisher information is of never change",
+        "the weights that have Fisher information are never trained",
         "write anchor.l2 or anchor.kl",
         ("anchor.ewc=1", "local.trainable=lora", "task.pretrained=source"),
         ("anchor.kl=1", "local.trainable=lora", "task.pretrained=source"),
@@ -160,7 +160,7 @@ TRAINING = (
     Rule(
         ("anchor.l2", "anchor.ewc", "local.trainable"),
         lambda e: bool(e.anchor.l2 or e.anchor.ewc) and e.anchor.to == "start" and e.local.trainable in HEAD,
-        "they hold the trunk, which never changes",
+        "they regularise the trunk, which is never trained",
         'write 0, anchor.to = "received", or another local.trainable',
         ("anchor.l2=1", "local.trainable=head"),
         ("anchor.l2=1", "local.trainable=last:1"),
@@ -176,7 +176,7 @@ TRAINING = (
     Rule(
         ("adapt.method", "local.trainable"),
         lambda e: e.adapt.method in ("mmd", "deep-coral", "dann", "match") and e.local.trainable in HEAD,
-        "it aligns features of the trunk, which never changes",
+        "it aligns features of the trunk, which is never trained",
         'write adapt.method = "coral" or "augment", or local.trainable = "all"',
         ("adapt.method=mmd", "local.trainable=head"),
         ("adapt.method=coral", "local.trainable=head"),
@@ -186,7 +186,7 @@ TRAINING = (
         lambda e: (
             e.adapt.method == "augment" and (e.adapt.labels == "source" or e.task.gated or e.task.trunks != "shared")
         ),
-        "what is the target domain's own is learned from its labels, by a plain head",
+        "the target domain's weights are learned from its labels, in a plain head",
         'write adapt.labels = "both", task.gated = false and task.trunks = "shared"',
         ("adapt.method=augment", "adapt.labels=source"),
         ("adapt.method=augment", "adapt.labels=both"),
@@ -197,7 +197,7 @@ TRAINING = (
             e.engine.precision != "float32"
             and (e.engine.device == "cpu" or (e.engine.exact and e.engine.trainer == "auto"))
         ),
-        'half precision is for the trainer "stacked" on a GPU',
+        'only the trainer "stacked" on a GPU has half precision',
         'write engine.device = "cuda" and engine.exact = false, or engine.precision = "float32"',
         ("engine.precision=bfloat16",),
         ("engine.precision=bfloat16", "engine.device=cuda", "engine.exact=false"),
