@@ -414,7 +414,7 @@ def test_a_masked_run_changes_the_masked_entries_of_the_shared_model(family: str
     ("overrides", "words"),
     [
         (["local.trainable=last"], ["local.trainable = 'last'", "last:2"]),
-        (["local.trainable=last:0", "strategy.share=body"], ["strategy.share", "never changes"]),
+        (["local.trainable=last:0", "strategy.share=body"], ["strategy.share", "local.trainable"]),
         (["local.trainable=lora", "local.lora_share=a"], ["local.lora_share", 'share = "trainable"']),
         (["local.trainable=fisher"], ["local.fisher_on", 'pretrained = "source"']),
         (["local.trainable=gradual", "local.gradual_unit=epochs", "local.steps=3"], ["local.steps = 0"]),

@@ -398,7 +398,7 @@ def test_an_errors_text_stays_with_the_client(tmp_path: Path, monkeypatch: pytes
     def failing(*args: Any, **more: Any) -> Any:
         raise ValueError("the patient in row 7 has no label")
 
-    monkeypatch.setattr(meadow.client.context, "train", failing)
+    monkeypatch.setattr("meadow.client.trainers.choose.train", failing)
     for release, told in (("", False), ("errors", True)):
         experiment = small("fedavg", *EXAMPLE, f"privacy.release={release}")
         reason = run_inline(experiment, tmp_path / (release or "none"))["reason"]
