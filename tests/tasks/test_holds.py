@@ -116,7 +116,7 @@ def test_holds_of_k_each_gives_every_target_as_many_clients_to_within_one(each: 
         (("digit 0-5",), "clients 0 to 4"),
         (("digit 3-1",), "1-3"),
         (("digit a-b",), "a-b"),
-        (("digit 0-3", "slant 1", "ink 2"), "client 4 would hold no target"),
+        (("digit 0-3", "slant 1", "ink 2"), "client 4 would have no target"),
     ],
 )
 def test_impossible_holds_say_what_to_write(holds: tuple[str, ...], named: str) -> None:
