@@ -123,7 +123,7 @@ def test_impossible_holds_say_what_to_write(holds: tuple[str, ...], named: str) 
     with pytest.raises(UserError, match=named) as error:
         held(holds, TARGETS, CLIENTS, 0)
     assert f"partition.holds = {list(holds)}" in str(error.value)
-    with pytest.raises(UserError, match="write 2 at least"):
+    with pytest.raises(UserError, match="write at least 2"):
         held(("1",), TARGETS, 2, 0)
 
 

@@ -383,7 +383,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "with transparency": (
         lambda root: write_png(root / "pictures/1.png", draw((6, 8, 4))),
         {},
-        r'neither grey nor of three colours \(mode RGBA\): set task.channels to "rgb" or "grey"',
+        r'neither grey nor RGB \(mode RGBA\): set task.channels to "rgb" or "grey"',
     ),
     "of 16 bits": (
         lambda root: write_png(root / "pictures/1.png", draw((6, 8)).astype(np.uint16) * 257),
@@ -557,7 +557,7 @@ def test_samples_that_are_no_images_pass_through() -> None:
     x = task.dataset.train.x[:3]
     assert task.prepare(x, training=True) is x
     for settings in ({"augment": ("flip",)}, {"mean": (0.5,), "std": (0.5,)}):
-        with pytest.raises(UserError, match=r"the samples of made are no images: leave task.(augment|mean) empty"):
+        with pytest.raises(UserError, match=r"the samples of made are not images: leave task.(augment|mean) empty"):
             image_pipeline(dataset(torch.zeros(2, 3), images=False), Task(**settings))
 
 
