@@ -113,7 +113,7 @@ def test_a_pretrained_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         "has shape": trunk | {wrong: np.zeros((3, 3), dtype=np.float32)},
         "has no array": {name: a for name, a in trunk.items() if name != wrong},
         "which the trunk does not have": trunk | {"trunk.linear2.weight.more": np.zeros(1, dtype=np.float32)},
-        "not of finite": trunk | {wrong: np.full_like(trunk[wrong], np.nan)},
+        "finite": trunk | {wrong: np.full_like(trunk[wrong], np.nan)},
     }
     for reason, arrays in broken.items():
         save_file(arrays, place)

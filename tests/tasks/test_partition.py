@@ -320,7 +320,7 @@ def test_natural_draws_n_clients_each_as_likely_as_another() -> None:
     ("wrong", "owner", "named"),
     [
         ({"clients": 0}, None, "task.client"),
-        ({"clients": 7}, OWNER, "partition.clients = 7: 6 of the data's own 7 clients"),
+        ({"clients": 7}, OWNER, "partition.clients = 7: 6 of the data's 7 clients"),
         ({"clients": 0, "min_size": 201}, OWNER, "lower partition.min_size"),
     ],
 )

@@ -73,7 +73,7 @@ def test_a_process_with_a_share_opens_its_task_from_there(shares: list[Path]) ->
 
 @pytest.mark.parametrize("app", ["client", "server"])
 def test_the_apps_of_a_deployment_take_the_share_of_their_machine(shares: list[Path], app: str) -> None:
-    tell = f"import meadow.{app}.app; from meadow.tasks.task import _elsewhere; print(_elsewhere[0].args[0])"
+    tell = f"import meadow.{app}.app; from meadow.tasks.task import _openers; print(_openers[0].args[0])"
     environment = os.environ | {"MEADOW_SHARE": str(shares[1])}
     done = subprocess.run([sys.executable, "-c", tell], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(shares[1])
