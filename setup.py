@@ -1,7 +1,6 @@
-"""Compiles the C files when Meadow is installed from source. An installation never fails for want of a compiler.
+"""Compiles the C files when Meadow is installed from source. Without a compiler the installation still succeeds.
 
-`MEADOW_BUILD=portable`: for the levels of x86-64 that many processors have, for what runs on another machine than it is
-built on. Else for this processor.
+`MEADOW_BUILD=portable` compiles for the common levels of x86-64, to run on other machines; the default is this processor.
 """
 
 import os
@@ -19,21 +18,21 @@ from meadow.native.build import BUILT, build_all, to_build  # noqa: E402
 
 
 class BuildWithNative(build_py):
-    """Leaves the libraries beside the C files: in the checkout if it is installed editable, else in the wheel."""
+    """Puts the libraries next to the C files: in the checkout for an editable install, else in the wheel."""
 
     def run(self) -> None:
         super().run()
         home = ROOT if self.editable_mode else Path(self.build_lib)
         chosen = to_build(portable=os.environ.get("MEADOW_BUILD") == "portable")
         for reason in build_all(home / "meadow" / "native" / BUILT, chosen):
-            print(f"not compiled: {reason}; NumPy and torch do its work", file=sys.stderr)
+            print(f"not compiled: {reason}; Meadow uses NumPy and torch instead", file=sys.stderr)
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel for any Python of this platform: the libraries know nothing of Python."""
+    """A wheel for any Python on this platform: the libraries do not depend on Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        self.root_is_pure = False  # else the platform is "any"
+        self.root_is_pure = False  # otherwise the platform is "any"
         platform = str(super().get_tag()[2])
         self.root_is_pure = True  # so that the wheel holds `meadow/` itself
         return "py3", "none", platform

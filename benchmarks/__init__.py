@@ -1,1 +1,1 @@
-"""Measurements of the machine that they run on: `python -m benchmarks.NAME`. No part of an experiment."""
+"""Benchmarks of this machine: `python -m benchmarks.NAME`. They are not part of an experiment."""

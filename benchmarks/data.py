@@ -1,10 +1,9 @@
-"""What the data side costs on this machine: dealing samples to clients, opening a client, preparing its batches.
+"""Measure the cost of data on this machine: splitting samples among clients, opening a client, preparing its batches.
 
     python -m benchmarks.data [--quick]
 
-Each split is measured in a process of its own, whose peak memory is that of the split and of Python with its libraries;
-the table gives what the split adds to the labels that it is given. `--quick` deals 10^5 samples to 10^3 clients instead
-of 10^6 to 10^4 and 10^7 to 10^5.
+Each split is measured in its own process; the table has the growth of that process's peak memory during the split.
+`--quick` splits 10^5 samples among 10^3 clients instead of 10^6 among 10^4 and 10^7 among 10^5.
 """
 
 import multiprocessing
@@ -29,13 +28,13 @@ from meadow.tasks.splits.partition import deal
 from meadow.tasks.task import Task
 
 LABELS = 10
-ALPHA = 10.0  # lower, and no split by quantity gives each of so many clients three samples
+ALPHA = 10.0  # with a lower value no split by quantity gives each of so many clients three samples
 SIZES = ((1_000_000, 10_000), (10_000_000, 100_000))
 QUICK = ((100_000, 1_000),)
 
 
 def split_cost(law: str, samples: int, clients: int) -> tuple[float, int]:
-    """Seconds and bytes that one split takes: (wall time, growth of the process's peak memory)."""
+    """The cost of one split: wall time in seconds, growth of the process's peak memory in bytes."""
     labels = numpy_generator(0, "labels").integers(0, LABELS, samples)
     owner = numpy_generator(0, "owner").integers(0, clients, samples) if law == "natural" else None
     partition = Partition.model_validate({"law": law, "clients": clients, "alpha": ALPHA, "min_size": 3})
@@ -45,7 +44,7 @@ def split_cost(law: str, samples: int, clients: int) -> tuple[float, int]:
 
 
 def splits(sizes: Sequence[tuple[int, int]]) -> Table:
-    """Time and memory of every law at each number of (samples, clients)."""
+    """Time and memory of every law for each (samples, clients)."""
     table = Table(title=f"Splits of {LABELS} labels, alpha = {ALPHA:g}", title_justify="left", box=None)
     for name in ("law", "samples", "clients", "seconds", "peak MB", "bytes a sample"):
         table.add_column(name, justify="left" if name == "law" else "right")
@@ -61,7 +60,7 @@ def splits(sizes: Sequence[tuple[int, int]]) -> Table:
 
 
 def opening(sizes: Sequence[tuple[int, int]]) -> Table:
-    """Time to open a client of array data for the first time: its samples gathered in three parts, with two targets."""
+    """The time to open a client of array data for the first time: three parts, two targets."""
     table = Table(title="Opening a client", title_justify="left", box=None)
     for name in ("inputs", "samples", "clients", "law", "median ms", "99th percentile ms"):
         table.add_column(name, justify="left" if name in ("inputs", "law") else "right")
@@ -85,7 +84,7 @@ PIPELINES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def pipelines(samples: int) -> Table:
-    """Samples a second that batches of 64 give, as the training loop takes them: gathered, prepared and augmented."""
+    """Samples a second in batches of 64, gathered, prepared and augmented as in the training loop."""
     table = Table(title="Batches of 64, as training takes them", title_justify="left", box=None)
     for name in ("samples", "pipeline", "samples a second"):
         table.add_column(name, justify="right" if name == "samples a second" else "left")
@@ -137,7 +136,7 @@ def _seconds(task: Task, client: int) -> float:
 
 
 def _peak() -> int:
-    """Bytes of memory that this process has had at most."""
+    """The peak memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

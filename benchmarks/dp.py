@@ -1,12 +1,11 @@
-"""What DP-SGD costs over the same training without privacy, by how clipped gradients are had, and what Opacus takes for it.
+"""Compare the time of DP-SGD (by way to compute per-example gradients) with training without privacy and with Opacus.
 
     python -m benchmarks.dp [--out FILE.csv] [--repeats N] [workload ...]
 
-One client of `benchmarks/workloads.py` after another, in this process, on one thread: 60 samples and three steps with an
-expected batch of 20 (Poisson rate 1/3), noise multiplier 1. The sides take turns; a figure is the median over all turns
-but the first of the thread's own processor time, to which other processes on the machine add little. "Meadow" is
-`meadow.client.loop.training.train` as a node calls it; "make_private" is Opacus as its tutorial has it, once a client,
-because a client's data is its own.
+The clients of `benchmarks/workloads.py` train one after another, in this process, on one thread: 60 samples and three steps
+with an expected batch of 20 (Poisson rate 1/3), noise multiplier 1. The sides alternate; a figure is the median, without the
+first turn, of the thread's processor time, which other processes on the machine hardly change. "Meadow" is
+`meadow.client.loop.training.train` as a node calls it; "make_private" is Opacus as in its tutorial, called for each client.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.engines import about
 from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
-from meadow.config.load import load
+from meadow.config.load import apply, read_tree, resolve
 from meadow.privacy.dpsgd.choose import GradSample, chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
@@ -41,16 +40,16 @@ from meadow.tasks.task import open_task
 
 _RATE, _STEPS = BATCH / SAMPLES, SAMPLES // BATCH
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-"""Keeps freed memory, as a worker does: what the C library gives back to the system costs a fault a page to have again."""
+"""Makes the C library keep freed memory, as in a worker: otherwise each reuse costs page faults."""
 
 Sides = dict[str, Callable[[int], object]]
-"""What trains the client of a number once, by name."""
+"""Name -> function that trains a client once; its argument is a turn's number."""
 
 
 def sides(name: str) -> Sides:
     """The ways to train a client of a workload."""
     work = WORKLOADS[name]
-    experiment = load("fedavg", [f"{key}={_text(value)}" for key, value in settings(name, 1).items()])
+    experiment = resolve(apply(read_tree("fedavg"), settings(name, 1).items()))
     task = open_task(experiment)
     model, data = hold_still(task.new_model()), task.client(0).train
     network = work.network()
@@ -117,7 +116,7 @@ def measure(name: str, repeats: int) -> list[dict[str, object]]:
     every = sides(name)
     for turn in range(1, repeats + 2):
         for side, once in every.items():
-            once(2 * turn)  # leaves the caches as a worker's are, which trains client after client
+            once(2 * turn)  # warms the caches, like a worker that trains client after client
             began = time.thread_time()
             once(2 * turn + 1)
             if turn > 1:
@@ -168,10 +167,6 @@ def main() -> None:
             writer = csv.DictWriter(file, [*lines[0], *about()], lineterminator="\n")
             writer.writeheader()
             writer.writerows({**line, **about()} for line in lines)
-
-
-def _text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 if __name__ == "__main__":

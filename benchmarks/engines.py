@@ -1,12 +1,11 @@
-"""What a round costs on each engine, in one interleaved run: the plain PyTorch loop, Meadow, and its peers.
+"""Compare the time of a round on each engine: the plain PyTorch loop, Meadow, Flower's Ray engine, pfl-research.
 
     python -m benchmarks.engines [--out FILE.csv] [--repeats N] [--pfl PYTHON] [workload ...]
 
-`benchmarks/workloads.py` has the work, `benchmarks/sides.py` how each engine is made to do it. All have two processes of one
-thread. The engines take turns, each in fresh processes, `--repeats` times; a figure is the median over all its rounds
-but the warm-up. "of limit" is the share of the machine's measured float32 matrix rate that the products of the
-models achieve. An engine that is not installed is left out and the table says what to type. pfl-research may be in another
-Python's environment: `--pfl`.
+`benchmarks/workloads.py` has the work; `benchmarks/sides.py` runs it, in two processes of one thread.
+The engines alternate `--repeats` times, each in fresh processes; a figure is the median over all rounds after the warm-up.
+"of limit" is the share of the machine's measured float32 matrix rate that the models' products achieve. If an engine is not
+installed, the output says what to type. pfl-research may be in another Python environment: `--pfl`.
 """
 
 import argparse
@@ -31,14 +30,16 @@ from benchmarks.workloads import WORKLOADS
 from meadow.runtime.identity import versions
 
 Seconds = dict[tuple[str, str], list[float]]
-"""Of each workload and engine, the seconds of its rounds."""
+"""(workload, engine) -> the seconds of its rounds."""
 
 _LIMIT = 600
 
 
 def matrix_rate(size: int = 1024, seconds: float = 0.5) -> float:
-    """Floating-point operations a second of float32 products of this size, in all processes together: the best of torch's
-    two ways to compute them that give float32."""
+    """Floating-point operations a second of float32 products of this size, summed over the processes.
+
+    The better of torch's two settings that compute in float32.
+    """
     best = 0.0
     with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
         for precision in ("highest", "medium"):
@@ -61,7 +62,7 @@ def _products(size: int, seconds: float, precision: str) -> float:
 def measure(
     names: Sequence[str], sides: Sequence[str], repeats: int, pythons: dict[str, str]
 ) -> tuple[Seconds, dict[str, str]]:
-    """The rounds' seconds, and of each engine that is not there what to type."""
+    """The rounds' seconds, and for each engine that did not run the reason or what to type."""
     found: Seconds = {}
     missing: dict[str, str] = {}
     for _ in range(repeats):
@@ -102,7 +103,7 @@ def rows(found: Seconds, rate: float) -> list[dict[str, object]]:
 
 
 def table(lines: Iterable[dict[str, object]], rate: float) -> Table:
-    """What is printed."""
+    """The rows as a table for the terminal."""
     made = Table(title=f"A round: medians; matrix rate {rate / 1e9:.0f} GFLOP/s", title_justify="left", box=None)
     for heading in ("workload", "engine", "rounds", "ms", "fastest", "of plain", "over Meadow", "of limit"):
         made.add_column(heading, justify="left" if heading in ("workload", "engine") else "right")
@@ -121,7 +122,7 @@ def table(lines: Iterable[dict[str, object]], rate: float) -> Table:
 
 
 def write(path: Path, lines: Sequence[dict[str, object]], rate: float) -> None:
-    """The rows as CSV, with machine, versions and date in each; rows of workloads that were not measured now stay."""
+    """Write the rows as CSV with machine, versions and date; the file's rows of other workloads stay."""
     where, now = {"gflops_rate": round(rate / 1e9), **about()}, {line["workload"] for line in lines}
     rows: list[dict[str, object]] = [{**line, **where} for line in lines]
     if path.exists():
@@ -143,7 +144,7 @@ def about() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name; on Linux `platform` does not know it."""
+    """The processor's name, which `platform` does not give on Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -1,7 +1,7 @@
-"""The work of `benchmarks/workloads.py` as a Flower app, as Flower's documentation has one, for Flower's own Ray engine.
+"""The work of `benchmarks/workloads.py` as a Flower app in the style of Flower's documentation, for Flower's Ray engine.
 
-A client's model and samples are made once a worker and kept. The app is found by its name, as Flower advises: an app of
-`__main__` would be pickled into every message. `benchmarks.sides` runs it.
+Each worker makes a client's model and samples once. The app is a module, as Flower advises: an app in `__main__` would be
+pickled into every message. `benchmarks.sides` runs it.
 """
 
 import functools

@@ -1,11 +1,11 @@
-"""What clients cost on a GPU: stacked (`engine.device = "cuda"`) beside the plain PyTorch loop on the same device.
+"""Compare the speed of stacked clients on a GPU (`engine.device = "cuda"`) with the plain PyTorch loop on the same device.
 
     python -m benchmarks.gpu [--device cuda|cpu] [--precision float32|bfloat16] [--clients N] [--samples N] [workload ...]
 
-Both train every client from the same model for one epoch of plain SGD, batches of 20, samples on the device, and add the
-results up. "of matrix rate" is the share of the device's measured rate of large products that the models' products achieve,
-"of copy rate" that of its measured copying that the traffic achieves which no order of work avoids: of each step, the
-parameters read twice and written once. Without a GPU it says so and exits with 2; `--device cpu` runs the same code there.
+Both train every client from the same model for one epoch of plain SGD, batches of 20, samples on the device, and sum the
+results. "of matrix rate" compares the models' products with the device's measured rate of large products, "of copy rate" the
+unavoidable memory traffic (in each step, parameters read twice and written once) with its measured copy rate. Without a GPU
+the exit status is 2; `--device cpu` runs the same code on the CPU.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from meadow.tasks.models.multihead import Multihead
 BATCH, LR, CLASSES = 20, 0.05, 10
 SHAPE = (1, 28, 28)
 SHORTEST = 0.5
-"""Seconds that a measurement lasts at least."""
+"""The shortest duration of a measurement, in seconds."""
 
 
 def one_hidden(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
@@ -67,7 +67,7 @@ class Work:
         return sum(p.numel() for p in self.model.parameters())
 
     def flops(self) -> int:
-        """Operations of the products of one epoch of all clients, as torch counts them."""
+        """Floating-point operations of one epoch of all clients, as counted by torch."""
         counter, member = FlopCounterMode(display=False), self.members[0]
         self.model.cpu()
         with counter:
@@ -77,7 +77,7 @@ class Work:
 
 
 def make(name: str, clients: int, samples: int, engine: Engine) -> Work:
-    """A workload; the speed does not depend on what the numbers are, so they are drawn."""
+    """A workload with random samples, because the speed does not depend on their values."""
     with torch_seeded(0, "benchmark"):
         trunk, features = WORKLOADS[name][1](Task(), Inputs(SHAPE))
         model = Multihead(trunk, {"label": nn.Linear(features, CLASSES)}, {"label": False})
@@ -92,7 +92,7 @@ def make(name: str, clients: int, samples: int, engine: Engine) -> Work:
 
 
 def plain(work: Work) -> Callable[[], None]:
-    """One client after another, as one writes it in PyTorch."""
+    """Clients one after another, in plain PyTorch."""
     model = work.model.to(work.device)
     parameters: list[torch.Tensor] = list(model.parameters())
     start = [p.detach().clone() for p in parameters]
@@ -117,7 +117,7 @@ def plain(work: Work) -> Callable[[], None]:
 
 
 def stacked(work: Work) -> Callable[[], None]:
-    """Blocks of clients together, as `meadow run` has them."""
+    """Blocks of clients at once, as in `meadow run`."""
     targets = [Target("label", "class", CLASSES)]
     found = network(work.model.cpu(), SHAPE, targets, [1.0])
     experiment = load("fedavg", ["local.momentum=0"]).model_copy(update={"engine": work.engine})

@@ -1,4 +1,4 @@
-"""The work of `benchmarks/workloads.py` on Apple's pfl-research, in one of its processes, as its tutorials have it.
+"""The work of `benchmarks/workloads.py` on one process of Apple's pfl-research, in the style of its tutorials.
 
     PFL_WORKER_RANK=0 PFL_WORKER_ADDRESSES=127.0.0.1:PORT,127.0.0.1:PORT python -m benchmarks.pfl_app WORKLOAD ROUNDS
 

@@ -1,9 +1,9 @@
-"""Where a round's time goes, phase by phase (`meadow.runtime.clock`):
+"""Measure the time of a round by phase (`meadow.runtime.clock`):
 
     python -m benchmarks.profile PRESET [KEY=VALUE ...]
 
 PRESET: a preset, an experiment file, or a workload of `benchmarks/workloads.py`. The figures are means over the rounds
-after the first two, from `rounds.jsonl`; the wall time beside their sum is taken by itself, from round to round.
+after the first two, from `rounds.jsonl`; the wall time is measured separately, from round to round.
 """
 
 import argparse
@@ -34,7 +34,7 @@ ROUNDS = 20
 
 
 def measure(experiment: Experiment) -> tuple[dict[str, float], float]:
-    """Run it: the mean seconds of each phase over the rounds after the warm-up, and of a round by the wall clock."""
+    """Run the experiment. Returns the mean seconds of each phase, and of a round by the wall clock, after the warm-up."""
     stamps: list[float] = []
     give = Writer.round_done
 

@@ -1,12 +1,11 @@
-"""What clients cost beside their training: the start of a run, empty clients, personal state, uneven clients, and
-populations up to a million.
+"""Measure what clients cost besides training: start-up, empty clients, personal state, uneven sizes, large populations.
 
     python -m benchmarks.scale [--quick] [--out FILE.csv] [part ...]
 
-Parts: start, empty, state, uneven, population. Each measurement is a run of its own on Ray with two workers, in a fresh
-process. Seconds a round are the median but for the first round. Memory is the peak of the server's resident memory, and
-of the workers' unique memory (USS), looked at five times a second: what they share counts for none of them. `--quick` leaves
-out the populations above 10^4. Figures are appended to `--out`, with machine and versions.
+Parts: start, empty, state, uneven, population. Each measurement is one run on Ray with two workers, in a fresh process.
+Seconds for a round are the median without the first round. Memory is the peak of the server's resident memory, and of the
+workers' unique memory (USS, without what they share), sampled five times a second. `--quick` skips populations above 10^4.
+`--out` appends the figures to a file, with machine and versions.
 """
 
 import argparse
@@ -42,16 +41,16 @@ from meadow.tasks.data import Part, Raw
 
 WORKERS = 2
 SAMPLES = 4
-"""Samples dealt to each client, of which two are for training."""
+"""Samples of each client; two are for training."""
 FEATURES = 8
 HIDDEN = 496
-"""Of the two hidden layers: with them the model takes 1 MB."""
+"""Width of the two hidden layers, for a model of 1 MB."""
 STATE = 5 * 2**20
 
 
 @dataclass(frozen=True)
 class Nothing:
-    """What a client reports that did not train."""
+    """The training report of a client that did not train."""
 
     steps: int = 0
     losses: dict[str, float] = field(default_factory=dict)
@@ -65,7 +64,7 @@ class Empty(ClientAlgorithm):
 
 
 class Remembering(ClientAlgorithm):
-    """An empty client that keeps 5 MB of its own: they are read, and written anew, in each round."""
+    """An empty client with 5 MB of personal state, which is read and written in each round."""
 
     def train(self, context: ClientContext) -> ClientResult:
         state = context.memory or {"own": {"state": np.ones(STATE // 4, np.float32)}}
@@ -77,7 +76,7 @@ remembering = Algorithm(FedAvg, Remembering())
 
 
 def population(task: Task) -> Raw:
-    """Four samples for each of `task.source_samples` clients, of eight numbers, and 100 to test on."""
+    """Four samples of eight features for each of `task.source_samples` clients, and 100 test samples."""
     draw = numpy_generator(0, "benchmark")
     parts = []
     for count in (SAMPLES * task.source_samples, 100):
@@ -87,7 +86,7 @@ def population(task: Task) -> Raw:
 
 
 def uneven(task: Task) -> Raw:
-    """Samples of 100 clients whose sizes are log-normal with sigma 1.5, 40 in the median, 8 at least."""
+    """Samples of 100 clients with log-normal sizes: sigma 1.5, median 40, at least 8."""
     draw = numpy_generator(0, "benchmark", "uneven")
     sizes = np.maximum(8, np.exp(draw.normal(np.log(40), 1.5, 100))).astype(np.int64)
     owner = np.repeat(np.arange(100), sizes)
@@ -142,13 +141,12 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Of a round, the median but for the first."""
+        """Seconds for a round: the median without the first."""
         return statistics.median([float(r["seconds"]) for r in self.rounds[1:] or self.rounds])
 
 
 def measure(settings: Experiment, memory: bool = True) -> Measured:
-    """Run `meadow run` on the experiment in a process of its own. To look at its `memory` holds it up for some milliseconds
-    each time."""
+    """Run `meadow run` on the experiment in its own process. Each sample of its `memory` delays it by some milliseconds."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "e.toml").write_text(to_toml(settings))
@@ -172,7 +170,7 @@ def measure(settings: Experiment, memory: bool = True) -> Measured:
 
 
 def _watch(process: subprocess.Popen[bytes], peaks: list[int]) -> None:
-    """Follow the peaks of the server's resident memory and of the workers' unique memory, until the process ends."""
+    """Record the peaks of the server's resident memory and of the workers' unique memory until the process ends."""
     while process.poll() is None:
         with suppress(OSError):
             peaks[0] = max(peaks[0], _memory(process.pid, "Rss:"))
@@ -181,7 +179,7 @@ def _watch(process: subprocess.Popen[bytes], peaks: list[int]) -> None:
 
 
 def _workers(server: int) -> list[int]:
-    """Ray's workers below the process, out of /proc (Linux)."""
+    """The process ids of Ray's workers started by the server, from /proc (Linux)."""
     parents: dict[int, int] = {}
     for place in Path("/proc").iterdir():
         if place.name.isdecimal():
@@ -194,7 +192,7 @@ def _workers(server: int) -> list[int]:
 
 
 def _memory(process: int, kind: str) -> int:
-    """Bytes of a process's memory of the kinds whose names in /proc begin so."""
+    """A process's memory in bytes, over the lines of /proc's smaps_rollup that begin with `kind`."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(kind))
 
@@ -216,7 +214,7 @@ def empties() -> Iterator[Row]:
 
 
 def states() -> Iterator[Row]:
-    """What 5 MB of a client's own add to a round."""
+    """The time that 5 MB of personal state add to a round."""
     clients = 200
     without = measure(experiment(clients, clients, 16, "empty", 8))
     with_state = measure(experiment(clients, clients, 16, "remembering", 8))
@@ -233,7 +231,7 @@ def lopsidedness() -> Iterator[Row]:
 
 
 def populations(most: int) -> Iterator[Row]:
-    """Cohorts of 1,000 out of ever more clients."""
+    """Cohorts of 1,000 from populations of 1,000, 10,000, ... up to `most` clients."""
     clients = 1000
     while clients <= most:
         yield _row("population, empty clients", clients, 1000, measure(experiment(clients, 1000, 4, "empty", 64)))
@@ -250,8 +248,8 @@ _FORMS: Mapping[str, str] = {"population": ",d", "cohort": ",d", "seconds": ".3f
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows, for people."""
-    shown = Table(title="What clients cost beside their training", title_justify="left", box=None)
+    """The rows as a table for the terminal."""
+    shown = Table(title="What clients cost besides training", title_justify="left", box=None)
     for column in COLUMNS:
         shown.add_column(column, justify="left" if column == "what" else "right")
     for row in rows:

@@ -1,8 +1,8 @@
-"""How each engine is made to do the work of `benchmarks/workloads.py`; `benchmarks.engines` runs each as
+"""Run a workload of `benchmarks/workloads.py` on one engine; `benchmarks.engines` calls it.
 
     python -m benchmarks.sides ENGINE WORKLOAD
 
-which prints the seconds of the rounds after the warm-up as a JSON list in its last line.
+Its last line is a JSON list with the seconds of the rounds after the warm-up.
 """
 
 import contextlib
@@ -35,15 +35,17 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Side:
-    """An engine: what the table calls it, and what runs a workload on it and gives its rounds' seconds."""
+    """An engine: its title in the table, and a function that runs a workload and returns its rounds' seconds."""
 
     title: str
     run: Callable[[str, int], list[float]]
 
 
 def plain(name: str, rounds: int) -> list[float]:
-    """Two processes, each with its half of the clients' samples resident, one model and one optimiser; the global model is
-    loaded in place, and the updates' mean is added up where they are made."""
+    """Plain PyTorch in two processes, each with half of the clients' samples, one model and one optimiser.
+
+    Each process loads the global model in place and sums the updates of its clients.
+    """
     fresh = multiprocessing.get_context("spawn")
     pipes, workers = [], []
     for first in range(PROCESSES):
@@ -93,8 +95,7 @@ def _plain_worker(pipe: Connection, name: str, clients: range) -> None:
 
 
 def meadow(name: str, rounds: int, exact: bool = True) -> list[float]:
-    """`meadow run` on Ray. A round lasts from when its record and checkpoint are given to be written to when the next one's
-    are; what is not on disk by then is waited for."""
+    """`meadow run` on Ray. A round ends when its record and checkpoint are handed to the writer."""
     from meadow.server.writer import Writer
 
     from meadow.experiments import api
@@ -167,7 +168,7 @@ def _pfl_workers(name: str, rounds: int) -> list[float] | None:
 
 
 def _between(stamps: Sequence[float]) -> list[float]:
-    """The rounds' seconds, by when each began or ended, without those of the warm-up."""
+    """The seconds between the stamps, without those of the warm-up."""
     return [after - before for before, after in pairwise(stamps)][WARM_UP - 1 :]
 
 

@@ -1,9 +1,9 @@
-"""Strategies on real data, beside what others published: one study a table, or all of them.
+"""Run strategies on real data and compare them with published figures: one table for each study.
 
     MEADOW_DATA=... python -m benchmarks.strategies [STUDY ...] [--seeds N] [--out FOLDER]
 
-Every row of a study has the same data, splits and seeds. Runs that are in FOLDER already are not made again, so that a
-study that was stopped goes on where it was. Accuracy in percent, mean and standard deviation over the seeds.
+Every row of a study has the same data, splits and seeds. Runs already in FOLDER are not repeated, so a stopped study can be
+continued. Accuracy in percent, mean and standard deviation over the seeds.
 """
 
 import argparse
@@ -103,11 +103,11 @@ STUDIES = {
          "partition.alpha=0.5", "partition.parts=0.98,0.01,0.01", "run.rounds=10", "local.epochs=1",
          "local.batch_size=32", "local.lr=0.05", "local.momentum=0", "evaluate.on=global",
          "attack.kind=sign-flip", "attack.fraction=0.2", "attack.scale=5"),
-        {"FedAvg, nobody attacks": ("fedavg", "attack.kind=none"), "FedAvg": ("fedavg",), "median": ("median",),
+        {"FedAvg, without attack": ("fedavg", "attack.kind=none"), "FedAvg": ("fedavg",), "median": ("median",),
          "trimmed mean": ("trimmed-mean",), "Multi-Krum": ("multi-krum", "strategy.byzantine=4")},
-        {"FedAvg, nobody attacks": "90.0", "FedAvg": "38.8", "median": "87.5", "trimmed mean": "87.2",
+        {"FedAvg, without attack": "90.0", "FedAvg": "38.8", "median": "87.5", "trimmed mean": "87.2",
          "Multi-Krum": "89.6"},
-        "times -3 on MNIST, one seed, by docs/field-notes.md",
+        "times -3 on MNIST, one seed, from docs/field-notes.md",
     ),
 }  # fmt: skip
 

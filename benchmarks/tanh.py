@@ -1,7 +1,6 @@
-"""The small network with tanh that Tramer and Boneh (2021) train on Fashion-MNIST by DP-SGD, for an experiment file:
-task.model = "benchmarks.tanh:trunk".
+"""The tanh network that Tramer and Boneh (2021) train on Fashion-MNIST by DP-SGD: task.model = "benchmarks.tanh:trunk".
 
-    meadow run docs/examples/fashion-mnist-private.toml
+meadow run docs/examples/fashion-mnist-private.toml
 """
 
 from collections import OrderedDict

@@ -1,9 +1,10 @@
-"""Where transfer learning wins, and where it stops: printed to handwritten digits, 5 to 50 samples a client.
+"""Compare transfer from printed to handwritten digits with training from scratch, by samples a client (5 to 50).
 
     python -m benchmarks.transfer [--out transfer.png]
 
-Each of 20 clients alone, the same split for all methods of a seed: from scratch, the printed digits' trunk frozen under a
-new head, and all of it fine-tuned. Accuracy on the clients' own test samples, mean over clients; over three seeds.
+Each of 20 clients trains alone, with the same split for all methods of a seed: from scratch, with the printed digits' trunk
+frozen under a new head, and with all layers fine-tuned. Accuracy on the clients' own test samples, mean over clients, over
+three seeds.
 """
 
 import argparse
@@ -26,7 +27,7 @@ METHODS = {"local": "from scratch", "transfer": "transfer (head)", "finetune": "
 SIZES = (5, 10, 20, 50)
 SEEDS = (0, 1, 2)
 EACH = 76
-"""Samples of each of the 20 clients: 1,527 dealt evenly."""
+"""Samples of each of the 20 clients: 1,527 split evenly."""
 
 Found = dict[tuple[str, int], list[float]]
 
@@ -61,7 +62,7 @@ def table(found: Found) -> Table:
 
 
 def picture(found: Found) -> Figure:
-    """The same as curves."""
+    """The table as curves."""
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.add_subplot(

@@ -1,7 +1,7 @@
-"""The work that engines are compared on: models, random data of the right shape, and the plain PyTorch loop over them.
+"""The work for comparing engines: models, random data of the right shape, and the plain PyTorch loop over them.
 
-100 clients of 60 samples, batches of 20, one epoch of plain SGD in float32. The speed of a round does not depend on what the
-numbers are, so the data is drawn and nothing is read. Every engine builds its model here, so that all train the same.
+100 clients of 60 samples, batches of 20, one epoch of plain SGD in float32. The data is random, because the speed of a round
+does not depend on its values. Every engine builds its model here, so all train the same.
 """
 
 import math
@@ -23,8 +23,8 @@ CLIENTS = 100
 SAMPLES = 60
 BATCH = 20
 LR = 0.05
-_DEALT = 100
-"""Samples dealt to each client: 60% of them are for training."""
+_PER_CLIENT = 100
+"""Samples of each client; 60% of them are for training."""
 
 PARTS = "0.6,0.2,0.2"
 
@@ -41,7 +41,7 @@ def mlp_784() -> nn.Module:
 
 
 def lenet() -> nn.Module:
-    """LeNet-size CNN, 61,706 parameters, in the order in which it is usually written."""
+    """LeNet-size CNN, 61,706 parameters, with its layers in the usual order."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2),
         nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10),
@@ -66,7 +66,7 @@ def windows() -> nn.Module:
 
 
 class Packed(nn.Module):
-    """Meadow's BiLSTM for texts, over packed sequences, as torch's documentation has it."""
+    """Meadow's BiLSTM for texts, over packed sequences as in torch's documentation."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
@@ -83,8 +83,7 @@ class Packed(nn.Module):
 
 @dataclass(frozen=True)
 class Workload:
-    """A model and the form of its samples. `model` is what Meadow's `task.model` names; `plain` makes the same function, and
-    the same parameters in the same order, as one writes it in PyTorch."""
+    """A model and the shape of its samples. `model`: its name in `task.model`; `plain`: makes the same in plain PyTorch."""
 
     title: str
     model: str
@@ -113,12 +112,11 @@ class Workload:
         return x.masked_fill_(torch.arange(longest) >= lengths, 0), y
 
     def client(self, number: int) -> tuple[Tensor, Tensor]:
-        """A client's training samples, for the engines that are given them one by one."""
+        """A client's training samples, for engines that take them client by client."""
         return self.samples(SAMPLES, f"client {number}")
 
     def flops(self) -> int:
-        """Floating-point operations in the products of one round: forward and backward of every batch, as torch counts
-        them for one batch."""
+        """Floating-point operations of one round, forward and backward, as counted by torch for one batch."""
         network, (x, y) = self.network(), self.client(0)
         counter = FlopCounterMode(display=False)
         with counter:
@@ -142,7 +140,7 @@ def _dataset(name: str) -> Callable[[Task], Raw]:
         work = WORKLOADS[name]
         train, test = (
             Part(x, {"label": y.numpy()})
-            for x, y in (work.samples(CLIENTS * _DEALT, "train"), work.samples(100, "test"))
+            for x, y in (work.samples(CLIENTS * _PER_CLIENT, "train"), work.samples(100, "test"))
         )
         kinds, images = {"label": "class"}, len(work.inputs.shape) == 3
         return Raw(name, train, test, kinds=kinds, tokens=work.inputs.tokens, images=images)
@@ -178,7 +176,7 @@ def settings(name: str, rounds: int) -> dict[str, object]:
 def train_plainly(
     network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, generator: torch.Generator
 ) -> None:
-    """One epoch over a client's samples, as one writes it in PyTorch."""
+    """One epoch over a client's samples, in plain PyTorch."""
     for index in torch.split(torch.randperm(len(x), generator=generator), BATCH):
         optimizer.zero_grad()
         F.cross_entropy(network(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]

@@ -1,1 +1,1 @@
-"""Where the data is: local training, personal state, and the Flower ClientApp."""
+"""The client side, where the data is: local training, personal state, and the Flower ClientApp."""

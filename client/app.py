@@ -1,8 +1,8 @@
-"""The Flower ClientApp, the same on every grid. Messages come packed for all clients of a node
+"""The Flower ClientApp, the same on every grid. One message carries the requests to all clients of a node
 (`strategies/wire/packing.py`).
 
-query: join a run, with the arrays that every client starts from; the reply is this node's line of the roll call.
-train and evaluate: answer for each client in the pack.
+query: join a run and store the arrays that every client starts from; the reply is this node's entry in the roll call.
+train, evaluate: process each client's request.
 """
 
 import json
@@ -44,20 +44,20 @@ app = ClientApp(mods=[fold_for_wire])
 
 @app.query()
 def join(message: Message, context: Context) -> Message:
-    """Join a run: keep the base arrays, and say which clients are here, with which code, versions and data."""
+    """Join a run: store the base arrays, and report the hosted clients and the code, versions and data of this node."""
     node = open_node(context)
     run_id = str(message.content.config_records["config"]["run"])
     if base := from_record(message.content.array_records["base"]):
         Store(node.state_root, run_id).put_base(base)
     here = hosted_here(context, node.experiment.partition.clients)
-    told = allowed(node.experiment, "samples")
-    sizes = node.task.split.sizes[here.start : here.stop, 0] if told else np.ones(len(here), dtype=np.int64)
-    # A deployed node names the Meadow that is installed on it, whatever code the bundle brought.
+    reported = allowed(node.experiment, "samples")
+    sizes = node.task.split.sizes[here.start : here.stop, 0] if reported else np.ones(len(here), dtype=np.int64)
+    # A deployed node reports the Meadow that is installed on it, not the code that the app bundle brought.
     installed = str(context.node_config.get("code") or code_sha256())
     if installed != code_sha256():
         log.error(
-            "this node has another Meadow than the coordinator (code %.12s here, %.12s there) and will be refused: "
-            "install the same version",
+            "this node runs another version of Meadow than the coordinator (code %.12s here, %.12s there), so the "
+            "coordinator will refuse it: install the same version",
             installed,
             code_sha256(),
         )
@@ -84,18 +84,18 @@ def train(message: Message, context: Context) -> Message:
     node = open_node(context)
     node.clock.start("open", began)
     with kernels(node.model):
-        together, others = train_blocks(node, requests, blocks)
+        by_block, others = train_blocks(node, requests, blocks)
         alone = answer(node, others, train_client)
     node.clock.now("reduce")
     sent = {request.client: request.arrays for request in requests}
-    one_by_one = [block for block in blocks if (block[0], block[0] + 1) not in together.sums]
+    one_by_one = [block for block in blocks if (block[0], block[0] + 1) not in by_block.sums]
     reply = add_up(node, alone, sent, one_by_one)
-    answers = sorted([*together.answers, *reply.answers], key=lambda given: given.client)
-    _tell("trained", sorted(requests, key=lambda request: request.client), answers)
-    whole = NodeReply(answers, together.sums | reply.sums)
+    answers = sorted([*by_block.answers, *reply.answers], key=lambda answered: answered.client)
+    _log_outcomes("trained", sorted(requests, key=lambda request: request.client), answers)
+    whole = NodeReply(answers, by_block.sums | reply.sums)
     whole.trainings = node.trainers.trainings.take()
     add_spans(whole, whole_spans(message.content))
-    if node.keeper.simulated and node.experiment.privacy.unit == "none":  # how long it took may tell of the samples
+    if node.keeper.simulated and node.experiment.privacy.unit == "none":  # times may reveal private samples
         whole.times = node.clock.read()
     return Message(pack_replies(whole), reply_to=message)
 
@@ -109,14 +109,14 @@ def evaluate(message: Message, context: Context) -> Message:
         answers = answer(node, requests, evaluate_client)
     if requests[0].config["thorough"]:  # at a run's end
         store_of(node, requests[0].config["run"]).settle(hosted_here(context, node.experiment.partition.clients))
-    _tell("evaluated", requests, answers)
+    _log_outcomes("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 
 
-def _tell(done: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
-    for request, given in zip(requests, answers, strict=True):
-        which = {"round": request.config["round"], "client": given.client}
-        if given.values is None:
-            log.error("failed: %s", given.error.strip().splitlines()[-1], extra=which)
+def _log_outcomes(verb: str, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+    for request, answered in zip(requests, answers, strict=True):
+        which = {"round": request.config["round"], "client": answered.client}
+        if answered.values is None:
+            log.error("failed: %s", answered.error.strip().splitlines()[-1], extra=which)
         else:
-            log.info(done, extra=which)
+            log.info(verb, extra=which)

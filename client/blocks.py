@@ -1,8 +1,7 @@
-"""Whole blocks of clients, of which one sum leaves: trained at once where a trainer can (`client/trainers/kernel.py`), or
-one client after another.
+"""Train whole blocks of clients and send one weighted sum per block.
 
-At once only where clients do nothing but plain local training of a model that they share whole: FedAvg, and every algorithm
-that differs from it at the server alone. All others go through `meadow.client.node.train_client`.
+A kernel (`client/trainers/kernel.py`) trains a block at once if its clients do plain local training of a fully shared model:
+FedAvg, and every algorithm that differs from it only at the server. `meadow.client.node.train_client` trains all others.
 """
 
 import logging
@@ -12,6 +11,7 @@ from typing import Any, cast
 from meadow.client.node import Facts, Node, samples, size_of
 from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer
+from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientAlgorithm
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
@@ -28,27 +28,28 @@ log = logging.getLogger("meadow.client")
 def train_blocks(
     node: Node, requests: Sequence[Request], blocks: Sequence[tuple[int, Sequence[int]]]
 ) -> tuple[NodeReply, list[Request]]:
-    """Train those of the whole blocks that can be trained together; returns what came of them, and the other requests.
+    """Train the blocks that a kernel can train at once. Returns their reply, and the requests that are left.
 
-    A block with a client that fails, or whose arrays are not finite, is among the others: there each is judged alone.
+    The requests of a block are left if one of its clients fails or its arrays are not finite: each client is then trained
+    and checked on its own.
     """
     done = NodeReply([])
     trainer = node.trainers.chosen().trainer if blocks else None
     if not isinstance(trainer, KernelTrainer) or not _plain(node):
         return done, list(requests)
-    # One dictionary for all blocks: kernels take over what is new to them once.
+    # All blocks share one dictionary of arrays, so a kernel copies it once.
     first, received = requests[0], requests[0].arrays
     asked, left = {request.client: request for request in requests}, {request.client for request in requests}
     at_once, names = trainer.blocks_at_once, set(names_of(node.model))
     for begin in range(0, len(blocks), at_once):
         part = blocks[begin : begin + at_once]
         try:
-            together = [[asked[client] for client in clients] for _, clients in part]
-            same = all(each.arrays is received and each.config is first.config for block in together for each in block)
+            packed = [asked[client] for _, clients in part for client in clients]
+            same = all(each.arrays is received and each.config is first.config for each in packed)
             if not same or "work" in first.config or received.keys() != names:
                 continue
             found = _train(node, trainer, first.config, received, [clients for _, clients in part])
-        except Exception:  # whatever a client's data does, it is met again one by one
+        except Exception:  # the same clients are trained again, one by one, which attributes the error
             log.debug("blocks %s go one by one", [index for index, _ in part], exc_info=True)
             continue
         for (index, clients), answered in zip(part, found, strict=True):
@@ -62,15 +63,15 @@ def train_blocks(
 def add_up(
     node: Node, answers: list[Answer], sent: Mapping[int, Arrays], blocks: Sequence[tuple[int, Sequence[int]]]
 ) -> NodeReply:
-    """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is at fault.
+    """Replace the arrays of each whole block by their weighted sum, unless one of its clients failed or is invalid.
 
-    Such a block goes to the server client by client, where each reply is judged alone by the same rules. `sent`: the
-    arrays that each client was sent.
+    Such a block goes to the server client by client, and the server checks each reply by the same rules. `sent`: the
+    arrays that each client received.
     """
-    given = {a.client: a for a in answers}
+    by_client = {a.client: a for a in answers}
     sums: dict[Span, WeightedSum] = {}
     for index, clients in blocks:
-        block = [given[client] for client in clients]
+        block = [by_client[client] for client in clients]
         updates: list[tuple[float | Mapping[str, float], Arrays]] = []
         for each in block:
             received = sent[each.client]
@@ -78,7 +79,7 @@ def add_up(
                 break
             if arrays_fault(each.arrays, each.metrics, received) or node.stages.judge(each.arrays or {}, received):
                 break
-            weights = name_weights(each.metrics, received, node.experiment.equal_weights)
+            weights = name_weights(each.metrics, received, equal_weights(node.experiment))
             updates.append((weights, cast(Arrays, each.arrays)))
         else:
             sums[index, index + 1] = weighted_sum(updates)
@@ -88,13 +89,13 @@ def add_up(
 
 
 def _facts(node: Node, client: int, data: Data) -> Facts:
-    """Looked up once for each client: for a small model it takes as long as a step."""
+    """Cached for each client: computing them takes as long as a step of a small model."""
     found = node.facts.get(client)
     return found or node.facts.put(client, Facts(node.trainers.choice(data), samples(node, client, data)), 1)
 
 
 def _plain(node: Node) -> bool:
-    """Whether every client's part of a round is plain local training from what it received, and it keeps nothing."""
+    """Whether each client only trains plainly from the received model, and keeps no state."""
     experiment, chosen = node.experiment, type(node.algorithm)
     return (
         chosen.train is ClientAlgorithm.train
@@ -110,8 +111,8 @@ def _plain(node: Node) -> bool:
 def _train(
     node: Node, trainer: KernelTrainer, config: Values, received: Arrays, clients: Sequence[Sequence[int]]
 ) -> Sequence[tuple[list[Answer], WeightedSum] | None]:
-    """The blocks' answers and sums, by the blocks' clients; None of a block where anything is not finite, and of all if
-    another trainer is the one for a client."""
+    """Answers and weighted sum of each block. A block is None if one of its arrays is not finite; all blocks are None if
+    another trainer was chosen for one of the clients."""
     round_, local = config["round"], node.experiment.local
     scores = dict[int, Values]()
     if config["evaluate"]:
@@ -125,8 +126,8 @@ def _train(
     facts = {client: _facts(node, client, data) for client, data in own.items()}
     if any(each.choice.trainer is not trainer for each in facts.values()):
         return [None] * len(clients)
-    known = {client: each.samples for client, each in facts.items()}
-    counts = {c: name_weights(about, received, node.experiment.equal_weights) for c, about in known.items()}
+    equal = equal_weights(node.experiment)
+    counts = {client: name_weights(each.samples, received, equal) for client, each in facts.items()}
     trainings = [[Training(own[client], round_, client, local) for client in block] for block in clients]
     node.clock.now("train")
     trained, totals = node.trainers.train_blocks(
@@ -141,7 +142,7 @@ def _train(
             continue
         answers = []
         for client, one in zip(block, each, strict=True):
-            metrics: dict[str, Any] = {**known[client], "steps": one.steps}
+            metrics: dict[str, Any] = {**facts[client].samples, "steps": one.steps}
             metrics |= {f"loss/{target}": value for target, value in one.losses.items()}
             values: dict[str, Values] = {"metrics": metrics}
             if client in scores:

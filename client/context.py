@@ -1,5 +1,4 @@
-"""What an algorithm's client is given in a round (`meadow.strategies.protocol.ClientContext`), on the node's model and
-data."""
+"""The context that a node gives an algorithm's client in a round (`meadow.strategies.protocol.ClientContext`)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +6,7 @@ from typing import Protocol
 
 import torch
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
-from meadow.client.loop.training import LOOP, Beside, Correction, Trained
+from meadow.client.loop.training import LOOP, Correction, Extras, Trained
 from meadow.client.release import Allowed
 from meadow.client.trainers.choose import Trainers
 from meadow.client.trainers.job import Training
@@ -15,7 +14,7 @@ from meadow.strategies.protocol import Batch, Roles, Term, steps_of
 from meadow.strategies.trainable import rate_factors
 from torch import Tensor, nn
 
-from meadow.arrays.named import Arrays, Kinds, auxiliary
+from meadow.arrays.named import Arrays, auxiliary
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.step import Permit
@@ -26,22 +25,22 @@ from meadow.tasks.task import Task
 
 
 class Observer(Protocol):
-    """Sees what a node's clients do, and changes nothing."""
+    """Watches the clients of a node, for an audit, and changes nothing."""
 
     def trains(self, context: "LocalContext", leaves: bool) -> Callable[[Trained], None]:
-        """A client begins to train; what is returned is called when it has. `leaves`: whether the outcome leaves it."""
+        """Called when a client begins to train; the returned function is called at the end. `leaves`: whether the trained
+        model leaves the client."""
 
     def noises(self, client: int, allowed: Allowed) -> None:
-        """What the client's newest training changed gets its noise under local DP."""
+        """Called before the client's newest update gets its noise under local DP."""
 
 
 @dataclass(frozen=True)
 class LocalContext:
-    """One client in one round. `whole` is the complete model, of which `model`, the one that learns, may be a view.
+    """One client in one round. `whole` is the complete model; `model`, which learns, is all of it or a view of it.
 
-    trainers: what trains the model.
-    work: the share of its steps that the client gets through (1, but for a simulated straggler). permit: what makes its
-    one training of this round private. remembered: what the loop must be given back in the next round; `fit` fills it.
+    work: the share of its steps that the client completes (less than 1 for a simulated straggler). permit: makes its one
+    training of this round private. remembered: the loop's state for the client's next round; `fit` fills it.
     """
 
     experiment: Experiment
@@ -54,8 +53,8 @@ class LocalContext:
     round: int
     client: int
     received: Arrays
-    auxiliary: Kinds
-    memory: Kinds
+    auxiliary: Mapping[str, Arrays]
+    memory: Mapping[str, Arrays]
     base: Callable[[], Arrays]
     personal: Arrays
     work: float = 1.0
@@ -102,13 +101,12 @@ class LocalContext:
         term: Term | None = None,
         leaves: bool = True,
     ) -> Trained:
-        plan = self.local
+        plan, permit = self.local, self.permit if leaves else None
         if repeat > 1 or self.work < 1:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
             plan, epochs = plan.model_copy(update={"steps": steps * repeat}), 0
-        beside = Beside(self.validation, dict(self.memory.get(LOOP, {})), self.source)
-        permit = self.permit if leaves else None
-        training = Training(self.data, self.round, self.client, plan, epochs, learns, correct, term, beside, permit)
+        extras = Extras(self.validation, dict(self.memory.get(LOOP, {})), self.source)
+        training = Training(self.data, self.round, self.client, plan, epochs, learns, correct, term, extras, permit)
         observing = [observer.trains(self, leaves) for observer in self.observers]
         trained = self.trainers.train(self.model, training)
         if not self.remembered:
@@ -128,10 +126,8 @@ class LocalContext:
         return Data(self.task.prepare(data.x), data.y)
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        parameters = dict(model.named_parameters())
-        return make_optimizer(
-            parameters, self.local, {name: rate / self.local.lr for name, rate in self._rates.items()}
-        )
+        factors = {name: rate / self.local.lr for name, rate in self._rates.items()}
+        return make_optimizer(dict(model.named_parameters()), self.local, factors)
 
     def rate(self, name: str) -> float:
         return self._rates[name]
@@ -151,8 +147,8 @@ class LocalContext:
 
 
 def with_wrong_labels(data: Data, targets: Sequence[Target]) -> Data:
-    """The data of a label-flipping attacker: class c of C becomes C - 1 - c, a label 1 - y, a value its mirror image about
-    the target's offset. Missing ones stay missing."""
+    """The data of a label-flipping attacker: class c of C becomes C - 1 - c, a label y becomes 1 - y, and a value is
+    mirrored about the target's offset. Missing labels stay missing."""
     flipped = {}
     for target in targets:
         y = data.y[target.name]

@@ -1,4 +1,4 @@
-"""A node: a process that hosts clients. It opens their data and state, and answers the messages packed for it."""
+"""A node: a process that hosts clients. It opens their data and state, and answers their requests."""
 
 import functools
 import json
@@ -14,11 +14,11 @@ import torch
 from flwr.app import Context
 from meadow.client.context import LocalContext, Observer, with_wrong_labels
 from meadow.client.loop.anchors import teaches
-from meadow.client.loop.training import LOOP, Beside, keeps, train
+from meadow.client.loop.training import LOOP, Extras, keeps, train
 from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, check_device, trainers_of
-from meadow.strategies import algorithm
+from meadow.strategies import algorithm, check
 from meadow.strategies.attacks import ON_LABELS, attackers
 from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
 from meadow.strategies.roles import name_weights, roles_of
@@ -34,6 +34,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
 from meadow.runtime.clock import Clock
+from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import hold_still
 from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
@@ -48,12 +49,12 @@ from meadow.tasks.task import Task, open_task, settle
 log = logging.getLogger("meadow.client")
 
 FACTS = 10_000
-"""Clients of which a process keeps `Facts`."""
+"""Clients whose `Facts` a process caches."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is always so of a client's training data: who does plain training on it, and its samples, by target too."""
+    """Constants of a client's training data: the trainer for plain training, and the sample counts (in all, by target)."""
 
     choice: Choice
     samples: dict[str, int]
@@ -61,7 +62,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Node:
-    """What a process keeps between messages: one task, one model that every client is loaded into, and the store."""
+    """What a process keeps between messages: the task, one model that every client in turn is loaded into, and stores."""
 
     experiment: Experiment
     task: Task
@@ -76,23 +77,23 @@ class Node:
     memory: int = 0
     """Bytes of clients' states that this process may keep in shared memory."""
     clock: Clock = field(default_factory=Clock, repr=False, compare=False)
-    """Where the time of the message in hand goes."""
+    """Times the phases of the current message."""
     observers: list[Observer] = field(default_factory=list, repr=False, compare=False)
-    """Who sees what the clients here do: nobody, but in an audit."""
+    """Empty except in an audit."""
     facts: LRU[int, Facts] = field(default_factory=lambda: LRU(FACTS), repr=False, compare=False)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
     _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def keeps(self) -> bool:
-        """Whether clients keep something from round to round: personal layers, or what the algorithm, a stage or the loop
-        remembers."""
+        """Whether clients keep state from round to round: personal layers, or memory of the algorithm, a stage or the
+        loop."""
         remembers = type(self.algorithm) is not ClientAlgorithm or self.stages.keeps or keeps(self.experiment)
         return bool(self.roles.personal) or remembers
 
 
 def open_node(context: Context) -> Node:
-    """The node of this process for the experiment in the run configuration; made once a process."""
+    """The node for the experiment in the run configuration; cached, so each process makes it once."""
     simulated = bool(context.node_config.get("simulated", False))
     nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
     shared = str(context.node_config.get("data", ""))
@@ -101,7 +102,7 @@ def open_node(context: Context) -> Node:
 
 @functools.lru_cache(maxsize=8)
 def _resolved(flat: str) -> str:
-    """The whole experiment, however it was given, with all defaults."""
+    """The experiment with all defaults filled in, as JSON."""
     return json.dumps(to_flat(from_flat(json.loads(flat))))
 
 
@@ -110,9 +111,10 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     for address in shared.split():
         try:
             find(address)
-        except OSError as error:  # then this process reads the data by itself
-            log.warning("the data in the machine's memory cannot be opened: %s", error)
+        except OSError as error:  # this process then reads the data itself
+            log.warning("cannot open the data in shared memory, so this process reads the files: %s", error)
     experiment = settle(from_flat(json.loads(flat)))
+    check(experiment)
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     check_device(experiment)
@@ -120,7 +122,7 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
-    # Deployed clients keep their states on disk; so do those of a cluster, whose machines share no memory.
+    # Only a simulation on one machine keeps states in memory: machines of a cluster share none.
     in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
     trainers, stages = trainers_of(experiment, seen), stages_of(experiment, parts)
@@ -141,9 +143,9 @@ def hosted_here(context: Context, clients: int) -> range:
 
 
 def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], Answer]) -> list[Answer]:
-    """Let each client answer in context. One that raises costs itself only: its answer is its id and its traceback.
+    """Answer the requests in order. If a client raises, its own answer is the traceback, and the others continue.
 
-    Under DP the kind of the error alone leaves, but for what the ledger says; the rest goes to the node's log.
+    Under DP only the error's type leaves (and a LedgerFault's text); the node's log has the rest.
     """
     answers = []
     for request in requests:
@@ -151,27 +153,26 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
             answers.append(handler(node, request))
         except LedgerFault as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
-        except Exception as error:  # whatever a client's data or model does, the others go on
+        except Exception as error:  # any error of a client's data or model is that client's alone
             if not allowed(node.experiment, "errors"):
                 log.exception("client %d failed", request.client)
-                told = f"{type(error).__name__}; the rest is in the node's log, or write privacy.release = errors"
-                answers.append(Answer(request.client, error=f"client {request.client}: {told}"))
-                continue
-            answers.append(Answer(request.client, error=f"client {request.client}: {traceback.format_exc()}"))
+                text = f"{type(error).__name__}; see the node's log, or write privacy.release = errors"
+            else:
+                text = traceback.format_exc()
+            answers.append(Answer(request.client, error=f"client {request.client}: {text}"))
     return answers
 
 
 def train_client(node: Node, request: Request) -> Answer:
-    """One client's part of a round: score the model it would use, take its context, store what is its own, reply the rest.
+    """Run one client's round: evaluate its model if asked, train it, store its personal state, and return its answer.
 
-    The answer holds arrays (the shared ones after training and what the algorithm sends beside them, without those of
-    heads that no training sample has), "metrics" (num-examples in all and for each target, steps, loss of each
-    target, and what the algorithm adds) and, if the message asks for it, "evaluation" (target/metric of the model that
-    the client would use, on its test part).
+    The answer has arrays (the trained shared ones and the algorithm's auxiliary ones, without heads for which the client
+    has no labels), "metrics" (num-examples in all and by target, steps, loss by target, and the algorithm's own) and, if
+    the request asks for it, "evaluation" (target/metric of the model that the client would use, on its test part).
 
-    Under example-level and local DP the release is charged before anything else happens, and "ledger" says what the
-    client's ledger then holds; if the budget does not allow the release, that is all, with "exhausted", the reason. What
-    else is in a reply under DP is what `meadow.privacy.releases.allowed` lets out; each client weighs 1.
+    Under example-level and local DP the release is charged first, and "ledger" reports the ledger's new state. If the
+    budget does not allow the release, the answer has only "ledger", with the reason as "exhausted". Under DP the answer
+    has only what `meadow.privacy.releases.allowed` permits, and every client weighs 1.
     """
     config, client, experiment = request.config, request.client, node.experiment
     node.clock.now("open")
@@ -194,8 +195,9 @@ def train_client(node: Node, request: Request) -> Answer:
     node.clock.now("train")
     result = node.algorithm.train(context)
     node.clock.now("write")
-    reply["metrics"], sent_beside = _metrics(node, context, result), flat(result.auxiliary)
-    weights = name_weights(reply["metrics"], [*node.roles.shared, *sent_beside])
+    _refuse_undeclared(experiment, result)
+    reply["metrics"], auxiliary = _metrics(node, context, result), flat(result.auxiliary)
+    weights = name_weights(reply["metrics"], [*node.roles.shared, *auxiliary])
     trained = {name: result.model[name] for name in node.roles.shared}
     noise = _noise(node, client, release)
     left = node.stages.leave(trained, client, context.round, context.received, weights, noise, context.memory)
@@ -203,23 +205,22 @@ def train_client(node: Node, request: Request) -> Answer:
     lasting |= context.remembered | left.memory
     if lasting:
         attempt, void = config.get("attempt", 1), config.get("void", [])
-        _store(node, request).save(client, context.round, lasting, config["keep-from"], attempt, void)
+        store_of(node, config["run"]).save(client, context.round, lasting, config["keep-from"], attempt, void)
     node.clock.now("reduce")
-    beside = {name: value for name, value in sent_beside.items() if weights[name] > 0}
-    return Answer(client, reply, left.arrays | beside)
+    return Answer(client, reply, left.arrays | {name: a for name, a in auxiliary.items() if weights[name] > 0})
 
 
 def _metrics(node: Node, context: LocalContext, result: ClientResult) -> dict[str, Any]:
-    """What a client says of its training, as far as it may leave."""
+    """The metrics of a client's training that may leave."""
     known = context.permit is not None or allowed(node.experiment, "samples")
     steps = result.fitted.steps if known else 0
-    told = allowed(node.experiment, "loss")
-    losses = {f"loss/{target}": value for target, value in result.fitted.losses.items() if told}
+    reported = result.fitted.losses if allowed(node.experiment, "loss") else {}
+    losses = {f"loss/{target}": value for target, value in reported.items()}
     return {**samples(node, context.client, context.data), "steps": steps, **result.metrics, **losses}
 
 
 def _noise(node: Node, client: int, release: Allowed | None) -> Callable[[Arrays, Arrays], Arrays] | None:
-    """Of arrays that learn, (received, trained) -> what may leave by a release that is charged."""
+    """The noise of a charged release: (received, trained) -> arrays that may leave, of the arrays that learn."""
     if release is None:
         return None
 
@@ -231,8 +232,19 @@ def _noise(node: Node, client: int, release: Allowed | None) -> Callable[[Arrays
     return noised
 
 
+def _refuse_undeclared(experiment: Experiment, result: ClientResult) -> None:
+    """Raise UserError if the algorithm, under DP, sends more than the model and its declared auxiliary arrays."""
+    name = experiment.strategy.name
+    extra = sorted({*result.auxiliary} - {*algorithm(name).sends}) + sorted(result.metrics)
+    if extra and experiment.privacy.unit != "none":
+        raise UserError(
+            f'privacy.unit = "{experiment.privacy.unit}" with strategy.name = "{name}": its clients send {", ".join(extra)} '
+            "without declaring it; leave it out, or name auxiliary arrays in Algorithm.sends"
+        )
+
+
 def samples(node: Node, client: int, data: Data) -> dict[str, int]:
-    """The training samples, in all and of each target; where they are nobody's business, 1 and which targets are held."""
+    """Training samples in all and by target; where they are private, 1 in all, and by target 1 if the client has it."""
     if allowed(node.experiment, "samples"):
         return {"num-examples": len(data)} | {
             f"num-examples/{t.name}": t.labelled(data.y[t.name]) for t in node.task.targets
@@ -243,18 +255,15 @@ def samples(node: Node, client: int, data: Data) -> dict[str, int]:
 
 
 def evaluate_client(node: Node, request: Request) -> Answer:
-    """Score the model that the client would use, on its test part; after local fine-tuning too, if that is set.
+    """Evaluate the model that the client would use on its test part, and again after local fine-tuning if that is set.
 
-    The answer holds "evaluation" (model/target/metric, model being "used" or "finetuned"), "identity" (SHA-256 of what
-    the client has of its own, and whether it has anything) and, if the message asks for a thorough evaluation,
-    "confusion" (of the used model, by class target: its confusion counts, row after row) and, if evaluate.on names it,
-    the model "source" in "evaluation": the used one on the source task's test set. Under DP, only what
-    `meadow.privacy.releases.allowed` lets out.
+    The answer has "evaluation" (model/target/metric; model is "used" or "finetuned") and "identity" (SHA-256 of the
+    client's personal state, and whether it has any). A thorough evaluation adds "confusion" (of the used model, by class
+    target: the counts, row by row) and, if evaluate.on has it, "source" in "evaluation": the used model on the source
+    task's test set. Under DP only what `meadow.privacy.releases.allowed` permits.
     """
-    config = request.config
-    round_ = config["round"]
-    context = open_context(node, request, before=round_ + 1)
-    client, own, seen = request.client, node.task.client(request.client), node.view
+    config, client, own, seen = request.config, request.client, node.task.client(request.client), node.view
+    context = open_context(node, request, before=config["round"] + 1)
     lasting = context.personal | flat(context.memory)
     sha256 = arrays_sha256(lasting) if allowed(node.experiment, "hashes") else ""
     reply: dict[str, Values] = {"identity": {"personal": sha256, "trained": bool(lasting)}}
@@ -274,8 +283,8 @@ def evaluate_client(node: Node, request: Request) -> Answer:
     if config["finetune"]:
         epochs = node.experiment.evaluate.fine_tune_epochs
         data = seen.data(f"{client}/train", own.train)
-        beside = Beside(context.validation, dict(context.memory.get(LOOP, {})), context.source)
-        train(seen.model, data, seen.task, node.experiment, round_ + 1, client, epochs, beside=beside)
+        extras = Extras(context.validation, dict(context.memory.get(LOOP, {})), context.source)
+        train(seen.model, data, seen.task, node.experiment, config["round"] + 1, client, epochs, extras=extras)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
     reply["evaluation"] = scores
@@ -283,12 +292,12 @@ def evaluate_client(node: Node, request: Request) -> Answer:
 
 
 def open_context(node: Node, request: Request, before: int, pooled: bool = False) -> LocalContext:
-    """What the client has at the start of a round: what was received, and what its rounds earlier than `before` left.
+    """The client's context at the start of a round: the received arrays, and its state from rounds before `before`.
 
-    `pooled`: its data is that of all clients. The received model is in place when this returns.
+    `pooled`: its data are those of all clients. On return the model holds the arrays that the client starts from.
     """
     config, client, seen = request.config, request.client, node.view
-    store = _store(node, request)
+    store = store_of(node, config["run"])
     received, sent_along = split_auxiliary(request.arrays)
     personal, memory = split_auxiliary(store.load(client, before, config.get("void", [])))
     context = LocalContext(
@@ -319,7 +328,7 @@ def open_context(node: Node, request: Request, before: int, pooled: bool = False
 
 
 def _validation(node: Node, client: int) -> Data | None:
-    """The client's validation part, as far as the settings ask for it."""
+    """The client's validation part; None if no setting uses it or it is empty."""
     plan, task = node.experiment.local, node.task
     if not (plan.patience or plan.schedule == "plateau"):
         return None
@@ -332,7 +341,7 @@ def _validation(node: Node, client: int) -> Data | None:
 
 
 def _source(node: Node, client: int) -> Data | None:
-    """The source domain's samples that the client has beside its own, as far as the settings ask for it."""
+    """The source domain's samples that the client trains on as well; None without `[adapt]`."""
     experiment, pooled = node.experiment, node.experiment.run.placement == "pooled"
     if experiment.adapt.method == "none":
         return None
@@ -342,24 +351,20 @@ def _source(node: Node, client: int) -> Data | None:
 
 
 def size_of(node: Node, client: int) -> int:
-    """The training samples that the client may have had in this round."""
+    """Number of samples that the client trains on: its own, or all if pooled."""
     pooled = node.experiment.run.placement == "pooled"
     return len(node.task.pool() if pooled else node.task.client(client).train)
 
 
-def _store(node: Node, request: Request) -> Store:
-    return store_of(node, request.config["run"])
-
-
 def store_of(node: Node, run: str) -> Store:
-    """The node's store of a run; made once, because it counts what it keeps in memory."""
+    """The node's store of a run; one object, because it counts the bytes that it keeps in memory."""
     if run not in node._stores:
         node._stores[run] = Store(node.state_root, run, node.memory)
     return node._stores[run]
 
 
 def _base(node: Node, store: Store) -> Arrays:
-    """What the client starts from besides the shared arrays: sent once if pretrained, else derived from the seed."""
+    """The arrays that every client starts from: sent once if pretrained, else derived from the seed."""
     if store.run not in node._bases:
         node._bases[store.run] = store.base() if node.experiment.task.pretrained else initial_state(node.experiment)
     return node._bases[store.run]

@@ -1,5 +1,4 @@
-"""Who will train, before a run: an algorithm takes two rounds with a client whose training does nothing but note what it is
-asked for."""
+"""Forecast which trainers a run will use: run two rounds of one client with a trainer that only records its calls."""
 
 from dataclasses import dataclass, field, replace
 
@@ -18,19 +17,16 @@ from meadow.tasks.task import Task
 
 
 @dataclass
-class Notes:
-    """A trainer that trains nothing. kinds: whether each training came with a correction, and with a term."""
+class Recorder:
+    """A trainer that trains nothing. kinds: (has a correction, has a term) of each training that was asked for."""
 
     kinds: dict[tuple[bool, bool], None] = field(default_factory=dict)
     name: str = "rehearsal"
-    blocks_at_once: int = 0
 
     def why_not(self, job: Job) -> str:
-        """It takes everything."""
         return ""
 
     def train(self, model: nn.Module, training: Training) -> Trained:
-        """Note what it is asked for."""
         self.kinds[training.correct is not None, training.term is not None] = None
         return Trained(steps_of(training.plan, len(training.data), training.epochs), {})
 
@@ -43,24 +39,24 @@ def forecast(
     algorithm: ClientAlgorithm,
     auxiliary: Kinds,
 ) -> list[Choice]:
-    """Who will train the clients of a run, and why faster trainers will not: an entry for each kind of training that its
-    algorithm asks for. auxiliary: what the server sends beside the model. Raises UserError where `engine.trainer` names one
-    that cannot.
+    """The trainer of each kind of training that the algorithm asks for, and why faster trainers are passed over.
+
+    auxiliary: the auxiliary arrays that the server sends. Raises UserError if `engine.trainer` names a trainer that
+    cannot do one of them.
     """
     seen = view(task, model, frozen=roles.trunk_is_frozen)
     trainers = trainers_of(experiment, seen)
     if (plain := trainers.chosen()).trainer is trainers.loop:
-        return [plain]  # whatever the algorithm adds
-    start, notes = initial_state(experiment), Notes()
-    data = task.client(0).train
+        return [plain]  # and any other kind too
+    start, recorder = initial_state(experiment), Recorder()
     context = LocalContext(
         experiment=experiment,
         task=seen.task,
         roles=roles,
         whole=model,
         model=seen.model,
-        trainers=Trainers(trainers.job, seen.task, [notes], trainers.loop),
-        data=data,
+        trainers=Trainers(trainers.job, seen.task, [recorder], trainers.loop),
+        data=task.client(0).train,
         round=1,
         client=0,
         received={name: start[name] for name in roles.shared},
@@ -69,14 +65,14 @@ def forecast(
         base=lambda: start,
         personal={},
     )
-    for _ in range(2):  # some act only on what their last round left
+    for _ in range(2):  # some algorithms act only on the memory of an earlier round
         context.load(context.start())
         context = replace(context, memory={**context.memory, **algorithm.train(context).memory})
     some_missing = not task.held.all() or not all(
         bool(t.known(task.dataset.train.y[t.name]).all()) for t in task.targets
     )
     found = list[Choice]()
-    for kind in notes.kinds:
+    for kind in recorder.kinds:
         found.append(trainers.chosen(*kind))
         if some_missing and found[-1].by_labels:
             found.append(trainers.chosen(*kind, complete=False))

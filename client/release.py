@@ -1,6 +1,6 @@
-"""A client's private release: whether its budget allows it, the ledger entry that it costs, and the noise that it gets.
+"""A client's private release: check its budget, charge its ledger, and noise its update.
 
-All that a server sends may be wrong. The client alone decides, by its own ledger, whether it trains and with which noise.
+The client does not trust the server: its own ledger decides whether it trains, and with which noise.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from meadow.runtime.identity import code_sha256, versions
 
 
 class Exhausted(Exception):
-    """The next release would cost more than is left of the budget. `state` is what the server is told of the ledger."""
+    """The next release would exceed the budget. `state`: what the client reports to the server about its ledger."""
 
     def __init__(self, reason: str, state: Values) -> None:
         super().__init__(reason)
@@ -47,7 +47,7 @@ class Exhausted(Exception):
 
 @dataclass(frozen=True)
 class Keeper:
-    """What a node keeps its clients' ledgers with. `simulated`: secrets derive from the run's seed, and are none."""
+    """Opens the ledgers and secrets of a node's clients. `simulated`: secrets derive from the seed and protect nothing."""
 
     experiment: Experiment
     root: Path
@@ -56,12 +56,12 @@ class Keeper:
     simulated: bool
 
     def ledger(self, client: int) -> Ledger:
-        """The client's ledger, by the client's number and the data's identity, over all runs below this root."""
+        """The ledger of this client number and this data set, over all runs below `root`."""
         owner = "pool" if self.experiment.run.placement == "pooled" else "clients"
         return Ledger(self.root / "ledgers" / owner, client, self.data_sha256)
 
     def secret(self, client: int) -> bytes:
-        """What the client's noise derives from: 32 bytes that no one else has, but in a simulation, so that runs repeat."""
+        """The 32 secret bytes that the client's noise derives from; in a simulation from the seed, so that runs repeat."""
         if self.simulated:
             return simulated_secret(self.experiment.run.seed, client)
         return secret(self.root / "ledgers")
@@ -69,8 +69,8 @@ class Keeper:
 
 @dataclass(frozen=True)
 class Allowed:
-    """A release that is charged and may be made: the ledger's entry, what seeds its noise, and the noise it was charged
-    with (unit = "local": z, in units of the clip). `permit` is what trains it if the unit is an example."""
+    """A charged release, which may leave. noise_multiplier: what it was charged with (unit = "local": z, in units of the
+    clip). permit: trains it if unit = "example"."""
 
     charged: Charged
     state: Values
@@ -82,13 +82,12 @@ class Allowed:
 def charge(
     keeper: Keeper, known: Values | None, round_: int, client: int, start: Mapping[str, Any], work: float = 1.0
 ) -> Allowed:
-    """Charge the client's next release, so that on return its entry is on the disk.
+    """Charge the client's next release. On return its entry is on disk.
 
-    `known`: what the server last heard of the client's ledger. `start`: all arrays that training starts from, by name.
-    `work`: the share of its steps that the client is told to take:
-    another share is another release, since the same noise on another update would let their difference out bare. Raises
-    LedgerFault if the ledger is not what it was, and Exhausted if the budget does not allow the release; nothing is
-    charged then.
+    `known`: the ledger's state as the server last heard it. `start`: all arrays that training starts from, by name.
+    `work`: the share of its steps that the client takes. Another share is another release: the same noise on two updates
+    would reveal their difference. Raises LedgerFault if the ledger was changed or lost, and Exhausted if the budget does
+    not allow the release; nothing is charged then.
     """
     experiment, privacy = keeper.experiment, keeper.experiment.privacy
     ledger, mark, run = keeper.ledger(client), _mark(known), _run(keeper)
@@ -121,9 +120,9 @@ def charge(
 
 
 def noised_update(experiment: Experiment, allowed: Allowed, received: Arrays, trained: Arrays) -> Arrays:
-    """What leaves under local DP: what was received, plus the clipped and noised update; dtypes as received.
+    """The arrays that leave under local DP: those received plus the clipped and noised update, dtypes as received.
 
-    `received` and `trained`: the arrays that are shared and learned, by name.
+    `received` and `trained`: the arrays that are shared and learn, by name.
     """
     bound = experiment.privacy.clip
     generator = np.random.Generator(np.random.Philox(allowed.noise_seed))
@@ -132,12 +131,12 @@ def noised_update(experiment: Experiment, allowed: Allowed, received: Arrays, tr
 
 
 def _mark(known: Values | None) -> Mark | None:
-    """What the server says that it last heard of the ledger."""
+    """The ledger's mark as the server last heard it."""
     return Mark(int(known["entries"]), str(known["sha256"])) if known else None
 
 
 def _state(keeper: Keeper, mark: Mark, spent: float) -> Values:
-    """What the server is told of the ledger, all of it public: how many releases, what they cost, the newest one's hash."""
+    """What the client reports about its ledger, all public: number of releases, newest entry's hash, epsilon spent."""
     return {"entries": mark.entries, "sha256": mark.sha256, "epsilon": spent, "secret": not keeper.simulated}
 
 
@@ -147,13 +146,13 @@ def _spent(experiment: Experiment, ledger: Ledger, unit: str) -> float:
 
 
 def _run(keeper: Keeper) -> str:
-    """A hash of every setting that has a part in the release. With a real secret also of the code and the versions: two
-    different computations with the same noise would let their difference out bare."""
+    """A hash of every setting that affects the release. With a real secret also of code and versions: the same noise on the
+    results of two computations would reveal their difference."""
     settings: dict[str, Any] = {
         key: value
         for key, value in to_flat(keeper.experiment).items()
         if key not in ("run.name", "run.listeners")
-        and not (key == "strategy.stages" and not value)  # so an older ledger's releases are still the same
+        and not (key == "strategy.stages" and not value)  # keeps the hashes of ledgers older than this setting
         and not (keeper.simulated and key.startswith("engine."))
     }
     if not keeper.simulated:

@@ -1,14 +1,14 @@
-"""The client's store: personal layers by run, client and round, on disk or in this machine's memory. They never travel.
+"""Clients' personal states by run, client and round, on disk or in shared memory. They never travel.
 
-Flower's `Context.state` is lost when a SuperNode restarts, so state lives in files. Each is written before the reply
-leaves, under the round that made it. A resumed server may go back to any checkpoint that it still holds, and a client
-must then start from the state of that round; so states newer than the server's oldest checkpoint are kept.
+Flower's `Context.state` is lost when a SuperNode restarts, so states are files, each written before the reply leaves. A
+resumed server may return to any checkpoint that it still has, and its clients must then start from their states of that
+round; so states newer than the server's oldest checkpoint are kept.
 
-A disk takes longer over a state than a small client over its training. So a simulation may keep states in files of shared
-memory (`engine.state_memory`): they outlive every process, however it ends, and are moved to disk when the run has ended.
-Only a restart of the machine loses them. (They cannot be segments of `meadow/arrays/memory.py`: these end with the command
-that made them, so a killed run would lose its clients.) A mark on disk says that they were there, and who finds it
-without them refuses to go on. What does not fit goes to disk.
+Writing a state to disk can take longer than training a small client. A simulation may therefore keep states in files in
+shared memory (`engine.state_memory`). They survive the end of any process and move to disk when the run ends; only a
+restart of the machine loses them. A mark on disk records that they exist: a process that finds the mark without them raises
+an error. States that do not fit go to disk. (Segments of `meadow/arrays/memory.py` would not do: they end with the command
+that made them, so a killed run would lose its clients.)
 """
 
 import os
@@ -28,15 +28,15 @@ SHARED_MEMORY = Path("/dev/shm")
 _PATTERN = "round-*.safetensors"
 _MARK = "in-memory"
 _FRESH = 600.0
-"""Seconds in which a run may have marked its memory and not yet its folder."""
+"""Seconds that may pass between the mark in memory and the mark in the run's folder."""
 
 Key = tuple[int, int]
-"""The round and the attempt at it that made a state."""
+"""Round and attempt that made a state."""
 
 
 @dataclass
 class Store:
-    """State files of one run below `root`: what arrived once for all (base), and each client's personal arrays.
+    """State files of one run below `root`: the base arrays, and each client's personal arrays.
 
     `memory`: bytes of states that this process may keep in shared memory; 0: all go to disk.
     """
@@ -48,20 +48,19 @@ class Store:
     _marked: bool = field(default=False, repr=False)
 
     def put_base(self, arrays: Arrays) -> None:
-        """Keep the arrays that every client starts from and that do not travel in the rounds."""
+        """Store the arrays that every client starts from."""
         write_arrays(self._folder / "base.safetensors", arrays)
 
     def base(self) -> Arrays:
-        """What `put_base` kept. Raises DamagedFile if this node never joined the run."""
+        """The arrays of `put_base`. Raises DamagedFile if this node never joined the run."""
         return read_arrays(self._folder / "base.safetensors")
 
     def load(self, client: int, before: int, void: Collection[str] = ()) -> Arrays:
-        """The client's arrays as its last round earlier than `before` left them; empty if there was none.
+        """The client's newest arrays from a round before `before`; empty if there are none.
 
-        `void`: attempts at rounds that did not count, "ROUND.ATTEMPT"; what they left is as if it were not there, and so is
-        what an attempt after the one that counted left (a server was stopped in it, and began the round anew). Raises
-        DamagedFile if the file is torn or changed, or was in memory that is lost: training on would silently lose what the
-        client learned.
+        `void`: discarded attempts at rounds, "ROUND.ATTEMPT"; their states are ignored, and so is the state of an attempt
+        later than the one that counted (the server was stopped in it and began the round again). Raises DamagedFile if
+        the file is damaged or was in lost memory: to continue would silently forget what the client learned.
         """
         files = self._files(client)
         kept = [key for key in sorted(files) if key[0] < before and _counts(key, void)]
@@ -79,9 +78,9 @@ class Store:
         attempt: int = 1,
         void: Collection[str] = (),
     ) -> None:
-        """Keep the state after `round_`, and delete those that no server can come back to.
+        """Store the state after `round_`, and delete the states that no server can return to.
 
-        `keep_from`: the round of the server's oldest checkpoint. The newest state not after it must stay as well.
+        `keep_from`: the round of the server's oldest checkpoint. The newest state up to that round is kept as well.
         """
         files, key = self._files(client), (round_, attempt)
         past = sorted(k for k in {*files, key} if k[0] <= keep_from)
@@ -104,14 +103,14 @@ class Store:
             path.unlink()
 
     def settle(self, clients: Container[int]) -> None:
-        """Move the clients' states from memory to disk: the run has ended, and the machine may be restarted."""
+        """Move the clients' states from memory to disk, at the end of the run."""
         for folder in _clients_in(self._in_memory):
             if int(folder.name) not in clients:
                 continue
             for path in sorted(folder.glob(_PATTERN)):
                 write_arrays(self._on_disk(int(folder.name)) / path.name, _read(path))
             shutil.rmtree(folder)
-        if self._in_memory.exists() and not _clients_in(self._in_memory):  # other nodes have settled theirs
+        if self._in_memory.exists() and not _clients_in(self._in_memory):  # no other node has states left here
             (self._folder / _MARK).unlink(missing_ok=True)
             shutil.rmtree(self._in_memory, ignore_errors=True)
             self._used, self._marked = 0, False
@@ -128,7 +127,7 @@ class Store:
         return SHARED_MEMORY / f"meadow-{os.getuid()}" / self.run
 
     def _files(self, client: int) -> dict[Key, Path]:
-        """The client's states, wherever they are. One that is in both places is whole in both, and the same."""
+        """The client's state files, on disk and in memory. A state in both places is complete and equal in both."""
         self._check()
         places = [self._on_disk(client)]
         if self._marked:
@@ -136,7 +135,7 @@ class Store:
         return {_key(path): path for place in places for path in place.glob(_PATTERN)}
 
     def _mark(self) -> bool:
-        """Say on disk that states are in memory, before the first is; false if the memory is somebody else's."""
+        """Mark on disk that states are in memory, before the first one is. False if another user owns that memory."""
         if self._marked:
             return True
         place = self._in_memory.parent
@@ -155,13 +154,13 @@ class Store:
             return
         if not (self._in_memory / _MARK).exists():
             raise DamagedFile(
-                f"{self._folder}: clients' states were in this machine's memory and are lost (was it restarted?): start the "
-                "run anew; engine.state_memory = 0 keeps them on disk"
+                f"{self._folder}: the clients' states were in shared memory and are lost (did the machine restart?): "
+                "start a new run; engine.state_memory = 0 keeps states on disk"
             )
         self._adopt()
 
     def _adopt(self) -> None:
-        """Count what an earlier process left, though some of it may be of other nodes: the limit is kept all the same."""
+        """Count the states already in memory towards the limit, including those of other nodes."""
         self._marked = True
         self._used = sum(path.stat().st_size for c in _clients_in(self._in_memory) for path in c.glob(_PATTERN))
 
@@ -193,9 +192,9 @@ def _key(path: Path) -> Key:
 
 
 def _write(path: Path, arrays: Arrays, spare: Path | None) -> int:
-    """Write arrays to shared memory, whole or not at all whenever this process ends; returns the bytes that it takes.
+    """Write arrays to a file in shared memory, atomically, and return its size in bytes.
 
-    `spare`: a file that is not needed any more; its memory is used again, five times as fast as new memory.
+    `spare`: an obsolete file whose memory is reused, which is five times as fast as new memory.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -217,7 +216,7 @@ def _write(path: Path, arrays: Arrays, spare: Path | None) -> int:
 
 
 def _read(path: Path) -> Arrays:
-    """What `_write` wrote. Raises DamagedFile if it cannot be read."""
+    """Read a file of `_write`. Raises DamagedFile if it cannot be read."""
     try:
         return decode(np.fromfile(path, np.uint8).data)
     except (OSError, DamagedArrays) as error:
@@ -225,6 +224,6 @@ def _read(path: Path) -> Arrays:
 
 
 def _counts(key: Key, void: Collection[str]) -> bool:
-    """Whether a (round, attempt) is the one that counted: the first after all that did not."""
+    """Whether this attempt at its round is the one that counted: the first after the discarded ones."""
     round_, attempt = key
     return attempt == 1 + sum(entry.startswith(f"{round_}.") for entry in void)

@@ -1,1 +1,1 @@
-"""What runs in the containers beside Flower's own programs: keys, the entry of each service, the submission of the run."""
+"""Programs of the containers in addition to Flower's own: keys, the entry of each service, the submission of the run."""

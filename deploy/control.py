@@ -1,11 +1,11 @@
 """The operator's side of the SuperLink: who may take part. `python -m deploy.control list | register | revoke NODE`.
 
-register  every public key in the coordinator's keys (NODE.pub); one that is known already stays so
-revoke    a node, at once and for good: its key can never be registered again; a new key for it: `deploy/keys.py`
-list      name, status and Flower's id of each
+register  registers every new public key in the coordinator's keys (NODE.pub)
+revoke    bars a node, at once and for good: its key cannot be registered again; `deploy/keys.py` makes a new one
+list      prints each node's name, status and Flower id
 
-The calls are those of the `flwr` command, by Flower's own client (flwr 1.41, `supercore/control`), in one
-process where each command starts a Python of its own.
+It makes the same calls as the `flwr` command, with Flower's own client (flwr 1.41, `supercore/control`), but all in one
+process, where each `flwr` command would start its own Python.
 """
 
 import json
@@ -39,13 +39,13 @@ REVOKED = "unregistered"
 
 
 def log(event: str, level: str = "INFO", **facts: object) -> None:
-    """One line an event."""
+    """Log an event as one line."""
     service = os.environ.get("MEADOW_SERVICE", "run")
     tell(" ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]))
 
 
 def connect() -> None:
-    """Tell Flower's command where the SuperLink is, and whom to trust."""
+    """Configure Flower's command with the SuperLink's address and the CA to trust."""
     home = (STATE / "flwr").absolute()
     os.environ["FLWR_HOME"] = str(home)
     home.mkdir(parents=True, exist_ok=True)
@@ -55,33 +55,33 @@ def connect() -> None:
 
 @cache
 def _superlink() -> ControlHttpClient:
-    # The SuperLink refuses a client of another version of Flower, and the client then says so.
+    # The SuperLink refuses clients of another Flower version; the client then reports that.
     version = RuntimeVersionHttpInterceptor(component_name="flwr CLI")
     return ControlHttpClient.from_server_address(ADDRESS, False, (KEYS / "ca.crt").read_bytes(), [version])
 
 
 def nodes() -> list[NodeInfo]:
-    """Every node that was ever registered. Raises httpx.HTTPError if the SuperLink does not answer."""
+    """All nodes ever registered. Raises httpx.HTTPError if the SuperLink does not answer."""
     return list(_superlink().ListNodes(ListNodesRequest()).nodes_info)
 
 
 def newest_run() -> Run | None:
-    """The run that was submitted last; None if there is none. Raises httpx.HTTPError if the SuperLink does not answer."""
+    """The run submitted last, or None. Raises httpx.HTTPError if the SuperLink does not answer."""
     runs = _superlink().ListRuns(ListRunsRequest(limit=1)).run_dict
     return next(iter(runs.values()), None)
 
 
 def stop(run: Run) -> None:
-    """Stop a run. Raises httpx.HTTPError if the SuperLink does not answer, or the run has ended."""
+    """Stop a run. Raises httpx.HTTPError if the SuperLink does not answer or the run has ended."""
     _superlink().StopRun(StopRunRequest(run_id=run.run_id))
 
 
 def register() -> int:
-    """Register every key that is not known yet; how many nodes may take part."""
+    """Register every new key; return the number of nodes that may take part."""
     status = {node.public_key: node.status for node in nodes()}
     admitted = 0
     for path in sorted(KEYS.glob("*.pub")):
-        # As `flwr supernode register` sends it.
+        # The format that `flwr supernode register` sends.
         key = load_ssh_public_key(path.read_bytes()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
         if key not in status:
             request = RegisterNodeRequest(public_key=key, name=path.stem)
@@ -93,7 +93,7 @@ def register() -> int:
 
 
 def revoke(name: str) -> int:
-    """Revoke a node: every key that was registered under its name. The exit status."""
+    """Revoke every key registered under a node's name; return the exit status."""
     known = nodes()
     admitted = [node for node in known if node.name == name and node.status != REVOKED]
     for node in admitted:
@@ -101,17 +101,22 @@ def revoke(name: str) -> int:
         log("revoke", node=name, id=node.node_id)
     if not admitted:
         there = sorted({node.name for node in known if node.status != REVOKED})
-        log("revoke", level="ERROR", node=name, answer=json.dumps(f"no such node; there are: {', '.join(there)}"))
+        log(
+            "revoke",
+            level="ERROR",
+            node=name,
+            answer=json.dumps(f"no such node; the registered ones are {', '.join(there)}"),
+        )
     return 0 if admitted else 1
 
 
 def online() -> int:
-    """How many SuperNodes are online. Raises httpx.HTTPError if the SuperLink does not answer."""
+    """The number of SuperNodes online. Raises httpx.HTTPError if the SuperLink does not answer."""
     return sum(node.status == "online" for node in nodes())
 
 
 def main(words: list[str]) -> int:
-    """The exit status."""
+    """Run a command; return the exit status."""
     try:
         match words:
             case ["list"]:

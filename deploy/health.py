@@ -1,4 +1,4 @@
-"""Health of a service: `python -m deploy.health URL` ends with 0 if URL answers 200, by TLS with the federation's CA."""
+"""Health check of a service: `python -m deploy.health URL` exits with 0 if URL answers 200. TLS uses the federation's CA."""
 
 import os
 import ssl
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main(url: str) -> int:
-    """0 if the service is well, 1 if not."""
+    """Return 0 if the service is healthy, else 1."""
     ca = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys/ca.crt"
     context = ssl.create_default_context(cafile=str(ca)) if url.startswith("https") else None
     try:

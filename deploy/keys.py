@@ -1,12 +1,12 @@
-"""Certificates and keys of a federation, made once: `python -m deploy.keys FOLDER NODE...`.
+"""Makes the certificates and keys of a federation: `python -m deploy.keys FOLDER NODE...`.
 
-FOLDER/coordinator  what the coordinator's machine needs: the CA's certificate and key, the server's certificate and key,
-                    the secret between SuperLink and SuperExec, and the public key of every node
-FOLDER/NODE         what one node's machine needs: the CA's certificate, and this node's own private key
+FOLDER/coordinator  for the coordinator's machine: the CA's certificate and key, the server's certificate and key, the secret
+                    shared by SuperLink and SuperExec, and the public key of every node
+FOLDER/NODE         for one node's machine: the CA's certificate and the node's own private key
 
-What exists is kept, so that a second start changes nothing, and a new node gets its key beside the others; what was deleted
-is made anew. So is a certificate of the server that is not the CA's, lacks a name, or ends within a month. The names that
-it is good for: those of docker-compose.yml, and what MEADOW_SERVER_NAMES adds, "a.example,10.0.0.7".
+Existing files are kept, so a second start changes nothing; missing files are made. The server's certificate is also made
+again if the CA did not issue it, a name is missing, or it expires within a month. Its names are those of docker-compose.yml
+and those in MEADOW_SERVER_NAMES ("a.example,10.0.0.7").
 """
 
 import datetime
@@ -25,13 +25,13 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 NAMES = ("superlink", "proxy", "localhost", "127.0.0.1")
 DAYS = 825
-"""Validity of the certificates."""
+"""Validity of the certificates in days."""
 RENEWAL = datetime.timedelta(days=30)
-"""A certificate that ends sooner is made anew."""
+"""A certificate that expires sooner is replaced."""
 
 
 def main(folder: Path, nodes: list[str], below: str = "", now: datetime.datetime | None = None) -> None:
-    """Make what is missing; `below`: a folder within each machine's own; `now`: the time, where it is not the clock's."""
+    """Make missing files. `below`: a subfolder of each machine's folder. `now`: replaces the clock's time."""
     coordinator = folder / "coordinator" / below
     coordinator.mkdir(parents=True, exist_ok=True)
     if not (coordinator / "ca.crt").exists():
@@ -68,7 +68,7 @@ def _authority(folder: Path) -> None:
 
 
 def _serves(folder: Path, names: list[str], now: datetime.datetime) -> bool:
-    """Whether there is a certificate of the server's that this CA issued, for all these names and a month from now on."""
+    """Whether the server has a certificate by this CA that has all these names and is valid for another month."""
     if not (folder / "server.crt").exists() or not (folder / "server.key").exists():
         return False
     certificate = x509.load_pem_x509_certificate((folder / "server.crt").read_bytes())
@@ -136,7 +136,7 @@ def _name(name: str) -> x509.GeneralName:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file that only its owner can read; whole or not at all."""
+    """Write a file that only its owner can read, atomically."""
     part = path.with_suffix(path.suffix + ".part")
     part.unlink(missing_ok=True)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

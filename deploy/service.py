@@ -1,11 +1,11 @@
 """The entry of a container: `python -m deploy.service superlink|serverapp|proxy|node`.
 
-It starts Flower's own program (or nginx) for that service with the settings of the environment, and ends it with status 0
-as soon as the run has ended, which `deploy/submit.py` says by writing the file that MEADOW_ENDED names (empty: never, as
-on a node that serves many runs). Any other end of the program is a failure, and the container is started again.
+It starts the service's own program (Flower's or nginx) with the settings of the environment. It ends with status 0 when the
+run has ended: `deploy/submit.py` then writes the file that MEADOW_ENDED names (empty: never, as on a node that serves many
+runs). If the program ends in any other way, the service has failed and its container restarts.
 
-The same without containers, as plain processes: MEADOW_OWN and MEADOW_HOME name the folders that are /own and /state there,
-and MEADOW_SUPERLINK, MEADOW_BIND, MEADOW_LISTEN, MEADOW_NODE_PORT the addresses (docs/deploy.md).
+Without containers the services are plain processes: MEADOW_OWN and MEADOW_HOME replace the folders /own and /state, and
+MEADOW_SUPERLINK, MEADOW_BIND, MEADOW_LISTEN and MEADOW_NODE_PORT set the addresses (docs/deploy.md).
 """
 
 import json
@@ -25,8 +25,8 @@ from meadow.runtime.logs import tell
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))
-MOURNING = 5.0
-"""Seconds that a node stays away after its process died, so that the ServerApp sees it and gives up the lost replies."""
+ABSENCE = 5.0
+"""Seconds that a restarted node waits, so that the ServerApp notices its death and stops waiting for its replies."""
 
 
 def superlink() -> list[str]:
@@ -51,7 +51,7 @@ def serverapp() -> list[str]:
 
 
 def proxy() -> list[str]:
-    """nginx before the SuperLink."""
+    """nginx in front of the SuperLink."""
     scratch = tempfile.mkdtemp(prefix="proxy-")
     words = {
         "KEYS": str(KEYS.absolute()),
@@ -80,13 +80,13 @@ def node() -> list[str]:
     ]
 
 
-def bury(node_id: int) -> bool:
-    """Tell the SuperLink that this node's process died; whether that was news.
+def report_death(node_id: int) -> bool:
+    """Tell the SuperLink that this node's earlier process died; return whether it was still registered as alive.
 
-    By itself Flower believes in a dead SuperNode for up to 60 s, waits for its reply, and refuses its successor. The call is
-    the one that a SuperNode makes when it ends in order (flwr 1.41, `supernode/fleet_http_connection.py`).
+    Otherwise Flower would take the dead SuperNode for alive for up to 60 s, wait for its reply, and refuse its successor. A
+    SuperNode makes the same call when it shuts down normally (flwr 1.41, `supernode/fleet_http_connection.py`).
     """
-    # Imported here: the other services start sooner without.
+    # Imported here so that the other services start sooner.
     import httpx
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -106,8 +106,8 @@ def bury(node_id: int) -> bool:
     return True
 
 
-def admit() -> None:
-    """Register the nodes' keys as soon as the SuperLink answers, so that no node comes too early and has to start twice."""
+def register_nodes() -> None:
+    """Register the nodes' keys as soon as the SuperLink answers, before a node connects and would have to restart."""
     import httpx
 
     from deploy import control
@@ -125,22 +125,22 @@ SERVICES = {"superlink": superlink, "serverapp": serverapp, "proxy": proxy, "nod
 
 
 def main(name: str) -> int:
-    """Run the service until it ends by itself or the run has ended; the exit status of the container."""
+    """Run the service until its program or the run ends; return the container's exit status."""
     os.environ["FLWR_HOME"] = str((STATE / "flwr").absolute())
     STATE.mkdir(parents=True, exist_ok=True)
     os.environ["MEADOW_SERVICE"] = name
     ended = os.environ.get("MEADOW_ENDED", "")
     tell(f"level=INFO service={name} event=start")
     last = STATE / "node-id"
-    if name == "node" and last.exists() and bury(int(last.read_text())):
+    if name == "node" and last.exists() and report_death(int(last.read_text())):
         tell("level=WARNING service=node event=died-before")
-        time.sleep(MOURNING)
+        time.sleep(ABSENCE)
     child = subprocess.Popen(
         SERVICES[name](), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    threading.Thread(target=_tell, args=(name, child.stdout), daemon=True).start()
+    threading.Thread(target=_relay, args=(name, child.stdout), daemon=True).start()
     if name == "superlink":
-        threading.Thread(target=admit, daemon=True).start()
+        threading.Thread(target=register_nodes, daemon=True).start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: child.terminate())
     while child.poll() is None:
@@ -162,9 +162,11 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b[ :]*")
 
 
-def _tell(name: str, lines: Iterable[str]) -> None:
-    """Print what the program says as one line an event: level, service, text. Calls that went well are left out: each node
-    asks every few seconds whether there is something to do."""
+def _relay(name: str, lines: Iterable[str]) -> None:
+    """Print the program's output as one line per event: level, service, text.
+
+    Successful calls are omitted, because each node polls for tasks every few seconds.
+    """
     for line in lines:
         if name == "node" and (found := _NODE_ID.search(line)):
             (STATE / "node-id").write_text(found.group(1))

@@ -1,9 +1,9 @@
-"""The one-shot service that prepares a start: keys and certificates, and each machine's share of the data.
+"""The one-shot service that prepares a start: keys, certificates, and each machine's share of the data.
 
-`python -m deploy.setup NODES`: below MEADOW_FEDERATION (in a container /volumes), `coordinator` and `node-0` .. get `keys/`
-(made once, `deploy/keys.py`) and `share/` (dealt anew for the experiment in MEADOW_EXPERIMENT and MEADOW_OVERRIDES,
-`meadow deal`). Where MEADOW_ENDED names a file, as under `docker compose up`, it then stays until that tells the run's end:
-`up --exit-code-from run` stops everything as soon as any container ends.
+`python -m deploy.setup NODES`: in MEADOW_FEDERATION (in a container /volumes), `coordinator` and `node-0` .. get `keys/`
+(made once by `deploy/keys.py`) and `share/` (made each time by `meadow deal`, for MEADOW_EXPERIMENT and MEADOW_OVERRIDES).
+If MEADOW_ENDED names a file, as under `docker compose up`, the service stays up until the file reports the end of the run,
+because `up --exit-code-from run` stops everything as soon as any container ends.
 """
 
 import os
@@ -17,20 +17,20 @@ from deploy import keys
 
 VOLUMES = Path(os.environ.get("MEADOW_FEDERATION", "/volumes"))
 READY = Path("/tmp/ready")
-"""There once all is prepared: what the container's health check looks for."""
+"""Exists once everything is prepared; the container's health check looks for it."""
 
 
 def main(nodes: int) -> int:
-    """Prepare, and stay; the exit status of `meadow deal`."""
+    """Prepare everything, then wait if asked to; return the exit status of `meadow deal`."""
     ended = os.environ.get("MEADOW_ENDED", "")
-    if ended:  # what an earlier run left
+    if ended:  # left by an earlier run
         Path(ended).unlink(missing_ok=True)
     names = [f"node-{i}" for i in range(nodes)]
     keys.main(VOLUMES, names, "keys")
     experiment = os.environ.get("MEADOW_EXPERIMENT") or "fedavg"
     overrides = shlex.split(os.environ.get("MEADOW_OVERRIDES", ""))
     deal = [sys.executable, "-m", "meadow", "deal", experiment, *overrides]
-    # All the data is here; a share that this machine's environment names is what is about to be made.
+    # This machine has all the data; MEADOW_SHARE would name the share that is about to be made.
     environment = {key: value for key, value in os.environ.items() if key != "MEADOW_SHARE"}
     status = subprocess.call([*deal, "--nodes", str(nodes), "--out", str(VOLUMES), "--below", "share"], env=environment)
     if ended and status == 0:

@@ -1,12 +1,12 @@
-"""Meadow: federated-learning experiments, the same data under every way to train.
+"""Meadow: federated-learning experiments that compare methods on the same data.
 
 >>> import meadow
 >>> summary = meadow.run("fedavg", run={"rounds": 2}, partition={"clients": 4}, engine={"name": "inline"})
 >>> summary.status
 'done'
 
-`run`, `compare`, `sweep` and `plan` do what the commands of these names do; `load` gives a run's model back. Importing
-this module imports none of the heavy libraries: each name is loaded when it is first used.
+`run`, `compare`, `sweep` and `plan` do what the commands of these names do; `load` returns a run's trained model.
+Importing this module is quick: each name is loaded when it is first used.
 """
 
 from importlib import import_module
@@ -30,8 +30,8 @@ _PLACES = {
 
 _HERE = Path(__file__).resolve().parent
 if not (_HERE / "strategies").is_dir():
-    # A checkout or Flower's app bundle, where four rooms (strategies, client, server, simulation) stand beside this
-    # folder. A wheel has all of them in it.
+    # In a checkout and in Flower's app bundle, four rooms (strategies, client, server, simulation) are siblings of this
+    # folder. In a wheel all rooms are inside it.
     __path__.append(str(_HERE.parent))
 
 

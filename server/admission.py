@@ -1,4 +1,4 @@
-"""Admission: each reply of a round is judged alone before anything is combined. One bad client costs that client."""
+"""Admission: the server judges each reply by itself before it combines any. A bad reply costs only its own client."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from meadow.arrays.sums import Span, WeightedSum, cut, fault, total
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
 Judge = Callable[[Mapping[str, Any], int], str]
-"""Of a reply's metrics and the client's declared samples, why it cannot count, or ""."""
+"""Maps a reply's metrics and the client's declared samples to the reason to refuse it, or ""."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The replies that count, in the order of the clients, the sums that count, and why each other client does not."""
+    """The replies that count, in client order; the sums that count; and the reason why each other client was refused."""
 
     admitted: list[Answer]
     sums: dict[tuple[int, ...], WeightedSum]
@@ -37,14 +37,14 @@ def admit(
     judge: Judge | None = None,
     judge_update: Callable[[Arrays, Arrays], str] | None = None,
 ) -> Verdict:
-    """Judge each reply: it came, its weight is a positive number no larger than declared, its arrays fit what was sent.
+    """Judge each reply: it exists, its weight is positive and at most the declared size, its arrays match those sent.
 
-    `sent`: the arrays that each client was sent. `sizes`: training samples that each declared at roll call. `equal`: each
-    client counts 1 (`meadow.strategies.roles.name_weights`). `judge`: what the strategy has to say of a reply's metrics.
-    `judge_update`: what the stages have to say of arrays of the right form, beside those that were sent. Of two replies of
-    one client the first counts. A client's arrays may be missing only if they are inside its block's sum, which a node makes
-    of arrays that it judged by the same `fault`. What is inside a sum cannot be taken out again, so a sum counts only if all
-    its clients do, and if it is itself of the right form.
+    `sent`: the arrays that each client received. `sizes`: the training samples that each client declared at roll call.
+    `equal`: every client has weight 1 (`meadow.strategies.roles.name_weights`). `judge`: the strategy's check of the
+    metrics. `judge_update`: the stages' check of arrays of the right form against those sent. If a client replied twice,
+    the first reply counts. A reply may lack arrays only if a block's sum includes them; the node has then judged them by
+    the same `fault`. An update cannot be taken out of a sum, so a sum counts only if all its clients count and if its own
+    form is right.
     """
     inside = {client for block in sums for client in block}
     first: dict[int, Answer] = {}
@@ -53,7 +53,7 @@ def admit(
     weights, refused = dict[int, dict[str, float]](), dict[int, str]()
     for client, reply in first.items():
         size = sizes.get(client, 0)
-        reason = _reason(reply, sent[client], size, client in inside)
+        reason = _reply_fault(reply, sent[client], size, client in inside)
         if not reason and judge_update is not None and reply.arrays is not None:
             reason = judge_update(reply.arrays, sent[client])
         if not reason and judge is not None:
@@ -65,17 +65,17 @@ def admit(
     good = {}
     for block, found in sums.items():
         wrong = [c for c in block if c in refused]
-        reason = f"client {wrong[0]} is refused" if wrong else _sum_reason(found, block, sent, weights)
+        reason = f"client {wrong[0]} is refused" if wrong else _sum_fault(found, block, sent, weights)
         if reason:
             refused |= {
-                c: f"its arrays are inside a block's sum that does not count: {reason}" for c in weights if c in block
+                c: f"its node sent its update only inside a refused sum: {reason}" for c in weights if c in block
             }
         else:
             good[block] = found
     return Verdict([reply for client, reply in first.items() if client not in refused], good, refused)
 
 
-def _reason(reply: Answer, sent: Arrays, size: int, inside: bool) -> str:
+def _reply_fault(reply: Answer, sent: Arrays, size: int, inside: bool) -> str:
     if reply.values is None:
         return reply.error
     if exhausted := reply.said("ledger").get("exhausted"):
@@ -85,7 +85,7 @@ def _reason(reply: Answer, sent: Arrays, size: int, inside: bool) -> str:
     return "" if inside else arrays_fault(reply.arrays, reply.metrics, sent)
 
 
-def _sum_reason(
+def _sum_fault(
     found: WeightedSum,
     clients: Sequence[int],
     sent: Mapping[int, Arrays],
@@ -97,15 +97,15 @@ def _sum_reason(
     blocks = cut(clients)
 
     def of_block(span: Span) -> dict[str, float] | None:
-        return _added([weights[client] for client in blocks[span[0]]]) if span[1] - span[0] == 1 else None
+        return _add_weights([weights[client] for client in blocks[span[0]]]) if span[1] - span[0] == 1 else None
 
-    expected = dict.fromkeys(form, 0.0) | (total((0, len(blocks)), of_block, _added) or {})
+    expected = dict.fromkeys(form, 0.0) | (total((0, len(blocks)), of_block, _add_weights) or {})
     if found.weights != {name: weight for name, weight in expected.items() if weight > 0}:
-        return "the sum's weight is not that of its clients"
+        return "the weight of the sum differs from the sum of its clients' weights"
     return fault(found.sums, form, expected)
 
 
-def _added(weights: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _add_weights(weights: Sequence[Mapping[str, float]]) -> dict[str, float]:
     added: dict[str, float] = {}
     for each in weights:
         for name, weight in each.items():

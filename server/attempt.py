@@ -1,4 +1,4 @@
-"""One attempt at a round: a cohort is drawn and sent the model, and each reply is judged."""
+"""One attempt at a round: draw a cohort, send it the model, judge each reply."""
 
 import logging
 from collections.abc import Mapping
@@ -7,9 +7,10 @@ from typing import Any
 
 from meadow.server import checkpoints
 from meadow.server.admission import Verdict, admit
-from meadow.server.cohorts import Call, call
+from meadow.server.cohorts import Cohort, draw
 from meadow.server.exchange import Sums
 from meadow.server.session import Session
+from meadow.strategies import equal_weights
 from meadow.strategies.stages import Arrived, Stages
 from meadow.strategies.wire.packing import Answer, Request
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
@@ -21,10 +22,11 @@ log = logging.getLogger("meadow.server")
 
 @dataclass(frozen=True)
 class Attempt:
-    """Who was asked, who of these trained, what each of those was sent, and which replies count.
+    """The outcome of one attempt.
 
-    received: bytes of arrays that each sent, where that is not as much as it was sent. quorum: good replies that the round
-    needs.
+    cohort: the clients asked. trained: those of them that trained. sent: the arrays each of those received. received: bytes
+    of arrays that the server got from each client, where this differs from the bytes it sent. quorum: the number of valid
+    replies that the round needs.
     """
 
     cohort: list[int]
@@ -36,36 +38,36 @@ class Attempt:
 
     @property
     def counts(self) -> bool:
-        """Whether enough replies are good."""
+        """Whether enough replies are valid."""
         return len(self.verdict.admitted) >= self.quorum
 
 
 def attempt(session: Session, round_: int, number: int) -> Attempt:
-    """Draw a cohort, send it the model, and judge the replies. Raises RunStopped where a budget is spent."""
+    """Draw a cohort, send it the model, and judge the replies. Raises RunStopped if a budget is spent."""
     protection = session.protection
     session.clock.now("broadcast")
     protection.require(round_)
-    called = call(
+    called = draw(
         session.experiment,
         round_,
         session.sizes,
         session.schedule,
         number,
         protection.cohort_secret,
-        without=protection.left,
+        without=protection.exhausted,
     )
     requests = _requests(session, round_, number, called)
     sent = {request.client: request.arrays for request in requests}
     replies, sums = _carry(session, requests, called)
-    left = protection.read(replies, round_)
+    withdrawn = protection.read(replies, round_)
     received = {r.client: nbytes(r.arrays) for r in replies if r.arrays is not None} if session.stages.encodes else {}
     verdict = _judge(session, round_, called, sent, replies, sums)
-    quorum = protection.quorum(len(called.asked), len(left))
+    quorum = protection.quorum(len(called.asked), len(withdrawn))
     return Attempt(called.asked, called.trained, sent, received, verdict, quorum)
 
 
-def _requests(session: Session, round_: int, number: int, called: Call) -> list[Request]:
-    """What each client that trains is asked."""
+def _requests(session: Session, round_: int, number: int, called: Cohort) -> list[Request]:
+    """The request to each client that trains."""
     config: dict[str, Any] = {
         "round": round_,
         "attempt": number,
@@ -84,8 +86,8 @@ def _requests(session: Session, round_: int, number: int, called: Call) -> list[
     return requests
 
 
-def _carry(session: Session, requests: list[Request], called: Call) -> tuple[list[Answer], Sums]:
-    """Send the requests; what the last round left is written meanwhile, and is on the disk when this returns."""
+def _carry(session: Session, requests: list[Request], called: Cohort) -> tuple[list[Answer], Sums]:
+    """Send the requests. Meanwhile the last round's records are written; they are on disk when this returns."""
     clock, whole = session.clock, session.stages.sums and session.algorithm.sums_only
     work = session.placement.work(called, session.sizes)
     replies, sums = session.exchange.send("train", requests, whole, work, meanwhile=session.listeners.clients_train)
@@ -97,9 +99,9 @@ def _carry(session: Session, requests: list[Request], called: Call) -> tuple[lis
 
 
 def _judge(
-    session: Session, round_: int, called: Call, sent: Mapping[int, Arrays], replies: list[Answer], sums: Sums
+    session: Session, round_: int, called: Cohort, sent: Mapping[int, Arrays], replies: list[Answer], sums: Sums
 ) -> Verdict:
-    """Which replies count. Who was asked and, simulated, never answered is refused with that reason."""
+    """Judge the replies. Clients whose absence is simulated are refused, with that reason."""
     samples = session.placement.samples(called.trained, session.exchange.roll.sizes)
     if session.stages.arriving:
         replies = restored(session.stages, round_, replies, sent, samples)
@@ -108,22 +110,21 @@ def _judge(
         sums,
         sent,
         samples,
-        equal=session.experiment.equal_weights,
+        equal=equal_weights(session.experiment),
         judge=session.algorithm.judge,
         judge_update=session.stages.judge,
     )
     for client, reason in verdict.refused.items():
         which = {"round": round_, "client": client}
-        log.warning(
-            "round %d: client %d does not count: %s", *which.values(), reason.strip().splitlines()[-1], extra=which
-        )
+        last_line = reason.strip().splitlines()[-1]
+        log.warning("round %d: the reply of client %d was refused: %s", *which.values(), last_line, extra=which)
     return Verdict(verdict.admitted, verdict.sums, dict(sorted({**verdict.refused, **called.absent}.items())))
 
 
 def restored(
     stages: Stages, round_: int, replies: list[Answer], sent: Mapping[int, Arrays], samples: Mapping[int, int]
 ) -> list[Answer]:
-    """The replies behind the server's halves of the stages: their updates in the form of the model."""
+    """The replies after the server's half of each stage: their updates have the form of the model again."""
     came = {reply.client: split_auxiliary(reply.arrays) for reply in replies if reply.arrays is not None}
     answers = {reply.client: reply for reply in replies}
 

@@ -1,4 +1,4 @@
-"""The carrier: one Flower message to each node over the grid, and the replies."""
+"""The carrier: sends one Flower message to each node over the grid and collects the replies."""
 
 import logging
 import time
@@ -14,11 +14,11 @@ log = logging.getLogger("meadow.server")
 
 _PAUSE = 0.05
 _REMOTE_PAUSE = 0.25
-"""Seconds between two questions for replies where each is a call to the SuperLink."""
+"""Seconds between two polls for replies, where each poll is a call to the SuperLink."""
 
 
 class Carrier:
-    """Carries contents to nodes. Over HTTP, where each record is a call of its own, they travel folded."""
+    """Carries contents to nodes. They travel folded over HTTP, where each record would cost a call of its own."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
@@ -30,9 +30,9 @@ class Carrier:
         timeout: float,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> dict[int, Message | None]:
-        """Send each node its content under a message type; the reply of each, None where `timeout` seconds passed.
+        """Send each node its (message type, content); return each node's reply, None after `timeout` seconds.
 
-        Replies are matched by message id. `meanwhile` is called once all is sent.
+        Replies are matched by message id. `meanwhile` is called once everything is sent.
         """
         messages = [
             Message(content=folded(c) if self._remote else c, message_type=t, dst_node_id=n)
@@ -54,7 +54,7 @@ class Carrier:
 
 
 def _unfolded(reply: Message) -> Message:
-    """A reply with its content unfolded; one that cannot be stays as it came, and cannot be read."""
+    """Unfold a reply's content. A reply that cannot be unfolded stays as it is; reading it will fail."""
     if reply.has_content() and is_folded(reply.content):
         try:
             reply.content = unfolded(reply.content)

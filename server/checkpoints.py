@@ -1,7 +1,7 @@
 """Checkpoints: the shared arrays after a round and what the next round needs, so that a resumed run gives the same bits.
 
-A checkpoint is `round-N.safetensors` and then `round-N.json`, which names the arrays' SHA-256: without a readable JSON
-that matches, the checkpoint does not exist and the one before it counts. The last `KEEP` stay.
+A checkpoint is `round-N.safetensors`, then `round-N.json` with the arrays' SHA-256. Without a readable, matching JSON file
+the checkpoint is ignored and the one before it is used. The last `KEEP` checkpoints stay.
 """
 
 from dataclasses import dataclass, field
@@ -14,13 +14,12 @@ from meadow.arrays.named import Arrays, arrays_sha256, auxiliary, of_kind, split
 KEEP = 3
 
 _STRATEGY = "strategy"
-"""In a checkpoint, what the strategy calls "m@w" stands as "strategy@m@w", beside the shared "w"."""
+"""Prefix of the strategy's arrays in a checkpoint: its "m@w" is stored as "strategy@m@w", next to the shared "w"."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `round`: the shared arrays; what the strategy keeps; under DP, what the next round's protection needs
-    (JSON)."""
+    """The state after `round`: the shared arrays, the strategy's state and, under DP, the protection's state (JSON)."""
 
     round: int
     arrays: Arrays
@@ -41,7 +40,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that is whole, or None; and a line about each newer one that is damaged."""
+    """The newest intact checkpoint, or None; and a line about each newer one that is damaged."""
     damaged: list[str] = []
     for round_ in reversed(_rounds(folder)):
         stem = folder / f"round-{round_:08d}"
@@ -49,7 +48,7 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             about: dict[str, Any] = read_json(stem.with_suffix(".json"))
             arrays = read_arrays(stem.with_suffix(".safetensors"))
             if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
-                raise DamagedFile(f"{stem}.safetensors: not the arrays that {stem.name}.json names")
+                raise DamagedFile(f"{stem}.safetensors: the arrays do not match the SHA-256 in {stem.name}.json")
             kept = of_kind(_STRATEGY, arrays)
             return Checkpoint(round_, split_auxiliary(arrays)[0], kept, about.get("privacy", {})), damaged
         except DamagedFile as error:
@@ -58,11 +57,11 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def oldest_round(folder: Path) -> int:
-    """The round of the oldest checkpoint there is; 0 if there is none."""
+    """The round of the oldest checkpoint; 0 if there is none."""
     return next(iter(_rounds(folder)), 0)
 
 
 def _rounds(folder: Path) -> list[int]:
-    """Rounds of which some file is there: one that lacks its other half counts as damaged, not as absent."""
+    """The rounds with at least one of the two files: a checkpoint that lacks the other one counts as damaged, not absent."""
     names = {p.stem for p in folder.glob("round-*.json")} | {p.stem for p in folder.glob("round-*.safetensors")}
     return sorted(int(name.removeprefix("round-")) for name in names)

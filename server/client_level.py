@@ -1,4 +1,4 @@
-"""Client-level DP at the server, which alone sees the updates: it clips each one, adds the noise once, counts the rounds."""
+"""Client-level DP at the server: it clips each update, adds noise once to their sum, and accounts for each release."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,6 @@ from meadow.config.schema import Experiment
 from meadow.privacy import plan
 from meadow.privacy.client_level import (
     AdaptiveClip,
-    Clipped,
     clip,
     combine,
     next_clip,
@@ -26,21 +25,21 @@ from meadow.privacy.ledger import noise_seed, secret, simulated_secret
 from meadow.runtime.errors import RunStopped
 
 _MADE = "releases.json"
-"""In the run's folder: `ClientLevel.made`."""
+"""File in the run folder: `ClientLevel.made`."""
 
 _SERVER = -1
-"""In the place of a client's number: the server's own secret."""
+"""Stands for the server where a simulated secret is derived from a client's number."""
 
 
 class ClientLevel(Protection):
-    """Clip, noise and the count of rounds.
+    """Clipping, noise and accounting of releases.
 
-    bound: the clip of the next round. round: the round in hand. made: of each combined model the hash of what it was made
-    of; one more is a release more, in whichever round. noise_multiplier: z, of updates and count together. learned: the
-    shared arrays that learn; the others stay as they were sent.
+    bound: the clipping bound of the next round. round: the current round. made: for each combined model, the hash of its
+    inputs; each entry is one release, in whichever round. noise_multiplier: z, for updates and the clip's count together.
+    learned: names of the shared arrays that learn; the others keep the values that were sent.
     """
 
-    lasting = needs_no_reply = True
+    sync_each_round = needs_no_reply = True
 
     def __init__(self, experiment: Experiment, learned: Sequence[str], noise_multiplier: float) -> None:
         super().__init__(experiment)
@@ -50,7 +49,7 @@ class ClientLevel(Protection):
         self._folder: Path | None = None
 
     def begin(self, simulated: bool, folder: Path | None) -> None:
-        """Get what noise derives from, and what was released before a crash."""
+        """Get the secret from which noise derives, and the releases made before a crash."""
         own = simulated_secret(self.experiment.run.seed, _SERVER) if simulated or folder is None else secret(folder)
         self._secret, self._simulated, self._folder = own, simulated, folder
         if not simulated:
@@ -65,20 +64,22 @@ class ClientLevel(Protection):
         self.round = round_
         self._afford(round_, max(round_, len(self.made)))
 
-    def quorum(self, asked: int, left: int) -> int:
-        """None at all of a Poisson cohort, whose size is private."""
-        return 0 if self.experiment.cohort.sampling == "poisson" else min(self.experiment.cohort.quorum, asked - left)
+    def quorum(self, asked: int, withdrawn: int) -> int:
+        """0 for a Poisson cohort, whose size is private."""
+        cohort = self.experiment.cohort
+        return 0 if cohort.sampling == "poisson" else min(cohort.quorum, asked - withdrawn)
 
     def combine(self, sent: Arrays, updates: Sequence[Arrays], round_: int) -> Arrays:
-        """The next model out of what the clients sent, in their order; none at all moves it by noise alone.
+        """The next model from the clients' updates, in their order. Without updates the model moves by noise alone.
 
-        What does not learn stays as it was sent. Moves the clip of the next round, if that is adaptive. The noise is a
-        function of the secret and of all that it is added to: a round that is made again with other replies has other
-        noise, and is charged as another one, on disk before its noise is drawn. Raises RunStopped if that is too much.
+        Arrays that do not learn keep the values that were sent. An adaptive clip moves for the next round. The noise is a
+        function of the secret and of everything it is added to: a round repeated with other replies gets other noise and
+        is charged as another release, on disk before its noise is drawn. Raises RunStopped if the budget does not allow it.
         """
         privacy, experiment = self.experiment.privacy, self.experiment
         before = {name: sent[name] for name in self.learned}
-        clipped = [self._clipped(before, update) for update in updates]
+        learned = [{name: value for name, value in update.items() if name in before} for update in updates]
+        clipped = [clip(before, update, self.bound) for update in learned]
         facts = [str(round_), repr(self.bound), arrays_sha256(before), *(arrays_sha256(c.update) for c in clipped)]
         inputs = hashlib.sha256(" ".join(facts).encode()).hexdigest()
         self._charge(inputs, round_)
@@ -130,15 +131,12 @@ class ClientLevel(Protection):
                 f"and privacy.epsilon = {budget:g}"
             )
 
-    def _clipped(self, before: Arrays, update: Arrays) -> Clipped:
-        return clip(before, {name: value for name, value in update.items() if name in before}, self.bound)
-
     def _generator(self, inputs: str, purpose: str) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(noise_seed(self._secret, inputs, purpose)))
 
 
 class NoisedMean(ServerAlgorithm[Sequence[ClientUpdate]]):
-    """Client-level DP in the place of an algorithm whose step is a mean of what clients send."""
+    """Replaces the server's part of an algorithm whose step is a mean of the updates: the mean is clipped and noised."""
 
     sums_only = False
 
@@ -160,7 +158,7 @@ class NoisedMean(ServerAlgorithm[Sequence[ClientUpdate]]):
 
 
 def client_level(experiment: Experiment, learned: Sequence[str]) -> ClientLevel:
-    """Client-level DP with the noise that `[privacy]` asks for. Raises UserError if it cannot be."""
+    """Client-level DP with the noise that `[privacy]` asks for. Raises UserError if that is impossible."""
     noise = plan.client_noise(experiment)
     if experiment.privacy.adaptive_clip:
         refuse_small_cohort(plan.client_denominator(experiment), adaptive(experiment))
@@ -169,7 +167,7 @@ def client_level(experiment: Experiment, learned: Sequence[str]) -> ClientLevel:
 
 
 def adaptive(experiment: Experiment) -> AdaptiveClip:
-    """The adaptive clip of `[privacy]`; its count's noise is a twentieth of the denominator unless it is set."""
+    """The adaptive clip of `[privacy]`. The default noise of its count is a twentieth of the denominator."""
     privacy = experiment.privacy
     count_noise = privacy.clip_count_noise or plan.client_denominator(experiment) / 20
     return AdaptiveClip(privacy.clip, privacy.clip_quantile, privacy.clip_rate, count_noise)

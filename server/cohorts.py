@@ -1,4 +1,4 @@
-"""Who takes part in a round: a function of (run.seed, round, attempt), and of the clients' sizes or a schedule's file."""
+"""Draws the cohort of a round: a function of (run.seed, round, attempt), and of the clients' sizes or a schedule file."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +14,13 @@ from meadow.runtime.seeds import numpy_generator
 
 
 @dataclass(frozen=True)
-class Call:
-    """The clients of a round, ascending. asked: all who are sent the model. absent: those of them who, simulated, never
-    answer or come too late, each with the reason; they are not trained. work: the share of their steps that simulated
-    stragglers get through."""
+class Cohort:
+    """The clients of a round, ascending.
+
+    asked: the clients that are sent the model. absent: those of them that do not train because the experiment simulates
+    that they drop out or reply too late, each with the reason. work: the share of its steps that each simulated straggler
+    completes.
+    """
 
     asked: list[int]
     absent: Mapping[int, str] = field(default_factory=dict)
@@ -25,11 +28,11 @@ class Call:
 
     @property
     def trained(self) -> list[int]:
-        """Those who do take part."""
+        """The clients that train."""
         return [client for client in self.asked if client not in self.absent]
 
 
-def call(
+def draw(
     experiment: Experiment,
     round_: int,
     sizes: Sequence[int] | npt.NDArray[np.int64],
@@ -37,18 +40,17 @@ def call(
     attempt: int = 1,
     secret: int | None = None,
     without: Collection[int] = (),
-) -> Call:
-    """Draw a round's cohort, then what `[cohort]` simulates: dropout, stragglers, and who of too many comes too late.
+) -> Cohort:
+    """Draw a round's cohort, then simulate what `[cohort]` asks for: dropout, stragglers, late replies.
 
-    `sizes`: each client's training samples. `secret`: as `meadow.config.cohort.draw_cohort`. `without`: clients that
-    have left. Latencies are a client's place in a random order, stragglers behind the rest.
+    `sizes`: each client's training samples. `secret`: see `meadow.config.cohort.draw_cohort`. `without`: clients that
+    have withdrawn. A client's latency is its place in a random order, with stragglers behind all others.
     """
     cohort, seed = experiment.cohort, experiment.run.seed
     asked = [c for c in draw_cohort(experiment, round_, sizes, schedule, attempt, secret) if c not in without]
     if experiment.run.placement == "pooled":
-        return Call(asked)
-    draw = numpy_generator(seed, "conduct", round_, attempt)
-    chances = draw.random((len(asked), 4))
+        return Cohort(asked)
+    chances = numpy_generator(seed, "conduct", round_, attempt).random((len(asked), 4))
     absent: dict[int, str] = {}
     work: dict[int, float] = {}
     latency: dict[int, tuple[bool, float]] = {}
@@ -61,16 +63,16 @@ def call(
         latency[client] = (client in work, place)
     if cohort.over_selection:
         for client in sorted(latency, key=lambda c: latency[c])[experiment.cohort_size :]:
-            absent[client] = f"simulated: came too late (cohort.over_selection = {cohort.over_selection:g})"
+            absent[client] = f"simulated: replied too late (cohort.over_selection = {cohort.over_selection:g})"
             work.pop(client, None)
-    return Call(asked, absent, work)
+    return Cohort(asked, absent, work)
 
 
 def read_schedule(experiment: Experiment) -> list[list[int]]:
-    """The rounds of `cohort.schedule`: a line each, clients' numbers apart by spaces or commas; "#" begins a comment line,
-    an empty line is a round with nobody. [] if there is no schedule.
+    """Read `cohort.schedule`: one line per round, client numbers separated by spaces or commas. [] without a schedule.
 
-    Raises UserError that names the line for what is no client, is unseen, or stands twice; or if lines are missing.
+    A line that begins with "#" is a comment; an empty line is a round without clients. Raises UserError for a number that
+    is not a client, is unseen or is repeated (it names the line), and for too few lines.
     """
     place = experiment.cohort.schedule
     if not place:
@@ -88,12 +90,12 @@ def read_schedule(experiment: Experiment) -> list[list[int]]:
         wrong = next((w for w in words if not (w.isdecimal() and int(w) < clients)), None)
         where = f'cohort.schedule = "{place}", line {number}'
         if wrong is not None:
-            raise UserError(f'{where}: "{wrong}" is no client; they are 0 to {clients - 1}')
+            raise UserError(f'{where}: "{wrong}" is not a client; clients are numbered 0 to {clients - 1}')
         found = [int(w) for w in words]
         if again := sorted({c for c in found if found.count(c) > 1}):
-            raise UserError(f"{where}: client {again[0]} stands twice")
+            raise UserError(f"{where}: client {again[0]} is listed twice; list each client once")
         if held := sorted(hidden.intersection(found)):
-            raise UserError(f"{where}: client {held[0]} is one of the unseen (evaluate.unseen); take it out")
+            raise UserError(f"{where}: client {held[0]} is held out of training (evaluate.unseen); remove it")
         rounds.append(found)
     if len(rounds) < experiment.run.rounds:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What the server says about quality: the shared model on the global test set, and the spread over clients."""
+"""Summaries of scores: the spread over clients, means over rounds, confusion counts and ROC curves."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,12 @@ def over_clients(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Summarise clients' scores: {target: {metric: {mean, weighted, std, p10, worst_decile, min}}}.
 
-    mean and std (population) count every client once; weighted counts it by its test samples; p10 is the tenth
-    percentile (linear between ranks); worst_decile is the mean over the worst tenth of the clients, rounded up, where
-    worst means highest for losses and errors. A client that lacks a metric (R2 of one sample) is left out of it.
+    mean and std (population) weigh all clients equally; weighted weighs them by test samples; p10 is the tenth percentile
+    (linear between ranks); worst_decile is the mean over the worst tenth of the clients, rounded up, where the worst losses
+    and errors are the highest. A metric ignores clients that lack it (R2 of one sample).
     """
     keys = sorted({key for one in scores.values() for key in one})
-    flat: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, dict[str, float]]] = {}
     for key in keys:
         clients = [c for c in sorted(scores) if key in scores[c] and math.isfinite(scores[c][key])]
         if not clients:
@@ -33,9 +33,10 @@ def over_clients(
         values = np.array([scores[c][key] for c in clients], dtype=np.float64)
         weights = np.array([samples[c] for c in clients], dtype=np.float64)
         worst_first = np.sort(values)
-        if key.rpartition("/")[2] in LOWER_IS_BETTER:
+        target, _, metric = key.partition("/")
+        if metric.rpartition("/")[2] in LOWER_IS_BETTER:
             worst_first = worst_first[::-1]
-        flat[key] = {
+        result.setdefault(target, {})[metric] = {
             "mean": float(values.mean()),
             "weighted": float(values @ weights / weights.sum()),
             "std": float(values.std()),
@@ -43,20 +44,16 @@ def over_clients(
             "worst_decile": float(worst_first[: math.ceil(len(values) / 10)].mean()),
             "min": float(values.min()),
         }
-    result: dict[str, dict[str, dict[str, float]]] = {}
-    for key, summary in flat.items():
-        target, _, metric = key.partition("/")
-        result.setdefault(target, {})[metric] = summary
     return result
 
 
 def mean_tree(trees: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of equal-shaped trees of numbers, leaf by leaf; a leaf that some tree lacks is averaged over the rest."""
+    """The mean of equal-shaped trees of numbers, leaf by leaf, over the trees that have the leaf."""
     return reduce_trees(trees, lambda values: float(np.mean(values)))
 
 
 def reduce_trees(trees: Sequence[Mapping[str, Any]], how: Callable[[list[float]], float | None]) -> dict[str, Any]:
-    """One tree out of equal-shaped trees of numbers: each leaf is `how` of the leaves there are in its place."""
+    """Reduce equal-shaped trees of numbers to one: each leaf is `how` of the leaves in its place."""
     result: dict[str, Any] = {}
     for key in dict.fromkeys(k for tree in trees for k in tree):
         leaves = [tree[key] for tree in trees if key in tree]
@@ -66,11 +63,11 @@ def reduce_trees(trees: Sequence[Mapping[str, Any]], how: Callable[[list[float]]
 
 
 def describe(outputs: Mapping[str, Tensor], y: Mapping[str, Tensor], targets: Sequence[Target]) -> dict[str, Any]:
-    """What a model's outputs look like, for `evaluation.json`: {target: {classes, confusion, roc}}, for JSON.
+    """Describe a model's outputs for `evaluation.json`: {target: {classes, confusion, roc}}.
 
-    classes: the names of the classes or labels; confusion: rows of counts, the truth by row, of class targets; roc:
-    {class: {false_positive, true_positive, auroc}} as `meadow.tasks.metrics.roc` says. Targets of other kinds, or with more
-    than MOST_CLASSES, are left out.
+    classes: names of the classes or labels. confusion: counts for class targets, one row per true class. roc: {class:
+    {false_positive, true_positive, auroc}}, see `meadow.tasks.metrics.roc`. Targets of other kinds or with more than
+    MOST_CLASSES classes are omitted.
     """
     found: dict[str, Any] = {}
     for target in targets:
@@ -89,7 +86,7 @@ def describe(outputs: Mapping[str, Tensor], y: Mapping[str, Tensor], targets: Se
 
 
 def add_confusion(clients: Sequence[Mapping[str, Ints]], targets: Sequence[Target]) -> dict[str, Any]:
-    """The clients' confusion counts added up, for `evaluation.json`: {target: {classes, confusion, clients}}."""
+    """Add up the clients' confusion counts for `evaluation.json`: {target: {classes, confusion, clients}}."""
     result = {}
     for target in targets:
         if counts := [one[target.name] for one in clients if target.name in one]:
@@ -98,15 +95,15 @@ def add_confusion(clients: Sequence[Mapping[str, Ints]], targets: Sequence[Targe
     return result
 
 
-def read_confusion(said: Mapping[str, Any], task: Task, client: int) -> dict[str, Ints]:
-    """The confusion counts in a client's reply, int64 (classes * classes,) a target.
+def read_confusion(reported: Mapping[str, Any], task: Task, client: int) -> dict[str, Ints]:
+    """The confusion counts in a client's reply, int64 (classes * classes,) for each target.
 
-    Taken only where they may be true: of a class target with at most MOST_CLASSES, whole numbers from 0, no more in all
-    than the client's test part has entries.
+    Counts that cannot be right are ignored. They must belong to a class target with at most MOST_CLASSES classes, be
+    non-negative integers, and add up to at most the number of entries in the client's test part.
     """
     result = {}
     for target in task.targets:
-        flat = said.get(target.name)
+        flat = reported.get(target.name)
         if target.kind != "class" or target.size > MOST_CLASSES or not isinstance(flat, list):
             continue
         entries = len(task.split.clients[client].test) * math.prod(task.dataset.train.y[target.name].shape[1:])
@@ -118,5 +115,5 @@ def read_confusion(said: Mapping[str, Any], task: Task, client: int) -> dict[str
 
 
 def class_names(target: Target) -> list[str]:
-    """The names of a target's classes or labels; their numbers where it has no names."""
+    """The names of a target's classes or labels, or else their numbers."""
     return list(target.names) or [str(i) for i in range(target.size)]

@@ -1,4 +1,4 @@
-"""The run folder: self-contained, readable by a person, and enough to resume from."""
+"""The run folder: self-contained, readable by people, and enough to resume the run."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ from meadow.runtime.identity import ROOT, code_sha256, versions
 
 
 class RunFolder:
-    """One run's folder on disk. Files are written whole or not at all; `rounds.jsonl` grows by a line a round."""
+    """One run's folder on disk. Files are written whole or not at all; `rounds.jsonl` grows by one line each round."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,12 +28,12 @@ class RunFolder:
         self.state = path / "state"
 
     def manifest(self) -> dict[str, Any]:
-        """What `start` wrote."""
+        """The manifest that `open_folder` wrote."""
         manifest: dict[str, Any] = read_json(self.path / "manifest.json")
         return manifest
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The round records so far, up to the first line that is torn."""
+        """The round records so far, up to the first incomplete line."""
         path = self.path / "rounds.jsonl"
         found: list[dict[str, Any]] = []
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
@@ -44,27 +44,27 @@ class RunFolder:
         return found
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one round's record; whole on disk after `sync`."""
+        """Add one round's record; it is safely on disk after `sync`."""
         with (self.path / "rounds.jsonl").open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def sync(self) -> None:
-        """Return when all records are on disk."""
+        """Wait until all records are on disk."""
         with (self.path / "rounds.jsonl").open("a") as file:
             os.fsync(file.fileno())
 
     def cut_back(self, round_: int) -> None:
-        """Forget a torn last line and the records of rounds after `round_`: the run goes on from that checkpoint."""
+        """Delete an incomplete last line and the records after `round_`, the round of the checkpoint to resume from."""
         kept = [r for r in self.rounds() if r["round"] <= round_]
         text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
         write_bytes(self.path / "rounds.jsonl", text.encode())
 
-    def write_split(self, split: Mapping[str, Any]) -> None:
-        """Write `split.json`: law, tries, hash, samples and label counts a client."""
-        write_json(self.path / "split.json", split)
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write `NAME.json`: the split, the summary, or the evaluation (`meadow.server.evaluation.describe`)."""
+        write_json(self.path / f"{name}.json", content)
 
     def write_clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write `clients.csv`: one row a client, a column for whatever any of them has."""
+        """Write `clients.csv`: one row per client, a column for each key of any row."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -72,20 +72,12 @@ class RunFolder:
         writer.writerows(rows)
         write_bytes(self.path / "clients.csv", text.getvalue().encode())
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`."""
-        write_json(self.path / "summary.json", summary)
-
-    def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
-        """Write `evaluation.json`: confusion counts and ROC curves at the end (`meadow.server.evaluation.describe`)."""
-        write_json(self.path / "evaluation.json", evaluation)
-
-    def forget_summary(self) -> None:
-        """Delete the summary of a run that ended early and now goes on: what it says is no longer so."""
+    def delete_summary(self) -> None:
+        """Delete the outdated summary of a run that ended early and is now resumed."""
         (self.path / "summary.json").unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any] | None:
-        """The summary of a run that has ended, if it has."""
+        """The summary of a run that has ended, else None."""
         try:
             summary: dict[str, Any] = read_json(self.path / "summary.json")
             return summary
@@ -94,38 +86,38 @@ class RunFolder:
 
 
 def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:
-    """Refuse a folder that exists, unless the same experiment is resumed in it (UserError)."""
-    if not path.exists() or (path.is_dir() and all(_worthless(p) for p in path.iterdir())):
+    """Raise UserError if the folder exists, unless it is empty or the same experiment is resumed in it."""
+    if not path.exists() or (path.is_dir() and all(_disposable(p) for p in path.iterdir())):
         return
     if not path.is_dir():
-        raise UserError(f"--out {path}: this is a file; name a folder")
+        raise UserError(f"--out {path}: this is a file; choose a folder")
     there = path / "experiment.toml"
     if not resume:
-        raise UserError(f"--out {path}: this folder exists; add --resume to go on with its run, or name another folder")
+        raise UserError(f"--out {path}: this folder exists; add --resume to continue its run, or choose another folder")
     if not there.exists():
-        raise UserError(f"--resume {path}: the folder holds no run (no experiment.toml); name another folder")
+        raise UserError(f"--resume {path}: the folder contains no run (no experiment.toml); choose another folder")
     before, now = dict(flatten(to_tree(load(there)))), dict(flatten(to_tree(experiment)))
     changed = [k for k in now if before.get(k) != now[k] and not k.startswith("engine.") and k != "run.listeners"]
     if changed:
         key = changed[0]
         raise UserError(
-            f"--resume {path}: {key} = {now[key]!r}, but the run there has {before.get(key)!r}; resume it with the "
-            "experiment that it was started with, or name another folder"
+            f"--resume {path}: {key} = {now[key]!r}, but the run there was started with {before.get(key)!r}; resume it with "
+            "the same experiment, or choose another folder"
         )
 
 
-def _worthless(path: Path) -> bool:
-    """What a run leaves that was killed before its first file was whole: a temporary file, or a launcher's logs."""
+def _disposable(path: Path) -> bool:
+    """Whether a run killed before it wrote its first file may have left this: a temporary file or a launcher's logs."""
     return path.name.startswith(".") or path.name in ("logs", "flower")
 
 
 def open_folder(
     path: Path, experiment: Experiment, resume: bool, facts: Mapping[str, Any], about: Mapping[str, Any] | None = None
 ) -> RunFolder:
-    """Create the run folder, or open it to resume. `facts` (data and split hashes), which a resumed run must have in common
-    with it, go into the manifest, and so does what is told `about` the machine.
+    """Create the run folder, or open it to resume. The manifest gets `facts` (data and split hashes), which must be the same
+    when the run is resumed, and facts `about` the machine.
 
-    The manifest is written last: a folder without one holds nothing worth keeping, and is begun afresh.
+    The manifest is written last: a folder without one contains nothing worth keeping and is started afresh.
     """
     check_folder(path, experiment, resume)
     folder = RunFolder(path)
@@ -135,13 +127,13 @@ def open_folder(
             if before.get(what) != facts[what]:
                 raise UserError(
                     f"--resume {path}: {what} is {facts[what]!r} now, but the run there was started with "
-                    f"{before.get(what)!r}: put back the data and the versions in its manifest.json, or start a new run"
+                    f"{before.get(what)!r}: restore the data and the versions in its manifest.json, or start a new run"
                 )
     except DamagedFile:
         try:
             write_bytes(path / "experiment.toml", to_toml(experiment).encode())
         except OSError as error:
-            raise UserError(f"--out {path}: it cannot be written ({error.strerror}); name another folder") from None
+            raise UserError(f"--out {path}: it cannot be written ({error.strerror}); choose another folder") from None
         manifest = {
             "run_id": uuid.uuid4().hex,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -1,7 +1,7 @@
-"""Example-level and local DP at the server: what it remembers of its clients' ledgers, enough to notice that one was lost,
-cut or put back to an old copy.
+"""Example-level and local DP at the server: it remembers enough of each client's ledger for the client to notice that the
+ledger was lost, truncated or replaced by an old copy.
 
-The ledgers are the clients' own, and so is the decision whether to train. The server only gives back what it was told.
+Clients own their ledgers and decide whether to train. The server only reminds each client of its last report.
 """
 
 import math
@@ -18,9 +18,9 @@ from meadow.runtime.errors import RunStopped
 
 
 class Ledgers(Protection):
-    """Example-level and local DP: each client has a ledger of its own, and the server what it last said of it."""
+    """Example-level and local DP: each client has its own ledger; the server keeps the client's last report of it."""
 
-    lasting, movable = True, False
+    sync_each_round, movable = True, False
 
     def __init__(self, experiment: Experiment) -> None:
         super().__init__(experiment)
@@ -28,7 +28,7 @@ class Ledgers(Protection):
         self._pooled = experiment.run.placement == "pooled"
 
     @property
-    def left(self) -> Collection[int]:
+    def exhausted(self) -> Collection[int]:
         return {client for client, account in self.accounts.items() if account.exhausted}
 
     def reminder(self, client: int) -> Values | None:
@@ -36,21 +36,22 @@ class Ledgers(Protection):
         return None if account is None else {"entries": account.entries, "sha256": account.sha256}
 
     def read(self, replies: Iterable[Answer], round_: int) -> list[int]:
-        left = []
+        withdrawn = []
         for reply in replies:
             client = reply.client
             if (account := account_of(reply, self.accounts.get(client))) is not None:
                 self.accounts[client] = account
-                left += [client] if account.exhausted else []
+                withdrawn += [client] if account.exhausted else []
         owners = 1 if self._pooled else self.experiment.participants
         require_budget(self.experiment, self.accounts, owners, round_)
-        return sorted(left)
+        return sorted(withdrawn)
 
-    def quorum(self, asked: int, left: int) -> int:
-        return min(self.experiment.cohort.quorum, asked - left)
+    def quorum(self, asked: int, withdrawn: int) -> int:
+        return min(self.experiment.cohort.quorum, asked - withdrawn)
 
     def epsilon(self) -> dict[str, float | None]:
-        return over_accounts(self.accounts)
+        spent = [account.epsilon for account in self.accounts.values()]
+        return {"max": max(spent, default=None), "median": statistics.median(spent) if spent else None}
 
     def epsilons(self) -> dict[int, float]:
         if self._pooled:
@@ -72,8 +73,11 @@ class Ledgers(Protection):
 
 @dataclass(frozen=True)
 class Account:
-    """What a client last said: releases in its ledger, the newest one's hash, their epsilon, whether its noise comes from
-    a secret of its own, and why it has left."""
+    """A client's last report of its ledger.
+
+    entries: number of releases. sha256: hash of the newest one. epsilon: their cost. secret: whether the client's noise
+    comes from its own secret. exhausted: why the client has withdrawn, or "".
+    """
 
     entries: int
     sha256: str
@@ -83,21 +87,21 @@ class Account:
 
 
 def account_of(reply: Answer, before: Account | None) -> Account | None:
-    """What a reply says of the ledger; None if it says nothing, or something that cannot be.
+    """The account that a reply reports; None if it reports none or an impossible one.
 
-    A ledger never gets shorter: a client that says so is not believed, and is reminded of what it said before.
+    A ledger never gets shorter: the server ignores such a report and keeps reminding the client of its earlier one.
     """
-    said = reply.said("ledger")
-    entries, sha256, epsilon = said.get("entries"), said.get("sha256"), said.get("epsilon")
+    ledger = reply.said("ledger")
+    entries, sha256, epsilon = ledger.get("entries"), ledger.get("sha256"), ledger.get("epsilon")
     if not isinstance(entries, int) or not isinstance(sha256, str) or not isinstance(epsilon, float):
         return None
     if entries < (before.entries if before else 0) or not math.isfinite(epsilon) or epsilon < 0:
         return None
-    return Account(entries, sha256, epsilon, bool(said.get("secret")), str(said.get("exhausted", "")))
+    return Account(entries, sha256, epsilon, bool(ledger.get("secret")), str(ledger.get("exhausted", "")))
 
 
 def require_budget(experiment: Experiment, accounts: Mapping[int, Account], owners: int, round_: int) -> None:
-    """Raise RunStopped if a budget is spent and the run is to stop then, or if none of so many `owners` has any left."""
+    """Raise RunStopped if the budgets of all `owners` are spent, or one is and privacy.on_exhausted = "stop"."""
     gone = {client: account.exhausted for client, account in sorted(accounts.items()) if account.exhausted}
     if not gone:
         return
@@ -106,9 +110,3 @@ def require_budget(experiment: Experiment, accounts: Mapping[int, Account], owne
         raise RunStopped(f"round {round_}: the privacy budget of {len(gone)} clients is spent: {first}")
     if len(gone) == owners:
         raise RunStopped(f"round {round_}: the privacy budget of every client is spent: {first}")
-
-
-def over_accounts(accounts: Mapping[int, Account]) -> dict[str, float | None]:
-    """The largest and the median epsilon of the clients that have released anything; None if nobody has."""
-    spent = [account.epsilon for account in accounts.values()]
-    return {"max": max(spent, default=None), "median": statistics.median(spent) if spent else None}

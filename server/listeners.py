@@ -1,7 +1,7 @@
-"""Listeners: what is told of a run while it goes on. The records and the checkpoints are written by one; users bring others.
+"""Listeners are notified of a run's progress. One of them writes the records and checkpoints; users can add their own.
 
 A listener is any object with some of the methods of `Listener`. `run.listeners = ["module:object"]` names a user's own
-(docs/listeners.md); a class is made anew for each run.
+(docs/listeners.md); if it names a class, each run gets a new instance.
 """
 
 import logging
@@ -19,9 +19,9 @@ log = logging.getLogger("meadow.server")
 
 @dataclass(frozen=True)
 class RunBegins:
-    """A run is about to play its first round, or, resumed, the next one.
+    """A run is about to start its first round or, if resumed, the next one.
 
-    experiment: every setting, as `experiment.toml` has them, by section. folder: the run's. round: the first to be played.
+    experiment: all settings by section, as in `experiment.toml`. folder: the run folder. round: number of that round.
     """
 
     experiment: Mapping[str, Any]
@@ -31,10 +31,10 @@ class RunBegins:
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A round has been played. Nothing of it may be written to.
+    """A round is finished. A listener must not modify anything in here.
 
-    record: its line of rounds.jsonl. model: the shared arrays after it, by state name. state: what the algorithm keeps;
-    privacy: what the next round's protection needs, for JSON.
+    record: the round's line of rounds.jsonl. model: the shared arrays after it, by state name. state: the algorithm's
+    state. privacy: the protection's state, for JSON.
     """
 
     round: int
@@ -45,74 +45,68 @@ class RoundDone:
 
 
 class Listener:
-    """What a listener may be told, in this order; each method does nothing here."""
+    """The notifications of a run, in this order; each method does nothing here."""
 
     def run_begins(self, run: RunBegins) -> None:
-        """All clients are there."""
+        """All clients are known; the first round is about to begin."""
 
     def round_done(self, done: RoundDone) -> str | None:
-        """A round has been played. Return a reason to ask the run to stop behind it."""
+        """A round is finished. Return a reason to ask the run to stop after it."""
 
     def clients_train(self) -> None:
-        """The next round's clients are at work: the time for what takes long."""
+        """The next round's clients are training: a good time for slow work."""
 
     def settle(self) -> None:
-        """Return when all that was begun is done: what follows presumes it."""
+        """Finish all work that was begun: the run depends on it from here."""
 
     def rounds_end(self) -> None:
-        """No further round is played, for whatever reason: `settle`, for the last time."""
+        """No further round follows, for whatever reason: `settle` for the last time."""
 
     def run_ends(self, summary: Mapping[str, Any]) -> None:
-        """The run has ended, well or not; what stands in summary.json."""
+        """The run has ended, successfully or not; `summary` is the content of summary.json."""
 
 
-TOLD = ("run_begins", "round_done", "clients_train", "settle", "rounds_end", "run_ends")
+METHODS = ("run_begins", "round_done", "clients_train", "settle", "rounds_end", "run_ends")
 
 
-class Listeners:
-    """All listeners of a run. What one of `ours` raises ends the run; what a user's raises is noted, and ends nothing."""
+class Listeners(Listener):
+    """All listeners of a run. An exception from one of `ours` ends the run; one from a user's listener is only logged."""
 
     def __init__(self, ours: Sequence[Listener], users: Mapping[str, Any]) -> None:
         self._ours, self._users = ours, users
         self.faults: dict[str, dict[str, Any]] = {}
-        """Of each user's listener that has raised: its name, how often, and the first fault."""
+        """For each user's listener that has raised: its name, how often, and the first exception."""
 
     def run_begins(self, run: RunBegins) -> None:
-        """Tell all that the run begins."""
-        self._tell("run_begins", run)
+        self._notify("run_begins", run)
 
     def round_done(self, done: RoundDone) -> str:
-        """Tell all that a round has been played; returns why the run is to stop, "" if it is not."""
-        said = self._tell("round_done", done)
-        return next((f"{name} asked the run to stop: {reason}" for name, reason in said.items() if reason), "")
+        returned = self._notify("round_done", done)
+        return next((f"{name} asked the run to stop: {reason}" for name, reason in returned.items() if reason), "")
 
     def clients_train(self) -> None:
-        """Tell all that clients are at work."""
-        self._tell("clients_train")
+        self._notify("clients_train")
 
     def settle(self) -> None:
-        """Return when all have done what they began."""
-        self._tell("settle")
+        self._notify("settle")
 
     def rounds_end(self) -> None:
-        """Tell all that no further round is played."""
-        self._tell("rounds_end")
+        self._notify("rounds_end")
 
     def run_ends(self, summary: Mapping[str, Any]) -> None:
-        """Tell all how the run has ended."""
-        self._tell("run_ends", summary)
+        self._notify("run_ends", summary)
 
-    def _tell(self, what: str, *about: Any) -> dict[str, Any]:
-        """Tell all, ours first; what users' listeners returned, by name."""
+    def _notify(self, what: str, *about: Any) -> dict[str, Any]:
+        """Notify all, ours first; return what users' listeners returned, by name."""
         for listener in self._ours:
             getattr(listener, what)(*about)
-        said = {}
+        returned = {}
         for name, listener in self._users.items():
             try:
-                said[name] = getattr(listener, what)(*about) if hasattr(listener, what) else None
+                returned[name] = getattr(listener, what)(*about) if hasattr(listener, what) else None
             except (Exception, SystemExit) as fault:  # whatever a user's listener does, the run goes on
                 self._note(name, what, fault)
-        return said
+        return returned
 
     def _note(self, name: str, what: str, fault: BaseException) -> None:
         known = self.faults.setdefault(name, {"listener": name, "faults": 0, "first": f"{what}: {fault!r}"})
@@ -122,15 +116,15 @@ class Listeners:
 
 
 def open_listeners(names: Sequence[str]) -> dict[str, Any]:
-    """The listeners that `run.listeners` names, by these names. Raises UserError for a name that stands for none."""
+    """The listeners that `run.listeners` names, by name. Raises UserError for a name that is not a listener."""
     return {name: _open(name) for name in names}
 
 
 def _open(name: str) -> object:
     listener = user_instance("run.listeners", name)
-    if not any(callable(getattr(listener, what, None)) for what in TOLD):
+    if not any(callable(getattr(listener, what, None)) for what in METHODS):
         raise UserError(
-            f'run.listeners = "{name}" has none of the methods {", ".join(TOLD)}: a listener has one of them or more '
-            "(docs/listeners.md shows one)"
+            f'run.listeners = "{name}" has none of the methods {", ".join(METHODS)}: give it at least one of them '
+            "(docs/listeners.md has an example)"
         )
     return listener

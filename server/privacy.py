@@ -1,4 +1,4 @@
-"""Which protection `[privacy]` asks for, and what of a task cannot have it."""
+"""Makes the protection that `[privacy]` asks for, and refuses tasks that it cannot protect."""
 
 from meadow.server.client_level import client_level
 from meadow.server.ledgers import Ledgers
@@ -14,22 +14,21 @@ from meadow.tasks.task import Task
 
 
 def protection(experiment: Experiment, task: Task, roles: Roles) -> Protection:
-    """The protection that `[privacy]` asks for. Raises UserError if this task's model or losses cannot have it."""
+    """The protection that `[privacy]` asks for. Raises UserError if it does not work with this task's model or losses."""
     unit = experiment.privacy.unit
     if unit != "none":
-        _refuse(experiment, task, roles)
+        _refuse_unprotectable(experiment, task, roles)
     if unit == "client":
         return client_level(experiment, [name for name in roles.shared if name in roles.trained])
     return (Protection if unit == "none" else Ledgers)(experiment)
 
 
-def _refuse(experiment: Experiment, task: Task, roles: Roles) -> None:
-    """Raise UserError if this task's model or losses cannot have the protection that `[privacy]` asks for."""
+def _refuse_unprotectable(experiment: Experiment, task: Task, roles: Roles) -> None:
     for target in task.targets:
         if target.balanced:
             raise UserError(
-                f'privacy.unit = "{experiment.privacy.unit}": the target {target.name} weighs its classes by the private '
-                "labels; write the weights as constants in task.kinds"
+                f'privacy.unit = "{experiment.privacy.unit}": the target {target.name} weights its classes by counts of '
+                "the private labels; write the weights as constants in task.kinds"
             )
     model = task.new_model()
     parameters = dict(model.named_parameters())
@@ -47,6 +46,6 @@ def _refuse(experiment: Experiment, task: Task, roles: Roles) -> None:
     for name in roles.shared:
         if name in roles.trained and name not in parameters:
             raise UserError(
-                f'privacy.unit = "{experiment.privacy.unit}": the shared "{name}" is no parameter but a statistic of the '
-                'private data, which noise would make useless: write task.norm = "group", or do not share it'
+                f'privacy.unit = "{experiment.privacy.unit}": the shared "{name}" is not a parameter but a statistic of the '
+                'private data, which noise would make useless; write task.norm = "group", or do not share it'
             )

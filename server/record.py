@@ -1,4 +1,4 @@
-"""What is measured of a round and stands in its line of rounds.jsonl."""
+"""Measures a round: the record that becomes its line of rounds.jsonl."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,18 +7,18 @@ from meadow.server.attempt import Attempt
 from meadow.server.evaluation import Scores, over_clients
 from meadow.server.scoring import number, score_clients, score_globally, scores_in
 from meadow.server.session import Session
-from meadow.server.summary import test_sizes, used
-from meadow.strategies.wire.packing import Answer, Values
+from meadow.server.summary import scores_of, test_sizes
+from meadow.strategies.wire.packing import Values
 
 from meadow.arrays.named import nbytes
 from meadow.tasks.task import Task
 
 
 def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attempt]) -> dict[str, Any]:
-    """The round's record, but for the seconds that it took. `void`: the attempts before the one that counts."""
+    """The round's record, without its times. `void`: the void attempts before the one that counts."""
     session.clock.now("evaluate")
     traffic = traffic_of(session, round_, tried)
-    without = [_of_void(session, round_, attempt) for attempt in void]
+    without = [_discarded(session, round_, attempt) for attempt in void]
     scores, of_round = _clients_scores(session, round_, tried)
     return {
         "round": round_,
@@ -39,8 +39,8 @@ def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attemp
 
 
 def traffic_of(session: Session, round_: int, tried: Attempt) -> dict[str, int]:
-    """Bytes of arrays that clients received and sent. Who was asked and never answered was sent as much as the others; the
-    first round includes what every client is sent once."""
+    """Bytes of arrays that clients received and sent. Clients that never answered received as much as the others. The first
+    round includes the arrays that every client receives once."""
     sent = {client: nbytes(arrays) for client, arrays in tried.sent.items()}
     usual = max(sent.values(), default=nbytes(session.arrays))
     once = nbytes(session.exchange.roll.base) * session.experiment.partition.clients if round_ == 1 else 0
@@ -49,7 +49,7 @@ def traffic_of(session: Session, round_: int, tried: Attempt) -> dict[str, int]:
     return session.placement.traffic(down, up)
 
 
-def _of_void(session: Session, round_: int, tried: Attempt) -> dict[str, Any]:
+def _discarded(session: Session, round_: int, tried: Attempt) -> dict[str, Any]:
     return {"cohort": tried.cohort, "failed": _failed(tried), **traffic_of(session, round_, tried)}
 
 
@@ -58,20 +58,17 @@ def _failed(tried: Attempt) -> list[dict[str, Any]]:
 
 
 def _clients_scores(session: Session, round_: int, tried: Attempt) -> tuple[dict[int, Scores], int]:
-    """Clients' scores, and the round whose model they are of."""
+    """The clients' scores, and the round whose model they belong to."""
     if session.placement.evaluates_after(round_):
-        return used(score_clients(session, round_, last=False)), round_
-    return {answer.client: scores_in(answer) for answer in tried.verdict.admitted if _evaluated(answer)}, round_ - 1
-
-
-def _evaluated(answer: Answer) -> bool:
-    return answer.values is not None and "evaluation" in answer.values
+        return scores_of(score_clients(session, round_, last=False)), round_
+    evaluated = [a for a in tried.verdict.admitted if a.values is not None and "evaluation" in a.values]
+    return {answer.client: scores_in(answer) for answer in evaluated}, round_ - 1
 
 
 def _training(task: Task, metrics: Sequence[Values]) -> dict[str, Any]:
-    """Optimiser steps in all, and each target's training loss, the mean weighted by the clients' samples.
+    """The total of optimiser steps, and each target's mean training loss, weighted by the clients' samples.
 
-    What a client reports is taken only if it is a finite number; it decides nothing.
+    Reported values that are not finite numbers are ignored. No decision depends on them.
     """
     losses = {}
     for target in task.targets:

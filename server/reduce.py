@@ -1,14 +1,16 @@
-"""From a round's replies to the next model: the sum, in the order that defines its bits, or each update by itself, and the
-step that the algorithm takes with it."""
+"""From a round's replies to the next model: collects the replies as a sum or as single updates, and calls the algorithm.
 
-from collections.abc import Mapping, Sequence
+A sum is taken in a fixed order, which defines its bits.
+"""
+
+from collections.abc import Sequence
 
 from meadow.server.admission import Verdict
 from meadow.server.attempt import Attempt
 from meadow.server.session import Session
+from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientUpdate, State
 from meadow.strategies.roles import name_weights
-from meadow.strategies.wire.packing import Answer
 
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
@@ -16,15 +18,15 @@ from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
 
 def next_model(session: Session, round_: int, tried: Attempt) -> tuple[Arrays, State]:
     """The shared arrays and the algorithm's state after the round."""
-    given = _given(session, round_, tried)
-    if not given and not session.protection.needs_no_reply:
+    admitted = _admitted(session, round_, tried)
+    if not admitted and not session.protection.needs_no_reply:
         return session.arrays, session.state
-    return session.algorithm.update(session.state, given, session.arrays)
+    return session.algorithm.update(session.state, admitted, session.arrays)
 
 
-def _given(session: Session, round_: int, tried: Attempt) -> WeightedSum | Sequence[ClientUpdate] | None:
-    """The replies that count as the algorithm takes them: their sum, or each by itself; None if there are none."""
-    equal = session.experiment.equal_weights
+def _admitted(session: Session, round_: int, tried: Attempt) -> WeightedSum | Sequence[ClientUpdate] | None:
+    """The replies that count, in the form that the algorithm takes: a sum (None without replies), or single updates."""
+    equal = equal_weights(session.experiment)
     if session.algorithm.sums_only:
         return round_sum(tried.trained, tried.verdict, equal)
     return [
@@ -35,21 +37,15 @@ def _given(session: Session, round_: int, tried: Attempt) -> WeightedSum | Seque
 
 
 def round_sum(cohort: Sequence[int], verdict: Verdict, equal: bool = False) -> WeightedSum | None:
-    """The sum over a cohort of what nodes have added up, and of single replies, added up here; None if there are none."""
+    """The sum over a cohort, of the nodes' sums and of single replies; None if there are neither."""
     admitted, sums, blocks = {answer.client: answer for answer in verdict.admitted}, verdict.sums, cut(cohort)
 
     def known(span: Span) -> WeightedSum | None:
         found = sums.get(tuple(c for block in blocks[slice(*span)] for c in block))
-        if found is None and span[1] - span[0] == 1 and any(c in admitted for c in blocks[span[0]]):
-            return _block_sum(blocks[span[0]], admitted, equal)
-        return found
+        if found is not None or span[1] - span[0] > 1:
+            return found
+        single = [admitted[c] for c in blocks[span[0]] if c in admitted]
+        updates = [(answer.metrics, answer.arrays) for answer in single if answer.arrays is not None]
+        return weighted_sum((name_weights(m, arrays, equal), arrays) for m, arrays in updates) if single else None
 
     return total((0, len(blocks)), known, add) if blocks else None
-
-
-def _block_sum(block: Sequence[int], admitted: Mapping[int, Answer], equal: bool) -> WeightedSum:
-    return weighted_sum(
-        (name_weights(answer.metrics, answer.arrays, equal), answer.arrays)
-        for answer in (admitted[c] for c in block if c in admitted)
-        if answer.arrays is not None
-    )

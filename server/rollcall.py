@@ -1,4 +1,4 @@
-"""The roll call: every node says which clients it hosts, and its code, data, split and versions must be the server's."""
+"""The roll call: each node reports the clients that it hosts; its code, data, split and versions must match the server's."""
 
 import json
 import logging
@@ -21,34 +21,34 @@ log = logging.getLogger("meadow.server")
 PATIENCE = 5.0
 """Grace period, in seconds, for a node whose roll call fails before round 1; then the run stops."""
 DECISIVE = ("flwr", "torch")
-"""The libraries of which server and nodes need the same release; its build (+cpu, +cu130) may differ."""
+"""Libraries whose release must be the same on server and nodes; the build (+cpu, +cu130) may differ."""
 _PAUSE = 0.05
 
 
 @dataclass
 class RollCall:
-    """Which node hosts each client, and what the nodes said of themselves."""
+    """Which node hosts each client, and what the nodes reported about themselves."""
 
     carrier: Carrier
     run_id: str
     base: Arrays
-    """Arrays that every client starts from and that do not travel in the rounds."""
+    """Arrays that every client starts from and that are not sent again in the rounds."""
     expected: dict[str, str]
-    """What every node must have in common with the server: "data" and "split", as hashes."""
+    """The hashes of "data" and "split" that every node must have, too."""
     clients: int
     timeout: float
     sizes: npt.NDArray[np.int64] = field(init=False)
-    """Training samples that each client declared, int64 (clients,): the cap of its weight."""
+    """The training samples that each client declared, int64 (clients,): the cap on its weight."""
     simulated: bool = True
-    """Whether every node so far has said that it is simulated: its secrets are then none."""
+    """Whether every node so far is simulated; simulated secrets are not secret."""
     keeps: bool = False
-    """Whether clients keep something from round to round, as some node says."""
+    """Whether some node reports that its clients keep state from round to round."""
     _faulty: dict[int, float] = field(default_factory=dict)
-    """Since when a node has answered with an error."""
+    """When each node that answers with an error first did so."""
     _nodes: set[int] = field(default_factory=set)
     _known: list[int] = field(default_factory=list)
     _hosts: npt.NDArray[np.int32] = field(init=False)
-    """Each client's place in `_known`, -1 where it has none: four bytes a client, however many there are."""
+    """Each client's index into `_known`, or -1. An array, because it takes only four bytes per client."""
 
     def __post_init__(self) -> None:
         self.sizes = np.zeros(self.clients, dtype=np.int64)
@@ -56,16 +56,16 @@ class RollCall:
 
     @property
     def nodes(self) -> list[int]:
-        """The nodes that are there, ascending."""
+        """The nodes that are present, ascending."""
         return sorted(self._nodes)
 
     def host(self, client: int) -> int | None:
-        """The node that hosts a client, if one does that is there."""
+        """The present node that hosts a client, or None."""
         place = int(self._hosts[client])
         return self._known[place] if place >= 0 and self._known[place] in self._nodes else None
 
     def gather(self) -> None:
-        """Wait until every client is hosted by some node. Raises RunStopped after the time limit, and if a node cannot."""
+        """Wait until some node hosts each client. Raises RunStopped after the time limit, or if a node cannot take part."""
         end = time.monotonic() + self.timeout
         while True:
             self.meet()
@@ -74,13 +74,13 @@ class RollCall:
                 return
             if time.monotonic() > end:
                 raise RunStopped(
-                    f"{len(missing)} of {self.clients} clients are hosted by no node after {self.timeout:.0f} s, "
-                    f"the first of them client {missing[0]}: start their nodes, or raise cohort.timeout"
+                    f"no node hosts {len(missing)} of {self.clients} clients (the first is client {missing[0]}) after "
+                    f"cohort.timeout = {self.timeout:.0f} s: start their nodes, or raise cohort.timeout"
                 )
             time.sleep(_PAUSE)
 
     def meet(self) -> None:
-        """Call the roll of nodes that are new since the last time; a restarted node takes its clients back."""
+        """Query the nodes that are new since the last call; a restarted node gets its clients back."""
         present = set(self.carrier.grid.get_node_ids())
         self._nodes &= present
         self._faulty = {node: since for node, since in self._faulty.items() if node in present}
@@ -103,12 +103,12 @@ class RollCall:
         if waited > PATIENCE and bool((self._hosts < 0).any()):  # else the run goes on without it
             last = (reason.strip().splitlines() or ["no reason"])[-1]
             raise RunStopped(
-                f"node {node} answers the roll call with an error: {last}; mend it and start the run again"
+                f"node {node} answers the roll call with an error: {last}; fix the node and start the run again"
             )
         log.warning("node %d answers the roll call with an error: %s", node, reason)
 
     def _enter(self, node: int, roll: ConfigRecord) -> None:
-        _refuse_others(node, roll, self.expected)
+        _refuse_mismatch(node, roll, self.expected)
         self._nodes.add(node)
         self.simulated &= bool(roll.get("simulated", False))
         self.keeps |= bool(roll.get("keeps", True))
@@ -122,8 +122,8 @@ class RollCall:
             taken += stop - first
 
 
-def _refuse_others(node: int, roll: ConfigRecord, expected: dict[str, str]) -> None:
-    """Raise RunStopped if a node's code, data, split or releases are not the server's."""
+def _refuse_mismatch(node: int, roll: ConfigRecord, expected: dict[str, str]) -> None:
+    """Raise RunStopped if a node's code, data, split or library releases differ from the server's."""
     for what, ours in {"code": code_sha256(), **expected}.items():
         if roll.get(what) != ours:
             raise RunStopped(
@@ -135,7 +135,7 @@ def _refuse_others(node: int, roll: ConfigRecord, expected: dict[str, str]) -> N
         if _release(theirs.get(name, "missing")) != _release(versions()[name]):
             raise RunStopped(
                 f"node {node} has {name} {theirs.get(name, 'missing')}, the server has {versions()[name]}: install the "
-                "same release on both; another one may speak another protocol, or give other bits"
+                "same release on both; releases can differ in their protocol or in the bits of their results"
             )
 
 

@@ -1,7 +1,6 @@
-"""A run: opened once, its rounds from the last checkpoint to the last one, and the evaluation of every client at the end."""
+"""A run: opens it, plays its rounds from the last checkpoint on, and evaluates every client at the end."""
 
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,44 +38,35 @@ from meadow.tasks.task import Task, open_task
 log = logging.getLogger("meadow.server")
 
 
-@dataclass
-class Ending:
-    """How a run has ended; `scores`, of each client, are empty if it never got to the last evaluation."""
-
-    status: str = "done"
-    reason: str = ""
-    scores: dict[int, ClientScores] = field(default_factory=dict)
-
-
 def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
-    """Run the experiment over the grid's nodes and return its summary, which also stands in the run folder `out`.
+    """Run the experiment over the grid's nodes; return its summary, which is also written to the run folder `out`.
 
-    Raises UserError for input that only shows now (an impossible split). A run that ends early for a stated reason has a
-    summary too, and in every case the folder can be resumed.
+    Raises UserError for errors of the input that show only now (an impossible split). A run that ends early for a stated
+    reason has a summary, too. The folder can be resumed in every case.
     """
     session = open_run(grid, experiment, out, resume)
     folder = session.folder
     if (before := folder.summary()) and before["status"] == "done":
         return before
-    folder.forget_summary()
-    folder.write_split(_split(session.task) | split_table(experiment, session.task))
+    folder.delete_summary()
+    folder.write("split", _split(session.task) | split_table(experiment, session.task))
     try:
-        ending = _play(session)
+        status, reason, scores = _play(session)
     except BaseException as fault:
-        told = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
-        _end(session, summarise(session, "failed", told, {}))
+        reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
+        _end(session, summarise(session, "failed", reason, {}))
         raise
-    if ending.scores:
-        _write_scores(session, ending.scores)
-    return _end(session, summarise(session, ending.status, ending.reason, ending.scores))
+    if scores:
+        _write_scores(session, scores)
+    return _end(session, summarise(session, status, reason, scores))
 
 
 def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Session:
-    """Everything that the rounds need, with the run folder open; no node has been asked yet."""
+    """Open the run folder and everything that the rounds need, without contacting any node."""
     if (folds := experiment.evaluate.folds) and not experiment.evaluate.fold:
         raise UserError(
-            f"evaluate.folds = {folds}: a single run is one fold of them; write evaluate.fold = 1 to {folds}, or let "
-            "`meadow run` make all of them"
+            f"evaluate.folds = {folds}: a single run covers one fold; write evaluate.fold = 1 to {folds}, or let "
+            "`meadow run` run all of them"
         )
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
@@ -92,7 +82,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     base = {n: start[n] for n in own} if experiment.task.pretrained else {}
     hashes = {"data": task.dataset.sha256, "split": task.split.sha256}
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
-    # Ledgers stay with their nodes; so does a state that only one of a cluster's machines has.
+    # Ledgers stay with their nodes, and so does state that only one machine of a cluster has.
     movable = guard.movable and not experiment.engine.address
     writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
     guard.stages = stages
@@ -120,29 +110,29 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
 
 
 def _split(task: Task) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that was begun."""
+    """The facts about the split that must be the same when the run is resumed."""
     return {"law": task.split.law, "tries": task.split.tries, "sha256": task.split.sha256}
 
 
-def _play(session: Session) -> Ending:
-    """The roll call, the rounds that are left, and the evaluation of every client."""
+def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
+    """Hold the roll call, play the remaining rounds, evaluate every client; return status, reason and clients' scores."""
     try:
         stop = _play_rounds(session)
         scores = score_clients(session, session.round, last=True)
-        return Ending("stopped" if stop else "done", stop, scores)
+        return "stopped" if stop else "done", stop, scores
     except RunStopped as early:
-        return Ending("stopped", str(early))
+        return "stopped", str(early), {}
     except KeyboardInterrupt:
-        return Ending("stopped", "stopped by the user")
+        return "stopped", "stopped by the user", {}
 
 
 def _play_rounds(session: Session) -> str:
-    """Play the rounds; returns why a listener stopped them before the last, "" if none did."""
+    """Play the rounds; return a listener's reason for stopping before the last one, or ""."""
     experiment, roll, listeners = session.experiment, session.exchange.roll, session.listeners
     try:
         roll.gather()
         session.protection.begin(roll.simulated, session.folder.path)
-        if roll.keeps or session.protection.lasting:
+        if roll.keeps or session.protection.sync_each_round:
             session.writer.every = 0
         _recover(session)
         tree = to_tree(experiment)
@@ -157,10 +147,10 @@ def _play_rounds(session: Session) -> str:
 
 
 def _recover(session: Session) -> None:
-    """Put the newest whole checkpoint in place; without one the run begins with round 1."""
+    """Restore the newest intact checkpoint; without one the run begins with round 1."""
     checkpoint, damaged = checkpoints.latest(session.folder.checkpoints)
     for line in damaged:
-        log.warning("damaged checkpoint, the one before it is used: %s", line)
+        log.warning("damaged checkpoint; using the one before it: %s", line)
     if checkpoint is not None:
         session.round, session.arrays = checkpoint.round, checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
@@ -171,20 +161,20 @@ def _recover(session: Session) -> None:
 
 
 def _write_scores(session: Session, scores: dict[int, ClientScores]) -> None:
-    """Write what is known of each client, and what the models' outputs look like."""
+    """Write `clients.csv` and `evaluation.json`."""
     folder, experiment, task = session.folder, session.experiment, session.task
     folder.write_clients(client_rows(folder, experiment, task, scores, session.protection.epsilons()))
     outputs = predict_globally(session)
     shared = describe(outputs, task.dataset.test.y, task.targets) if outputs else {}
     counts = add_confusion([s.confusion for s in scores.values()], task.targets)
-    folder.write_evaluation({"global": shared, "clients": counts})
+    folder.write("evaluation", {"global": shared, "clients": counts})
 
 
 def _end(session: Session, summary: dict[str, Any]) -> dict[str, Any]:
-    """Write the summary and tell the listeners; if one of them has raised in this run, the summary says so."""
-    session.folder.write_summary(summary)
+    """Write the summary and notify the listeners; exceptions that they raised are added to the summary."""
+    session.folder.write("summary", summary)
     session.listeners.run_ends(summary)
     if session.listeners.faults:
         summary = summary | {"listeners": list(session.listeners.faults.values())}
-        session.folder.write_summary(summary)
+        session.folder.write("summary", summary)
     return summary

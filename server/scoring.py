@@ -1,4 +1,4 @@
-"""Scoring models: the shared one on the global test set, and each client's own on its test part."""
+"""Scores models: the shared one on the global test set, and each client's own on its test part."""
 
 import logging
 import math
@@ -19,13 +19,13 @@ log = logging.getLogger("meadow.server")
 
 
 def score_globally(session: Session) -> dict[str, dict[str, float]]:
-    """The shared model on the global test set: {target: {metric: value}}; empty where `predict_globally` is."""
+    """The shared model's scores on the global test set: {target: {metric: value}}; empty if `predict_globally` is."""
     outputs = predict_globally(session)
     return score(outputs, session.task.dataset.test.y, session.task.targets, thorough=True) if outputs else {}
 
 
 def predict_globally(session: Session) -> dict[str, Tensor]:
-    """The shared model's outputs on the global test set; empty if part of the model is personal, or nobody asks."""
+    """The shared model's outputs on the global test set; empty if evaluate.on lacks "global" or layers are personal."""
     if session.roles.personal or "global" not in session.experiment.evaluate.on:
         return {}
     load_into(session.model, session.start | session.arrays)
@@ -35,9 +35,9 @@ def predict_globally(session: Session) -> dict[str, Tensor]:
 
 
 def score_clients(session: Session, round_: int, last: bool) -> dict[int, ClientScores]:
-    """Ask every client to score the model that it would use after `round_`; who does not answer is left out.
+    """Ask every client to score the model that it would use after `round_`; clients that do not answer are omitted.
 
-    `last`: thoroughly, and, if that is set, after local fine-tuning too.
+    `last`: with all metrics and, if evaluate.fine_tune_epochs is set, after local fine-tuning, too.
     """
     everyone: Sequence[int] = range(session.experiment.partition.clients)
     if last and 0 < (sample := session.experiment.evaluate.sample) < len(everyone):
@@ -51,7 +51,7 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
     for reply in replies:
         identity = reply.said("identity")
         if not identity:
-            reason = reply.error or "its reply says nothing of itself"
+            reason = reply.error or "its reply does not identify the client"
             log.warning("client %d was not evaluated: %s", reply.client, reason)
             continue
         scores[reply.client] = ClientScores(
@@ -65,11 +65,11 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
 
 def scores_in(answer: Answer) -> dict[str, float]:
     """The scores in an answer that are finite numbers."""
-    said = answer.said("evaluation")
-    return {key: value for key in said if (value := number(said, key)) is not None}
+    scores = answer.said("evaluation")
+    return {key: value for key in scores if (value := number(scores, key)) is not None}
 
 
 def number(values: Values, key: str) -> float | None:
-    """The finite number under a key, if it is one."""
+    """The value under a key if it is a finite number, else None."""
     value = values.get(key)
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

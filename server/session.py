@@ -1,4 +1,4 @@
-"""A run in hand: what its rounds share, and what is known of it before the first one."""
+"""The session of a running experiment: what its rounds share. Also its set-up and the table of its split."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from meadow.server.listeners import Listeners
 from meadow.server.placement import AtClients
 from meadow.server.protection import Protection
 from meadow.server.writer import Writer
+from meadow.strategies import equal_weights
 from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
 from meadow.strategies.roles import HEADS
 from meadow.strategies.stages import Stages
@@ -25,16 +26,15 @@ from meadow.tasks.features import View
 from meadow.tasks.task import Task
 
 MOST_ROWS = 100_000
-"""Clients of which `split.json` has a row each."""
+"""`split.json` has a row per client up to this many clients."""
 
 
 @dataclass
 class Session:
-    """What the rounds of one run have in hand. `arrays`, the shared ones, `state`, what the
-    algorithm keeps, `round` and `void` are replaced from round to round; the protection changes too.
+    """What the rounds of one run share. Each round replaces `arrays`, `state`, `round` and `void` and changes `protection`.
 
-    clock: where the time of the round in hand goes. round: the last round that is done. void: attempts at rounds that did
-    not count, "ROUND.ATTEMPT": clients forget what those left them.
+    arrays: the shared arrays. state: the algorithm's state. clock: measures the phases of the current round. round: the
+    last finished round. void: attempts that did not count, "ROUND.ATTEMPT"; clients discard their effects.
     """
 
     experiment: Experiment
@@ -61,7 +61,7 @@ class Session:
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:
-        """The training samples of each client by the split, int64 (clients,)."""
+        """The training samples of each client, int64 (clients,)."""
         return self.task.split.sizes[:, 0]
 
     def evaluates(self, round_: int) -> bool:
@@ -70,24 +70,24 @@ class Session:
 
 
 def setup(experiment: Experiment, task: Task, parts: Roles) -> Setup:
-    """What the server's part of the algorithm is made with. A head is trained by the clients that hold its target; unseen
-    ones train nothing."""
+    """The set-up of the algorithm's server part. The clients with a target's labels train its head; unseen clients train
+    nothing."""
     holders = dict.fromkeys(parts.shared, experiment.participants)
     held = np.delete(task.held, sorted(unseen(experiment)), axis=0)
     for target in task.targets:
         count = int(held[:, experiment.task.targets.index(target.name)].sum())
         holders |= {name: count for name in parts.shared if name.startswith(f"{HEADS}{target.name}.")}
     settings, seed = experiment.strategy, experiment.run.seed
-    return Setup(settings, experiment.local, seed, parts, holders, experiment.equal_weights)
+    return Setup(settings, experiment.local, seed, parts, holders, equal_weights(experiment))
 
 
 def split_table(experiment: Experiment, task: Task) -> dict[str, Any]:
-    """The split for `split.json`, a row a client: samples of each part; counts of the first target's labels or deciles;
-    under DP neither, unless privacy.release lets them out.
+    """The split for `split.json`.
 
-    Of more than MOST_ROWS clients none of these. "holds", where clients hold part of the targets: the clients that hold
-    each. For law = natural "left_out", how many of the data's own clients are too small and how many samples they have,
-    and "names", each client's name in the data.
+    sizes: samples of each part, a row per client. labels: counts of the first target's labels or deciles. Both are absent
+    under DP, unless privacy.release allows them, and with more than MOST_ROWS clients. holds, if clients hold only some
+    targets: the clients that hold each target. For law = natural, left_out counts the data's clients that were too small
+    and their samples, and names has each client's name in the data.
     """
     table: dict[str, Any] = {"target": experiment.task.targets[0]}
     if (counted := allowed(experiment, "labels")) and experiment.partition.clients <= MOST_ROWS:

@@ -1,4 +1,4 @@
-"""What a run says of itself at its end: `summary.json` and `clients.csv`, out of the round records and the last scores."""
+"""Summarises a run at its end: `summary.json` and `clients.csv`, from the round records and the last scores."""
 
 import hashlib
 import math
@@ -29,8 +29,11 @@ LAST = 10
 
 @dataclass(frozen=True)
 class ClientScores:
-    """What one client replied to an evaluation: its scores by model/target/metric, its personal arrays' hash, and of the
-    model that it would use the confusion counts by target, int64 (classes * classes,)."""
+    """One client's reply to an evaluation.
+
+    scores: by model/target/metric. personal_sha256: the hash of its personal arrays. trained: whether it ever trained.
+    confusion: counts of the model that it would use, by target, int64 (classes * classes,).
+    """
 
     scores: Scores
     personal_sha256: str
@@ -39,13 +42,13 @@ class ClientScores:
 
 
 def test_sizes(experiment: Experiment, task: Task) -> Ints:
-    """Test samples of each client, int64 (clients,); 1 where they may not be told."""
+    """Test samples of each client, int64 (clients,); all 1 if they may not be released."""
     sizes = task.split.sizes[:, 2]
     return sizes if allowed(experiment, "labels") else np.ones_like(sizes)
 
 
-def used(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, Scores]:
-    """Of each client's scores those of the model that it would use, by target/metric; or of another `model` of its."""
+def scores_of(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, Scores]:
+    """Each client's scores of one of its models, by default the one that it would use, by target/metric."""
     start = f"{model}/"
     return {
         c: {k.removeprefix(start): v for k, v in s.scores.items() if k.startswith(start)} for c, s in scores.items()
@@ -53,10 +56,10 @@ def used(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, S
 
 
 def summarise(session: Session, status: str, reason: str, scores: Mapping[int, ClientScores]) -> dict[str, Any]:
-    """The summary of a run that has ended, well or not. `scores` is empty if it never got to the last evaluation."""
+    """The summary of a run that has ended. `scores` is empty if the run did not reach the last evaluation."""
     experiment, task, records = session.experiment, session.task, session.folder.rounds()
     global_curve = [r["global"] for r in records if r["global"]]
-    at_end = over_clients(used(scores), test_sizes(experiment, task))
+    at_end = over_clients(scores_of(scores), test_sizes(experiment, task))
     return {
         "name": experiment.run.name,
         "status": status,
@@ -68,7 +71,7 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
         "metrics": {
             "global": global_curve[-1] if global_curve else {},
             "clients": at_end,
-            **_beside(experiment, scores, test_sizes(experiment, task)),
+            **_optional_spreads(experiment, scores, test_sizes(experiment, task)),
             "last10": {
                 "global": mean_tree(global_curve[-LAST:]),
                 "clients": mean_tree(_clients_curve(records, at_end)[-LAST:]),
@@ -77,15 +80,17 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
         **forgetting(experiment, task, scores),
         "clients": {
             "total": experiment.partition.clients,
-            "never_sampled": session.placement.never_sampled(_sampled(records)),
-            "untrained_head": sum(not s.trained for s in scores.values()) if _personal_heads(experiment) else 0,
+            "never_sampled": session.placement.never_sampled({client for r in records for client in r["cohort"]}),
+            "untrained_head": sum(not s.trained for s in scores.values())
+            if experiment.share in ("none", "body")
+            else 0,
         },
         "cost": {
             "seconds": sum(r["seconds"] for r in records),
             "bytes_up": sum(r["bytes_up"] for r in records),
             "bytes_down": sum(r["bytes_down"] for r in records),
             "steps": sum(r["steps"] for r in records),
-            **_of_the_whole(experiment, task, records),
+            **_model_costs(experiment, task, records),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
         "privacy": session.protection.summary(),
@@ -98,33 +103,35 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
 
 
 def _clients_curve(records: Sequence[Mapping[str, Any]], at_end: Mapping[str, Any]) -> list[Any]:
-    """The spread over clients, evaluation after evaluation, the last one included."""
+    """The spread over clients at each evaluation, including the last one."""
     curve = [r["clients"] for r in records if r["clients"]]
     if not at_end:
         return curve
-    # What only the last evaluation measures is no mean over ten rounds.
+    # Metrics that only the last evaluation measures cannot be averaged over ten rounds.
     as_before = {t: {m: v for m, v in metrics.items() if m not in THOROUGH} for t, metrics in at_end.items()}
     same = bool(records) and records[-1]["clients_round"] == records[-1]["round"]
     return curve if same else [*curve, as_before]
 
 
-def _beside(experiment: Experiment, scores: Mapping[int, ClientScores], samples: Ints) -> dict[str, dict[str, Any]]:
-    """What is measured beside "clients" if it is asked for: "finetuned", each client's model after local fine-tuning, and
-    "unseen", "unseen_finetuned": the same over the clients alone that were held out of training."""
+def _optional_spreads(
+    experiment: Experiment, scores: Mapping[int, ClientScores], samples: Ints
+) -> dict[str, dict[str, Any]]:
+    """Spreads that the experiment may ask for: "finetuned", each client's model after local fine-tuning; "unseen" and
+    "unseen_finetuned", the same over only the clients held out of training."""
     hidden = {c: s for c, s in scores.items() if c in unseen(experiment)}
     found = {
-        "finetuned": used(scores, "finetuned"),
-        "unseen": used(hidden),
-        "unseen_finetuned": used(hidden, "finetuned"),
+        "finetuned": scores_of(scores, "finetuned"),
+        "unseen": scores_of(hidden),
+        "unseen_finetuned": scores_of(hidden, "finetuned"),
     }
     return {name: spread for name, of_clients in found.items() if (spread := over_clients(of_clients, samples))}
 
 
 def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientScores]) -> dict[str, Any]:
-    """{"forgetting": {target: {metric: {before, after}}}} if evaluate.on names the source task and clients replied.
+    """{"forgetting": {target: {metric: {before, after}}}}, or {} if evaluate.on lacks the source task or nobody replied.
 
-    On the source task's test set: before, the source model; after, the models that the clients use at the end, their
-    mean over clients.
+    Scores are on the source task's test set. before: the source model; after: the mean over the models that clients would
+    use at the end.
     """
     after = mean_tree([{k: v for k, v in s.scores.items() if k.startswith("source/")} for s in scores.values()])
     if not after:
@@ -144,11 +151,14 @@ def client_rows(
     scores: Mapping[int, ClientScores],
     epsilons: Mapping[int, float],
 ) -> list[dict[str, Any]]:
-    """The rows of `clients.csv`: client, samples, rounds it took part in, its epsilon, and the metrics of each model of
-    its. Samples that may not be told stay empty. With evaluate.sample, of the clients alone that took part or were
-    scored."""
-    told = allowed(experiment, "labels")
-    rounds = Counter(client for record in folder.rounds() for client in _took_part(record))
+    """The rows of `clients.csv`: client, samples, rounds that counted, epsilon, and the metrics of each of its models.
+
+    Samples stay empty if they may not be released. With evaluate.sample, only clients that trained or were scored have rows.
+    """
+    counted = allowed(experiment, "labels")
+    rounds = Counter[int]()
+    for record in folder.rounds():
+        rounds.update(set(record["cohort"]) - {failure["client"] for failure in record["failed"]})
     clients: Iterable[int] = range(experiment.partition.clients)
     if experiment.evaluate.sample:
         clients = sorted(rounds.keys() | scores.keys())
@@ -157,9 +167,9 @@ def client_rows(
         parts = task.split.clients[client]
         row: dict[str, Any] = {
             "client": client,
-            "train_samples": len(parts.train) if told else "",
-            "validation_samples": len(parts.validation) if told else "",
-            "test_samples": len(parts.test) if told else "",
+            "train_samples": len(parts.train) if counted else "",
+            "validation_samples": len(parts.validation) if counted else "",
+            "test_samples": len(parts.test) if counted else "",
             "rounds": rounds[client],
             "epsilon": epsilons.get(client, ""),
         }
@@ -169,9 +179,9 @@ def client_rows(
     return rows
 
 
-def _of_the_whole(experiment: Experiment, task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Parameters that local training changes; bytes that did not travel, against sharing the whole model (without what
-    `meadow/tasks/models/peft.py` adds) with the same clients in the same rounds; 0 without federation."""
+def _model_costs(experiment: Experiment, task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """trained_parameters: number of parameters that local training changes. bytes_saved, if federated: against sending the
+    whole model (without the modules of `meadow/tasks/models/peft.py`) to the same clients in the same rounds."""
     model = task.new_model()
     learning = trained(experiment, model.state_dict())
     sizes = {name: p.numel() for name, p in model.named_parameters() if name in learning}
@@ -187,20 +197,8 @@ def _of_the_whole(experiment: Experiment, task: Task, records: Sequence[Mapping[
     return {"trained_parameters": count, "bytes_saved": whole * trips - travelled if federated else 0}
 
 
-def _personal_heads(experiment: Experiment) -> bool:
-    return experiment.share in ("none", "body")
-
-
-def _took_part(record: Mapping[str, Any]) -> set[int]:
-    return set(record["cohort"]) - {failure["client"] for failure in record["failed"]}
-
-
-def _sampled(records: Sequence[Mapping[str, Any]]) -> set[int]:
-    return set().union(*(record["cohort"] for record in records))
-
-
 def _personal_sha256(scores: Mapping[int, ClientScores]) -> str:
-    """SHA-256 over the clients' personal hashes, in client order: one word for all personal models."""
+    """SHA-256 over the hashes of all clients' personal arrays, in client order."""
     digest = hashlib.sha256()
     for client in sorted(scores):
         digest.update(f"{client}:{scores[client].personal_sha256}\n".encode())

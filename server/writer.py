@@ -1,8 +1,8 @@
-"""The listener that writes records and checkpoints, while clients train the next round: a disk takes longer over a sync than
-a small round.
+"""The listener that writes records and checkpoints while clients train the next round, because a disk's sync can take longer
+than a small round.
 
-What a round left is written before the next one's replies are combined; under DP before anything more is sent. Small rounds
-may share a checkpoint (`EVERY`): whoever resumes a killed run plays what came after it again, to the same bits.
+A round is on disk before the next one's replies are combined; under DP, before anything more is sent. Short rounds may share
+a checkpoint (`EVERY`): a resumed run then replays the rounds after it, to the same bits.
 """
 
 import time
@@ -13,42 +13,41 @@ from meadow.server.folder import RunFolder
 from meadow.server.listeners import Listener, RoundDone
 
 EVERY = 1.0
-"""Seconds from one checkpoint to the next, where clients keep nothing: of what they keep, each state since the oldest
-checkpoint has to stay."""
+"""Seconds between checkpoints if clients keep no state. Otherwise every round has one, because clients must keep all their
+states since the oldest checkpoint."""
 
 
 class Writer(Listener):
-    """Writes to a run folder, one round after the other. The first has a checkpoint, and then the first of each `every`
-    seconds, and the last. What goes wrong is raised by the next `settle`."""
+    """Writes rounds to a run folder, one after the other. The first and last rounds get a checkpoint, and the first round in
+    each `every` seconds. The next `settle` raises an error of the writing thread."""
 
     def __init__(self, folder: RunFolder, every: float) -> None:
         self._folder, self.every = folder, every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._given: RoundDone | None = None
+        self._pending: RoundDone | None = None
         self._writing: Future[None] | None = None
         self._late: RoundDone | None = None
-        """The last round, if its checkpoint is not written."""
+        """The last round, if it has no checkpoint yet."""
         self._next = time.monotonic()
 
     def round_done(self, done: RoundDone) -> None:
-        """Take what a round leaves: its record, and then its checkpoint, whose arrays nobody may change."""
+        """Take a round to write. Nobody may change its arrays from now on."""
         self.settle()
-        self._given = done
+        self._pending = done
 
     def clients_train(self) -> None:
-        """Begin to write what was given. Not before the next messages are sent: Python lets one thread run at a time."""
-        given, self._given = self._given, None
-        if given is None:
+        """Begin to write the round. This waits for the next messages, because Python runs only one thread at a time."""
+        done, self._pending = self._pending, None
+        if done is None:
             return
-        if (now := time.monotonic()) >= self._next:
-            self._next, self._late = now + self.every, None
-            self._writing = self._thread.submit(self._write, given, True)
-        else:
-            self._late = given
-            self._writing = self._thread.submit(self._write, given, False)
+        with_checkpoint = (now := time.monotonic()) >= self._next
+        if with_checkpoint:
+            self._next = now + self.every
+        self._late = None if with_checkpoint else done
+        self._writing = self._thread.submit(self._write, done, with_checkpoint)
 
     def settle(self) -> None:
-        """Return when all that was given is written."""
+        """Wait until every round is written."""
         self.clients_train()
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -59,7 +58,7 @@ class Writer(Listener):
                 raise
 
     def rounds_end(self) -> None:
-        """`settle`, for the last time: the last round has its checkpoint then."""
+        """`settle` for the last time, and write the last round's checkpoint."""
         try:
             self.settle()
             if self._late is not None:

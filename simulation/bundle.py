@@ -1,4 +1,4 @@
-"""The folder from which `flwr run` makes the app bundle, written from the Meadow that runs here: a checkout or a wheel."""
+"""Writes the folder from which `flwr run` makes the app bundle, from the installed Meadow or the checkout that runs here."""
 
 import shutil
 from importlib import metadata
@@ -13,10 +13,10 @@ from meadow.runtime.identity import ROOMS, ROOT
 
 
 def write_app(folder: Path) -> Path:
-    """Write Meadow's Flower app into `folder`, in the place of what was there; returns it.
+    """Write Meadow's Flower app into `folder`, replacing its contents; return the folder.
 
-    It holds the rooms that server and nodes run, below `meadow/` as in a wheel, so it has the code hash of this process; and
-    a `pyproject.toml` that declares every key of an experiment with its default.
+    The app has the packages that server and nodes run, in `meadow/` as in a wheel, and therefore this process's code hash.
+    Its `pyproject.toml` declares every key of an experiment with its default.
     """
     shutil.rmtree(folder, ignore_errors=True)
     package = folder / "meadow"

@@ -1,7 +1,7 @@
-"""Processes that a run starts and that never outlive it: process groups, their logs, and free ports on loopback.
+"""Child processes that never outlive a run: process groups, their logs, and free ports on loopback.
 
-Each child leads a process group of its own, so a Ctrl-C in the terminal reaches this process alone, which then stops
-the groups in order. A watchdog stops them too when this process is killed outright.
+Each child leads its own process group, so Ctrl-C in the terminal reaches only this process, which then stops the groups in
+order. If this process is killed, a watchdog stops them.
 """
 
 import fcntl
@@ -21,13 +21,13 @@ from pathlib import Path
 STOP_GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 PORTS = range(15000, 32000)
-"""Below the range from which Linux and macOS take the ports of outgoing connections, so none is lost to one."""
+"""Below the range that Linux and macOS use for outgoing connections, so that none of these takes our port."""
 
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-"""Environment of a process that trains: glibc keeps up to 1 GiB that large temporaries gave back, where it would hand it to
-the system and ask for it, zeroed page by page, at the next step. Read when a process starts; elsewhere it means nothing."""
+"""Environment of a process that trains: glibc keeps up to 1 GiB of freed memory for reuse. Otherwise it would return large
+temporaries to the system and request zeroed pages again at each step. Read at process start; no effect without glibc."""
 
-# Reads "+GROUP" and "-GROUP" lines until its input ends, however our process ends; then it kills what is left.
+# Reads "+GROUP" and "-GROUP" lines until its input closes, which it does however our process ends; then kills the rest.
 _WATCHDOG = """
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -47,7 +47,7 @@ for number, pause in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 0.0)):
 
 @dataclass(frozen=True)
 class Child:
-    """One process that we started, leader of its own process group."""
+    """A process that we started, leader of its own process group."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -56,7 +56,7 @@ class Child:
 
 @dataclass
 class Children:
-    """The processes of one run, in the order in which they were started."""
+    """The processes of one run, in the order of their start."""
 
     log_dir: Path
     watchdog: subprocess.Popen[bytes]
@@ -89,7 +89,7 @@ class Children:
                 raise RuntimeError(f"{child.name} ended with exit code {code}.\n{tail(child.log)}")
 
     def stop(self) -> None:
-        """End every process group: SIGTERM (last started first), a grace, then SIGKILL. Safe to call twice."""
+        """End every process group: SIGTERM (last started first), then SIGKILL after STOP_GRACE. Safe to call twice."""
         waiting = list(reversed(self.running))
         for child in waiting:
             signal_group(child, signal.SIGTERM)
@@ -105,7 +105,7 @@ class Children:
         self.running.clear()
 
     def forget(self, child: Child) -> None:
-        """Drop a child that has ended as it should."""
+        """Remove a child that has ended as expected."""
         child.process.wait()
         self._tell_watchdog(f"-{child.process.pid}")
         self.running.remove(child)
@@ -118,7 +118,7 @@ class Children:
 
 @contextmanager
 def children(log_dir: Path) -> Iterator[Children]:
-    """A set of processes that ends with the ``with`` block, or with this process, whichever comes first."""
+    """A set of processes that end with the ``with`` block or with this process, whichever comes first."""
     log_dir.mkdir(parents=True, exist_ok=True)
     watchdog = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _WATCHDOG], stdin=subprocess.PIPE, start_new_session=True, cwd="/"
@@ -131,19 +131,19 @@ def children(log_dir: Path) -> Iterator[Children]:
             group.stop()
         finally:
             assert watchdog.stdin is not None
-            watchdog.stdin.close()  # the watchdog kills what stop() could not, for instance on a second Ctrl-C
+            watchdog.stdin.close()  # the watchdog kills what stop() did not, for instance after a second Ctrl-C
             watchdog.wait()
 
 
 def signal_group(child: Child, number: signal.Signals) -> None:
-    """Send a signal to the child's process group, if there still is one."""
+    """Send a signal to the child's process group, if it still exists."""
     with suppress(ProcessLookupError, PermissionError):  # macOS answers "permission" for a group of zombies
         os.killpg(child.process.pid, number)
 
 
 def group_alive(child: Child) -> bool:
-    """Whether any process of the child's group is left, be it the child or what it started."""
-    child.process.poll()  # reap the leader, or its zombie counts
+    """Whether any process of the child's group is alive: the child or a descendant."""
+    child.process.poll()  # reap the leader: a zombie would count as alive
     try:
         os.killpg(child.process.pid, 0)
     except (ProcessLookupError, PermissionError):
@@ -152,16 +152,16 @@ def group_alive(child: Child) -> bool:
 
 
 def tail(log: Path, lines: int = 40) -> str:
-    """The last lines of a log, headed by its path."""
+    """The last lines of a log, below a line with its path."""
     text = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     return f"--- {log}\n" + "\n".join(text[-lines:])
 
 
 @contextmanager
 def free_port() -> Iterator[int]:
-    """A port on loopback that nobody listens on, kept from other runs of ours until the block ends.
+    """A free port on loopback, reserved against other runs of Meadow until the block ends.
 
-    The lock file closes the gap between our look and the bind of the process the port is for.
+    A lock file reserves it between our check and the bind by the process that will use it.
     """
     folder = Path(tempfile.gettempdir()) / f"meadow-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -176,4 +176,4 @@ def free_port() -> Iterator[int]:
                 continue
             yield port
             return
-    raise RuntimeError(f"No free port between {PORTS.start} and {PORTS.stop}.")
+    raise RuntimeError(f"no free port between {PORTS.start} and {PORTS.stop}")

@@ -1,4 +1,4 @@
-"""What Meadow's own grids have in common: Flower's `Grid` interface over nodes that this process reaches directly."""
+"""The base of Meadow's own grids: Flower's `Grid` interface over nodes that this process reaches directly."""
 
 import itertools
 import time
@@ -24,44 +24,44 @@ def become_server() -> None:
 
 
 def server_context(experiment: Experiment, out: Path, resume: bool) -> Context:
-    """The context with which the ServerApp runs on one of Meadow's own grids."""
+    """The ServerApp's context on one of Meadow's own grids."""
     config = {**to_flat(experiment), "out": str(out), "resume": resume}
     return Context(RUN_ID, SERVER_NODE, {}, RecordDict(), config)
 
 
 def node_context(experiment: Experiment, index: int, nodes: int, state: Path) -> Context:
     """The context of the node with the given index (its id is index + 2; 1 is the server)."""
-    settings: dict[str, bool | float | int | str] = {
-        "partition-id": index,
-        "num-partitions": nodes,
-        "state": str(state),
-        "simulated": True,
-    }
+    settings = node_settings(index, nodes, state)
     return Context(RUN_ID, index + SERVER_NODE + 1, settings, RecordDict(), to_flat(experiment))
 
 
+def node_settings(index: int, nodes: int, state: Path) -> dict[str, bool | float | int | str]:
+    """A simulated node's configuration: its share of the clients, and the folder of their state."""
+    return {"partition-id": index, "num-partitions": nodes, "state": str(state), "simulated": True}
+
+
 def error_reply(message: Message, reason: str) -> Message:
-    """What a grid answers for a node that failed."""
+    """The reply that stands for a node that failed."""
     return Message(Error(code=NODE_FAILED, reason=reason), reply_to=message)
 
 
 class LocalGrid(Grid):
-    """Nodes numbered from 2, as many as given. A subclass says how messages start and how replies are collected."""
+    """`nodes` nodes, numbered from 2. A subclass starts messages and collects their replies."""
 
     def __init__(self, nodes: int) -> None:
         self._node_ids = range(SERVER_NODE + 1, SERVER_NODE + 1 + nodes)
         self._next_id = itertools.count(1)
 
     def open(self) -> None:
-        """Make ready what the server and the nodes have in common."""
+        """Prepare what the server and the nodes share."""
 
     @abstractmethod
     def start(self, messages: Sequence[Message]) -> None:
-        """Begin to work on messages, whose ids are set."""
+        """Start to process messages, whose ids are set."""
 
     @abstractmethod
-    def collect(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies among those asked for that have arrived; may wait a moment for one."""
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies to these messages that have arrived; may wait a moment for one."""
 
     def get_node_ids(self) -> list[int]:
         """The nodes' ids."""
@@ -75,17 +75,13 @@ class LocalGrid(Grid):
         self.start(batch)
         return [message.metadata.message_id for message in batch]
 
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that have arrived."""
-        return self.collect(message_ids)
-
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Send messages and wait for their replies, at most `timeout` seconds."""
         waiting = set(self.push_messages(messages))
         replies: list[Message] = []
         end = time.monotonic() + (float("inf") if timeout is None else timeout)
         while waiting and time.monotonic() < end:
-            arrived = self.collect(list(waiting))
+            arrived = self.pull_messages(list(waiting))
             replies += arrived
             waiting -= {reply.metadata.reply_to_message_id for reply in arrived}
         return replies
@@ -97,7 +93,7 @@ class LocalGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def set_run(self, run: Run) -> None:
-        """Nothing to set: such a grid lives for one run."""
+        """Do nothing: the grid serves only one run."""
 
     @property
     def run(self) -> Run:

@@ -1,4 +1,4 @@
-"""The inline engine: one node, in this process, so that a debugger stops inside client code."""
+"""The inline engine: one node in this process, so that a debugger can stop in client code."""
 
 import traceback
 from collections.abc import Iterable, Sequence
@@ -28,6 +28,6 @@ class InlineGrid(LocalGrid):
                 reply = error_reply(message, traceback.format_exc())
             self._replies[message.metadata.message_id] = reply
 
-    def collect(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies, which are all there."""
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies, all of which are ready."""
         return [self._replies.pop(i) for i in message_ids if i in self._replies]

@@ -1,4 +1,4 @@
-"""Launching: the same ServerApp and ClientApp on whichever engine the experiment names."""
+"""Launches the same ServerApp and ClientApp on the engine that the experiment names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,23 +27,19 @@ class Launch(Protocol):
 
 @contextmanager
 def engine(name: str, workers: int = 0, threads: int = 1, address: str = "") -> Iterator[Launch]:
-    """An engine that is up: `with engine("ray") as launch: launch(experiment, out)`, as often as wanted.
+    """Start an engine: `with engine("ray") as launch: launch(experiment, out)`, any number of times.
 
-    name: inline, ray or processes. workers: Ray actors or SuperNodes; 0: as many as there are cores, or 4 SuperNodes.
-    address: of a Ray cluster to join.
-    What was started is stopped at the end, whatever happens.
+    name: inline, ray or processes. workers: Ray actors or SuperNodes; 0: one actor per core, or 4 SuperNodes. address: a
+    Ray cluster to join. Everything that was started is stopped at the end, whatever happens.
     """
     if name == "inline":
         if workers > 1:
-            raise UserError(f"engine.workers = {workers}: the inline engine is one process; use --engine ray")
+            raise UserError(f"engine.workers = {workers}: the inline engine has only one process; use --engine ray")
         yield lambda experiment, out, resume=False: _run_local(
             InlineGrid(experiment, out / "state"), experiment, out, resume
         )
     elif name == "ray":
-        from meadow.simulation.ray_engine import (  # Ray takes a second to import; only those who use it pay
-            ray_grid,
-            ray_workers,
-        )
+        from meadow.simulation.ray_engine import ray_grid, ray_workers  # here, because Ray takes a second to import
 
         with ray_workers(workers, threads, address) as pool:
             yield lambda experiment, out, resume=False: _run_local(
@@ -54,7 +50,7 @@ def engine(name: str, workers: int = 0, threads: int = 1, address: str = "") -> 
 
         def deploy(experiment: Experiment, out: Path, resume: bool = False) -> dict[str, Any]:
             check_folder(out, experiment, resume)
-            open_task(experiment)  # what is wrong with the input shows here, not in another process's log
+            open_task(experiment)  # so that faulty input is reported here and not in another process's log
             run_processes(experiment, out, resume, min(workers or SUPERNODES, experiment.partition.clients))
             return _summary(out)
 

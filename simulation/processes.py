@@ -1,11 +1,10 @@
-"""The processes engine: a real SuperLink and SuperNodes on loopback, by Flower's own commands, from a neutral folder.
+"""The processes engine: a real SuperLink and SuperNodes on loopback, started with Flower's own commands.
 
-Everything a run starts belongs to it: free ports, a private ``FLWR_HOME``, logs in the run folder, and no process that
-outlives the call (`simulation/children.py`). Verified with flwr 1.41.0.
+Each run has its own ports, private ``FLWR_HOME`` folders and logs in the run folder, and no process outlives the call
+(`simulation/children.py`). Verified with flwr 1.41.0.
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import tomli_w
 from meadow.simulation.bundle import write_app
 from meadow.simulation.children import MEMORY, Children, children, free_port, tail
+from meadow.simulation.grid import node_settings
 
 from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
@@ -32,32 +31,30 @@ Value = bool | int | float | str
 
 CONNECTION = "meadow"
 START_TIMEOUT = 60.0
-"""Seconds a SuperLink may take to answer its health check (importing flwr takes 0.7 s of one idle core)."""
+"""Seconds that a SuperLink may take to answer its health check (importing flwr takes 0.7 s on an idle core)."""
 EXECUTOR_POLL = 0.1
-"""Seconds between two looks of a SuperExec for a task; Flower's default is 1 s."""
+"""Seconds between a SuperExec's polls for a task; Flower's default is 1 s."""
+STATUS_GRACE = 10.0
+"""Seconds that Flower may take to give a run that ended its final status."""
 
-_SETTINGS = MappingProxyType(
-    {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(EXECUTOR_POLL),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONUNBUFFERED": "1",
-    }
-)
+_SETTINGS = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(EXECUTOR_POLL),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONUNBUFFERED": "1",
+}
 
 
 def run_processes(experiment: Experiment, out: Path, resume: bool, nodes: int) -> None:
     """Run the experiment in `out` on one SuperLink and `nodes` SuperNodes on loopback.
 
-    resume: whether to go on with the run in `out`.
-
-    Logs stand in `out/logs`: `superlink`, `serverapp` (the ServerApp's output too), `node-i` (its ClientApps' output
-    too) and `run`. The clients' state is in `out/state`. Raises RuntimeError with the tail of the relevant log when the
-    run fails or a process dies.
+    `resume`: continue the run in `out`. Logs are in `out/logs`: `superlink`, `serverapp` (with the ServerApp's output),
+    `node-i` (with its ClientApps' output) and `run`. The clients' state is in `out/state`. Raises RuntimeError with the
+    end of the relevant log when the run fails or a process dies.
     """
-    out = out.resolve()  # each process has a folder of its own, in which a relative path would mean another place
+    out = out.resolve()  # the processes run in other folders, where a relative path would mean another place
     logs, work = out / "logs", out / "flower"
     config: dict[str, Value] = {**to_flat(experiment), "out": str(out), "resume": resume}
     with (
@@ -78,16 +75,16 @@ class SuperLink:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """The environment of a child: ours, less what points Flower elsewhere, plus a private ``FLWR_HOME``.
+    """The environment of a child: ours, without the caller's ``FLWR_*`` variables and with a private ``FLWR_HOME``.
 
-    Every ``FLWR_*`` variable of the caller is dropped: one that switches on gRPC or another home would change the run.
-    The folders of ``PYTHONPATH`` stay, absolute, because a user's modules are there. Flower puts the app bundle before
-    them, so that Meadow's code comes from the bundle all the same; the roll call compares its hash. Compiled code, which
-    no bundle holds, comes from where ours does. Loopback goes by no proxy.
+    A caller's variable that switches on gRPC or names another home would change the run. The folders of ``PYTHONPATH``
+    stay, as absolute paths, because a user's modules are there. Flower puts the app bundle before them, so Meadow's code
+    still comes from the bundle; the roll call compares its hash. Bundles have no compiled code: children use ours.
+    Connections to loopback bypass proxies.
     """
     home.mkdir(parents=True, exist_ok=True)
     kept = {key: text for key, text in os.environ.items() if not key.startswith("FLWR_")}
-    # Flower's processes start each other by name, so its commands must be found in this interpreter's folder first.
+    # Flower's processes start each other by name, so PATH must list this interpreter's folder first.
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
     kept.setdefault("MEADOW_NATIVE", str(Path(build.__file__).parent))
     for name in ("no_proxy", "NO_PROXY"):
@@ -97,7 +94,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def command(name: str) -> str:
-    """The path of one of Flower's commands beside this interpreter."""
+    """The path of one of Flower's commands, which are in this interpreter's folder."""
     return str(Path(sys.executable).parent / name)
 
 
@@ -105,8 +102,8 @@ def command(name: str) -> str:
 def superlink(group: Children, work_dir: Path, simulation: bool = False) -> Iterator[SuperLink]:
     """A SuperLink with its SuperExec on a free port of 127.0.0.1, ready for ``flwr run``.
 
-    ``--isolation process`` leaves the SuperExec to us. The one that a SuperLink starts by itself is moved to another
-    session, where no signal to our process group would find it, nor the ServerApp below it.
+    With ``--isolation process`` we start the SuperExec. A SuperLink would start it in another session, where signals to our
+    process group reach neither it nor its ServerApp.
     """
     work, home = work_dir / "superlink", work_dir / "superlink" / "flwr"
     with free_port() as port:
@@ -126,38 +123,29 @@ def superlink(group: Children, work_dir: Path, simulation: bool = False) -> Iter
             work,
             environment(home),
         )
-        group.start("serverapp", superexec_command(address), work, environment(home))
+        executor = [command("flower-superexec"), "--insecure", "--runtime-api-address", address]
+        group.start("serverapp", executor, work, environment(home))
         wait_healthy(group, address)
         yield SuperLink(address, home, work)
 
 
-def superexec_command(address: str) -> list[str]:
-    """The SuperExec beside the SuperLink or SuperNode at ``address``; it starts the app processes, in its own group."""
-    return [command("flower-superexec"), "--insecure", "--runtime-api-address", address]
-
-
 @contextmanager
 def supernodes(group: Children, link: SuperLink, nodes: int, work_dir: Path, state: Path) -> Iterator[None]:
-    """``nodes`` SuperNodes, node *i* with the *i*-th share of the clients, whose state is kept below ``state``.
+    """``nodes`` SuperNodes, node *i* with the *i*-th share of the clients, whose state is in ``state``.
 
-    Each has a ``FLWR_HOME`` of its own, as nodes on different machines have: two of them unpacking the app into one
-    folder at the same moment would read each other's half-written files.
+    Each has its own ``FLWR_HOME``, like nodes on different machines: two nodes that unpack the app into one folder at the
+    same time would read each other's incomplete files.
     """
     with ExitStack() as ports:
         for index in range(nodes):
             work = work_dir / f"node-{index}"
             port = ports.enter_context(free_port())
-            node_config: dict[str, Value] = {
-                "partition-id": index,
-                "num-partitions": nodes,
-                "state": str(state),
-                "simulated": True,
-            }
+            settings = inline_config(node_settings(index, nodes, state))
             group.start(
                 f"node-{index}",
                 [
                     *(command("flower-supernode"), "--insecure", "--superlink", link.address),
-                    *("--host", "127.0.0.1", "--port", str(port), "--node-config", inline_config(node_config)),
+                    *("--host", "127.0.0.1", "--port", str(port), "--node-config", settings),
                 ],
                 work,
                 environment(work / "flwr"),
@@ -165,9 +153,9 @@ def supernodes(group: Children, link: SuperLink, nodes: int, work_dir: Path, sta
         yield
 
 
-def wait_healthy(group: Children, address: str, timeout: float = START_TIMEOUT) -> None:
-    """Wait until ``GET /health`` answers 200; raise when a child ends first or the time is up."""
-    deadline = time.monotonic() + timeout
+def wait_healthy(group: Children, address: str) -> None:
+    """Wait until ``GET /health`` answers 200; raise RuntimeError if a child ends first or after START_TIMEOUT."""
+    deadline = time.monotonic() + START_TIMEOUT
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         group.require_alive()
@@ -178,19 +166,20 @@ def wait_healthy(group: Children, address: str, timeout: float = START_TIMEOUT) 
         except (urllib.error.URLError, OSError):
             pass
         time.sleep(0.05)
-    raise RuntimeError(
-        f"Nothing answered at http://{address}/health within {timeout:g} s.\n{tail(group.running[0].log)}"
-    )
+    log = tail(group.running[0].log)
+    raise RuntimeError(f"nothing answered at http://{address}/health within {START_TIMEOUT:g} s\n{log}")
 
 
 def inline_config(config: Mapping[str, Value]) -> str:
-    """``key=value`` pairs in the one-line form of ``--node-config``; text is quoted, with one kind of quote inside."""
+    """``key=value`` pairs in the one-line form of ``--node-config``; text is quoted and may contain one kind of quote."""
     pairs = []
     for key, value in config.items():
         if isinstance(value, str):
             quote = '"' if not set(value) & set('"\\') else "'"
             if quote in value or "\n" in value:
-                raise UserError(f"{key} = {value!r}: Flower cannot take it; use a path without quotes or line breaks")
+                raise UserError(
+                    f"{key} = {value!r}: Flower does not accept this value; use a path without quotes or line breaks"
+                )
             pairs.append(f"{key}={quote}{value}{quote}")
         else:
             pairs.append(f"{key}={str(value).lower()}")
@@ -202,12 +191,11 @@ def run_app(
     link: SuperLink,
     app_dir: Path,
     run_config: Mapping[str, Value],
-    timeout: float = math.inf,
     federation_config: Mapping[str, Value] | None = None,
 ) -> None:
     """Submit the app, follow it to its end, and raise ``RuntimeError`` unless it completed.
 
-    ``flwr run --stream`` ends with 0 whatever became of the run, so the verdict is that of ``flwr ls``.
+    ``flwr run --stream`` always ends with 0, so the run's status comes from ``flwr ls``.
     """
     overrides = link.work / "run-config.toml"
     overrides.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
@@ -217,13 +205,10 @@ def run_app(
     submitted = group.start(
         "run", [command("flwr"), "run", str(app_dir.resolve()), CONNECTION, *options], link.work, environment(link.home)
     )
-    deadline = time.monotonic() + timeout if math.isfinite(timeout) else math.inf
     while submitted.process.poll() is None:
         for child in group.running:
             if child is not submitted and child.process.poll() is not None:
                 group.require_alive()
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"The run did not end within {timeout:g} s.\n{tail(submitted.log)}")
         time.sleep(0.05)
     group.forget(submitted)
     if submitted.process.returncode != 0:
@@ -233,12 +218,12 @@ def run_app(
     status, details = run_status(link)
     if status != "finished:completed":
         logs = [submitted.log, *(child.log for child in group.running if child.name.startswith("node-"))]
-        raise RuntimeError(f"The run ended as {status}: {details}\n" + "\n".join(tail(log, 25) for log in logs))
+        raise RuntimeError(f"the run ended as {status}: {details}\n" + "\n".join(tail(log, 25) for log in logs))
 
 
-def run_status(link: SuperLink, grace: float = 10.0) -> tuple[str, str]:
-    """Status and details of the newest run, as soon as it is one of Flower's final ones (``finished:...``)."""
-    deadline = time.monotonic() + grace
+def run_status(link: SuperLink) -> tuple[str, str]:
+    """Status and details of the newest run, once its status is final (``finished:...``)."""
+    deadline = time.monotonic() + STATUS_GRACE
     while True:
         answer = subprocess.run(
             [command("flwr"), "ls", CONNECTION, "--limit", "1", "--format", "json"],
@@ -251,8 +236,7 @@ def run_status(link: SuperLink, grace: float = 10.0) -> tuple[str, str]:
             start_new_session=True,
         )
         try:
-            listed = json.loads(answer.stdout)
-            newest = listed["runs"][0]
+            newest = json.loads(answer.stdout)["runs"][0]
         except (ValueError, LookupError):
             raise RuntimeError(f"flwr ls did not list the run: {answer.stdout}{answer.stderr}") from None
         status, details = str(newest["status"]), str(newest.get("status-details", ""))

@@ -1,8 +1,8 @@
-"""The Ray engine: actors as nodes. Each hosts an even share of the clients, who always come back to it.
+"""The Ray engine: each actor is a node and hosts an even share of the clients, who always return to it.
 
-Whatever several messages have in common, above all the global model, is handed over once. Workers on this machine read it
-in shared memory (`meadow/arrays/memory.py`), and are called over a connection each (`simulation/connections.py`). Those of a
-cluster get it by Ray's object store, and are called through Ray.
+Data that several messages share, above all the global model, is handed over once. Workers on this machine read it from
+shared memory (`meadow/arrays/memory.py`) and are called over connections (`simulation/connections.py`). Workers of a cluster
+get it from Ray's object store and are called through Ray.
 """
 
 import os
@@ -29,16 +29,16 @@ from meadow.config.schema import Experiment
 from meadow.tasks.task import share_task
 
 _WAIT = 0.5
-_SOME = 0.001
-"""Cores that a worker asks Ray for: hardly any, for how many there are is ours to say; but one that asks for nothing is put
-on any machine, wherever it was sent (measured with Ray 2.55.1)."""
+_NUM_CPUS = 0.001
+"""`num_cpus` of each actor. Tiny, because Meadow decides how many workers run; not zero, because Ray 2.55.1 ignores the node
+affinity of actors that request nothing."""
 
 
 class Call(NamedTuple):
-    """What a worker on this machine is asked, pickled by the command whose worker it is.
+    """A call to a worker on this machine, pickled by the command that started the worker.
 
-    message and the records that belong into it are places in the segment `sent`; the reply goes into the segment `reply`.
-    context: pickled, the same for all calls of a run.
+    message, records: places in the segment `sent`; the records belong to the message, by name. context: pickled, the same
+    for all calls of a run. reply: the segment for the reply.
     """
 
     message: Place
@@ -49,7 +49,7 @@ class Call(NamedTuple):
 
 
 class NodeActor:
-    """What runs in a worker: the ClientApp, given messages whose shared records arrive beside them."""
+    """Runs the ClientApp in a worker. Records that messages share arrive separately from the messages."""
 
     def __init__(self) -> None:
         self._segments: dict[int, Segment] = {}
@@ -60,29 +60,29 @@ class NodeActor:
         return ray.get_runtime_context().get_node_id()
 
     def share(self, flat: dict[str, Any]) -> str:
-        """Put an experiment's data into this machine's common memory: the addresses, "" where it has none."""
+        """Put an experiment's data into this machine's shared memory; return the addresses, "" without shared memory."""
         return " ".join(share_task(from_flat(flat)))
 
     def serve(self, path: str, key: bytes, worker: int) -> None:
-        """Answer a connection's calls, one after another, until the command hangs up or is gone."""
+        """Answer calls over a connection, one after another, until the command closes it or is gone."""
         with suppress(EOFError, OSError), connect(path, key, worker) as connection:
             while True:
-                connection.send_bytes(self.handle_here(connection.recv_bytes()))
+                connection.send_bytes(self.handle_pickled(connection.recv_bytes()))
 
-    def handle_here(self, call: bytes) -> bytes:
-        """`handle` for a pickled `Call`: where the answer lies, pickled, or why there is none."""
+    def handle_pickled(self, call: bytes) -> bytes:
+        """`handle` for a pickled `Call`. Returns the pickled place of the reply, or a pickled traceback."""
         try:
             return pickle.dumps(self._answer(pickle.loads(call)))
-        except Exception:  # a segment that is gone or cannot be had costs this call, not the worker
+        except Exception:  # a segment that cannot be opened costs this call, not the worker
             return pickle.dumps(traceback.format_exc())
 
-    def _answer(self, given: Call) -> Place:
-        if given.context not in self._contexts:
-            self._contexts = {given.context: pickle.loads(given.context)}
-        segment = self._segment(given.sent)
-        message, *records = (segment.read(place) for place in (given.message, *given.records.values()))
-        answer = self.handle(message, self._contexts[given.context], list(given.records), *records)
-        (place,) = self._segment(given.reply).write([answer])
+    def _answer(self, call: Call) -> Place:
+        if call.context not in self._contexts:
+            self._contexts = {call.context: pickle.loads(call.context)}
+        segment = self._segment(call.sent)
+        message, *records = (segment.read(place) for place in (call.message, *call.records.values()))
+        answer = self.handle(message, self._contexts[call.context], list(call.records), *records)
+        (place,) = self._segment(call.reply).write([answer])
         return place
 
     def _segment(self, address: Address) -> Segment:
@@ -92,7 +92,7 @@ class NodeActor:
 
     def handle(self, message: Message, context: Context, names: list[str], *records: ArrayRecord) -> Message:
         """Answer a message, with the records put back under their names."""
-        from meadow.client.app import app  # imported in the worker, by name, once
+        from meadow.client.app import app  # imported only in the worker
 
         for name, record in zip(names, records, strict=True):
             message.content[name] = record
@@ -103,24 +103,24 @@ class NodeActor:
 
 
 class Workers:
-    """Ray actors that outlive a run, so that the runs of a comparison share them."""
+    """Ray actors that outlive a run, so that all runs of a comparison share them."""
 
     def __init__(self, count: int, threads: int, on_this_machine: bool) -> None:
         self.actors: list[ActorHandle[Any]] = []
         self.calls = Calls(count) if on_this_machine and hasattr(os, "memfd_create") else None
         self.serving: list[Any] = []
-        """Of workers with a connection what Ray answers when they hang up."""
+        """Ray's reference to each `serve` call, which ends when the worker is lost for good."""
         self.segments = Segments()
         self.sent: dict[int, Sent] = {}
-        """What is on its way, by the call's number; of runs that have ended too, as its segments are in use."""
+        """Unanswered messages by the call's number, including those of runs that ended: their segments are still in use."""
         remote: Any = ray.remote(NodeActor)
-        for number, home in enumerate(_homes(count)):
-            # A killed worker comes back (Flower's engine puts it back in its pool dead) and answers what it was asked
-            # again: a client's answer is a function of the message and of its stored state, so the bits are the same.
-            # If its machine is lost, it comes back on another one.
+        for number, home in enumerate(_machine_of_each(count)):
+            # Ray restarts a killed worker, which then repeats its calls (Flower's engine returns it to its pool, dead).
+            # A client's answer depends only on the message and its stored state, so the bits are the same. If the machine
+            # is lost, the worker restarts on another one.
             where = NodeAffinitySchedulingStrategy(home, soft=True)
             options = remote.options(
-                num_cpus=_SOME,
+                num_cpus=_NUM_CPUS,
                 max_restarts=-1,
                 max_task_retries=-1 if self.calls else RETRIES,
                 scheduling_strategy=where,
@@ -133,11 +133,10 @@ class Workers:
 
 @contextmanager
 def ray_workers(count: int, threads: int, address: str = "") -> Iterator[Workers]:
-    """`count` workers (0: one for each of Ray's cores), on Ray as `start_ray` has started it, or now starts it; it is
-    stopped at the end."""
+    """`count` workers (0: one per core of Ray's). Starts Ray unless `start_ray` already did; stops it at the end."""
     start_ray(count, threads, address)
     try:
-        workers = Workers(count or sum(_machines().values()), threads, on_this_machine=not address)
+        workers = Workers(count or sum(_cores().values()), threads, on_this_machine=not address)
         try:
             yield workers
         finally:
@@ -147,17 +146,17 @@ def ray_workers(count: int, threads: int, address: str = "") -> Iterator[Workers
         stop_ray()
 
 
-def _machines() -> dict[str, int]:
-    """The cores of each machine that is there, by its id in Ray."""
+def _cores() -> dict[str, int]:
+    """The number of cores of each live machine, by Ray's id."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     cores = {node["NodeID"]: int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"]}
     return {node: count for node, count in cores.items() if count} or dict.fromkeys(cores, 1)
 
 
-def _homes(count: int) -> list[str]:
-    """The machine of each of `count` workers, in proportion to the machines' cores; a machine's workers are next to each
-    other, as their clients are."""
-    cores = _machines()
+def _machine_of_each(count: int) -> list[str]:
+    """The machine of each of `count` workers, in proportion to the machines' cores. A machine's workers are adjacent, and so
+    are their clients."""
+    cores = _cores()
     taken = dict.fromkeys(cores, 0)
     for _ in range(count):
         taken[min(cores, key=lambda node: ((taken[node] + 1) / cores[node], node))] += 1
@@ -165,23 +164,23 @@ def _homes(count: int) -> list[str]:
 
 
 def ray_grid(experiment: Experiment, state: Path, workers: Workers) -> LocalGrid:
-    """A node for each worker."""
+    """A grid with a node for each worker."""
     if workers.calls is None:
         return ClusterGrid(experiment, state, workers)
     return MachineGrid(experiment, state, workers, workers.calls)
 
 
 class RayGrid(LocalGrid):
-    """A node for each worker. A subclass says how messages get there and back."""
+    """A grid with a node for each worker. A subclass transports the messages."""
 
     def __init__(self, experiment: Experiment, state: Path, workers: Workers) -> None:
         nodes = len(workers.actors)
         super().__init__(nodes)
         self._contexts = {n: node_context(experiment, i, nodes, state) for i, n in enumerate(self._node_ids)}
 
-    def _parted(self, messages: Sequence[Message]) -> tuple[list[dict[str, int]], list[ArrayRecord]]:
-        """Take the array records out of messages: of each message their names with their places in the list of all, which
-        has each record once."""
+    def _take_records(self, messages: Sequence[Message]) -> tuple[list[dict[str, int]], list[ArrayRecord]]:
+        """Remove the array records from messages. Returns each message's records as {name: index}, and the list of distinct
+        records that these indices refer to."""
         records: dict[int, tuple[int, ArrayRecord]] = {}
         places = []
         for message in messages:
@@ -192,7 +191,7 @@ class RayGrid(LocalGrid):
 
 
 class ClusterGrid(RayGrid):
-    """Workers of a cluster, reached through Ray. The data is held once for those of a machine."""
+    """Workers of a cluster, reached through Ray. Workers of one machine share one copy of the data."""
 
     def __init__(self, experiment: Experiment, state: Path, workers: Workers) -> None:
         super().__init__(experiment, state, workers)
@@ -201,7 +200,7 @@ class ClusterGrid(RayGrid):
         self._running: dict[str, tuple[Any, Message]] = {}
 
     def open(self) -> None:
-        """Let the first worker of each machine share the data with the others there; on this one, this process."""
+        """Let one process of each machine share the data with its workers: this process here, elsewhere the first worker."""
         here, flat = ray.get_runtime_context().get_node_id(), to_flat(self._experiment)
         limit = self._experiment.cohort.timeout
         try:
@@ -210,23 +209,23 @@ class ClusterGrid(RayGrid):
             first = {home: node for node, home in reversed(homes.items()) if home != here}
             calls: dict[str, Any] = {home: self._actors[node].share.remote(flat) for home, node in first.items()}
             addresses = {home: str(ray.get(call, timeout=limit)) for home, call in calls.items()}
-        except RayError:  # each worker then reads the data by itself, and says in the roll call what is wrong
+        except RayError:  # each worker then reads the data itself and reports errors in the roll call
             return
         addresses[here] = " ".join(share_task(self._experiment))
         for node, home in homes.items():
             self._contexts[node].node_config["data"] = addresses[home]
 
     def start(self, messages: Sequence[Message]) -> None:
-        """Hand each message to its worker; array records are handed over once for all of them."""
-        places, records = self._parted(messages)
+        """Send each message to its worker; array records are handed over once for all messages."""
+        places, records = self._take_records(messages)
         stored = [ray.put(record) for record in records]
         for message, own in zip(messages, places, strict=True):
             node, theirs = message.metadata.dst_node_id, [stored[place] for place in own.values()]
             reference: Any = self._actors[node].handle.remote(message, self._contexts[node], list(own), *theirs)
             self._running[message.metadata.message_id] = reference, message
 
-    def collect(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that are there; waits up to half a second for the first."""
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that have arrived; waits up to half a second for the first."""
         waiting = {self._running[i][0]: i for i in message_ids if i in self._running}
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=_WAIT) if waiting else ([], [])
         more, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if done else ([], [])
@@ -242,14 +241,14 @@ class ClusterGrid(RayGrid):
 
 @dataclass
 class Batch:
-    """Messages that were sent together: the segment of what they have in common, and how many are not answered yet."""
+    """Messages that were sent together: the segment with their content, and the number of unanswered ones."""
 
     segment: Segment
     waiting: int
 
 
 class Sent(NamedTuple):
-    """A message on its way, with the segment of its reply and its batch."""
+    """An unanswered message, with the segment for its reply and its batch."""
 
     message: Message
     reply: Segment
@@ -257,7 +256,7 @@ class Sent(NamedTuple):
 
 
 class MachineGrid(RayGrid):
-    """Workers of this machine, each at the end of a connection. The data is held once for all of them and the server."""
+    """Workers of this machine, each called over a connection. They share one copy of the data with the server."""
 
     def __init__(self, experiment: Experiment, state: Path, workers: Workers, calls: Calls) -> None:
         super().__init__(experiment, state, workers)
@@ -272,9 +271,9 @@ class MachineGrid(RayGrid):
             context.node_config["data"] = addresses
 
     def start(self, messages: Sequence[Message]) -> None:
-        """Hand each message to its worker; array records are handed over once for all of them."""
+        """Send each message to its worker; array records are handed over once for all messages."""
         segments = self._workers.segments
-        numbers, records = self._parted(messages)
+        numbers, records = self._take_records(messages)
         batch = Batch(segments.take(), len(messages))
         places = batch.segment.write([*records, *messages])
         for message, own, place in zip(messages, numbers, places[len(records) :], strict=True):
@@ -285,26 +284,26 @@ class MachineGrid(RayGrid):
             self._workers.sent[number] = Sent(message, reply, batch)
             self._ours.add(number)
 
-    def collect(self, message_ids: Iterable[str]) -> list[Message]:
-        """The replies that are there; waits up to half a second for the first."""
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """The replies that have arrived; waits up to half a second for the first."""
         asked = list(message_ids)
-        there = any(each in self._arrived for each in asked)
-        found = self._calls.answers(0 if there else _WAIT)
-        if not found and not there:
+        ready = any(each in self._arrived for each in asked)
+        found = self._calls.answers(0 if ready else _WAIT)
+        if not found and not ready:
             serving = self._workers.serving
             ended, _ = ray.wait(serving, num_returns=len(serving), timeout=0)
-            found = [lost for reference in ended for lost in self._calls.lose(serving.index(reference))]
+            found = [lost for reference in ended for lost in self._calls.fail(serving.index(reference))]
         for number, answer in found:
             reply = self._reply(self._workers.sent.pop(number), answer)
-            if number in self._ours:  # else it was for a run that has ended
+            if number in self._ours:  # otherwise it belongs to a run that has ended
                 self._ours.remove(number)
                 self._arrived[reply.metadata.reply_to_message_id] = reply
         return [self._arrived.pop(each) for each in asked if each in self._arrived]
 
     def _reply(self, sent: Sent, answer: bytes | None) -> Message:
-        """The reply in a message's segment; its segments may then be used again."""
-        said = "the worker was lost" if answer is None else pickle.loads(answer)
-        reply: Message = error_reply(sent.message, said) if isinstance(said, str) else sent.reply.read(said)
+        """The reply to a message; its segments are given back for reuse."""
+        place = "the worker was lost" if answer is None else pickle.loads(answer)  # or a traceback
+        reply: Message = error_reply(sent.message, place) if isinstance(place, str) else sent.reply.read(place)
         segments = self._workers.segments
         segments.give_back(sent.reply)
         sent.batch.waiting -= 1

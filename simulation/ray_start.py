@@ -1,12 +1,13 @@
-"""Starting Ray on this machine, or joining a cluster that runs (`engine.address`). It imports neither torch nor Flower,
-so that a command can start Ray, which is mostly waiting, while another thread imports them and opens the data.
+"""Starts Ray on this machine or joins a running cluster (`engine.address`).
+
+Imports neither torch nor Flower, so that a command can start Ray while another thread imports them and opens the data.
 """
 
 import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -17,15 +18,15 @@ from meadow.runtime.identity import ROOT
 from meadow.runtime.objects import user_paths
 
 _PATIENCE = 10.0
-"""Seconds in which a cluster must take a connection."""
+"""Seconds within which a cluster must accept a connection."""
 _mine = False
-"""Whether this process started or joined Ray here: what was there before is left alone."""
+"""Whether `start_ray` started or joined Ray: `stop_ray` leaves a session that existed before alone."""
 
 
 def start_ray(count: int, threads: int, address: str = "") -> None:
-    """Start Ray with room for `count` workers (0: one a core), or join the cluster at `address`.
+    """Start Ray with room for `count` workers (0: one per core), or join the cluster at `address`.
 
-    Nothing is done if this process is in one already. Raises UserError if nothing answers at `address`.
+    Does nothing if this process already uses Ray. Raises UserError if no cluster answers at `address`.
     """
     global _mine
     if ray.is_initialized():
@@ -35,7 +36,7 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
     if address:
         host, _, port = address.rpartition(":")
         try:
-            if port.isdecimal():  # Ray would try for minutes
+            if port.isdecimal():  # Ray itself would try for minutes
                 socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
             ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
         except (OSError, ValueError) as error:
@@ -44,8 +45,8 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
                 '`ray start --head`, or write engine.address = "" for Ray on this machine alone'
             ) from None
     else:
-        # Ray starts workers before they are asked for. They take the variables from it (those of a runtime_env would
-        # mean other workers, and these for nothing) and import the client's code at once.
+        # Ray starts workers in advance. They inherit these variables (with a runtime_env, Ray would start other workers
+        # and waste the first ones) and import the client's code at once.
         with _variables(variables | {"RAY_preload_python_modules": "meadow.client.app"}):
             ray.init(address="local", num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
     _mine = True
@@ -60,7 +61,7 @@ def stop_ray() -> None:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """What a worker needs in its environment before it starts."""
+    """The environment variables that a worker needs when it starts."""
     return {
         **MEMORY,
         "PYTHONPATH": os.pathsep.join([*user_paths(), str(ROOT)]),
@@ -78,7 +79,7 @@ def _variables(variables: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         for name, value in before.items():
-            with suppress(KeyError):
+            if value is None:
                 del os.environ[name]
-            if value is not None:
+            else:
                 os.environ[name] = value

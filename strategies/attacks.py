@@ -1,14 +1,14 @@
-"""Attacks by simulated clients, to test a defence with. Who attacks comes from the seed; what an attacker sends stands here.
+"""Simulated attacks, to test defences. The seed chooses the attackers.
 
-Every attacker trains as told. "label-flip" does so on wrong labels. The others change what it sends; where they need
-what honest clients send (IPM, ALIE), they know it, which is the strongest attacker that the papers defend against. They
-are carried out where the server receives the replies, before admission, so that a defence meets them as they come.
+Every attacker trains as usual, "label-flip" and "replacement" on wrong labels. All but "label-flip" then change the
+update. IPM and ALIE know the honest updates, which is the strongest attacker that the papers defend against. The server
+applies the attacks when it receives the replies, before admission, so that defences see them.
 
-v is an honest move y - x, mu and sigma mean and standard deviation over the honest clients, n clients in all, m of them
-attackers; an attacker sends x plus:
-sign-flip: -scale v. noise: v + scale N(0, 1). replacement (Bagdasaryan et al. 2020): n/m times the move trained on wrong
-labels, or scale times. ipm (Xie et al. 2020): -scale mu. alie (Baruch et al. 2019, algorithm 3): mu - z sigma, z = scale,
-or if that is 0 the largest z with which the attackers still look like the nearer half.
+v is an honest move y - x; mu and sigma are mean and standard deviation over the honest clients; m of the n clients are
+attackers. An attacker sends x plus:
+sign-flip: -scale v. noise: v + scale N(0, 1). replacement (Bagdasaryan et al. 2020): scale, or if that is 0 n/m, times
+the move trained on wrong labels. ipm (Xie et al. 2020): -scale mu. alie (Baruch et al. 2019, algorithm 3): mu - z sigma
+with z = scale, or if that is 0 the largest z with which the attackers still look like the nearer half.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ ON_LABELS = ("label-flip", "replacement")
 
 
 def attackers(experiment: Experiment) -> frozenset[int]:
-    """The clients that attack: `attack.fraction` of all, rounded, the first of a permutation drawn from the seed."""
+    """The attacking clients: `attack.fraction` of all, rounded, drawn from the seed."""
     if experiment.attack.kind == "none":
         return frozenset()
     clients = experiment.partition.clients
@@ -36,9 +36,9 @@ def attackers(experiment: Experiment) -> frozenset[int]:
 def attack(
     updates: Mapping[int, Arrays], bad: frozenset[int], sent: Arrays, settings: Attack, seed: int, round_: int
 ) -> dict[int, Arrays]:
-    """The arrays that each attacker among `updates` (client -> arrays) sends instead of its own; `sent` is x.
+    """What each attacker among `updates` (client -> arrays) sends instead of its own arrays; `sent` is x.
 
-    Arrays beside a model and integer arrays stay as they are. Where no honest client sent an array, mu is 0.
+    Auxiliary and integer arrays stay unchanged. For an array that no honest client sent, mu is 0.
     """
     evil = {c: u for c, u in updates.items() if c in bad}
     honest = [u for c, u in updates.items() if c not in bad]

@@ -1,4 +1,4 @@
-"""What several algorithms give the training loop: corrections of gradients, and a look at the batch in hand."""
+"""Parts shared by several algorithms: corrections of gradients, and access to the current batch."""
 
 from collections.abc import Mapping
 
@@ -10,19 +10,19 @@ from meadow.arrays.named import Arrays
 
 
 def tensors(arrays: Arrays, like: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The arrays that have a parameter of the same name, as tensors where that parameter is."""
+    """The arrays that have a namesake in `like`, as tensors on its device."""
     return {n: torch.from_numpy(arrays[n]).to(p.device) for n, p in like.items() if n in arrays}
 
 
 def gradient_of(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient, zero where the batch gave it none."""
+    """A parameter's gradient; zeros if the batch gave none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
 
 
 def pull(context: ClientContext, towards: Arrays, strength: float) -> Correction:
-    """The gradient of strength/2 |w - v|^2, v being `towards`, for the names that it has."""
+    """Add the gradient of strength/2 |w - v|^2 for the names in `towards`, which is v."""
     anchors = tensors(towards, dict(context.model.named_parameters()))
 
     def correct(learning: Mapping[str, nn.Parameter]) -> None:
@@ -34,7 +34,7 @@ def pull(context: ClientContext, towards: Arrays, strength: float) -> Correction
 
 
 class Shift:
-    """Adds fixed arrays to the gradients with their names; `moved` are the names that it was asked to correct."""
+    """Adds fixed arrays to the gradients with their names; `moved` collects these names."""
 
     def __init__(self, context: ClientContext, by: Arrays) -> None:
         self._by = tensors(by, dict(context.model.named_parameters()))
@@ -47,7 +47,7 @@ class Shift:
 
 
 def watch(batches: list[Batch]) -> Term:
-    """A term that adds nothing: it leaves the batch in hand in `batches`, for a correction that needs it."""
+    """A term that adds nothing to the loss, but puts the current batch into `batches` for a correction."""
 
     def see(model: nn.Module, batch: Batch, outputs: Mapping[str, Tensor]) -> Tensor:
         batches[:] = [batch]

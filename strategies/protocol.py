@@ -1,9 +1,8 @@
-"""What an algorithm is: its client's part, its server's part, and what each part is given.
+"""The protocol of an algorithm: a client algorithm, a server algorithm, and their inputs and outputs.
 
-A round of an algorithm is: the server sends the shared arrays, and beside them what `ServerAlgorithm.auxiliary` says; each
-client of the cohort runs `ClientAlgorithm.train`; the server makes the next model by `ServerAlgorithm.update`. Neither
-part keeps anything in itself. What the server's part keeps is its state, a value that goes into `update` and comes out of
-it; what a client's part keeps is `ClientResult.memory`, which the client stores.
+In a round, the server sends the shared arrays and the auxiliary ones of `ServerAlgorithm.auxiliary`; each client of the
+cohort runs `ClientAlgorithm.train`; the server computes the next model by `ServerAlgorithm.update`. The algorithm
+objects are stateless: `update` gets and returns the server's state, and the client stores `ClientResult.memory`.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,15 +14,16 @@ from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays, Kinds
 from meadow.config import schema
+from meadow.config.rules.rule import Rule
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The names of a model's state, divided. `shared`, `personal` and `fixed` are disjoint and complete.
+    """The roles of a model's arrays, by state name. Each array is either shared, personal or fixed.
 
-    shared: travel in every round. personal: trained, never travel, live in the client's store. fixed: neither trained
-    nor shared; they arrive once, before the first round. `trained` and `buffers` cut across: what local training
-    changes; what no gradient changes (running statistics).
+    shared: sent in every round. personal: trained but never sent; in the client's store. fixed: neither trained nor
+    shared; sent once, before the first round. Independently, trained: changed by local training. buffers: changed by no
+    gradient (running statistics).
     """
 
     trained: tuple[str, ...]
@@ -34,17 +34,17 @@ class Roles:
 
     @property
     def trunk_is_frozen(self) -> bool:
-        """Whether local training changes heads alone."""
+        """Whether local training changes only heads."""
         return all(name.startswith(HEADS) for name in self.trained)
 
     @property
     def learned_together(self) -> tuple[str, ...]:
-        """The shared parameters that local training changes: what a correction of their gradients is about."""
+        """The shared parameters that local training changes."""
         return tuple(n for n in self.shared if n in set(self.trained) - set(self.buffers))
 
 
 class Batch(Protocol):
-    """Prepared samples: x (n, *shape), and y for each target."""
+    """Prepared samples: x (n, *shape), and y of each target."""
 
     @property
     def x(self) -> Tensor: ...
@@ -53,7 +53,7 @@ class Batch(Protocol):
 
 
 class FitResult(Protocol):
-    """What one call of `ClientContext.fit` reports: optimiser steps, and for each target its mean loss."""
+    """The report of `ClientContext.fit`: the number of optimiser steps, and the mean loss of each target."""
 
     @property
     def steps(self) -> int: ...
@@ -62,21 +62,21 @@ class FitResult(Protocol):
 
 
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
-"""Changes the gradients of the parameters that learn, by name, after they are final, before the optimiser's step."""
+"""Changes the final gradients of the learning parameters, by name, before the optimiser's step."""
 
 Term = Callable[[nn.Module, Batch, Mapping[str, Tensor]], Tensor]
-"""A term beside the loss of a batch: of the model, the batch and the model's outputs on it, a scalar."""
+"""A scalar added to the loss of a batch, from the model, the batch and the model's outputs on it."""
 
 
 class Optimizer(Protocol):
-    """An optimiser, as far as an algorithm uses it."""
+    """The methods of an optimiser that algorithms use."""
 
     def zero_grad(self) -> None: ...
     def step(self) -> Any: ...
 
 
 class ClientContext(Protocol):
-    """One client in one round, as its algorithm sees it. Arrays are by state name; none may be written to."""
+    """One client in one round. Arrays are by state name and must not be written to."""
 
     @property
     def settings(self) -> schema.Strategy: ...
@@ -86,43 +86,43 @@ class ClientContext(Protocol):
     def roles(self) -> Roles: ...
     @property
     def model(self) -> nn.Module:
-        """The model that `fit` trains. It holds what `start` returns when the round begins."""
+        """The model that `fit` trains; at first with the arrays of `start`."""
         ...
 
     @property
     def received(self) -> Arrays:
-        """The shared arrays as the server sent them."""
+        """The shared arrays that the server sent."""
         ...
 
     @property
-    def auxiliary(self) -> Kinds:
-        """What the server sent beside the shared arrays (`ServerAlgorithm.auxiliary`), by kind and state name."""
+    def auxiliary(self) -> Mapping[str, Arrays]:
+        """The auxiliary arrays that the server sent (`ServerAlgorithm.auxiliary`), by kind and state name."""
         ...
 
     @property
-    def memory(self) -> Kinds:
-        """What this client's last round left in `ClientResult.memory`; empty before the first."""
+    def memory(self) -> Mapping[str, Arrays]:
+        """The `ClientResult.memory` of this client's last round; empty before the first."""
         ...
 
     @property
     def size(self) -> int:
-        """Training samples."""
+        """The number of training samples."""
         ...
 
     def start(self) -> Arrays:
-        """The model's whole state as the client begins: what was received, its own personal layers, and what is fixed."""
+        """The complete state at the beginning: received, personal and fixed arrays."""
         ...
 
     def initial(self) -> Arrays:
-        """The whole state before the first round. Only for an `Algorithm` with `own_start`."""
+        """The complete state before the first round. Only for an `Algorithm` with `own_start`."""
         ...
 
     def load(self, arrays: Arrays) -> None:
-        """Put a whole state into the model."""
+        """Load a complete state into the model."""
         ...
 
     def arrays(self) -> Arrays:
-        """A copy of the model's whole state."""
+        """Copy the model's complete state."""
         ...
 
     def fit(
@@ -135,23 +135,23 @@ class ClientContext(Protocol):
         term: Term | None = None,
         leaves: bool = True,
     ) -> FitResult:
-        """Train the model in place: for `epochs`, else as long as `[local]` says, times `repeat`.
+        """Train the model in place, `repeat` times as long as `epochs` or, by default, `[local]` specifies.
 
-        `learns` narrows the parameters that learn. Two calls in one round see the same batches in the same order. `leaves`:
-        whether anything that comes of it may leave the client; what does not is trained without noise under DP.
+        learns: restricts the parameters that learn. leaves: whether the client may send anything that depends on this
+        training; if not, DP adds no noise. All calls in a round see the same batches in the same order.
         """
         ...
 
     def loss(self, model: Callable[[Tensor], Mapping[str, Tensor]], batch: Batch) -> Tensor:
-        """The loss of a model's outputs on a batch, as the loop computes it, a scalar."""
+        """The scalar loss of a model's outputs on a batch, as in the training loop."""
         ...
 
     def batch(self) -> Batch:
-        """All training samples of the client, prepared."""
+        """All training samples of the client."""
         ...
 
     def optimizer(self, model: nn.Module) -> Optimizer:
-        """A fresh optimiser of `[local]` over a model with the same names."""
+        """A new optimiser, configured by `[local]`, for a model with the same parameter names."""
         ...
 
     def rate(self, name: str) -> float:
@@ -165,11 +165,11 @@ class ClientContext(Protocol):
 
 @dataclass(frozen=True)
 class ClientResult:
-    """What came of a client's round.
+    """The result of a client's round.
 
-    model: the whole state after training; the client sends what is shared of it and stores what is personal. fitted: the
-    loop's report. auxiliary: what is sent beside the model, under the kinds and names that the server sent, in their
-    shapes and dtypes. memory: what the client stores for its next round. metrics: numbers that go with the reply.
+    model: the complete state after training; the client sends its shared arrays and stores its personal ones. fitted:
+    the report of `fit`. auxiliary: arrays to send in addition, with the kinds, names, shapes and dtypes that the server
+    sent. memory: arrays to store for the client's next round. metrics: numbers to send.
     """
 
     model: Arrays
@@ -180,7 +180,7 @@ class ClientResult:
 
 
 class ClientAlgorithm:
-    """A client's part of an algorithm. This one is plain local training, and the model used is the one received."""
+    """The client algorithm. The default is plain local training, and the client uses the received model."""
 
     def train(self, context: ClientContext) -> ClientResult:
         """Take part in a round."""
@@ -188,17 +188,17 @@ class ClientAlgorithm:
         return ClientResult(context.arrays(), fitted)
 
     def steps(self, settings: schema.Strategy, local: schema.Local, size: int) -> int:
-        """Optimiser steps that `train` takes on `size` training samples, as its result reports them."""
+        """The number of optimiser steps that `train` reports for `size` training samples."""
         return steps_of(local, size)
 
     def used(self, context: ClientContext) -> Arrays:
-        """The whole state of the model that the client would use, given what it now has and last received."""
+        """The complete state of the model that the client would deploy."""
         return context.start()
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the server's part is made with. holders: for each array's name, how many clients may ever train it."""
+    """The input of a server algorithm. holders: for each array, the number of clients that may ever train it."""
 
     settings: schema.Strategy
     local: schema.Local
@@ -210,8 +210,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class ClientUpdate:
-    """One client's admitted reply. arrays: its shared arrays after training, auxiliary ones beside them ("c@trunk.w").
-    weights: for each array's name, what it counts (`meadow.strategies.roles.name_weights`)."""
+    """One client's admitted reply. arrays: its shared arrays after training, and auxiliary ones ("c@trunk.w"). weights:
+    the weight of each array (`meadow.strategies.roles.name_weights`)."""
 
     client: int
     round: int
@@ -221,21 +221,19 @@ class ClientUpdate:
 
 
 State = Kinds
-"""What a server's part keeps from round to round, by kind and name. It goes into checkpoints, in the same dtypes."""
+"""The state of a server algorithm, by kind and name. Checkpoints contain it, in the same dtypes."""
 
 Replies = TypeVar("Replies", contravariant=True)
-"""What `update` is given: a `WeightedSum`, or `Sequence[ClientUpdate]` (`ServerAlgorithm.sums_only`)."""
+"""The input of `update`: a `WeightedSum`, or `Sequence[ClientUpdate]` (`ServerAlgorithm.sums_only`)."""
 
 
 class ServerAlgorithm(Generic[Replies]):
-    """The server's part of an algorithm: functions of the state, the replies and the model, the shared arrays as sent.
-
-    No method may write to an array that it is given, or change `self`.
-    """
+    """The server algorithm. `model` is the shared arrays as sent. No method may write to its arguments or change
+    `self`."""
 
     sums_only = True
-    """Whether `update` gets the sum over the cohort of weight times array (`WeightedSum`), auxiliary arrays among them. If
-    not, it gets each client's update, in the order of the clients."""
+    """Whether `update` gets the cohort's sum of weight times array (`WeightedSum`), auxiliary arrays included.
+    Otherwise it gets a list of each client's update, in the order of the clients."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -245,31 +243,68 @@ class ServerAlgorithm(Generic[Replies]):
         return {}
 
     def auxiliary(self, state: State, model: Arrays) -> Kinds:
-        """What is sent to each client beside the model; each array comes back under its name, in its shape and dtype."""
+        """Auxiliary arrays to send to each client; clients return arrays of the same names, shapes and dtypes."""
         return {}
 
     def update(self, state: State, total: Replies, model: Arrays) -> tuple[Arrays, State]:
-        """The next model, with the names, shapes and dtypes of `model`, and the next state. There is one reply or more."""
+        """Return the next model, with the names, shapes and dtypes of `model`, and the next state. There is at least
+        one reply."""
         raise NotImplementedError
 
     def judge(self, metrics: Mapping[str, Any], size: int) -> str:
-        """Why a reply with these metrics cannot count, or "". `size`: training samples that the client declared."""
+        """Return why a reply with these metrics must be rejected, or "". size: the number of samples that the client
+        declared."""
         return ""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """An algorithm: how to make the server's part, the client's part, and what is true of them.
+    """A server algorithm, a client algorithm and their properties.
 
-    own_start: clients start a model of their own from the state before the first round, which is then sent to each once.
+    Meadow assumes no property that is not declared; settings that need one are then rejected.
     """
 
     server: Callable[[Setup], ServerAlgorithm[Any]]
     client: ClientAlgorithm = field(default_factory=ClientAlgorithm)
     own_start: bool = False
+    """Clients need the state before the first round, to start personal models from; it is sent to each client once."""
+    own_model: bool = False
+    """Clients also train a personal model (`fit` with leaves = False) and send nothing that depends on it."""
+    trains_once: bool | None = None
+    """Clients train the model they send once a round, on per-example losses, with corrections that do not depend on
+    data, so that DP-SGD can replace this training. None: true if the client algorithm is plain local training."""
+    averages: bool = False
+    """The server only averages, so that clipping, averaging and noise can replace it."""
+    is_plain: bool = False
+    """Both parts are FedAvg's, so the algorithm also fits a `run.placement` that combines nothing."""
+    sends: Mapping[str, str] = field(default_factory=dict)
+    """The kinds of auxiliary arrays that clients send, each with a description."""
+    equal_weights: bool = False
+    """Clients have equal weights, because the server's state is an unweighted sum over them."""
+    needs_plain_sgd: bool = False
+    """It computes a mean gradient from a client's update, which requires plain SGD steps."""
+    steps_itself: bool = False
+    """Clients take steps in addition to the loop's; settings that change only the loop's steps do not affect them."""
+    trains_heads: bool = True
+    """Local training changes the heads."""
+    buckets: bool = False
+    """The server supports `strategy.bucket`."""
+    least_updates: Callable[[int], int] = lambda byzantine: 1
+    """The number of updates that the server needs to withstand `byzantine` attackers among them."""
+    rules: tuple[Rule, ...] = ()
+    """Settings that it does not support; checked when an experiment is loaded."""
+    model_rules: tuple[Rule, ...] = ()
+    """Combinations of settings and a model's `Roles` that it does not support."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """Its name in reports by `strategy.share`, where it differs from `strategy.name`."""
+
+    @property
+    def is_trained_once(self) -> bool:
+        """`trains_once`, or its default."""
+        return type(self.client) is ClientAlgorithm if self.trains_once is None else self.trains_once
 
 
 def steps_of(local: schema.Local, size: int, epochs: int = 0) -> int:
-    """Optimiser steps of one training on `size` samples, as long as `[local]` says, or for so many epochs."""
+    """The number of optimiser steps on `size` samples, for `epochs` or, by default, as `[local]` specifies."""
     batch = min(local.batch_size or size, size)
     return epochs * -(-size // batch) if epochs else local.steps or local.epochs * -(-size // batch)

@@ -1,11 +1,13 @@
-"""Which arrays travel, which are personal, and which never change: the roles that `strategy.share` gives them."""
+"""Decides which arrays are shared, personal or fixed, by `strategy.share` and `local.trainable`."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from meadow.strategies.check import check_roles
 from meadow.strategies.norms import norms
 from meadow.strategies.protocol import Roles
+from meadow.strategies.registry import algorithm
 from meadow.strategies.trainable import HEADS as HEADS
 from meadow.strategies.trainable import is_added, trained
 from torch import nn
@@ -16,7 +18,7 @@ from meadow.runtime.errors import UserError
 
 
 def roles_of(experiment: Experiment, model: nn.Module) -> Roles:
-    """Divide a model's state. Raises UserError if `strategy.share` means nothing for this model."""
+    """The roles of a model's arrays. Raises UserError if `strategy.share` does not fit the model."""
     names = tuple(model.state_dict())
     parameters = {name for name, _ in model.named_parameters()}
     return roles(experiment, names, norms(model), tuple(n for n in names if n not in parameters))
@@ -25,10 +27,10 @@ def roles_of(experiment: Experiment, model: nn.Module) -> Roles:
 def roles(
     experiment: Experiment, names: Iterable[str], norms: Iterable[str] = (), buffers: tuple[str, ...] = ()
 ) -> Roles:
-    """Divide state names by `local.trainable` and `strategy.share`; the order of names is kept.
+    """The roles of arrays with these state names, in this order.
 
-    `norms`: those of normalisation layers, `buffers`: those that are no parameters. FedBABU's heads are never trained.
-    Raises UserError for patterns that fit no name, and for "all-but-norms" where there are none.
+    norms: names of normalisation layers. buffers: names that are not parameters. Raises UserError for patterns that
+    match no name, and for "all-but-norms" without norms.
     """
     order = tuple(names)
     heads = tuple(n for n in order if n.startswith(HEADS))
@@ -37,9 +39,9 @@ def roles(
     changed = tuple(n for n in order if n in learning)
     if experiment.local.statistics == "kept":
         changed = tuple(n for n in changed if n not in buffers)
-    if experiment.strategy.name == "fedbabu":
+    if not algorithm(experiment.strategy.name).trains_heads:
         changed = tuple(n for n in changed if n in body)
-    # FedSA-LoRA: each client keeps its B (the experiment file allows this with share = "trainable" only).
+    # FedSA-LoRA: each client keeps its B; the settings allow this only with share = "trainable".
     federated = experiment.run.placement == "federated"
     own_b = federated and experiment.local.trainable == "lora" and experiment.local.lora_share == "a"
     sets = {
@@ -53,40 +55,21 @@ def roles(
     share = experiment.share
     if share == "all-but-norms" and len(sets[share]) == len(order):
         raise UserError(
-            f'strategy.share = "all-but-norms": task.model = "{experiment.task.model}" has no normalisation layer, so this '
-            'would be FedAvg: write strategy.share = "all", or take a model that has some (task.model = "cnn")'
+            f'strategy.share = "all-but-norms": task.model = "{experiment.task.model}" has no normalisation layers, so '
+            'this would be FedAvg: write strategy.share = "all", or task.model = "cnn", which has some'
         )
     shared = sets[share] if share in SHARES else _matching(share, order)
     personal = tuple(n for n in changed if n not in shared)
     fixed = tuple(n for n in order if n not in shared and n not in personal)
     found = Roles(changed, shared, personal, fixed, buffers)
-    _something_learns(found, experiment)
-    return found
-
-
-def _something_learns(found: Roles, experiment: Experiment) -> None:
-    """Raise UserError if no shared parameter is trained, or no personal one by an algorithm that trains these in turn."""
-    name, share, shared = experiment.strategy.name, experiment.share, experiment.strategy.share
     if share != "none" and not found.learned_together:
         raise UserError(
-            f'strategy.share = "{shared}" with local.trainable = "{experiment.local.trainable}" and strategy.name = '
-            f'"{name}" shares only what never changes: write strategy.share = "trainable", or local.trainable = "all"'
+            f'strategy.share = "{experiment.strategy.share}" with local.trainable = "{experiment.local.trainable}" and '
+            f'strategy.name = "{experiment.strategy.name}" shares only arrays that never change: write strategy.share = '
+            '"trainable", or local.trainable = "all"'
         )
-    if name in ("fedrep", "fedalt", "fedbabu") and experiment.local.trainable == "gradual":
-        raise UserError(
-            f'local.trainable = "gradual" with strategy.name = "{name}": at first nothing of the trunk learns, and '
-            'this algorithm trains the trunk by itself; write local.trainable = "all"'
-        )
-    if name == "moon" and found.trunk_is_frozen:
-        raise UserError(
-            f'local.trainable = "{experiment.local.trainable}" with strategy.name = "moon": it trains the trunk; write '
-            'local.trainable = "all", or strategy.name = "fedavg"'
-        )
-    if name in ("fedrep", "fedalt") and not set(found.personal) - set(found.buffers):
-        raise UserError(
-            f'strategy.share = "{shared}" with strategy.name = "{name}": nothing is personal that learns, so there are no '
-            'two parts to train in turns; write strategy.share = "body" and local.trainable = "all"'
-        )
+    check_roles(experiment, found)
+    return found
 
 
 def _matching(patterns: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -94,18 +77,17 @@ def _matching(patterns: str, names: tuple[str, ...]) -> tuple[str, ...]:
     for pattern in wanted:
         if not any(fnmatchcase(n, pattern) for n in names):
             raise UserError(
-                f'strategy.share = "{patterns}": "{pattern}" fits no parameter of the model. Write one of '
-                f"{', '.join(SHARES)}, or patterns with * over these names: {', '.join(names)}"
+                f'strategy.share = "{patterns}": "{pattern}" matches no array of the model; write one of '
+                f"{', '.join(SHARES)}, or patterns with * for these names: {', '.join(names)}"
             )
     return tuple(n for n in names if any(fnmatchcase(n, p) for p in wanted))
 
 
 def name_weights(metrics: Mapping[str, Any], names: Iterable[str], equal: bool = False) -> dict[str, float]:
-    """The weight of each array in a client's reply: its training samples (`num-examples`); for a head those of its target
-    (`num-examples/<target>`). A head that no sample trained has weight 0 and does not travel.
+    """The weight of each array in a client's reply: the number of training samples (`num-examples`), for a head those
+    of its target (`num-examples/<target>`). A head that no sample trained has weight 0 and is not sent.
 
-    `equal`: 1 for each array that travels. So it is always for what goes beside the model ("c@trunk.w"): an algorithm
-    that needs a weight there puts it in.
+    equal: weight 1 for each array that is sent. Auxiliary arrays ("c@trunk.w") always have weight 1.
     """
     weights = {}
     for name in names:

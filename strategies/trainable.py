@@ -1,7 +1,7 @@
-"""What local training changes, by the names of a model's state: `local.trainable`, its stages and its rates.
+"""Which arrays local training changes, and at which rate: `local.trainable` and its stages, by state name.
 
-Server and client both ask here, with the names alone, so that what travels is what is trained. The trunk's layers are
-its modules that hold state, in the order in which the model names them; the top is the last of them.
+Server and client both use this module, so they agree on what is trained. The trunk's layers are its modules with state,
+in the model's order; the top layer is the last.
 """
 
 from collections.abc import Iterable
@@ -9,22 +9,21 @@ from collections.abc import Iterable
 from meadow.config.schema import Experiment, Local
 
 HEADS = "heads."
-"""State names of the heads start with this, all others belong to the trunk ("body")."""
+"""Prefix of the heads' state names; all other names belong to the trunk (`strategy.share = "body"`)."""
 
 ADDED = ("lora_a", "lora_b", "adapter")
-"""Names of the modules that `meadow/tasks/models/peft.py` adds to a layer."""
+"""Names of the modules that `meadow/tasks/models/peft.py` adds to layers."""
 
 
 def layer(name: str) -> str:
-    """The layer that an array belongs to: its module; what `meadow/tasks/models/peft.py` adds to a layer belongs to
-    that layer."""
+    """The layer of an array: its module, or for an added module the layer that it was added to."""
     parts = name.split(".")[:-1]
     added = next((i for i, part in enumerate(parts) if part in ADDED), len(parts))
     return ".".join(parts[:added])
 
 
 def is_added(name: str, *kinds: str) -> bool:
-    """Whether an array is one of those that `meadow/tasks/models/peft.py` adds, of any kind or of those named."""
+    """Whether an array belongs to an added module, of these kinds or of any."""
     return any(part in (kinds or ADDED) for part in name.split("."))
 
 
@@ -34,16 +33,15 @@ def layers(names: Iterable[str]) -> list[str]:
 
 
 def last_stage(experiment: Experiment) -> int:
-    """The stage of trainable = "gradual" that the run ends in."""
+    """The last stage of trainable = "gradual" in the run."""
     local, rounds = experiment.local, experiment.run.rounds
     return (rounds * (local.epochs if local.gradual_unit == "epochs" else 1) - 1) // local.gradual_every
 
 
 def stage(experiment: Experiment, round_: int, epoch: int) -> int:
-    """The stage of trainable = "gradual" in an epoch (from 0) of a round (from 1); 0 under every other setting.
+    """The stage of trainable = "gradual" in an epoch (from 0) of a round (from 1); 0 for other settings.
 
-    A function of the round, so that a resumed run goes on in it. What is trained after the last round (fine-tuning for
-    evaluation) stays in the last stage.
+    Training after the last round (fine-tuning for evaluation) stays in the last stage.
     """
     local = experiment.local
     if local.trainable != "gradual":
@@ -53,11 +51,11 @@ def stage(experiment: Experiment, round_: int, epoch: int) -> int:
 
 
 def trained(experiment: Experiment, names: Iterable[str], at_stage: int | None = None) -> frozenset[str]:
-    """The names that local training changes: the heads' and those that `local.trainable` lets learn.
+    """The names that local training changes: the heads, and the trunk's arrays that `local.trainable` selects.
 
-    gradual: at stage k, the `gradual_modules` times k top layers; without a stage, all that learn at some time in the
-    run. lora and adapters: what they add (A not, where it is frozen). fisher: every array; which of its entries, the
-    mask decides (`client/loop/trainable.py`).
+    gradual: the `gradual_modules` times k top layers at stage k; without a stage, those of the last one. lora,
+    adapters: the added modules (without a frozen A). fisher: all; a mask selects their entries
+    (`client/loop/trainable.py`).
     """
     local, order = experiment.local, tuple(names)
     kind, _, count = local.trainable.partition(":")
@@ -77,9 +75,9 @@ def trained(experiment: Experiment, names: Iterable[str], at_stage: int | None =
 
 
 def rate_factors(local: Local, names: Iterable[str]) -> dict[str, float]:
-    """What each name's learning rate is multiplied by: heads 1; the trunk `trunk_lr_factor`, times `depth_lr_factor`
-    for each layer from the top one down (Howard and Ruder 2018, section 3.2: 1 / 2.6); each times the factor of the
-    longest entry of `lr_factors` that its name begins with."""
+    """The factor of each name's learning rate: 1 for heads; for the trunk `trunk_lr_factor`, times `depth_lr_factor`
+    for each layer below the top (Howard and Ruder 2018, section 3.2: 1 / 2.6). The longest prefix in `lr_factors`
+    multiplies it."""
     order = tuple(names)
     depth = {place: i for i, place in enumerate(layers(order))}
     named = {entry.split()[0]: float(entry.split()[1]) for entry in local.lr_factors}

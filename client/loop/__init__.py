@@ -1,1 +1,1 @@
-"""The training loop by autograd, and its parts."""
+"""The training loop, which uses autograd, and its parts."""

@@ -1,7 +1,7 @@
-"""Domain adaptation in local training (`[adapt]`): source samples beside the client's own, and the term that aligns them.
+"""Domain adaptation in local training (`[adapt]`): add labelled source samples and a term that aligns the two domains.
 
-A step's batch is as many source samples as target samples, the source first. Their labels make the data's loss; the target
-samples' own labels count only with adapt.labels = "both".
+A batch has as many source samples as target samples, the source samples first. The data's loss uses the source labels; it
+uses the target labels only with adapt.labels = "both".
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from meadow.tasks.task import Task
 
 
 class Adaptation:
-    """One client's adaptation in one round; `parameters` are to be learned by the optimiser beside the model's."""
+    """One client's adaptation in one round."""
 
     MEMORY = "adapt/"
 
@@ -42,7 +42,7 @@ class Adaptation:
         self._sources = 0
 
     def open(self, model: nn.Module) -> list[nn.Parameter]:
-        """What else is to learn with this model: the domain classifier, as the last round left it."""
+        """Make the domain classifier as the last round left it, and return its parameters; none for other methods."""
         if self.plan.method != "dann":
             return []
         with torch.no_grad():
@@ -54,19 +54,19 @@ class Adaptation:
         return list(self.classifier.parameters())
 
     def batch(self, index: Tensor, own: Data) -> Data:
-        """The samples of a step whose target samples are `own`, those at `index` of the client's data."""
+        """The batch of a step: source samples, and `own`, the target samples at `index` of the client's data."""
         source = self.source.take(index if self.paired else self._next(len(own)))
         self._sources = len(source)
         if self.plan.method in ("coral", "source-only") and self.plan.labels == "source":
-            return source  # the target samples have nothing to say here, or have said it
+            return source  # no term looks at the target samples of a step
         y = {name: own.y[name] for name in source.y}
         if self.plan.labels == "source":
             y = {n: torch.full_like(v, torch.nan if v.is_floating_point() else MISSING) for n, v in y.items()}
         return Data(torch.cat([source.x, own.x]), {n: torch.cat([v, y[n]]) for n, v in source.y.items()})
 
     def outputs(self, model: nn.Module, x: Tensor, done: float) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The model's outputs for the prepared batch, and the alignment's part of the loss, if it has any; `done`: the
-        share of the round that is done."""
+        """The model's outputs for the prepared batch x, and the alignment loss, a scalar or None. `done`: the finished share
+        of the round."""
         features = self._features(model, x)
         k, seen = self._sources, features
         if self.plan.method == "augment":
@@ -78,8 +78,8 @@ class Adaptation:
         features: Tensor = model.trunk(x) if isinstance(model, Multihead) else x
         if features.ndim != 2 and self.plan.method not in ("coral", "source-only"):
             raise UserError(
-                f'adapt.method = "{self.plan.method}" with task.model = "{self.task.settings.model}": its features are of '
-                "tokens, and only features of whole samples can be aligned; use another model"
+                f'adapt.method = "{self.plan.method}" with task.model = "{self.task.settings.model}": its features '
+                "belong to single tokens, and only features of whole samples can be aligned; use another model"
             )
         return features
 
@@ -96,22 +96,20 @@ class Adaptation:
             progress = (min(self.path[0], self.rounds) - 1 + done) / self.rounds
             strength = reversal_strength(progress, self.plan.dann_gamma)
             logits = self.classifier(reversed_gradient(features, strength)).squeeze(1)
-            truth = torch.cat(
-                [torch.zeros_like(logits[: len(source)]), torch.ones_like(logits[len(source) :])]
-            ).detach()
+            truth = (torch.arange(len(logits), device=logits.device) >= len(source)).to(logits.dtype)
             value = F.binary_cross_entropy_with_logits(logits, truth)
         else:
             return None
         return self.plan.weight * value
 
     def remember(self) -> Arrays:
-        """What the client's next round is to be given."""
+        """The state for the client's next round: the domain classifier's arrays."""
         if self.classifier is None:
             return {}
         return {self.MEMORY + n: v.numpy(force=True).copy() for n, v in self.classifier.state_dict().items()}
 
     def _next(self, count: int) -> Tensor:
-        """The next indices of source samples: passes over all of them, each in an order of its own."""
+        """The next `count` indices of source samples, in passes over all of them, each in a new random order."""
         while len(self._queue) < count:
             draw = torch_generator(self.seed, "source-shuffle", *self.path, self._passes)
             self._queue = torch.cat([self._queue, torch.randperm(len(self.source), generator=draw)])
@@ -122,9 +120,9 @@ class Adaptation:
     def _recoloured(self, source: Data, data: Data) -> Data:
         if not data.x.is_floating_point():
             raise UserError(
-                f'adapt.method = "coral" with task.dataset = "{self.task.dataset.name}": it recolours numbers, and images '
-                'as stored or tokens are none; write adapt.method = "deep-coral", or local.trainable = "head", whose '
-                "features are numbers"
+                f'adapt.method = "coral" with task.dataset = "{self.task.dataset.name}": it needs floating-point '
+                "samples, and stored images and tokens are integers; write adapt.method = "
+                '"deep-coral", or local.trainable = "head" to recolour the features'
             )
         flat = coral(source.x.flatten(1), data.x.flatten(1), self.plan.ridge)
         return Data(flat.view_as(source.x), source.y)
@@ -133,7 +131,7 @@ class Adaptation:
 def adaptation(
     experiment: Experiment, task: Task, source: Data | None, data: Data, round_: int, client: int, memory: Arrays
 ) -> Adaptation | None:
-    """The adaptation that `[adapt]` asks for, with the source samples; None if none."""
+    """The adaptation of `[adapt]`, or None."""
     if experiment.adapt.method == "none" or source is None:
         return None
     return Adaptation(experiment, task, source, data, round_, client, memory)

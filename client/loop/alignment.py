@@ -1,4 +1,4 @@
-"""How far two sets of features are from each other, and how one is brought to the other: MMD, CORAL, a domain classifier."""
+"""Measure and reduce the distance between the features of two domains: MMD, CORAL, a domain classifier."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ def mmd(source: Tensor, target: Tensor, widths: Sequence[float]) -> Tensor:
     """The squared maximum mean discrepancy of features (n, d) and (m, d), biased (Gretton et al. 2012, equation 5): a
     scalar >= 0, and 0 for equal samples.
 
-    The kernel is the mean over `widths` w of exp(-|a - b|^2 / (w M)): several widths about M, the median squared distance
-    of different rows of both together (their median heuristic), through which no gradient flows.
+    The kernel is the mean over w in `widths` of exp(-|a - b|^2 / (w M)). M is the median squared distance between
+    different rows of both together (the median heuristic); no gradient flows through it.
     """
     both = torch.cat([source, target])
     distances = (both[:, None] - both[None, :]).pow(2).sum(-1)
@@ -24,15 +24,15 @@ def mmd(source: Tensor, target: Tensor, widths: Sequence[float]) -> Tensor:
 
 
 def deep_coral(source: Tensor, target: Tensor) -> Tensor:
-    """|C_S - C_T|^2 / (4 d^2) of the covariances (n - 1) of features (n, d), (m, d) (Sun and Saenko 2016, equation 1)."""
+    """|C_S - C_T|^2 / (4 d^2) of the unbiased covariances of features (n, d), (m, d) (Sun and Saenko 2016, equation 1)."""
     d = source.shape[1]
     apart = _covariance(source) - _covariance(target)
     return apart.pow(2).sum() / (4 * d * d)
 
 
 def coral(source: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """The source samples (n, d) whitened and coloured with the target's covariance (Sun et al. 2016, algorithm 1):
-    X (C_S + ridge)^(-1/2) (C_T + ridge)^(1/2), float64 within. The means stay as they are."""
+    """Whiten the source samples (n, d) and colour them with the target's covariance (Sun et al. 2016, algorithm 1):
+    X (C_S + ridge)^(-1/2) (C_T + ridge)^(1/2), computed in float64. The data are not centred."""
     eye = ridge * torch.eye(source.shape[1], dtype=torch.float64, device=source.device)
     whiten = _power(_covariance(source.double()) + eye, -0.5)
     colour = _power(_covariance(target.double()) + eye, 0.5)
@@ -45,7 +45,7 @@ def _covariance(x: Tensor) -> Tensor:
 
 
 def _power(matrix: Tensor, power: float) -> Tensor:
-    """A symmetric positive matrix to a power; directions in which it is 0 stay 0."""
+    """A power of a symmetric positive semidefinite matrix; eigenvalues of 0 stay 0."""
     values, vectors = torch.linalg.eigh(matrix)
     floor = values.max() * 1e-12
     powers = torch.where(values > floor, values.clamp(min=floor) ** power, 0.0)
@@ -65,7 +65,7 @@ class _Reverse(torch.autograd.Function):
 
 
 def reversed_gradient(x: Tensor, strength: float) -> Tensor:
-    """x, whose gradient is -strength times what arrives (Ganin and Lempitsky 2015, section 3.1)."""
+    """The identity; its gradient is multiplied by -strength (Ganin and Lempitsky 2015, section 3.1)."""
     result: Tensor = _Reverse.apply(x, strength)  # type: ignore[no-untyped-call]
     return result
 
@@ -76,5 +76,5 @@ def domain_classifier(features: int, hidden: int) -> nn.Module:
 
 
 def reversal_strength(progress: float, gamma: float) -> float:
-    """2 / (1 + exp(-gamma p)) - 1 at the share p of the run that is done (Ganin and Lempitsky 2015, section 4)."""
+    """2 / (1 + exp(-gamma p)) - 1, p the finished share of the run (Ganin and Lempitsky 2015, section 4)."""
     return 2 / (1 + math.exp(-gamma * progress)) - 1

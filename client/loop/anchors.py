@@ -1,7 +1,7 @@
-"""What holds local training near a model that was there before: pulls on the weights, and a teacher's outputs.
+"""Regularise local training towards a reference model (`[anchor]`): pulls on the weights, and a teacher's outputs.
 
-`[anchor]` says how much of which. A pull is a gradient of the weights alone, so it is added after clipping and noise
-(`meadow.client.loop.training.Correction`); a teacher adds to the loss of each sample.
+The gradient of a pull depends on the weights alone, so it is added after clipping and noise
+(`meadow.client.loop.training.Correction`). A teacher adds to the loss of each sample.
 """
 
 import copy
@@ -39,18 +39,17 @@ class Pull:
     fisher: Mapping[str, Tensor] | None = None
 
     def correct(self, learning: Mapping[str, nn.Parameter]) -> None:
-        """Add it to the gradients of the parameters that have a reference."""
+        """Add the pull to the gradients of the parameters that have a reference."""
         for name, parameter in learning.items():
             if name in self.reference:
                 away = parameter.detach() - self.reference[name]
-                strength = self.l2 if self.fisher is None else self.l2 + self.ewc * self.fisher[name]
-                pull = away * strength
+                pull = away * (self.l2 if self.fisher is None else self.l2 + self.ewc * self.fisher[name])
                 parameter.grad = pull if parameter.grad is None else parameter.grad + pull
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A model whose outputs the learning one is held to, with weight `kl` at temperature 1 and `distill` at its own."""
+    """A model whose outputs are soft targets, with weight `kl` at temperature 1 and `distill` at `temperature`."""
 
     model: nn.Module
     task: Task
@@ -59,12 +58,12 @@ class Teacher:
     temperature: float
 
     def each(self, batch: Data, outputs: Mapping[str, Tensor]) -> Tensor:
-        """What it adds to each sample's loss, (n,): the weighted sum over targets of `soft_cross_entropy`."""
+        """The term added to each sample's loss, (n,): the weighted sum over targets of `soft_cross_entropy`."""
         with torch.no_grad():
-            taught = self.model(batch.x)
+            teacher = self.model(batch.x)
         total = torch.zeros(len(batch), device=batch.x.device)
         for weight, target in zip(self.task.weights, self.task.targets, strict=True):
-            own, aim = outputs[target.name], taught[target.name]
+            own, aim = outputs[target.name], teacher[target.name]
             if self.kl:
                 total = total + weight * self.kl * soft_cross_entropy(target, own, aim, 1.0)
             if self.distill:
@@ -75,9 +74,10 @@ class Teacher:
 def soft_cross_entropy(target: Target, output: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 times the cross-entropy of p(output / T) to p(teacher / T), in nats, of each sample: (n,).
 
-    Hinton et al. 2015, section 2: T^2 keeps the gradient's size. A class: softmax; one at each token: the mean over them.
-    Labels: the mean over labels of the binary one. Values and quantiles have no temperature: the squared difference,
-    summed over the quantiles, which is the cross-entropy of normal distributions of variance 1/2 but for a constant.
+    Hinton et al. 2015, section 2; T^2 keeps the size of the gradient. A class: of the softmax (a class at each token: the
+    mean over tokens). Labels: the mean over labels of the binary cross-entropy. Values and quantiles: the squared
+    difference, summed over quantiles, without a temperature; up to a constant it is the cross-entropy of normal
+    distributions of variance 1/2.
     """
     if target.kind == "class":
         each = F.cross_entropy(output / temperature, (teacher / temperature).softmax(1), reduction="none")
@@ -91,12 +91,11 @@ def soft_cross_entropy(target: Target, output: Tensor, teacher: Tensor, temperat
 
 
 def pull(model: nn.Module, experiment: Experiment) -> Pull | None:
-    """The pull on the weights that `[anchor]` asks for, of a model as it is before training; None if none.
+    """The pull of `[anchor]` on the weights of a model that is not trained yet, or None.
 
     to = "start": towards the state before the first round, of the trunk only, because the heads are new. "received":
-    towards this model. l2 (Li et al. 2018, L2-SP, equation 5, with alpha = l2); ewc (Kirkpatrick et al. 2017, equation
-    3) with the true diagonal Fisher information of the source model on its own data
-    (`meadow.client.loop.fisher.true_fisher`).
+    towards `model`. l2: L2-SP (Li et al. 2018, equation 5, with alpha = l2). ewc: Kirkpatrick et al. 2017, equation 3,
+    with the source model's true diagonal Fisher information on its own data (`meadow.client.loop.fisher.true_fisher`).
     """
     plan = experiment.anchor
     if not (plan.l2 or plan.ewc):
@@ -110,21 +109,21 @@ def pull(model: nn.Module, experiment: Experiment) -> Pull | None:
 
 
 def teacher(model: nn.Module, task: Task, experiment: Experiment) -> Teacher | None:
-    """The teacher that `[anchor]` asks for; None if none. `model`: the learning one as it is before training.
+    """The teacher of `[anchor]`, or None. `model`: the model that will learn, not trained yet.
 
-    kl (Phan et al. 2020): the cross-entropy to its outputs beside the data's loss. distill (Hinton et al. 2015): the same
-    at a temperature, with `distill` of the weight, of which the data's loss has the rest.
+    kl (Phan et al. 2020): adds the cross-entropy to the teacher's outputs to the data's loss. distill (Hinton et al.
+    2015): the same at a temperature, with weight `distill`; the data's loss has weight 1 - distill.
     """
     plan = experiment.anchor
     if not (plan.kl or plan.distill):
         return None
-    whose = _teacher(experiment) if plan.to == "start" or plan.teacher else copy.deepcopy(model)
-    whose.to(device_of(model)).eval().requires_grad_(False)
-    return Teacher(whose, task, plan.kl, plan.distill, plan.temperature)
+    own = _teacher(experiment) if plan.to == "start" or plan.teacher else copy.deepcopy(model)
+    own.to(device_of(model)).eval().requires_grad_(False)
+    return Teacher(own, task, plan.kl, plan.distill, plan.temperature)
 
 
 def teaches(experiment: Experiment) -> bool:
-    """Whether training needs the samples themselves, not a frozen trunk's features of them: a teacher looks at them."""
+    """Whether there is a teacher; it needs the samples themselves, not a frozen trunk's features."""
     return bool(experiment.anchor.kl or experiment.anchor.distill)
 
 
@@ -145,7 +144,7 @@ def _start(experiment: Experiment) -> Mapping[str, Tensor]:
 
 @functools.lru_cache(maxsize=8)
 def _teacher(experiment: Experiment) -> nn.Module:
-    """The source model, or that of the file `anchor.teacher`."""
+    """The model of the file `anchor.teacher`, or the source model."""
     task, plan = open_task(experiment), experiment.anchor
     if not plan.teacher:
         return source_model(experiment)
@@ -157,7 +156,7 @@ def _teacher(experiment: Experiment) -> nn.Module:
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(
             f'anchor.teacher = "{plan.teacher}" with anchor.teacher_model = "{plan.teacher_model}" and '
-            f"anchor.teacher_hidden = {plan.teacher_hidden}: {error}; give a .safetensors file with all arrays of a model "
-            "of that kind with the learned targets' heads, as a run's checkpoints have"
+            f"anchor.teacher_hidden = {plan.teacher_hidden}: {error}; give a .safetensors file with all arrays of such a "
+            "model, with heads of the learned targets, such as a checkpoint of a run"
         ) from None
     return model

@@ -1,7 +1,7 @@
-"""How much each target counts in a step when several are learned at once: `local.balance`, beside the fixed weights.
+"""Multi-task loss weighting (`local.balance`): how much each target counts in a step.
 
-Whatever the method, a target's loss first has its weight of `task.target_weights`, and a target of which a batch has no
-label takes no part in it. What a method has learned or seen lasts from round to round, with the client.
+Under every method a target's loss is first multiplied by its entry of `task.target_weights`, and a target without a label
+in the batch is left out. A method's state stays with the client from round to round.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,8 +20,11 @@ Losses = Mapping[str, Tensor]
 
 
 class Balance:
-    """Fixed weights: the plain sum. What every method has: `parameters` that the optimiser is to learn with the model,
-    `backward` for each step, `epoch_ends` after each epoch, and `remember` at the end of the round."""
+    """Fixed weights: the plain sum. The base of all methods.
+
+    The loop adds `parameters` to the optimiser's, and calls `backward` in each step, `epoch_ends` after each epoch and
+    `remember` at the end of the round.
+    """
 
     def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
         self.plan = plan
@@ -29,35 +32,39 @@ class Balance:
         self.parameters: list[nn.Parameter] = []
 
     def place(self, device: torch.device) -> None:
-        """Let what it learns be on the model's device. Before the optimiser is made."""
+        """Move the parameters to the model's device, before the optimiser is made."""
 
     def backward(
         self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
     ) -> None:
-        """Set the gradients of `learning`, which are None, to those of the balanced losses of the targets `present` in
-        the batch, and of `rest`, which counts as it is."""
+        """Set the gradients of `learning`, which are None, to those of the balanced losses plus `rest`.
+
+        present: the targets with a label in the batch; only these are balanced. rest: an unweighted scalar, or None.
+        """
         balanced = self.balanced({name: value for name, value in each.items() if name in present})
-        # A target that is not present has loss 0: it gives its head a gradient of zeros, not none.
+        # A target without labels has loss 0, so its head gets a gradient of zeros instead of None.
         terms = [balanced.get(name, value) for name, value in each.items()]
         terms += [rest] if rest is not None else []
         total = sum(terms[1:], start=terms[0])
         total.backward()  # type: ignore[no-untyped-call]
 
     def balanced(self, each: Losses) -> Losses:
-        """The losses of the targets that are present, each as it is to count."""
+        """The losses of the present targets, each with its weight applied."""
         return each
 
     def epoch_ends(self) -> None:
-        """Hear that an epoch, or the rest of one that the round had time for, is over."""
+        """Called at the end of an epoch, and at the end of the round."""
 
     def remember(self) -> Arrays:
-        """What the client's next round is to be given."""
+        """The state for the client's next round."""
         return {}
 
 
 class Uncertainty(Balance):
-    """Kendall et al. 2018, equation 7, with s = log sigma^2 learned for each target from 0 on: a class, labels or
-    quantiles count exp(-s) L + s / 2; a value, whose L is a squared error, exp(-s) L / 2 + s / 2."""
+    """Uncertainty weighting (Kendall et al. 2018, equation 7): learns s = log sigma^2 of each target, from 0 on.
+
+    A class, labels or quantiles: exp(-s) L + s / 2. A value, whose L is a squared error: exp(-s) L / 2 + s / 2.
+    """
 
     NAME = "balance/log-variance"
 
@@ -80,8 +87,10 @@ class Uncertainty(Balance):
 
 
 class DynamicAverage(Balance):
-    """DWA (Liu et al. 2019, equation 7): K softmax(r / T) with r = L(e - 1) / L(e - 2), a target's losses over the
-    client's last two epochs, means over their steps; 1 until there are two, and for a target that was not present."""
+    """DWA (Liu et al. 2019, equation 7): weights K softmax(r / T), r = L(e - 1) / L(e - 2).
+
+    L(e) is a target's mean loss over the steps of the client's epoch e. The weight is 1 until there are two epochs.
+    """
 
     NAME = "balance/epoch-losses"
 
@@ -91,7 +100,7 @@ class DynamicAverage(Balance):
         self.now: dict[str, list[float]] = {t.name: [] for t in targets}
 
     def weights(self) -> dict[str, float]:
-        """Each target's weight in the present epoch."""
+        """Each target's weight in the current epoch."""
         ratio = self.seen[1] / np.where(self.seen[0] > 0, self.seen[0], np.nan)
         known = np.isfinite(ratio)
         result = np.ones(len(self.targets))
@@ -116,9 +125,11 @@ class DynamicAverage(Balance):
 
 
 class GradNorm(Balance):
-    """GradNorm (Chen et al. 2018, algorithm 1): weights w, in all as many as targets, that move at `gradnorm_lr` down
-    the gradient of sum |G - mean(G) r^alpha|. G = w |dL/dW|, W the arrays of the top layer of the trunk that learn; r is
-    L / L(0) over its mean, L(0) the client's first loss. A weight stays above 0.01."""
+    """GradNorm (Chen et al. 2018, algorithm 1): gradient descent at `gradnorm_lr` of sum |G - mean(G) r^alpha| over w.
+
+    w are the targets' weights; their sum is the number of targets, and each stays above 0.01. G = w |dL/dW|, W the
+    learning arrays of the trunk's top layer. r is L / L(0) divided by its mean, L(0) the client's first loss.
+    """
 
     NAME = "balance/gradnorm"
     LEAST = 0.01
@@ -155,9 +166,8 @@ class GradNorm(Balance):
         return {self.NAME: np.stack([self.w, self.first])}
 
 
-class Surgery(Balance):
-    """PCGrad (Yu et al. 2020, algorithm 1) on the trunk: each target's gradient loses what points against another's,
-    the others in random order, and then they are added. Heads, which no two targets share, have the plain sum."""
+class PCGrad(Balance):
+    """PCGrad (Yu et al. 2020, algorithm 1) on the trunk; heads, which targets do not share, get the plain sum."""
 
     def backward(
         self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
@@ -171,15 +181,18 @@ class Surgery(Balance):
         super().backward(each, present, rest, learning)
         if len(gradients) < 2:
             return
-        # What the plain sum has too much is taken from it: so `rest` keeps its own gradient.
-        change = surgery(gradients) - torch.stack(gradients).sum(0)
+        # The plain sum is corrected in place, so `rest` keeps its own gradient.
+        change = projected_sum(gradients) - torch.stack(gradients).sum(0)
         for parameter, part in zip(trunk, torch.split(change, [p.numel() for p in trunk]), strict=True):
             moved = part.view_as(parameter)
             parameter.grad = moved if parameter.grad is None else parameter.grad + moved
 
 
-def surgery(gradients: Sequence[Tensor]) -> Tensor:
-    """The sum over targets of each one's gradient (1-D, equal lengths) after its projections, by torch's generator."""
+def projected_sum(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of the targets' gradients (1-D, equal lengths), after each is projected off those it conflicts with.
+
+    The others come in random order, drawn from torch's generator.
+    """
     result = torch.zeros_like(gradients[0])
     for i, own in enumerate(gradients):
         left = own.clone()
@@ -193,13 +206,13 @@ def surgery(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def make_balance(plan: Local, targets: Sequence[Target], memory: Arrays) -> Balance:
-    """The balance of `local.balance`, with what the client's last round remembered."""
+    """The method of `local.balance`, with the state of the client's last round."""
     kinds: dict[str, Callable[[Local, Sequence[Target], Arrays], Balance]] = {
         "fixed": Balance,
         "uncertainty": Uncertainty,
         "dwa": DynamicAverage,
         "gradnorm": GradNorm,
-        "pcgrad": Surgery,
+        "pcgrad": PCGrad,
     }
     return kinds[plan.balance](plan, targets, memory)
 

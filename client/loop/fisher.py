@@ -1,8 +1,8 @@
-"""The diagonal of the Fisher information of a model's parameters: with true labels, or in the model's own expectation.
+"""The diagonal Fisher information of a model's parameters, with the data's labels or in expectation over the model's.
 
-F_i = mean over samples x of E_y[(d log p(y | x) / d theta_i)^2]. What p is follows from each target's loss, which is
--log p up to a constant: a class is categorical, labels are Bernoulli, a value is normal with variance 1/2 in its scaled
-unit, quantiles are asymmetric Laplace (Koenker and Machado 1999). Computed a sample at a time: exact for every model.
+F_i = mean over samples x of E_y[(d log p(y | x) / d theta_i)^2]. Each target's loss is -log p up to a constant, which
+defines p: a class is categorical, labels are Bernoulli, a value is normal with variance 1/2 in its scaled unit, quantiles
+are asymmetric Laplace (Koenker and Machado 1999). Samples are taken one by one, which is exact for every model.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,8 +17,8 @@ from meadow.tasks.task import Task
 
 
 def empirical_fisher(model: nn.Module, data: Data, task: Task, samples: int) -> dict[str, Tensor]:
-    """With the data's labels: the mean over `samples` samples at most, drawn from the seed, of the squared gradient of
-    the loss that training sees (weighted over targets), float64, by parameter name (Sung et al. 2021, equation 3)."""
+    """With the data's labels (Sung et al. 2021, equation 3): the mean squared gradient of the training loss (weighted over
+    targets), float64, by parameter name. At most `samples` samples are used, drawn from the seed."""
 
     def one(sample: Data) -> Iterator[tuple[float, Tensor]]:
         parts = losses(model(task.prepare(sample.x)), sample.y, task.targets)
@@ -28,8 +28,8 @@ def empirical_fisher(model: nn.Module, data: Data, task: Task, samples: int) -> 
 
 
 def true_fisher(model: nn.Module, data: Data, task: Task, samples: int) -> dict[str, Tensor]:
-    """In expectation over the labels that the model itself gives (Kirkpatrick et al. 2017; Kunstner et al. 2019, equation
-    3), float64, by parameter name: the sum over targets of weight times information. Labels are not looked at."""
+    """In expectation over labels from the model's own predictions (Kirkpatrick et al. 2017; Kunstner et al. 2019, equation
+    3): the sum over targets of weight times information, float64, by parameter name. The data's labels are not used."""
 
     def one(sample: Data) -> Iterator[tuple[float, Tensor]]:
         outputs = model(task.prepare(sample.x))

@@ -1,5 +1,5 @@
-"""What a step of training goes down: the data's loss on a batch, with what the settings of `[local]`, `[anchor]` and
-`[adapt]` and an algorithm's own term add to it. It also keeps the mean losses that are reported."""
+"""The training objective of a step: the data's loss on a batch, plus the terms of `[local]`, `[anchor]`, `[adapt]` and of
+the algorithm. It also accumulates the mean losses that the client reports."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ from meadow.tasks.losses import class_weights, losses, mean_loss, sample_losses
 from meadow.tasks.task import Task
 
 Term = Callable[[nn.Module, Data, Mapping[str, Tensor]], Tensor]
-"""A term beside the data's loss for a batch: of the model, the prepared batch and the model's outputs on it, a scalar."""
+"""A scalar added to the data's loss: (model, prepared batch, the model's outputs on it) -> loss."""
 
 
 @dataclass
 class Objective:
-    """The objective of one client's training. `data` are its samples as they are stored; batches are taken of `samples`.
+    """The objective of one client's training. `data` are its samples as stored; batches are drawn from `samples`.
 
-    Where preparing draws nothing and no sample comes from elsewhere, all of them are prepared once, at the start.
+    Without augmentation and adaptation all samples are prepared once, at the start.
     """
 
     model: nn.Module
@@ -45,12 +45,12 @@ class Objective:
         self.samples = Data(self.task.prepare(self.data.x, training=True), self.data.y) if self.ready else self.data
         labelled = {t.name: t.labelled(self.data.y[t.name]) for t in targets}
         self.complete = self.ready and all(count == len(self.data) for count in labelled.values())
-        # One target whose every label is known, with no weights of its classes: its mean loss is torch's own.
+        # With one class target, all labels known and no class weights, torch's own mean loss is faster.
         self.plain = self.complete and len(targets) == 1 and not self.weights and targets[0].kind == "class"
 
     def backward(self, index: Tensor, batch: Data, learning: Mapping[str, nn.Parameter], done: float) -> None:
-        """Set the gradients of what learns, which are None, by the samples at `index` of the client's, which are `batch`;
-        `done`: the share of the round that is done."""
+        """Set the gradients of `learning`, which are None. `batch`: the client's samples at `index`; `done`: the finished
+        share of the round."""
         if self.adapting is not None:
             batch = self.adapting.batch(index, batch)
         if not self.ready:
@@ -66,7 +66,7 @@ class Objective:
         self.balance.backward(shares, present, rest, learning)
 
     def each(self, index: Tensor) -> Tensor:
-        """The losses of the samples at `index`, (n,), each of its own sample alone; the teacher's part is in it."""
+        """The loss of each sample at `index`, (n,), a function of that sample alone; it includes the teacher's term."""
         batch = self.samples.take(index)
         if not self.ready:
             batch = Data(self.task.prepare(batch.x, training=True), batch.y)
@@ -82,7 +82,7 @@ class Objective:
         return data_loss if self.teacher is None else self.share * data_loss + self.teacher.each(batch, outputs)
 
     def means(self) -> dict[str, float]:
-        """Each target's mean loss over all samples so far; empty if there were none."""
+        """Each target's mean loss over all samples so far; empty without any."""
         if not self._seen:
             return {}
         samples = sum(count for count, _ in self._seen)
@@ -92,14 +92,14 @@ class Objective:
         }
 
     def _outputs(self, batch: Data, done: float) -> tuple[Mapping[str, Tensor], Tensor | None]:
-        """The model's outputs, and all that is added to the data's loss, if anything is."""
+        """The model's outputs, and the sum of the terms added to the data's loss, or None."""
         if self.adapting is None:
-            outputs, aligned = self.model(batch.x), None
+            outputs, alignment = self.model(batch.x), None
         else:
-            outputs, aligned = self.adapting.outputs(self.model, batch.x, done)
-        taught = self.teacher.each(batch, outputs).mean() if self.teacher else None
+            outputs, alignment = self.adapting.outputs(self.model, batch.x, done)
+        distilled = self.teacher.each(batch, outputs).mean() if self.teacher else None
         own = self.term(self.model, batch, outputs) if self.term else None
-        added = [value for value in (taught, aligned, own) if value is not None]
+        added = [value for value in (distilled, alignment, own) if value is not None]
         return outputs, sum(added[1:], start=added[0]) if added else None
 
     def _losses(self, outputs: Mapping[str, Tensor], batch: Data) -> dict[str, Tensor]:

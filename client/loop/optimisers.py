@@ -1,4 +1,4 @@
-"""The optimiser of `[local]`, each parameter's rate, and how the rate changes from round to round."""
+"""The optimiser of `[local]` with a learning rate for each parameter, and the schedule of the rate over rounds."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +13,11 @@ from meadow.arrays.named import Arrays
 from meadow.config.schema import Local
 
 PLATEAU = "plateau"
-"""Name of what schedule = "plateau" keeps in the client's memory: float64 [best loss, rounds since, factor]."""
+"""Name of the state of schedule = "plateau" in a client's memory: float64 [best loss, rounds since, factor]."""
 
 
 class Optimizer(Protocol):
-    """What the loop needs of an optimiser of torch's; it has `SGD` beside those."""
+    """The part of torch's optimisers that the loop uses; `SGD` has it too."""
 
     param_groups: list[dict[str, Any]]
 
@@ -26,8 +26,8 @@ class Optimizer(Protocol):
 
 
 class SGD:
-    """torch's SGD without what its class does beside the arithmetic at each step (hooks, profiling, dynamo's guards): for
-    small models that is a tenth of a step."""
+    """torch's SGD without its class's overhead at each step (hooks, profiling, dynamo's guards), which is a tenth of a
+    small model's step."""
 
     def __init__(self, groups: Sequence[Mapping[str, Any]], momentum: float, nesterov: bool) -> None:
         self.param_groups = [dict(group) for group in groups]
@@ -35,14 +35,12 @@ class SGD:
         self._moving: list[list[Tensor | None]] = [[None] * len(group["params"]) for group in groups]
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step of every parameter that has a gradient."""
         for group, moving in zip(self.param_groups, self._moving, strict=True):
             at = [i for i, parameter in enumerate(group["params"]) if parameter.grad is not None]
             buffers = [moving[i] for i in at]
@@ -67,7 +65,7 @@ def make_optimizer(
 ) -> Optimizer:
     """A new optimiser over the parameters that learn, each at `plan.lr` times its factor.
 
-    `extra`: parameters beside the model's (loss weights, a domain classifier), at `plan.lr` without weight decay.
+    `extra`: parameters outside the model (loss weights, a domain classifier), at `plan.lr` without weight decay.
     """
     by_rate: dict[float, list[nn.Parameter]] = {}
     for name, parameter in learning.items():
@@ -88,11 +86,11 @@ def make_optimizer(
 
 
 def scheduled(plan: Local, round_: int, rounds: int) -> float:
-    """What the schedule multiplies the rate by in a round (from 1), but for plateau, which `plateau` tells.
+    """The schedule's factor of the rate in a round (from 1); for schedule = "plateau" see `plateau`.
 
-    step: `schedule_factor` once for each `schedule_every` rounds done. cosine (Loshchilov and Hutter 2017, equation 5,
-    from the rate to 0): (1 + cos(pi (round - 1) / rounds)) / 2. Times round / warmup in the first `warmup` rounds.
-    What is trained after the last round (fine-tuning for evaluation) has its rate.
+    step: `schedule_factor` once for every `schedule_every` finished rounds. cosine (Loshchilov and Hutter 2017, equation
+    5): (1 + cos(pi (round - 1) / rounds)) / 2. In the first `warmup` rounds also times round / warmup. Training after the
+    last round (fine-tuning for evaluation) uses the last round's rate.
     """
     round_ = min(round_, rounds)
     factor = min(1.0, round_ / plan.warmup) if plan.warmup else 1.0
@@ -104,10 +102,10 @@ def scheduled(plan: Local, round_: int, rounds: int) -> float:
 
 
 def plateau(plan: Local, memory: Arrays, loss: float) -> float:
-    """What schedule = "plateau" multiplies the rate by, after the round's received model had this validation loss.
+    """The factor of schedule = "plateau", given the validation loss of the model received in this round.
 
     As torch's ReduceLROnPlateau with a relative threshold of 1e-4: after more than `schedule_patience` rounds without a
-    loss below (1 - 1e-4) times the best, the factor drops by `schedule_factor`. `memory` holds its state, updated here.
+    loss below (1 - 1e-4) times the best, the factor is multiplied by `schedule_factor`. Updates the state in `memory`.
     """
     best, since, factor = memory.get(PLATEAU, np.array([np.inf, 0.0, 1.0]))
     if loss < best * (1 - 1e-4):

@@ -1,4 +1,4 @@
-"""What of a model learns in a step: which parameters have gradients, which modes its modules are in, which entries move."""
+"""Choose what of a model learns: set `requires_grad` of parameters and modes of modules, and mask entries."""
 
 import functools
 import math
@@ -22,9 +22,9 @@ from meadow.tasks.task import open_task
 def freeze(model: nn.Module, learns: Collection[str], statistics: str = "batch") -> dict[str, nn.Parameter]:
     """Let only the arrays of these names learn, and return those parameters by name.
 
-    A module whose parameters are all frozen is in `eval()` with everything in it, and a module with frozen state of its
-    own alone: a frozen normalisation's statistics do not move, a frozen trunk drops nothing out. `statistics`: as
-    `local.statistics`; with "kept" every batch normalisation is in `eval()`, though its weight and bias learn.
+    A module whose parameters are all frozen is in `eval()`, with its submodules; a module whose own arrays are all frozen
+    is in `eval()` alone. So frozen normalisations keep their statistics, and a frozen trunk has no dropout. `statistics`:
+    as `local.statistics`; with "kept" every batch normalisation is in `eval()`, though its weight and bias learn.
     """
     key = frozenset(learns), statistics
     flags = once(model, key, lambda: _flags(model, *key))
@@ -37,7 +37,7 @@ def freeze(model: nn.Module, learns: Collection[str], statistics: str = "batch")
 
 @dataclass(frozen=True)
 class _Flags:
-    """What `freeze` sets of a model, and what it returns."""
+    """The flags that `freeze` sets, and the parameters that it returns."""
 
     learns: tuple[tuple[nn.Parameter, bool], ...]
     training: tuple[tuple[nn.Module, bool], ...]
@@ -62,7 +62,7 @@ def _flags(model: nn.Module, learns: frozenset[str], statistics: str) -> _Flags:
 
 @dataclass(frozen=True)
 class Mask:
-    """The entries that may change, True, by parameter name; parameters that it does not name change as they like."""
+    """True for each entry that may change, by parameter name; parameters without a mask change freely."""
 
     entries: Mapping[str, Tensor]
     start: Mapping[str, Tensor]
@@ -74,7 +74,7 @@ class Mask:
                 parameter.grad.masked_fill_(~self.entries[name], 0.0)
 
     def restore(self, learning: Mapping[str, nn.Parameter]) -> None:
-        """Put the other entries back to the bits they had: weight decay may have moved them."""
+        """Restore the bits of all other entries, which weight decay may have moved."""
         with torch.no_grad():
             for name, parameter in learning.items():
                 if name in self.entries:
@@ -82,20 +82,20 @@ class Mask:
 
 
 def mask(model: nn.Module, experiment: Experiment, client: int) -> Mask | None:
-    """The mask of trainable = "fisher" over the model as it stands now; None under every other setting.
+    """The mask of trainable = "fisher" for the model's present values; None under every other setting.
 
-    FISH mask (Sung et al. 2021, equation 4): the `fisher_fraction` of the trunk's entries, as one list, with the
-    largest empirical Fisher information; equal ones by their order. The heads, which are new, learn as a whole.
+    FISH mask (Sung et al. 2021, equation 4): the `fisher_fraction` of all the trunk's entries with the largest empirical
+    Fisher information; of equal entries the first. The heads, which are new, learn as a whole.
     """
     if experiment.local.trainable != "fisher":
         return None
-    whose = client if experiment.local.fisher_on == "local" else None
-    entries = {name: entry.to(device_of(model)) for name, entry in _entries(experiment, whose).items()}
+    chosen = _entries(experiment, client if experiment.local.fisher_on == "local" else None)
+    entries = {name: entry.to(device_of(model)) for name, entry in chosen.items()}
     return Mask(entries, {n: p.detach().clone() for n, p in model.named_parameters() if n in entries})
 
 
 def top(fisher: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """Where the ceil(fraction times all) largest entries are, True; of equal ones the earlier."""
+    """True for the ceil(fraction * number) largest entries of all arrays; of equal entries the first."""
     flat = torch.cat([value.flatten() for value in fisher.values()])
     chosen = torch.zeros(flat.shape, dtype=torch.bool)
     chosen[torch.sort(flat, descending=True, stable=True).indices[: math.ceil(fraction * len(flat))]] = True
@@ -105,7 +105,7 @@ def top(fisher: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
 
 @functools.lru_cache(maxsize=128)
 def _entries(experiment: Experiment, client: int | None) -> Mapping[str, Tensor]:
-    """The mask's entries: a function of the experiment and, chosen on local data, of the client. Never of the round."""
+    """The mask, a function of the experiment and, with fisher_on = "local", of the client; never of the round."""
     task, samples = open_task(experiment), experiment.local.fisher_samples
     with one_thread():
         if client is None:

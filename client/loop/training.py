@@ -1,9 +1,8 @@
-"""The training loop: epochs or steps of mini-batches over resident tensors, by the plan of `[local]`.
+"""The training loop: epochs or steps of mini-batches over tensors in memory, as `[local]` says.
 
-What the settings of `[local]` mean beyond a plain step stands in modules of its own, and composes: what learns
-(`trainable.py`), the optimiser and its rates (`optimisers.py`), the loss (`objective.py`), when to stop
-(`validation.py`), what holds the model near another one (`anchors.py`), what each of several targets counts
-(`balance.py`), samples of another domain (`adaptation.py`).
+Settings beyond a plain step have modules of their own: what learns (`trainable.py`), the optimiser and its rates
+(`optimisers.py`), the loss (`objective.py`), early stopping (`validation.py`), regularisation towards another model
+(`anchors.py`), weights of several targets (`balance.py`), samples of another domain (`adaptation.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from meadow.client.loop.balance import make_balance
 from meadow.client.loop.objective import Objective, Term
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, plateau, scheduled
 from meadow.client.loop.trainable import freeze, mask
-from meadow.client.loop.validation import Watch, validation_loss
+from meadow.client.loop.validation import EarlyStopping, validation_loss
 from meadow.strategies.trainable import rate_factors, stage, trained
 from torch import Tensor, nn
 
@@ -34,8 +33,8 @@ from meadow.tasks.task import Task
 
 @dataclass(frozen=True)
 class Trained:
-    """What training reports: optimiser steps, for each target its mean loss over the samples seen, if any, and the arrays
-    that the client must give back in its next round (`Beside.memory`)."""
+    """The result of training: optimiser steps, each target's mean loss over the samples seen (empty without any), and the
+    loop's state for the client's next round (`Extras.memory`)."""
 
     steps: int
     losses: dict[str, float]
@@ -43,8 +42,8 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a client has beside its training samples: its validation part, what its last round left in memory, and
+class Extras:
+    """Optional inputs of training: the client's validation part, the loop's state from the client's last round, and
     labelled samples of a source domain."""
 
     validation: Data | None = None
@@ -53,21 +52,21 @@ class Beside:
 
 
 LOOP = "loop"
-"""Kind of what the loop itself leaves in a client's memory, for names such as "loop@plateau"."""
+"""Kind of the loop's own arrays in a client's memory, in names such as "loop@plateau"."""
 
 
 def keeps(experiment: Experiment) -> bool:
-    """Whether training leaves something in a client's memory that its next round needs (`Trained.memory`)."""
+    """Whether training leaves state for the client's next round (`Trained.memory`)."""
     plan = experiment.local
-    weighs = plan.balance not in ("fixed", "pcgrad")
-    return plan.schedule == "plateau" or weighs or experiment.adapt.method != "none"
+    balanced = plan.balance not in ("fixed", "pcgrad")
+    return plan.schedule == "plateau" or balanced or experiment.adapt.method != "none"
 
 
 Correction = Callable[[Mapping[str, nn.Parameter]], None]
-"""Changes the gradients of the parameters that learn, by name, after they are final (clipped and noised, if private)."""
+"""Changes the final gradients (clipped and noised, if private) of the parameters that learn, by name."""
 
-_NUMBERS_AT_ONCE = 2**22
-"""Numbers of samples that are gathered at once."""
+_SCALARS_AT_ONCE = 2**22
+"""Scalars of samples that one gather copies at most."""
 
 
 def train(
@@ -82,36 +81,35 @@ def train(
     learns: Callable[[str], bool] | None = None,
     correct: Correction | None = None,
     term: Term | None = None,
-    beside: Beside | None = None,
+    extras: Extras | None = None,
     permit: Permit | None = None,
 ) -> Trained:
     """Train the model in place on a client's data for one round.
 
     Batches are drawn without replacement within an epoch; their order depends on (run.seed, round, client, epoch)
-    alone. `epochs`, if given, takes the place of `local.epochs` and `local.steps`. The loss is the weighted sum over
-    targets of each one's mean over the batch, and `term` if given. `learns` narrows what `local.trainable` lets learn, by
-    parameter name. A penalty that does not depend on the data (proximal terms, control variates) belongs in `correct`:
-    under DP-SGD what is added to the loss is clipped, and what is added to the gradients before the noise is lost. The
-    model's `requires_grad` flags and modes are set here. It trains where it is: all else is brought to its device.
+    alone. `epochs`, if given, replaces `local.epochs` and `local.steps`. The loss is the weighted sum over targets of the
+    mean over the batch, plus `term` if given. `learns` restricts the parameters of `local.trainable` by name. A penalty
+    that does not depend on the data (proximal terms, control variates) belongs in `correct`, because DP-SGD would clip it
+    in the loss. This function sets the model's `requires_grad` flags and modes, and moves all data to its device.
 
-    With a `permit` its steps of DP-SGD take the place of all that: each one's batch is a Poisson sample, and a sample's
-    loss is the weighted sum of its targets' (`sample_losses`). Raises UserError for a `term`, which sees a whole batch.
+    With a `permit` each step is a DP-SGD step: its batch is a Poisson sample, and a sample's loss is the weighted sum of
+    its targets' losses (`sample_losses`). Raises UserError for a `term`, which needs a whole batch.
     """
     if permit is not None and term is not None:
         raise UserError(
-            f'strategy.name = "{experiment.strategy.name}" with privacy.unit = "example": its local rule adds to the loss '
-            "of a whole batch, so no sample's share of it can be clipped; use another strategy"
+            f'strategy.name = "{experiment.strategy.name}" with privacy.unit = "example": it adds a term to the loss of a '
+            "whole batch, so the gradient of a single sample cannot be clipped; use another strategy"
         )
-    plan, beside, device = experiment.local, beside or Beside(), device_of(model)
-    data, source = data.to(device), beside.source.to(device) if beside.source else None
-    memory = dict(beside.memory)
+    plan, extras, device = experiment.local, extras or Extras(), device_of(model)
+    data, source = data.to(device), extras.source.to(device) if extras.source else None
+    memory = dict(extras.memory)
     size, an_epoch, total = length(plan, len(data), epochs)
     total = total if permit is None else permit.mechanism.steps
     adapting = adaptation(experiment, task, source, data, round_, client, memory)
     rate = scheduled(plan, round_, experiment.run.rounds)
-    watch = Watch(plan.patience, beside.validation, task) if plan.patience and beside.validation else None
-    if plan.schedule == "plateau" and beside.validation:
-        rate *= plateau(plan, memory, validation_loss(model, beside.validation, task))
+    watch = EarlyStopping(plan.patience, extras.validation, task) if plan.patience and extras.validation else None
+    if plan.schedule == "plateau" and extras.validation:
+        rate *= plateau(plan, memory, validation_loss(model, extras.validation, task))
     balance = make_balance(plan, task.targets, memory)
     balance.place(device)
     held = mask(model, experiment, client)
@@ -135,7 +133,7 @@ def train(
                     order = torch.randperm(
                         len(data), generator=torch_generator(experiment.run.seed, "shuffle", round_, client, epoch)
                     )
-                    batches = taken(objective.samples, order, size, at_least_two=learner.normalises)
+                    batches = batches_of(objective.samples, order, size, at_least_two=learner.normalises)
                 learner.optimizer.zero_grad()
                 objective.backward(*next(batches), learner.learning, steps / total)
             if plan.clip_norm:
@@ -148,7 +146,7 @@ def train(
             steps += 1
             if position == an_epoch - 1 or steps == total:
                 balance.epoch_ends()
-            if watch is not None and position == an_epoch - 1 and watch.ends(model):
+            if watch is not None and position == an_epoch - 1 and watch.should_stop(model):
                 break
     if watch is not None:
         watch.restore(model)
@@ -157,12 +155,12 @@ def train(
 
 
 class Learner:
-    """What learns in a round, and its optimiser, which is made anew where trainable = "gradual" comes to another stage."""
+    """The parameters that learn in a round, and their optimiser, which is new at each stage of trainable = "gradual"."""
 
     learning: dict[str, nn.Parameter]
     optimizer: Optimizer
     normalises: bool
-    """Whether some module that learns normalises over the batch."""
+    """Whether a batch normalisation is in training mode."""
 
     def __init__(
         self,
@@ -195,16 +193,16 @@ class Learner:
 
 
 def length(plan: Local, samples: int, epochs: int = 0) -> tuple[int, int, int]:
-    """Of training on so many samples: the batch size, the steps of an epoch, and all steps of the round (or of `epochs`)."""
+    """(batch size, steps of an epoch, steps of the round or of `epochs` epochs) for this many samples."""
     size = samples if plan.batch_size == 0 else min(plan.batch_size, samples)
     an_epoch = -(-samples // size)
     return size, an_epoch, epochs * an_epoch if epochs else plan.steps or plan.epochs * an_epoch
 
 
-def taken(samples: Data, order: Tensor, size: int, at_least_two: bool) -> Iterator[tuple[Tensor, Data]]:
-    """The batches of an epoch over `order`, each with its indices, gathered many at once; `at_least_two`: as `batch_at`."""
+def batches_of(samples: Data, order: Tensor, size: int, at_least_two: bool) -> Iterator[tuple[Tensor, Data]]:
+    """Yield (indices, batch) of each batch of an epoch over `order`. `at_least_two`: as `batch_at`."""
     indices = [batch_at(order, i, size, at_least_two) for i in range(-(-len(order) // size))]
-    at_once = max(1, _NUMBERS_AT_ONCE // max(1, size * samples.x[0].numel()))
+    at_once = max(1, _SCALARS_AT_ONCE // max(1, size * samples.x[0].numel()))
     for first in range(0, len(indices), at_once):
         some = indices[first : first + at_once]
         gathered = samples.take(torch.cat(some))
@@ -216,10 +214,10 @@ def taken(samples: Data, order: Tensor, size: int, at_least_two: bool) -> Iterat
 
 
 def batch_at(order: Tensor, position: int, size: int, at_least_two: bool) -> Tensor:
-    """The batch at a position (from 0) of an epoch over `order`, int64; the last one is shorter where it must be.
+    """Indices, int64, of the batch at a position (from 0) of an epoch over `order`; the last batch may be shorter.
 
-    `at_least_two`: a last batch of a single sample gets one more from the batch before it, if batches are of three or
-    more, because batch normalisation learns nothing from one value.
+    `at_least_two`: if `size` > 2, a last batch of one sample gets another from the batch before it, because batch
+    normalisation learns nothing from one value.
     """
     begin, end = position * size, min((position + 1) * size, len(order))
     if at_least_two and len(order) > size > 2 and len(order) % size == 1:

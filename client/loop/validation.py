@@ -1,4 +1,4 @@
-"""The client's validation part while it trains: its loss, and early stopping with the best weights put back."""
+"""The loss on a client's validation part, and early stopping, which restores the best weights."""
 
 import copy
 import math
@@ -14,16 +14,16 @@ from meadow.tasks.task import Task
 
 
 def validation_loss(model: nn.Module, data: Data, task: Task) -> float:
-    """The weighted sum over targets of the mean loss over the data, in `eval()`, without regularisers or class weights."""
+    """The weighted sum over targets of the mean loss, in `eval()` mode, without regularisers or class weights."""
     parts = losses(predict(model, data.x, task.prepare), data.y, task.targets)
     return sum(w * float(parts[t.name]) for w, t in zip(task.weights, task.targets, strict=True))
 
 
 @dataclass
-class Watch:
-    """Early stopping (Prechelt 1998) within a round: `ends` after each epoch, `restore` at the end.
+class EarlyStopping:
+    """Early stopping (Prechelt 1998) within a round: call `should_stop` after each epoch, and `restore` at the end.
 
-    The best of the states after each epoch is kept, buffers too; of equal losses the first.
+    It keeps the state, with buffers, of the epoch with the lowest loss; of equal losses the first.
     """
 
     patience: int
@@ -33,8 +33,8 @@ class Watch:
     _since: int = 0
     _state: dict[str, Tensor] = field(default_factory=dict)
 
-    def ends(self, model: nn.Module) -> bool:
-        """Whether training is over: `patience` epochs since the best validation loss. The model is left in `eval()`."""
+    def should_stop(self, model: nn.Module) -> bool:
+        """Whether `patience` epochs have passed since the best validation loss. Leaves the model in `eval()` mode."""
         loss = validation_loss(model, self.data, self.task)
         if loss < self._best or not self._state:
             self._best, self._since, self._state = loss, 0, copy.deepcopy(dict(model.state_dict()))
@@ -43,7 +43,7 @@ class Watch:
         return self._since >= self.patience
 
     def restore(self, model: nn.Module) -> None:
-        """Put the best state back."""
+        """Load the best state."""
         state = model.state_dict()
         with torch.no_grad():
             for name, tensor in self._state.items():

@@ -1,9 +1,8 @@
-"""Who trains a client: the first of the trainers that can, and why those before it cannot.
+"""Choose the trainer of a client: the fastest one that can do the training.
 
-From the fastest to the training loop, which always can: `stacked`, all clients of a block at once on a GPU; `fused`,
-compiled code on a CPU; `direct`, torch's operations without autograd's tape, whose numbers for a client depend on nothing
-but its samples; `loop`. All take the samples in the loop's order and differ from it in the order of sums alone
-(tests/client/test_direct.py and tests/client/test_fast.py say by how much).
+Fastest first: `stacked`, all clients of a block at once on a GPU; `fused`, compiled code on a CPU; `direct`, torch's
+operations without autograd's tape; `loop`, the training loop, which can do everything. All use the samples in the loop's
+order and differ from it only in the order of sums (by how much: tests/client/test_direct.py, tests/client/test_fast.py).
 """
 
 import logging
@@ -36,19 +35,16 @@ KERNELS: tuple[type[Kernel], ...] = (Stacked, Fused, Direct)
 
 @dataclass(frozen=True)
 class Loop:
-    """The training loop as a trainer: it can do everything, and is the last to be asked."""
+    """The training loop as a trainer: it can do everything, and comes last."""
 
     experiment: Experiment
     task: Task
     name: str = "loop"
-    blocks_at_once: int = 0
 
     def why_not(self, job: Job) -> str:
-        """Nothing is beyond it."""
         return ""
 
     def train(self, model: nn.Module, training: Training) -> Trained:
-        """As `meadow.client.loop.training.train`."""
         experiment, plan = self.experiment, training.plan
         if plan is not experiment.local:
             experiment = experiment.model_copy(update={"local": plan})
@@ -63,15 +59,18 @@ class Loop:
             learns=training.learns,
             correct=training.correct,
             term=training.term,
-            beside=training.beside,
+            extras=training.extras,
             permit=training.permit,
         )
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Who does a kind of training, and of each trainer asked before it, why not. by_labels: for clients with other labels it
-    may be another; secret: so that it would tell of labels that may not leave."""
+    """The trainer of a kind of training, and the reason why each faster one was passed over.
+
+    by_labels: clients with missing labels may get another trainer than those without. secret: that would reveal labels
+    that may not leave.
+    """
 
     trainer: Trainer
     reasons: Reasons
@@ -80,7 +79,7 @@ class Choice:
 
 
 def choose(job: Job, trainers: Sequence[Trainer]) -> Choice:
-    """The first of the trainers that can do it. Raises UserError if none can: then `engine.trainer` forces one."""
+    """The first trainer that can do the job. Raises UserError if none can, as `engine.trainer` names one."""
     reasons = list[tuple[str, str]]()
     for trainer in trainers:
         reason = trainer.why_not(job)
@@ -92,25 +91,26 @@ def choose(job: Job, trainers: Sequence[Trainer]) -> Choice:
 
 
 def check_device(experiment: Experiment) -> None:
-    """Raise UserError for a device that this machine has not."""
+    """Raise UserError if this machine lacks the device."""
     if experiment.engine.device == "cuda" and not torch.cuda.is_available():
         raise UserError('engine.device = "cuda": torch finds no GPU here; write engine.device = "cpu"')
 
 
 def trainers_of(experiment: Experiment, seen: View) -> "Trainers":
-    """The trainers of an experiment on a view of its model. Raises UserError for a device that is not there."""
+    """The trainers of an experiment on a view of its model. Raises UserError if this machine lacks the device."""
     check_device(experiment)
     job, loop = job_of(experiment, seen), Loop(experiment, seen.task)
-    kernels = [KernelTrainer(kernel, experiment, seen.task, job.network) for kernel in KERNELS]
+    every: list[Trainer] = [KernelTrainer(kernel, experiment, seen.task, job.network) for kernel in KERNELS]
+    every.append(loop)
     wanted = experiment.engine.trainer
-    return Trainers(job, seen.task, [t for t in (*kernels, loop) if wanted in ("auto", t.name)], loop)
+    return Trainers(job, seen.task, [trainer for trainer in every if wanted in ("auto", trainer.name)], loop)
 
 
 @dataclass
 class Trainers:
-    """The trainers of a node. Who does a kind of training is chosen once; who trained is counted in `trainings`.
+    """The trainers of a node. It chooses once for each kind of training, and counts trainings in `trainings`.
 
-    job: the plainest training. loop: what takes over where a trainer fails, unless `engine.trainer` forces that one.
+    job: the plainest training. loop: takes over if another trainer fails, unless `engine.trainer` names that trainer.
     """
 
     job: Job
@@ -123,11 +123,11 @@ class Trainers:
 
     @property
     def forced(self) -> bool:
-        """Whether the loop takes over from nobody."""
+        """Whether `engine.trainer` names a trainer, so the loop must not replace it."""
         return self.loop not in self.available
 
     def chosen(self, correction: bool = False, term: bool = False, complete: bool = True) -> Choice:
-        """Who does a kind of training, for clients whose labels are all known or for the others. Raises as `choose`."""
+        """The choice for a kind of training, for clients with (`complete`) or without all labels. Raises as `choose`."""
         key = correction, term, complete
         if (found := self._chosen.get(key)) is None:
             job = replace(self.job, correction=correction, term=term, complete=complete)
@@ -138,14 +138,14 @@ class Trainers:
         return found
 
     def choice(self, data: Data, correction: bool = False, term: bool = False) -> Choice:
-        """Who does a kind of training for a client with this data."""
+        """The choice for a kind of training of a client with this data."""
         found = self.chosen(correction, term)
         if not found.by_labels or all(bool(t.known(data.y[t.name]).all()) for t in self.task.targets):
             return found
         return self.chosen(correction, term, complete=False)
 
     def train(self, model: nn.Module, training: Training) -> Trained:
-        """Train the model in place by who can do it; where a fast trainer fails, by the loop."""
+        """Train the model in place by the chosen trainer; if a fast one fails, by the loop."""
         choice = self.choice(training.data, training.correct is not None, training.term is not None)
         try:
             trained = choice.trainer.train(model, training)
@@ -165,7 +165,7 @@ class Trainers:
         blocks: Sequence[Sequence[Training]],
         weights: Sequence[Sequence[Mapping[str, float]]],
     ) -> tuple[list[list[Trained]], Sequence[Sums | None]]:
-        """As `KernelTrainer.train_blocks`; where it fails, no block has a sum. The caller counts what it takes of it."""
+        """As `KernelTrainer.train_blocks`; if it fails, no block has a sum. The caller counts the trainings that it uses."""
         try:
             return trainer.train_blocks(start, blocks, weights)
         except Exception as error:
@@ -173,12 +173,12 @@ class Trainers:
             return [[] for _ in blocks], [None] * len(blocks)
 
     def count(self, choice: Choice, times: int = 1) -> None:
-        """Count trainings; as "undisclosed" where who trained is secret."""
+        """Count trainings by this choice; as "undisclosed" if it is secret."""
         trainer, reasons = (UNDISCLOSED, ()) if choice.secret else (choice.trainer.name, choice.reasons)
         self.trainings.add(trainer, reasons, times)
 
     def _note(self, trainer: Trainer, error: Exception) -> tuple[str, str]:
-        """Log that a trainer failed, the first time; what is counted of it. Raises the error if this trainer is forced."""
+        """Log the first failure of a trainer, and return its reason to count. Raises the error if the trainer is forced."""
         if self.forced:
             raise error
         if trainer.name not in self._failed:

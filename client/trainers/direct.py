@@ -1,10 +1,10 @@
-"""The training loop without its tape: for known layers, the operations that autograd would run, called one after another.
+"""The `direct` trainer: calls the operations that autograd would run, one after another, without its tape.
 
-A small model's step costs autograd and the modules' calls a third of its time. Here each layer's forward and backward
-operations are called by themselves (`client/trainers/layers.py`), on parameters that lie in one vector and take their
-steps as soon as their gradients are known. A client's numbers depend on nothing but its samples, their order and where it
-starts; they are the loop's but for the order of sums (tests/client/test_direct.py says by how much). It covers one class
-target whose labels are all known, without weights of the classes; the loop trains all else.
+Autograd and module calls take a third of a small model's step. Here each layer's forward and backward operations are called
+directly (`client/trainers/layers.py`), and a parameter is updated as soon as its gradient is known. A client's result
+depends only on its samples, their order and the starting parameters. It differs from the loop's only in the order of sums
+(tests/client/test_direct.py says by how much). It needs exactly one target, a class with all labels known and no class
+weights.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from meadow.client.trainers.flat import FlatKernel
 from meadow.client.trainers.job import Job, beyond_plain_steps, first_of
 from meadow.client.trainers.kernel import Member, Result
-from meadow.client.trainers.layers import CrossEntropy, Descent, lowest, operations
+from meadow.client.trainers.layers import CrossEntropy, Descent, first_learning, operations
 from meadow.client.trainers.network import Network
 from torch import Tensor
 
@@ -23,11 +23,11 @@ from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment
 
 GATHERED = 2**22
-"""Numbers of samples that are gathered at once."""
+"""Scalars of samples that one gather copies at most."""
 
 
 class Direct(FlatKernel):
-    """A `meadow.client.trainers.kernel.Kernel` by torch's operations without autograd's tape."""
+    """A `meadow.client.trainers.kernel.Kernel` of torch's operations without autograd's tape."""
 
     name = "direct"
     keeps_samples = False
@@ -47,9 +47,9 @@ class Direct(FlatKernel):
         return beyond_plain_steps(job) or first_of(
             {
                 f'engine.device = "{device}": it runs on the CPU': device != "cpu",
-                "it takes one target of classes, and others are learned": job.kinds != ("class",),
+                "it needs exactly one target, and it must be a class": job.kinds != ("class",),
                 "the classes have weights": job.weighted,
-                "labels are missing": not job.complete,
+                "some labels are missing": not job.complete,
             }
         )
 
@@ -61,7 +61,6 @@ class Direct(FlatKernel):
         rates: Mapping[str, float],
         weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
     ) -> Result:
-        """As `meadow.client.trainers.kernel.Kernel.train`."""
         before = torch.get_float32_matmul_precision()
         try:
             return super().train(start, blocks, rates, weights)
@@ -69,7 +68,7 @@ class Direct(FlatKernel):
             torch.set_float32_matmul_precision(before)
 
     def _begin(self, members: Sequence[Member], rates: Mapping[str, float]) -> None:
-        self._rates, self._stop = rates, lowest(self._operations, rates)
+        self._rates, self._stop = rates, first_learning(self._operations, rates)
 
     def _train_one(self, member: Member, work: Tensor, parameters: dict[str, Tensor]) -> list[float]:
         if self._sgd.begin(self._start_views, parameters, self._rates):
@@ -95,7 +94,7 @@ class Direct(FlatKernel):
 
 
 def _batches(x: Tensor, y: Tensor, orders: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of each epoch in its order, gathered many at once."""
+    """Yield the batches of each epoch in its order; gathers several at once."""
     at_once = size * max(1, GATHERED // (size * x[0].numel()))
     for order in orders:
         for some in torch.split(order, at_once):
@@ -104,7 +103,7 @@ def _batches(x: Tensor, y: Tensor, orders: Tensor, size: int) -> Iterator[tuple[
 
 
 def _inputs_last(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a convolution's weights (out, in, ...) whose inputs lie side by side."""
+    """Strides of a convolution's weights (out, in, ...) with the input channels contiguous in memory."""
     found, at = [0] * len(shape), 1
     for axis in (1, *reversed(range(2, len(shape))), 0):
         found[axis] = at

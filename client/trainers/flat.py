@@ -1,6 +1,6 @@
-"""All parameters of a network in one vector, and the loop over blocks of clients that trains and adds them up there.
+"""The common part of the CPU kernels: keep all parameters of a network in one vector, train clients in turn, and add up.
 
-`client/trainers/direct.py` and `client/trainers/fused.py` say how one client is trained; the rest of both stands here.
+`client/trainers/direct.py` and `client/trainers/fused.py` train the single client.
 """
 
 import math
@@ -17,14 +17,14 @@ from meadow.arrays.named import Arrays
 from meadow.native.sums import add_up, together
 
 LANES = 16
-"""Arrays begin at multiples of 64 bytes, as torch's own do: kernels choose their path by alignment, and a vector that lies
-in two lines of a cache takes two loads."""
+"""Arrays are aligned to this many float32 (64 bytes), as torch's are: torch's operations choose their path by alignment, and
+a SIMD vector across two cache lines takes two loads."""
 
 
 class FlatKernel(ABC):
     """A `meadow.client.trainers.kernel.Kernel` that trains one client after another, each in a vector of its own.
 
-    strides: of an array in the vector, in numbers, where it does not lie as usual.
+    strides: of arrays that are not contiguous in the vector, in numbers of float32.
     """
 
     blocks_at_once = 1
@@ -43,12 +43,12 @@ class FlatKernel(ABC):
 
     @abstractmethod
     def _begin(self, members: Sequence[Member], rates: Mapping[str, float]) -> None:
-        """Make ready to train these clients at these rates; `_start` holds where they begin."""
+        """Prepare to train these clients at these rates from the parameters in `_start`."""
 
     @abstractmethod
     def _train_one(self, member: Member, work: Tensor, parameters: dict[str, Tensor]) -> list[float]:
-        """Train a client from `_start` into `work`, of which `parameters` are views; each target's loss, summed over the
-        samples seen."""
+        """Train a client from `_start` into `work`, of which `parameters` are views. Returns each target's loss, summed
+        over the samples seen."""
 
     def train(
         self,
@@ -57,8 +57,7 @@ class FlatKernel(ABC):
         rates: Mapping[str, float],
         weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
     ) -> Result:
-        """As `meadow.client.trainers.kernel.Kernel.train`."""
-        if start is not self._received:  # a node's blocks begin at the same arrays
+        if start is not self._received:  # the blocks of a node start from the same arrays
             for name, view in self._start_views.items():
                 view.copy_(torch.from_numpy(start[name]))
             self._received = start

@@ -1,7 +1,7 @@
-"""Training on a CPU without a framework: a network's layers handed to `fused.c`, which trains a client in one call.
+"""The `fused` trainer: compiled C code (`fused.c`) that trains a client on a CPU in one call.
 
-Where networks are small, a framework's step costs more than its arithmetic. The C file is compiled at installation or first
-use (`meadow/native/build.py`). A client's result does not depend on the others: they are trained in turn.
+In small networks the framework's overhead exceeds the arithmetic. The C file is compiled at installation or first use
+(`meadow/native/build.py`). Clients are trained in turn, so a client's result does not depend on the others.
 """
 
 import math
@@ -19,8 +19,7 @@ from meadow.native.fused import ACTIVATIONS, KINDS, Head, Net, Plan, library
 from meadow.native.fused import Layer as NativeLayer
 
 LARGEST_CONVOLUTION = 2_000_000
-"""Multiplications of a sample in one convolution up to which `fused.c` is faster than torch: above, products are large
-enough for oneDNN, and a framework's step costs little beside them."""
+"""Multiplications per sample of a convolution up to which `fused.c` is faster than torch, which uses oneDNN."""
 
 
 class Fused(FlatKernel):
@@ -48,7 +47,7 @@ class Fused(FlatKernel):
         ):
             return reason
         assert isinstance(job.network, Network)
-        return unfit(job.network) or _not_compiled()
+        return unsupported_layer(job.network) or _not_compiled()
 
     def _begin(self, members: Sequence[Member], rates: Mapping[str, float]) -> None:
         self._net = self._open(max(member.batch for member in members))
@@ -72,7 +71,7 @@ class Fused(FlatKernel):
         )
 
     def _open(self, batch: int) -> Net:
-        """The network with room for batches of this size."""
+        """The compiled network with memory for batches of this size."""
         if self._net is not None and batch <= self._batch:
             return self._net
         plan, network, self._batch = self._plan, self.network, batch
@@ -90,7 +89,7 @@ class Fused(FlatKernel):
                 network.targets, network.importance, network.heads, strict=True
             )
         ]  # fmt: skip
-        self._net = None  # its memory is given back before more is asked for
+        self._net = None  # free its memory before allocating more
         return Net(about, [_described(layer, begin) for layer in network.layers], tops, math.prod(network.shape))
 
 
@@ -102,7 +101,7 @@ def _described(layer: Layer, begin: Mapping[str, int]) -> NativeLayer:
 
 
 def _not_compiled() -> str:
-    """Why there is no compiled `fused.c`, or ""."""
+    """The reason why `fused.c` is not compiled, or ""."""
     try:
         library()
     except NotCompiled as reason:
@@ -110,12 +109,12 @@ def _not_compiled() -> str:
     return ""
 
 
-def unfit(network: Network) -> str:
-    """The layer that is not for `fused.c`, or ""."""
+def unsupported_layer(network: Network) -> str:
+    """The reason why `fused.c` should not train this network, or ""."""
     for layer in network.layers:
         if layer.kind not in KINDS:
-            return f"fused.c knows no layer of the kind {layer.kind!r}"
+            return f"fused.c has no {layer.kind!r} layer"
         (c, *_), (oc, h, w), (kh, kw) = layer.before, layer.after, layer.kernel
         if layer.kind == "conv" and c * oc * h * w * kh * kw > LARGEST_CONVOLUTION:
-            return f"{layer.weight.removesuffix('.weight')} is large enough for torch"
+            return f"{layer.weight.removesuffix('.weight')} is a large convolution, which torch computes faster"
     return ""

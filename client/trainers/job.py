@@ -1,10 +1,10 @@
-"""What a training is, what of it decides who can do it, and what a trainer is."""
+"""Define a training, the properties of it that decide which trainers can do it, and the protocol of trainers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from meadow.client.loop.training import Beside, Correction, Trained
+from meadow.client.loop.training import Correction, Extras, Trained
 from meadow.client.trainers.network import Network, Unknown, network
 from meadow.strategies.protocol import Term
 from torch import nn
@@ -15,12 +15,11 @@ from meadow.tasks.data import Data
 from meadow.tasks.features import View
 
 
-@dataclass(frozen=True)
-class Training:
-    """One client's training in one round: its samples, how long (`plan`, or so many epochs), and what acts on its steps.
+class Training(NamedTuple):
+    """One client's training in one round; the fields are arguments of `meadow.client.loop.training.train`.
 
-    learns: narrows the parameters that learn. correct, term: an algorithm's (`meadow.client.loop.training.train`). permit:
-    makes it private.
+    plan: replaces the experiment's `[local]`. A tuple, because each client needs one and a frozen dataclass takes five times
+    as long.
     """
 
     data: Data
@@ -31,17 +30,17 @@ class Training:
     learns: Callable[[str], bool] | None = None
     correct: Correction | None = None
     term: Term | None = None
-    beside: Beside = field(default_factory=Beside)
+    extras: Extras | None = None
     permit: Permit | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """What decides who can do a training: the settings, the model, and what is asked of this kind of training.
+    """A kind of training, as far as it decides which trainers can do it.
 
-    network: the model as layers, or why it is none. kinds: of the learned targets ("class", "value", ...); weighted: whether
-    their classes have weights. complete: whether each of the client's samples has every label. correction, term: whether
-    the algorithm changes each step's gradient, or adds to each batch's loss.
+    network: the model's layers, or the reason why it has none that kernels know. kinds: of the learned targets ("class",
+    "value", ...). weighted: whether classes have weights. complete: whether every sample has all labels. correction, term:
+    whether the algorithm changes each step's gradient, or adds to each batch's loss.
     """
 
     experiment: Experiment
@@ -54,32 +53,32 @@ class Job:
 
 
 class Trainer(Protocol):
-    """What can train a client. `name` is what `engine.trainer` and the summary call it."""
+    """Trains a client. `name`: as in `engine.trainer` and the summary."""
 
     @property
     def name(self) -> str: ...
 
-    @property
-    def blocks_at_once(self) -> int:
-        """How many whole blocks `train_blocks` takes at most; 0 if it takes none."""
-        ...
-
     def why_not(self, job: Job) -> str:
-        """Why it cannot do this kind of training, or ""."""
+        """The reason why it cannot do this kind of training, or ""."""
         ...
 
     def train(self, model: nn.Module, training: Training) -> Trained:
-        """Train the model in place from where it is."""
+        """Train the model in place from its present parameters."""
         ...
 
 
 def job_of(experiment: Experiment, seen: View) -> Job:
-    """The plainest training of an experiment on a view of its model: nothing of the algorithm's, all labels known."""
+    """The plainest training of an experiment on a view of its model: no correction or term, all labels known."""
     task = seen.task
     kinds = tuple(target.kind for target in task.targets)
     weighted = any(target.weights or target.balanced for target in task.targets)
     if seen.trunk is not None:
-        return Job(experiment, "the trunk is frozen, and the heads cost little", kinds, weighted)
+        return Job(
+            experiment,
+            "the trunk is frozen, and training the heads costs little",
+            kinds,
+            weighted,
+        )
     try:
         layers = network(seen.model, tuple(task.dataset.test.x.shape[1:]), task.targets, task.weights)
     except Unknown as reason:
@@ -93,7 +92,7 @@ def first_of(reasons: dict[str, bool]) -> str:
 
 
 def beyond_plain_steps(job: Job) -> str:
-    """What the training loop alone can do and this kind of training needs, or "": plain SGD on the data's loss is left."""
+    """The first requirement that only the training loop meets, or "" if this is plain SGD on the data's loss."""
     experiment, local, anchor = job.experiment, job.experiment.local, job.experiment.anchor
     strategy = f'strategy.name = "{experiment.strategy.name}"'
     return first_of(

@@ -1,8 +1,8 @@
-"""Kernels: what trains known layers faster than autograd, on samples that are ready; and a trainer made of one."""
+"""Kernels, which train known layers faster than autograd on prepared samples, and the trainer that runs one."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +25,15 @@ from meadow.tasks.losses import class_weights
 from meadow.tasks.task import Task
 
 KEPT = 2**28
-"""Bytes of prepared samples that are kept, of the clients that came last."""
+"""Bytes of prepared samples that a trainer caches, of the most recent clients."""
 
 Sums = dict[str, npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
 class Member:
-    """A client as kernels take it. x: float32 (n, *shape); y of each target, int64 or float32 (n,); weights: of the classes
-    of each target that has any; order: int64 (epochs, n); `steps` steps of `batch` samples, but for the last of an epoch."""
+    """A client for a kernel. x: float32 (n, *shape). y, by target: int64 or float32 (n,). weights, by target: of classes, or
+    None. order: int64 (epochs, n). It takes `steps` steps of `batch` samples; an epoch's last may have fewer."""
 
     client: int
     x: Tensor
@@ -46,8 +46,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Result:
-    """Of each member, block after block, the sum of each target's loss over the samples seen, and either what it has become,
-    or, where weights were given, the weighted sum of each block in float64, None if one of its members is not finite."""
+    """The result of a kernel, block after block. losses: of each member, each target's loss summed over the samples seen.
+    arrays: each member's, if no weights were given. totals: else each block's weighted sum in float64; None if an array of
+    a member is not finite."""
 
     losses: list[list[float]]
     arrays: list[Arrays]
@@ -55,21 +56,21 @@ class Result:
 
 
 class Kernel(Protocol):
-    """A network that is open for training, with the optimiser of `[local]`: SGD, momentum, weight decay.
+    """Trains a network with the SGD of `[local]` (momentum, weight decay).
 
-    keeps_samples: whether a client's samples are best prepared once and kept.
+    keeps_samples: whether to prepare a client's samples once and cache them.
     """
 
-    name: ClassVar[str]
-    blocks_at_once: ClassVar[int]
-    keeps_samples: ClassVar[bool]
+    name: str
+    blocks_at_once: int
+    keeps_samples: bool
     network: Network
 
     def __init__(self, network: Network, experiment: Experiment) -> None: ...
 
     @staticmethod
     def why_not(job: Job) -> str:
-        """As `meadow.client.trainers.job.Trainer.why_not`; for a job with "" a kernel can be made of its network."""
+        """As `meadow.client.trainers.job.Trainer.why_not`; with "", the kernel fits the job's network."""
         ...
 
     def train(
@@ -79,16 +80,17 @@ class Kernel(Protocol):
         rates: Mapping[str, float],
         weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
     ) -> Result:
-        """Train each member from `start` at these learning rates by name; an array that has none does not learn.
+        """Train each member of at most `blocks_at_once` blocks from `start`.
 
-        At most `blocks_at_once` blocks. `weights`: of each member, by name, what it counts in its block's sum.
+        rates: learning rates by name; an array without one does not learn. weights: each member's weights in its block's
+        sum, by name.
         """
         ...
 
 
 @dataclass(frozen=True)
 class KernelTrainer:
-    """A `meadow.client.trainers.job.Trainer` by a kernel, which is made of the network at first use."""
+    """A `meadow.client.trainers.job.Trainer` that runs a kernel, which it makes at first use."""
 
     kernel: type[Kernel]
     experiment: Experiment
@@ -123,7 +125,7 @@ class KernelTrainer:
         blocks: Sequence[Sequence[Training]],
         weights: Sequence[Sequence[Mapping[str, float]]],
     ) -> tuple[list[list[Trained]], Sequence[Sums | None]]:
-        """Train the clients of whole blocks from `start`: what each reports, and each block's weighted sum (`Result`)."""
+        """Train whole blocks from `start`. Returns each client's report, and each block's weighted sum (`Result.totals`)."""
         members = [[self.member(training) for training in block] for block in blocks]
         first = blocks[0][0]
         done = self.made.train(start, members, self.rates(first.round, first.plan), weights)
@@ -132,14 +134,13 @@ class KernelTrainer:
 
     @property
     def made(self) -> Kernel:
-        """The kernel."""
         if not self._made:
             assert isinstance(self.network, Network)
             self._made.append(self.kernel(self.network, self.experiment))
         return self._made[0]
 
     def member(self, training: Training) -> Member:
-        """The client as kernels take it, with the loop's batches in their order."""
+        """The client for the kernel, with the same batches in the same order as in the loop."""
         data, plan = training.data, training.plan
         steps, size = steps_of(plan, len(data), training.epochs), min(plan.batch_size, len(data))
         rounds, seed = -(-steps // -(-len(data) // size)), self.experiment.run.seed
@@ -158,7 +159,7 @@ class KernelTrainer:
         return Member(training.client, own.x, [own.y[t.name] for t in self.task.targets], by_class, order, size, steps)
 
     def rates(self, round_: int, plan: Local, learns: Callable[[str], bool] | None = None) -> dict[str, float]:
-        """The learning rate of each array that learns in a round."""
+        """The learning rate of each array that learns in this round, by name."""
         names = list(self.made.network.shapes)
         now = plan.lr * scheduled(plan, round_, self.experiment.run.rounds)
         factors = rate_factors(plan, names)
@@ -166,7 +167,7 @@ class KernelTrainer:
         return {n: now * factors[n] for n in names if n in learning and (learns is None or learns(n))}
 
     def trained(self, member: Member, losses: Sequence[float]) -> Trained:
-        """What the loop would report of a member's training."""
+        """The report of a member's training, as the loop would make it."""
         samples, per = len(member.x), -(-len(member.x) // member.batch)
         whole, rest = divmod(member.steps, per)
         seen = whole * samples + min(rest * member.batch, samples)

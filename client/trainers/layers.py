@@ -1,7 +1,7 @@
-"""A known network's layers as operations that autograd would run, each forward and back, learning on the way back.
+"""The layers of `client/trainers/direct.py`: forward and backward operations that update their parameters on the way back.
 
-Images lie by pixels (`channels_last`), and a sensor window is an image of one row: so oneDNN's convolutions and torch's
-normalisation are vectorised. `client/trainers/direct.py` trains with these.
+Images are `channels_last`, and a sensor window is an image of one row, so that oneDNN's convolutions and torch's
+normalisation are vectorised.
 """
 
 from abc import ABC, abstractmethod
@@ -18,9 +18,9 @@ from meadow.native import pooling
 from meadow.tasks.models.networks import BoundedFeatures
 from meadow.tasks.numerics import keeps_float32
 
-MANY = 2**21
-"""Multiplications of a product from which on it is oneDNN's: below, handing it over costs as much as it saves (a layer of
-784 x 200 with batches of 20: 59 microseconds forward where torch's own takes 74; with batches of 8, 40 and 38)."""
+ONEDNN_FROM = 2**21
+"""Matrix products of at least this many multiplications go to oneDNN; smaller ones do not repay the overhead. (A 784 x 200
+layer takes 59 microseconds forward with batches of 20, and torch's own product 74; with batches of 8, 40 and 38.)"""
 
 _aten: Any = torch.ops.aten
 _relu_back: Any = _aten.threshold_backward.default
@@ -36,7 +36,7 @@ _log_softmax_back: Any = _aten._log_softmax_backward_data.default
 
 
 class Descent:
-    """SGD as `torch.optim.SGD` does it (momentum, Nesterov, weight decay), each array as soon as there is its gradient."""
+    """SGD as in `torch.optim.SGD` (momentum, Nesterov, weight decay); updates an array as soon as its gradient is known."""
 
     def __init__(self, plan: Local) -> None:
         self._plan, self._plain = plan, not plan.momentum and not plan.weight_decay
@@ -47,23 +47,22 @@ class Descent:
         self._values: Mapping[str, Tensor] = {}
 
     def begin(self, start: Mapping[str, Tensor], values: Mapping[str, Tensor], rates: Mapping[str, float]) -> bool:
-        """Begin at `start`, with `values` as what learns. Returns whether they must first be made equal to it: else the
-        first step reads the one and writes the other, which saves a copy."""
+        """Start to train `values` from `start`. Returns whether the caller must first copy `start` into `values`; else the
+        first step reads `start` and writes `values`, which saves the copy."""
         self._rates, self._moments, self._values = rates, {}, values
         copied = not self._plain or any(name not in rates for name in values)
         self.values = values if copied else start
         return copied
 
     def stepped(self) -> None:
-        """Each array has had its gradient of this step."""
+        """Called at the end of a step, when each array has had its gradient."""
         self.values = self._values
 
     def learns(self, name: str) -> bool:
-        """Whether an array learns."""
         return name in self._rates
 
     def move(self, name: str, gradient: Tensor) -> None:
-        """The array's step along a gradient."""
+        """Update the array by its gradient."""
         value, plan, rate = self._values[name], self._plan, self._rates[name]
         if self._plain:
             torch.add(self.values[name], gradient.view_as(value), alpha=-rate, out=value)
@@ -80,8 +79,8 @@ class Descent:
         value.add_(gradient, alpha=-rate)
 
     def move_by_product(self, name: str, left: Tensor, right: Tensor) -> None:
-        """`move` along left^T right; a plain step adds the product to the array at once."""
-        _choose(left.numel() * right.shape[1])
+        """`move` by the gradient left^T right; a plain step adds the product directly to the array."""
+        _set_backend(left.numel() * right.shape[1])
         if self._plain:
             value = self._values[name]
             torch.addmm(self.values[name], left.t(), right, alpha=-self._rates[name], out=value)
@@ -89,24 +88,24 @@ class Descent:
             self.move(name, left.t().mm(right))
 
 
-def _choose(multiplications: int) -> None:
-    """Whose the next product is, torch's or oneDNN's. `Direct.train` puts back what was."""
-    torch.set_float32_matmul_precision("medium" if multiplications >= MANY and keeps_float32() else "highest")
+def _set_backend(multiplications: int) -> None:
+    """Choose oneDNN or torch's own code for the next matrix product. `Direct.train` restores the setting."""
+    torch.set_float32_matmul_precision("medium" if multiplications >= ONEDNN_FROM and keeps_float32() else "highest")
 
 
 class Operation(ABC):
-    """A layer, or an activation. It keeps what its way back needs from the way there."""
+    """A layer or an activation. Its `forward` keeps what `backward` needs."""
 
     names: tuple[str, ...] = ()
-    """Of the arrays that may learn."""
+    """Names of the arrays that may learn."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """What comes out."""
+        """The output for input x."""
 
     @abstractmethod
     def backward(self, back: Tensor, further: bool) -> Tensor:
-        """From the gradient by what came out that by what went in, if it goes `further`; its arrays take their steps."""
+        """Update the arrays, given the gradient of the output; returns the gradient of the input if `further`."""
 
 
 class Linear(Operation):
@@ -119,14 +118,14 @@ class Linear(Operation):
     def forward(self, x: Tensor) -> Tensor:
         self._x, values = x, self._sgd.values
         weight = values[self._weight]
-        _choose(len(x) * weight.numel())
+        _set_backend(len(x) * weight.numel())
         return F.linear(x, weight, values.get(self._bias))
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
         sgd, weight = self._sgd, self._sgd.values[self._weight]
         found = back
         if further:
-            _choose(len(back) * weight.numel())
+            _set_backend(len(back) * weight.numel())
             found = back.mm(weight)
         if sgd.learns(self._bias):
             sgd.move(self._bias, back.sum(0))
@@ -136,7 +135,7 @@ class Linear(Operation):
 
 
 class Convolution(Operation):
-    """Stride 1; x: (n, c, h, w) by pixels. The weights of a 1-D convolution are those of a kernel of one row."""
+    """Stride 1; x: (n, c, h, w), channels_last. A 1-D convolution has a kernel of one row."""
 
     def __init__(self, layer: Layer, sgd: Descent) -> None:
         self._weight, self._bias, self._sgd, self._padding = layer.weight, layer.bias, sgd, list(layer.padding)
@@ -145,10 +144,10 @@ class Convolution(Operation):
 
     def forward(self, x: Tensor) -> Tensor:
         self._x, values = x, self._sgd.values
-        return F.conv2d(x, _of_rows(values[self._weight]), values.get(self._bias), 1, self._padding)
+        return F.conv2d(x, _as_2d(values[self._weight]), values.get(self._bias), 1, self._padding)
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
-        sgd, weight = self._sgd, _of_rows(self._sgd.values[self._weight])
+        sgd, weight = self._sgd, _as_2d(self._sgd.values[self._weight])
         need = [further, *map(sgd.learns, self.names)]
         found, *gradients = _convolution_back(
             back, self._x, weight, self._channels, [1, 1], self._padding, [1, 1], False, [0, 0], 1, need
@@ -159,7 +158,7 @@ class Convolution(Operation):
         return found  # type: ignore[no-any-return]
 
 
-def _of_rows(weight: Tensor) -> Tensor:
+def _as_2d(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 4 else weight.unsqueeze(2)
 
 
@@ -173,15 +172,15 @@ class Norm(Operation):
     def forward(self, x: Tensor) -> Tensor:
         self._x, values, (c, h, w) = x, self._sgd.values, self._layer.before
         weight, bias = (values[name] for name in self.names)
-        out, *self._beside = _norm(x, weight, bias, len(x), c, h * w, self._layer.groups, self._layer.eps)
+        out, *self._statistics = _norm(x, weight, bias, len(x), c, h * w, self._layer.groups, self._layer.eps)
         return out  # type: ignore[no-any-return]
 
     def backward(self, back: Tensor, further: bool) -> Tensor:
         x, sgd, (c, h, w) = self._x, self._sgd, self._layer.before
         weight = sgd.values[self._layer.weight]
-        # All three: without the first, torch 2.13 ends the process on activations that lie by pixels.
+        # torch 2.13 crashes on channels_last activations if the first is False.
         need = [True, True, True]
-        found, *gradients = _norm_back(back, x, *self._beside, weight, len(x), c, h * w, self._layer.groups, need)
+        found, *gradients = _norm_back(back, x, *self._statistics, weight, len(x), c, h * w, self._layer.groups, need)
         for name, gradient in zip(self.names, gradients, strict=True):
             if sgd.learns(name):
                 sgd.move(name, gradient)
@@ -207,8 +206,8 @@ class Tanh(Operation):
 
 
 class Pool(Operation):
-    """The maximum of each window; windows do not overlap. Then ReLU, if that is what comes. By compiled code (`pooling.c`)
-    where there is a compiler, else by torch, to the same bits."""
+    """Max pooling without overlap, followed by ReLU if `relu`. Compiled code (`pooling.c`) if available, else torch, with
+    the same bits."""
 
     def __init__(self, layer: Layer, relu: bool = False, native: bool = True) -> None:
         self._relu = Relu() if relu else None
@@ -246,7 +245,7 @@ class Flatten(Operation):
 
 
 class OverTime(Operation):
-    """`meadow.tasks.models.networks.MeanAndMaximum`: equal maxima share the gradient, as in torch's `amax`."""
+    """`meadow.tasks.models.networks.MeanAndMaximum`; equal maxima share the gradient, as in torch's `amax`."""
 
     def forward(self, x: Tensor) -> Tensor:
         self._steps = x.permute(0, 2, 3, 1).flatten(1, 2)
@@ -284,7 +283,7 @@ class CrossEntropy:
         self._importance = torch.tensor(importance)
 
     def of(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean without `importance`, and the gradient by the logits with it."""
+        """The mean without `importance`, and the gradient of the logits with it."""
         logs = torch.log_softmax(logits, 1)
         loss, count = _nll(logs, y, None, 1, -100)
         back = _nll_back(self._importance, logs, y, None, 1, -100, count)
@@ -292,8 +291,8 @@ class CrossEntropy:
 
 
 def operations(network: Network, sgd: Descent) -> list[Operation]:
-    """The network as operations, one after another, the head the last one; ReLU after the pooling that follows its layer:
-    the numbers are those of ReLU first, and they are a quarter."""
+    """The network's operations in order, the head last. ReLU moves behind a following pooling: the result is the same, and
+    it has a quarter of the numbers to process."""
     found: list[Operation] = []
     activations = {"relu": Relu, "tanh": Tanh}
     for i, layer in enumerate(network.layers):
@@ -319,6 +318,6 @@ def _operation(layer: Layer, sgd: Descent) -> Operation:
     return OverTime() if layer.kind == "over time" else Bounded()
 
 
-def lowest(found: list[Operation], learning: Collection[str]) -> int:
-    """The first operation that learns: nothing in front of it needs a gradient."""
+def first_learning(found: list[Operation], learning: Collection[str]) -> int:
+    """Index of the first operation that learns; no operation before it needs a gradient."""
     return next(i for i, operation in enumerate(found) if {*operation.names} & {*learning})

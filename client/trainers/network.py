@@ -1,4 +1,4 @@
-"""A model as a list of layers that the kernels know (`client/trainers/kernel.py`), or the reason why it is none."""
+"""Read a model as a list of layers that the kernels know (`client/trainers/kernel.py`), or say why it is not one."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,16 +14,16 @@ from meadow.tasks.models.networks import FEATURE_NORM_SQUARED, BoundedFeatures, 
 
 
 class Unknown(Exception):
-    """What no kernel can train, and why; the training loop can."""
+    """The model has a part that no kernel knows; the training loop trains it."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of the trunk, with the activation that follows it. weight, bias: state names, "" where there is none.
+    """A layer of the trunk, with the activation that follows it. weight, bias: state names, or "".
 
-    before, after: the shape of a sample, (c, h, w) of an image, (c, 1, w) of a sensor window, (c, 1, 1) of flat features.
-    kernel: of a convolution (with `padding`) or the window of a pooling. groups, eps: of a normalisation; scale: what
-    BoundedFeatures multiplies by.
+    before, after: the shape of a sample in front of and behind it: (c, h, w) of an image, (c, 1, w) of a sensor window,
+    (c, 1, 1) of flat features. kernel: of a convolution (with `padding`) or a pooling. groups, eps: of a normalisation.
+    scale: the factor of BoundedFeatures. ceil: whether a pooling has windows that reach over the edge.
     """
 
     kind: Literal["linear", "conv", "pool", "norm", "bounded", "flatten", "over time"]
@@ -38,16 +38,15 @@ class Layer:
     eps: float = 0.0
     scale: float = 1.0
     ceil: bool = False
-    """Of a pooling: windows that reach over the edge count."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A model as layers and heads. shape: of one sample; image: it stays an image, or a window, for the first layer, else it
-    is flat.
+    """A model as layers and heads, one for each target.
 
-    features: what the heads see. targets, importance: of each head, `heads.<target>.weight` and `.bias`. shapes: of all
-    arrays of the model's state, in its order.
+    features: the input width of the heads. importance: each target's weight in the loss. shape: of one sample. image:
+    whether the first layer sees an image or a sensor window; else samples are flattened. shapes: of all arrays of the
+    model's state, in its order.
     """
 
     layers: tuple[Layer, ...]
@@ -75,10 +74,10 @@ _ACTIVATIONS: dict[type[nn.Module], Literal["relu", "tanh"]] = {nn.ReLU: "relu",
 def network(
     model: nn.Module, shape: tuple[int, ...], targets: Sequence[Target], importance: Sequence[float]
 ) -> Network:
-    """The network of a model for samples of this shape. Raises Unknown for one that has anything else than a sequence of
-    known layers under linear heads of class and value targets."""
+    """The network of a model for samples of this shape. Raises Unknown unless the model is a sequence of known layers and
+    linear heads for class and value targets."""
     if type(model) not in (Multihead, Heads):
-        raise Unknown("the model is no trunk with heads")
+        raise Unknown("the model does not consist of a trunk and heads")
     modules = list(_flattened("trunk", model.trunk)) if isinstance(model, Multihead) else []
     image = len(shape) in (2, 3) and bool(modules) and not isinstance(modules[0][1], nn.Flatten)
     at = (shape[0], 1 if len(shape) == 2 else shape[1], shape[-1]) if image else (math.prod(shape), 1, 1)
@@ -87,7 +86,7 @@ def network(
         if number == 0 and isinstance(module, nn.Flatten):
             continue
         if type(module) in _ACTIVATIONS:
-            # The maximum of a window after ReLU is ReLU of its maximum, and where both are 0 no gradient passes.
+            # ReLU and max pooling commute: the maximum after ReLU is ReLU of the maximum, and at 0 no gradient passes.
             of = -2 if len(layers) > 1 and layers[-1].kind == "pool" and type(module) is nn.ReLU else -1
             if not layers or layers[of].activation or layers[of].kind not in ("linear", "conv", "norm"):
                 raise Unknown(f"{place} does not follow a linear layer, a convolution or a normalisation")
@@ -103,7 +102,7 @@ def network(
     for target in targets:
         head = heads[target.name]
         if type(head) is not nn.Linear or head.in_features != at[0] or head.bias is None:
-            raise Unknown(f"the head of {target.name} is no linear layer")
+            raise Unknown(f"the head of {target.name} is not a linear layer")
         if target.kind not in ("class", "value"):
             raise Unknown(f"the target {target.name} is neither a class nor a value")
     state = model.state_dict()
@@ -113,7 +112,7 @@ def network(
     )  # fmt: skip
     known = {n for layer in layers for n in (layer.weight, layer.bias)} | {n for pair in found.heads for n in pair}
     if other := [name for name in state if name not in known]:
-        raise Unknown(f"{other[0]} belongs to no layer that is known")
+        raise Unknown(f"{other[0]} belongs to no known layer")
     return found
 
 
@@ -126,7 +125,7 @@ def _flattened(place: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]
 
 
 def _layer(module: nn.Module, before: tuple[int, int, int], place: str, image: bool, window: bool) -> Layer:
-    """What a module is and what comes out of it. Raises Unknown."""
+    """The layer of a module, with its output shape. Raises Unknown."""
     c, h, w = before
     if image and window:
         if type(module) is nn.Conv1d:
@@ -152,7 +151,7 @@ def _layer(module: nn.Module, before: tuple[int, int, int], place: str, image: b
     if type(module) is nn.MaxPool2d and image:
         kernel = _pair(module.kernel_size)
         if _pair(module.stride) != kernel or _pair(module.padding) != (0, 0) or _pair(module.dilation) != (1, 1):
-            raise Unknown(f"{place} has windows that overlap, or padding")
+            raise Unknown(f"{place} is a pooling with overlapping windows, dilation or padding")
         whole = math.ceil if module.ceil_mode else math.floor
         return Layer(
             "pool", before, (c, whole(h / kernel[0]), whole(w / kernel[1])), kernel=kernel, ceil=module.ceil_mode
@@ -163,7 +162,7 @@ def _layer(module: nn.Module, before: tuple[int, int, int], place: str, image: b
         return Layer("bounded", before, before, eps=1e-5, scale=math.sqrt(FEATURE_NORM_SQUARED / c))
     if type(module) is nn.Flatten and image and (module.start_dim, module.end_dim) == (1, -1):
         return Layer("flatten", before, (c * h * w, 1, 1))
-    raise Unknown(f"{place} is a {type(module).__name__}, which is no layer that is known")
+    raise Unknown(f"{place} is a {type(module).__name__}, which is not a known layer here")
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -1,10 +1,10 @@
-"""Training on a GPU, the clients of several blocks at once: parameters stacked, products batched over clients.
+"""The `stacked` trainer: trains the clients of several blocks at once on a GPU, with products batched over clients.
 
-Small clients leave a GPU idle between launches; one launch for a hundred of them does not. A convolution is im2col and one
-batched product (a grouped convolution is slower). Samples stay on the device once they were there. Clients are of uneven
-sizes: missing samples of a batch are masked out of the loss, and a client that is done stands still, whatever momentum and
-weight decay would do. On a GPU a step is recorded once as a CUDA graph and replayed. Parameters, their gradients and steps
-are float32; `engine.precision = "bfloat16"` lets the products be in half precision (torch.autocast).
+Launching kernels for one small client at a time leaves a GPU idle. A convolution is im2col and one batched product (a
+grouped convolution is slower). Samples stay on the device. Clients have unequal sizes: absent samples of a batch are masked
+out of the loss, and a client that has finished is not updated, by momentum or weight decay either. On a GPU a step is
+recorded once as a CUDA graph and replayed. Parameters and gradients are float32; `engine.precision = "bfloat16"` computes
+the products in half precision (torch.autocast).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +23,16 @@ from meadow.config.schema import Experiment
 from meadow.tasks.data import MISSING
 
 WARM_UP = 3
-"""Steps in front of a recording, as torch's documentation of CUDA graphs has it."""
+"""Steps before recording, as torch's documentation of CUDA graphs advises."""
 
 
 @dataclass
 class Step:
-    """What one step of all clients reads and changes, on the device; the tensors stay in place from step to step.
+    """The tensors that a step of all clients reads and changes, on the device; they stay in place from step to step.
 
-    parameters, moments: (clients, *shape) by name. index: samples of the store, int64 (clients, batch); mask: which of them
-    count, and active: which clients take the step at all, (clients,); losses: (clients, targets), added to. weights: of each
-    target, (clients, classes) or None.
+    parameters, moments: (clients, *shape) by name. index: positions of samples in the store, int64 (clients, batch). mask: 1
+    for samples that count, (clients, batch). active: 1 for clients that take the step, (clients,). losses: summed so far,
+    (clients, targets). weights: of classes, by target, (clients, classes) or None.
     """
 
     parameters: dict[str, Tensor]
@@ -46,7 +46,7 @@ class Step:
 
 
 class Stacked:
-    """A `meadow.client.trainers.kernel.Kernel` for a GPU; on a CPU too, if it is forced."""
+    """A `meadow.client.trainers.kernel.Kernel` for a GPU; on a CPU only if `engine.trainer` names it."""
 
     name = "stacked"
     blocks_at_once = 10
@@ -68,9 +68,9 @@ class Stacked:
         auto, windows = engine.trainer == "auto", not isinstance(network, str) and network.windows
         return beyond_plain_steps(job) or first_of(
             {
-                f'engine.device = "{engine.device}": it is for a GPU': auto and engine.device == "cpu",
+                f'engine.device = "{engine.device}": it needs a GPU': auto and engine.device == "cpu",
                 "engine.exact = true": auto and engine.exact,
-                "sensor windows are not among what is stacked": windows,
+                "it does not support sensor windows": windows,
             }
         )
 
@@ -81,7 +81,6 @@ class Stacked:
         rates: Mapping[str, float],
         weights: Sequence[Sequence[Mapping[str, float]]] | None = None,
     ) -> Result:
-        """As `meadow.client.trainers.kernel.Kernel.train`."""
         members = [member for block in blocks for member in block]
         self._store(members)
         step, run = self._step(members)
@@ -104,7 +103,7 @@ class Stacked:
         return self._outcome(step, [len(block) for block in blocks], weights)
 
     def _store(self, members: Sequence[Member]) -> None:
-        """Bring the members' samples to the device, where they are not there yet; `_places` says where each begins."""
+        """Copy new members' samples to the device; `_places` has the position of each client's first sample."""
         new = [m for m in members if m.client not in self._places or self._places[m.client][0] is not m.x]
         if not new:
             return
@@ -116,10 +115,10 @@ class Stacked:
         ys = [[m.y[i].to(self._device) for m in new] for i in range(len(self.network.targets))]
         self._x = torch.cat([*([] if self._x is None else [self._x]), *xs])
         self._y = [torch.cat([*self._y[i : i + 1], *y]) for i, y in enumerate(ys)]
-        self._kept.clear()  # what was recorded reads the store as it was
+        self._kept.clear()  # the recorded graphs read the old store
 
     def _schedule(self, members: Sequence[Member]) -> tuple[Tensor, Tensor, Tensor]:
-        """For each step the samples (steps, clients, batch), which of them count, and which clients take it."""
+        """`Step.index`, `mask` and `active` of all steps, each with steps as its first dimension."""
         steps, batch = max(m.steps for m in members), max(m.batch for m in members)
         index = np.zeros((steps, len(members), batch), np.int64)
         mask = np.zeros((steps, len(members), batch), np.float32)
@@ -132,7 +131,7 @@ class Stacked:
         return torch.from_numpy(index), torch.from_numpy(mask), active
 
     def _step(self, members: Sequence[Member]) -> tuple[Step, Callable[[], None]]:
-        """The tensors for so many clients and such batches, and what takes one step on them."""
+        """The tensors for this number of clients and batch size, and the function that takes one step on them."""
         clients, batch = len(members), max(m.batch for m in members)
         weighted = _stacked_weights(members)
         key = clients, batch, any(w is not None for w in weighted)
@@ -155,22 +154,22 @@ class Stacked:
         return torch.zeros(shape, device=self._device)
 
     def _recorded(self, step: Step) -> Callable[[], None]:
-        """One step as a CUDA graph, where there are such; else the function itself."""
+        """A function that takes one step: on a GPU the replay of a CUDA graph."""
         if self._device.type != "cuda":
             return lambda: self._take(step)
-        beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 self._take(step)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._take(step)
         return graph.replay
 
     def _take(self, step: Step) -> None:
-        """Forward, backward, and a step of SGD for the clients that take one."""
+        """Forward, backward, and an SGD step of the active clients."""
         assert self._x is not None
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
             outputs = self._forward(step.parameters, self._x[step.index])
@@ -197,7 +196,7 @@ class Stacked:
         return [_product(x, p[weight], p[bias]) for weight, bias in self.network.heads]
 
     def _loss(self, step: Step, outputs: Sequence[Tensor]) -> Tensor:
-        """The sum over clients of their batches' weighted losses, as `meadow.tasks.losses.losses` has them."""
+        """The sum over clients of their batches' weighted losses, as in `meadow.tasks.losses.losses`."""
         total = torch.zeros((), device=self._device)
         sizes = step.mask.sum(1)
         for number, (target, importance) in enumerate(zip(self.network.targets, self.network.importance, strict=True)):
@@ -239,13 +238,13 @@ class Stacked:
 
 
 def _stacked_weights(members: Sequence[Member]) -> list[Tensor | None]:
-    """Of each target the weights of its classes, (clients, classes); None where it has none."""
+    """The class weights of each target, (clients, classes), or None."""
     columns = zip(*(member.weights for member in members), strict=True)
     return [None if any(w is None for w in c) else torch.stack([w for w in c if w is not None]) for c in columns]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(clients, batch, in) times (clients, out, in), plus (clients, out)."""
+    """A linear layer of each client: x (clients, batch, in), weight (clients, out, in), bias (clients, out)."""
     if bias is None:
         return torch.bmm(x, weight.transpose(1, 2))
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))

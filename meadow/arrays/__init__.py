@@ -1,1 +1,1 @@
-"""Named arrays: how they are added up, kept in files, moved between processes and put into Flower's records."""
+"""Named arrays: sums, files, shared memory between processes, and Flower's records."""

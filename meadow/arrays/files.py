@@ -1,7 +1,7 @@
-"""Files that survive a crash: written under a temporary name, synced to disk, then renamed. Arrays as safetensors.
+"""Crash-safe files: written under a temporary name, synced to disk, then renamed. Arrays are saved as safetensors.
 
-Whoever reads such a file sees the whole old one or the whole new one, never a part. A file of arrays carries a SHA-256 in
-its safetensors metadata, so that damage that happened later is found when it is read. No pickle is ever written or read.
+A reader sees the whole old file or the whole new one. The safetensors metadata contain a SHA-256, which detects later
+damage. Nothing is pickled.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from safetensors.numpy import load, save
 from meadow.arrays.named import Arrays
 
 _ZEROS = "0" * 64
-"""Stands for the digest while it is computed."""
+"""Replaces the digest while it is computed."""
 
 
 class DamagedFile(Exception):
-    """A file is torn, was changed, or is not of the expected kind."""
+    """A file is incomplete, modified, or of the wrong kind."""
 
 
 def write_bytes(path: Path, content: bytes | bytearray) -> None:
-    """Write a file whole or not at all, also if the power fails: temporary name, sync, rename, sync the folder."""
+    """Write a file completely or not at all, even if the power fails: temporary name, sync, rename, sync the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
@@ -43,7 +43,7 @@ def write_bytes(path: Path, content: bytes | bytearray) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON. NaN and infinity are refused, because JSON has none (ValueError)."""
+    """Write a value as indented JSON. Raises ValueError for NaN and infinity, which JSON lacks."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -56,10 +56,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
-    """Write named arrays as safetensors.
-
-    The metadata's `sha256` is that of the whole file with zeros in the place of these 64 digits.
-    """
+    """Write named arrays as safetensors. The metadata's `sha256` is computed with zeros in place of its 64 digits."""
     whole = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     content = bytearray(save(whole, metadata={"sha256": _ZEROS}))
     at = content.index(_ZEROS.encode())  # the metadata comes first
@@ -68,19 +65,19 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[np.generic]]) -> N
 
 
 def read_arrays(path: Path) -> Arrays:
-    """Read what `write_arrays` wrote, now or when the digest was the file's last 32 bytes. Raises DamagedFile if it is
-    missing, torn or changed."""
+    """Read a file of `write_arrays`, or an older one whose last 32 bytes are the digest. Raises DamagedFile if it is
+    missing, incomplete or modified."""
     try:
         content = path.read_bytes()
         end = 8 + int.from_bytes(content[:8], "little")
-        said = str(json.loads(content[8:end]).get("__metadata__", {}).get("sha256", ""))
-        if said:
-            body, found = content, hashlib.sha256(content[:end].replace(said.encode(), _ZEROS.encode(), 1))
+        expected = str(json.loads(content[8:end]).get("__metadata__", {}).get("sha256", ""))
+        if expected:
+            body, found = content, hashlib.sha256(content[:end].replace(expected.encode(), _ZEROS.encode(), 1))
             found.update(memoryview(content)[end:])
         else:
-            body, said = content[:-32], content[-32:].hex()
+            body, expected = content[:-32], content[-32:].hex()
             found = hashlib.sha256(body)
-        if found.hexdigest() != said:
+        if found.hexdigest() != expected:
             raise DamagedFile(f"{path}: its content does not match its SHA-256")
         arrays: Arrays = load(body)
         return arrays

@@ -1,7 +1,7 @@
-"""Between Meadow's values and Flower's records; the one place that touches what Flower keeps private (flwr 1.41).
+"""Converts between Meadow's values and Flower's records. Only this module uses private parts of Flower (flwr 1.41).
 
-Named NumPy arrays become records without a copy. Each client's small records skip Flower's check of each entry, which for a
-hundred clients takes as long as training some of them.
+Named NumPy arrays become records without a copy. Small records skip Flower's check of each entry, which would take as
+long as training some of the clients.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from meadow.arrays.named import Arrays
 
 
 class Kept(Array):
-    """Flower's Array that keeps the NumPy array it was made of, and serialises it only where bytes are asked for: on a
-    deployment's wire. Pickled with protocol 5, as Ray does, its numbers travel out of band, without a copy."""
+    """A Flower Array that keeps its NumPy array and serialises it only when a deployment needs bytes. Ray's pickle
+    (protocol 5) sends the values out of band, without a copy."""
 
     value: npt.NDArray[np.generic]
 
@@ -28,15 +28,15 @@ class Kept(Array):
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
-        """The array as NumPy saves it."""
+        """The array in the format of `numpy.save`."""
         return Array.from_numpy_ndarray(self.value).data
 
     def numpy(self) -> npt.NDArray[np.generic]:
-        """The array itself: not to be written to."""
+        """Return the array itself, which must not be written to."""
         return self.value
 
     def deflate(self) -> bytes:
-        """As a plain Array: that is what the other side knows."""
+        """Serialise as a plain Array, which is the type that the receiver knows."""
         return Array(self.dtype, self.shape, self.stype, self.data).deflate()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -44,13 +44,13 @@ class Kept(Array):
 
 
 def _revived(value: npt.NDArray[np.generic]) -> Kept:
-    """What lies in Ray's shared memory is copied out of it: torch warns of arrays that are read-only, and what is left
-    there could not be freed."""
+    """Copy the array out of Ray's shared memory, so that it is writable (torch warns otherwise) and Ray can free its
+    own."""
     return Kept(value if value.flags.writeable else value.copy())
 
 
 def to_record(arrays: Mapping[str, npt.NDArray[np.generic]]) -> ArrayRecord:
-    """Named arrays as Flower's ArrayRecord, in the given order, without a copy. Zero-dimensional arrays keep their shape."""
+    """Put named arrays, in order, into an ArrayRecord without a copy. Zero-dimensional arrays keep their shape."""
     record = ArrayRecord()
     for name, value in arrays.items():
         record[name] = Kept(np.asarray(value))
@@ -58,38 +58,38 @@ def to_record(arrays: Mapping[str, npt.NDArray[np.generic]]) -> ArrayRecord:
 
 
 def from_record(record: ArrayRecord) -> Arrays:
-    """The inverse of `to_record`. The arrays are not to be written to: others may hold the same."""
+    """Invert `to_record`. The arrays may be shared, so they must not be written to."""
     return {name: value.numpy() for name, value in record.items()}
 
 
 def to_metrics(values: Mapping[str, int | float]) -> MetricRecord:
-    """Numbers as Flower's MetricRecord."""
+    """Put numbers into a MetricRecord."""
     record = MetricRecord()
     record.__dict__["_data"].update(values)
     return record
 
 
 def to_content(records: Mapping[str, ArrayRecord | MetricRecord | ConfigRecord]) -> RecordDict:
-    """Records as the content of a message."""
+    """Put records into the content of a message."""
     content = RecordDict()
     content.__dict__["_data"].update(records)
     return content
 
 
 def set_task(run: int, node: int) -> None:
-    """Let this process create messages of a run as a node. Flower asks for a task's identity then, and has no public way to
-    set it."""
+    """Let this process create messages of a run as a node. Flower requires a task identity and has no public way to set
+    it."""
     TaskIdentity.task_id = TaskIdentity.run_id = run
     TaskIdentity.node_id = node
 
 
 def set_message_id(message: Message, number: str) -> None:
-    """Give a message its id, as Flower's own grids do when it is sent."""
+    """Set a message's id, as Flower's grids do on sending."""
     message.metadata.__dict__["_message_id"] = number
 
 
 def is_remote(grid: Grid) -> bool:
-    """Whether a grid sends messages over Flower's network, each record and array by calls of its own."""
-    from flwr.superlink.grid import HttpGrid  # the server's: a node need not import it
+    """Whether a grid sends messages over Flower's network, with separate calls for each record and array."""
+    from flwr.superlink.grid import HttpGrid  # imported here because only servers need it
 
     return isinstance(grid, HttpGrid)

@@ -1,8 +1,8 @@
-"""Folding: a message's content as two records, for grids that send each record and each array by a call of its own.
+"""Folds a message's content into two records, to save network calls.
 
-Flower's deployment sends every record, every array and every 5 MiB of an array as an object with two calls, one in and one
-out: some seventy for a node with five clients. Folded, a content is one array and one record of settings, whatever it holds.
-`unfolded` is the inverse of `folded`; `fold_for_wire` is the ClientApp's half, `server/exchange.py` has the server's.
+Flower's deployment transfers every record, every array and every 5 MiB of an array as an object with two calls: about
+seventy calls for a node with five clients. Folded content is always one array and one record of settings.
+`fold_for_wire` folds in the ClientApp, `server/carrier.py` at the server.
 """
 
 import json
@@ -20,7 +20,8 @@ _KINDS = {"arrays": ArrayRecord, "metrics": MetricRecord, "config": ConfigRecord
 
 
 def folded(content: RecordDict) -> RecordDict:
-    """The same in two records: "folded" with all settings, metrics and the layout, "arrays" with all arrays' bytes."""
+    """Fold a content into two records: "folded" (all settings and metrics, and the layout) and "arrays" (all arrays'
+    bytes)."""
     layout: list[object] = []
     values = ConfigRecord()
     arrays: Arrays = {}
@@ -38,12 +39,12 @@ def folded(content: RecordDict) -> RecordDict:
 
 
 def is_folded(content: RecordDict) -> bool:
-    """Whether `folded` made it."""
+    """Whether a content is folded."""
     return "folded" in content
 
 
 def unfolded(content: RecordDict) -> RecordDict:
-    """The inverse of `folded`. Raises KeyError, TypeError or ValueError if it is none."""
+    """Invert `folded`. Raises KeyError, TypeError or ValueError if the content is not folded."""
     values = cast(ConfigRecord, content["folded"])
     arrays = decode(from_record(cast(ArrayRecord, content["arrays"]))["all"].data)
     found = RecordDict()
@@ -56,7 +57,7 @@ def unfolded(content: RecordDict) -> RecordDict:
 
 
 def fold_for_wire(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """A mod of the ClientApp: what came folded is answered folded."""
+    """A mod of the ClientApp that answers folded requests with folded replies."""
     if not message.has_content() or not is_folded(message.content):
         return call_next(message, context)
     message.content = unfolded(message.content)

@@ -1,4 +1,4 @@
-"""What was used last, as much as fits into so many bytes."""
+"""A cache of the most recently used values, limited in bytes."""
 
 from collections.abc import Hashable
 from typing import Generic, TypeVar
@@ -8,9 +8,7 @@ T = TypeVar("T")
 
 
 class LRU(Generic[K, T]):
-    """Values by key. What was not used for longest goes first; the newest stays, however large it is.
-
-    limit: bytes that all values may take together.
+    """Values by key. Drops the least recently used ones above `limit` bytes; always keeps the newest.
 
     >>> kept = LRU[str, int](limit=10)
     >>> kept.put("a", 1, size=6), kept.put("b", 2, size=6)
@@ -24,14 +22,14 @@ class LRU(Generic[K, T]):
         self._kept: dict[K, tuple[T, int]] = {}
 
     def get(self, key: K) -> T | None:
-        """What is kept under a key, None if nothing is."""
+        """Return the value of a key, or None."""
         if key not in self._kept:
             return None
         found = self._kept[key] = self._kept.pop(key)
         return found[0]
 
     def put(self, key: K, value: T, size: int) -> T:
-        """Keep a value of so many bytes; returns it."""
+        """Keep and return a value that takes `size` bytes."""
         self._bytes += size - self._kept.pop(key, (None, 0))[1]
         self._kept[key] = value, size
         while self._bytes > self._limit and len(self._kept) > 1:

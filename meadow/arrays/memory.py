@@ -1,11 +1,11 @@
-"""Shared memory of a command and its workers on one machine: segments, which hold pickled objects and their arrays.
+"""Shared memory of a command and its workers on one machine: segments of pickled objects and their arrays.
 
-A segment is a file in memory (memfd, on Linux). It ends with the command that made it, however that ends, and only the same
-user can open it; so what is unpickled comes from a process of that user. Segments serve two purposes:
+A segment is a file in memory (memfd, Linux). It disappears with the process that made it, however that ends. Only the
+same user can open it, so all pickles come from that user's processes. Segments have two uses:
 
-- messages between the command and its workers (`Segments`): each segment is used again and again, since memory that was
-  never used before costs more than copying into it;
-- data that all processes of a machine read (`share`, `common`): data set and split lie in memory once.
+- messages between the command and its workers (`Segments`). They are reused, since touching new memory costs more than the
+  copy itself;
+- data that all processes of a machine read (`share`, `common`): one copy of data set and split.
 """
 
 import copyreg
@@ -28,26 +28,26 @@ from meadow.arrays.codec import Bytes, aligned, frame, unframe
 T = TypeVar("T")
 
 SMALL = 4096
-"""Bytes up to which an array stays inside its object's pickle."""
+"""Arrays of at most this many bytes stay inside the pickle."""
 MOST = 8
-"""Shared values that a process keeps; then the oldest goes."""
+"""Shared values that a process keeps; after that it drops the oldest."""
 _NAME = "meadow-memory"
 _numbers = itertools.count()
 
 Place = tuple[int, int]
-"""Where an object lies in a segment: its first byte, and how many there are."""
+"""An object's first byte in a segment, and its size in bytes."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where another process finds a segment. number: its own, among all that a command makes."""
+    """Where another process finds a segment. number: unique among the segments of a command."""
 
     path: str
     number: int
 
 
 class Segment:
-    """A file in memory, made here, or by another process of this machine (`address`). Raises OSError if it is gone."""
+    """A file in memory: a new one, or that of another process (`address`). Raises OSError if it no longer exists."""
 
     def __init__(self, address: Address | None = None) -> None:
         if address is None:
@@ -62,7 +62,7 @@ class Segment:
         weakref.finalize(self, os.close, self._file)
 
     def write(self, objects: Sequence[Any]) -> list[Place]:
-        """Put objects into the segment, in the place of what was there. Returns where each lies."""
+        """Overwrite the segment with objects; return the place of each."""
         framed = [_pickled(each) for each in objects]
         sizes = [aligned(sum(memoryview(part).nbytes for part in parts)) for parts in framed]
         memory, begin = self._mapped(sum(sizes)), 0
@@ -78,12 +78,12 @@ class Segment:
         return places
 
     def read(self, place: Place) -> Any:
-        """The object at a place. Its arrays are read-only, and change when it is written again; `Kept` copies them."""
+        """Return the object at a place. Its arrays are read-only, and change with the next `write`."""
         begin, size = place
         return _unpickled(memoryview(self._mapped(begin + size)).toreadonly()[begin : begin + size])
 
     def read_private(self) -> Any:
-        """The first object. Its arrays are the segment's pages until this process writes to them; no other one sees that."""
+        """Return the first object, with copy-on-write arrays: no other process sees what this one writes."""
         return _unpickled(memoryview(mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)))
 
     def _mapped(self, size: int) -> mmap.mmap:
@@ -96,16 +96,16 @@ class Segment:
 
 @dataclass
 class Segments:
-    """A command's segments for messages. One that is taken is used again only after it was given back."""
+    """A command's pool of segments for messages."""
 
     _free: list[Segment] = field(default_factory=list)
 
     def take(self) -> Segment:
-        """A segment that nobody uses."""
+        """Return an unused segment."""
         return self._free.pop() if self._free else Segment()
 
     def give_back(self, segment: Segment) -> None:
-        """What is in it has been read, or will not be."""
+        """Return a segment to the pool, once nobody will read it any more."""
         self._free.append(segment)
 
 
@@ -114,20 +114,20 @@ class _Shared:
     value: Any
     path: str
     segment: Segment | None = None
-    """Of the process that made it: with it the memory ends."""
+    """In the process that made it; the memory lives as long as this object."""
 
 
 _shared: dict[Hashable, _Shared] = {}
 
 
 def common(key: Hashable, make: Callable[[], T]) -> T:
-    """The value that is shared under a key, else what `make` makes."""
+    """Return the value shared under a key, else make it."""
     return cast(T, _shared[key].value) if key in _shared else make()
 
 
 def share(key: Hashable, value: object) -> str:
-    """Share a value with the processes of this machine, and take it from there too. Returns its path for `find`, "" where
-    the system has no such memory."""
+    """Share a value with the processes of this machine; later `common` calls return the shared copy. Returns its path
+    for `find`, or "" if the system has no memfd."""
     if key not in _shared:
         if not hasattr(os, "memfd_create"):
             return ""
@@ -138,9 +138,9 @@ def share(key: Hashable, value: object) -> str:
 
 
 def find(path: str) -> None:
-    """Let `common` have a value that another process shares. Raises OSError if it is gone.
+    """Register another process's shared value for `common`. Raises OSError if it no longer exists.
 
-    It is looked at each time: a path is given to another segment once its own has gone.
+    Reads the segment each time, because a path may come to belong to another segment.
     """
     key, value = Segment(Address(path, -1)).read_private()
     if key not in _shared:
@@ -154,12 +154,12 @@ def _keep(key: Hashable, shared: _Shared) -> None:
 
 
 def _as_array(tensor: Tensor) -> tuple[Any, ...]:
-    """A tensor is pickled as the array that it is, so that its numbers stay outside the pickle."""
+    """Pickle a tensor as its array, so that its values stay outside the pickle."""
     return torch.from_numpy, (tensor.contiguous().numpy(),)
 
 
 def _pickled(value: object) -> list[Bytes]:
-    """The pickle as the header, large arrays as the buffers."""
+    """Pickle a value: the pickle is the header, large arrays are the buffers."""
     pickled, buffers = io.BytesIO(), list[Bytes]()
 
     def inside(buffer: pickle.PickleBuffer) -> bool:

@@ -1,4 +1,4 @@
-"""Named arrays: what a model's state is between a file, a process and a sum."""
+"""Named arrays, the form of a model's state in files, messages and sums; and arithmetic on them."""
 
 import hashlib
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -13,36 +13,37 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 Float64 = npt.NDArray[np.float64]
 
 AUXILIARY = "@"
-"""In a name, between a kind of auxiliary arrays and the state name that an array belongs to: "c@trunk.w"."""
+"""Separates an auxiliary array's kind from its state name: "c@trunk.w"."""
 
 Kinds = Mapping[str, Mapping[str, npt.NDArray[np.generic]]]
-"""What an algorithm keeps or sends beside a model: for each kind ("c", "m", "own"), arrays by state name."""
+"""Auxiliary arrays, which an algorithm keeps or sends in addition to the model: by kind ("c", "m", "own") and state
+name."""
 
 
 def auxiliary(kind: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
-    """Arrays under their names beside a model: "w" as "kind@w"."""
+    """Rename arrays to auxiliary ones: "w" becomes "kind@w"."""
     return {f"{kind}{AUXILIARY}{name}": value for name, value in arrays.items()}
 
 
 def of_kind(kind: str, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
-    """The inverse of `auxiliary`: the arrays of one kind, by the state names that they belong to."""
+    """Invert `auxiliary`: the arrays of one kind, by state name."""
     start = kind + AUXILIARY
     return {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}
 
 
 def split_auxiliary(arrays: Mapping[str, npt.NDArray[np.generic]]) -> tuple[Arrays, Arrays]:
-    """Arrays divided into a model's own and the auxiliary ones."""
+    """Split arrays into the model's and the auxiliary ones."""
     own = {name: value for name, value in arrays.items() if AUXILIARY not in name}
     return own, {name: value for name, value in arrays.items() if AUXILIARY in name}
 
 
 def flat(kinds: Kinds) -> Arrays:
-    """All kinds in one dictionary: {"c": {"w": ...}} as {"c@w": ...}."""
+    """Flatten auxiliary arrays: {"c": {"w": ...}} becomes {"c@w": ...}."""
     return {name: value for kind, arrays in kinds.items() for name, value in auxiliary(kind, arrays).items()}
 
 
 def by_kind(arrays: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Arrays]:
-    """The inverse of `flat`."""
+    """Invert `flat`."""
     kinds: dict[str, Arrays] = {}
     for name, value in arrays.items():
         kind, _, of = name.partition(AUXILIARY)
@@ -51,10 +52,10 @@ def by_kind(arrays: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, Arrays]:
 
 
 class Named(dict[str, Float64]):
-    """Float64 arrays by name, with arithmetic by name, so that an algorithm reads as its paper.
+    """Float64 arrays by name, with arithmetic by name, so that an algorithm reads like its paper.
 
-    The other side of + - * / is a number, or numbers or arrays by name; the result has the names that both sides have. No
-    operation writes to an array that it was given.
+    The other operand of + - * / is a number, or numbers or arrays by name; the result has the names that both have. No
+    operation modifies its operands.
 
     >>> x, y = Named({"w": np.array([1.0, 2.0]), "b": np.array([3.0])}), Named({"w": np.array([0.5, 0.5])})
     >>> (x - y) * 2
@@ -79,23 +80,23 @@ class Named(dict[str, Float64]):
         return self._by_name(other, np.divide)
 
     def __or__(self, other: Mapping[str, npt.ArrayLike]) -> "Named":  # type: ignore[override]
-        """These arrays, and those of `other` in the place of the ones with the same name."""
+        """Merge; arrays of `other` replace those with the same name."""
         return Named({**self, **other})
 
     def map(self, function: Callable[[Float64], Float64]) -> "Named":
-        """The function of each array."""
+        """Apply a function to each array."""
         return Named({name: function(value) for name, value in self.items()})
 
     def only(self, names: Container[str]) -> "Named":
-        """The arrays with these names."""
+        """Keep only the arrays with these names."""
         return Named({name: value for name, value in self.items() if name in names})
 
     def where(self, names: Container[str], otherwise: Mapping[str, npt.ArrayLike]) -> "Named":
-        """These arrays for `names`, those of `otherwise` for all other names that both have."""
+        """Take these arrays for `names`, and those of `otherwise` for the other names that both have."""
         return Named({n: value if n in names else otherwise[n] for n, value in self.items() if n in otherwise})
 
     def like(self, arrays: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
-        """Each array in the dtype of the one with its name in `arrays`."""
+        """Cast each array to the dtype of its namesake in `arrays`."""
         return {name: value.astype(arrays[name].dtype) for name, value in self.items()}
 
     def _by_name(self, other: "Operand", function: Callable[[Float64, Any], Any]) -> "Named":
@@ -108,7 +109,7 @@ Operand = float | Mapping[str, npt.ArrayLike]
 
 
 def zeros_like(arrays: Mapping[str, npt.NDArray[np.generic]], names: Iterable[str]) -> Named:
-    """Zeros of the shape of each of these names' arrays."""
+    """Zeros in the shapes of the arrays with these names."""
     return Named({name: np.zeros(arrays[name].shape) for name in names})
 
 
@@ -123,5 +124,5 @@ def arrays_sha256(arrays: Mapping[str, npt.NDArray[np.generic]]) -> str:
 
 
 def nbytes(arrays: Mapping[str, npt.NDArray[np.generic]]) -> int:
-    """Bytes of the arrays' values, without any wrapping."""
+    """The bytes of the arrays' values."""
     return sum(value.nbytes for value in arrays.values())

@@ -1,10 +1,10 @@
-"""Blocks: the fixed grouping in which clients' updates are added up, so that every engine gives the same bits.
+"""Adds up clients' updates in a fixed order, so that every engine gives the same bits.
 
-Floating-point addition is not associative: ((a+b)+c)+d differs from (a+b)+(c+d). If a worker added up whatever it
-happened to train, the result would depend on the number of workers. So the cohort, in ascending order, is cut into
-blocks of `BLOCK` consecutive clients; within a block clients are added in order, then the blocks of each span of `FAN`
-blocks, then the spans of each span of `FAN` spans, and so on up to the whole cohort, all in float64. A node that holds a
-whole block or span sends one sum for it; otherwise the server adds up what there is in the same order, to the same bits.
+Floating-point addition is not associative: ((a+b)+c)+d differs from (a+b)+(c+d). If workers simply added up the clients
+that they trained, the result would depend on the number of workers. So the cohort, in ascending order, is cut into
+blocks of `BLOCK` consecutive clients. In float64, we add the clients of a block in order, then the blocks of each span
+of `FAN` blocks, then the spans of each span of `FAN` spans, up to the whole cohort. A node that has a whole block or
+span sends its sum; otherwise the server adds up the available parts in the same order.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,20 +19,20 @@ from meadow.arrays.named import Arrays, split_auxiliary
 T = TypeVar("T")
 
 BLOCK = 10
-"""Clients a block. Part of the result's definition: another value gives other last bits."""
+"""Clients per block. Another value changes the last bits of results."""
 FAN = 5
-"""Parts that a span of blocks is made of. Part of the result's definition, as `BLOCK`."""
+"""Parts per span. Another value changes the last bits of results."""
 
 Span = tuple[int, int]
-"""Consecutive blocks of a cohort, by the index of the first and of the one after the last."""
+"""Consecutive blocks of a cohort: the index of the first, and the one after the last."""
 
 
 @dataclass(frozen=True)
 class WeightedSum:
     """Sum of weight times array over some clients, and the sum of the weights, separately for each name.
 
-    sums: float64 arrays. weights: the total weight of those who sent that name, so that clients may send different
-    names (different tasks) and each name is averaged over those who trained it.
+    sums: float64 arrays. weights: for each name, the total weight of the clients that sent it; clients with different
+    tasks send different names.
     """
 
     sums: dict[str, npt.NDArray[np.float64]]
@@ -40,13 +40,13 @@ class WeightedSum:
 
 
 def cut(cohort: Sequence[int]) -> list[tuple[int, ...]]:
-    """The blocks of a cohort: ascending client ids, `BLOCK` at a time, the last one shorter."""
+    """Cut a cohort into blocks: ascending client ids, `BLOCK` at a time; the last block may be shorter."""
     ordered = sorted(cohort)
     return [tuple(ordered[i : i + BLOCK]) for i in range(0, len(ordered), BLOCK)]
 
 
 def parts(span: Span) -> Iterator[Span]:
-    """What a span of more than one block is the sum of, in order: at most FAN of equal length, the last one shorter."""
+    """The parts of a span of several blocks, in order: at most FAN of equal length; the last may be shorter."""
     first, stop = span
     width = 1
     while width * FAN < stop - first:
@@ -55,7 +55,8 @@ def parts(span: Span) -> Iterator[Span]:
 
 
 def spans(count: int) -> list[Span]:
-    """Of a cohort of `count` blocks all spans of more than one block, each behind its parts; the last one is the whole."""
+    """All spans of more than one block in a cohort of `count` blocks, each after its parts; the last is the whole
+    cohort."""
     found: list[Span] = []
 
     def visit(span: Span) -> None:
@@ -69,13 +70,15 @@ def spans(count: int) -> list[Span]:
     return found
 
 
-def total(span: Span, known: Callable[[Span], T | None], together: Callable[[list[T]], T]) -> T | None:
-    """The sum over a span in the order that defines its bits. `known` gives the sums that there are; it is asked for a span
-    before its parts, and for a single block last. `together` adds up. None where there is nothing to add up."""
+def total(span: Span, known: Callable[[Span], T | None], add_up: Callable[[list[T]], T]) -> T | None:
+    """The sum over a span, or None if it has no known part.
+
+    known: returns an available sum; called for a span before its parts. add_up: adds the sums of parts, in order.
+    """
     found = known(span)
     if found is None and span[1] - span[0] > 1:
-        there = [part for part in (total(part, known, together) for part in parts(span)) if part is not None]
-        found = together(there) if there else None
+        there = [part for part in (total(part, known, add_up) for part in parts(span)) if part is not None]
+        found = add_up(there) if there else None
     return found
 
 
@@ -85,11 +88,11 @@ def fault(
     weights: Mapping[str, float] | None = None,
     max_norm: float = 0,
 ) -> str:
-    """Why an update may not enter a sum, or "" if it may: its names, shapes, dtypes, finiteness and length, in that order.
+    """Return why an update must be rejected, or "": checks names, shapes, dtypes, finite values and norm, in that
+    order.
 
-    `sent` are the arrays that the client received; an update must have the same names, but for those whose weight
-    (`meadow.strategies.roles.name_weights`) is 0, and the same shapes and dtypes. `max_norm`, if not 0, bounds the length of
-    the model's move.
+    The update must have the names of `sent`, except those of weight 0 (`meadow.strategies.roles.name_weights`), and the
+    same shapes and dtypes. `max_norm`, if not 0, bounds the norm of update minus `sent`.
     """
     expected = {name for name in sent if weights is None or weights[name] > 0}
     if arrays.keys() != expected:
@@ -108,7 +111,7 @@ def fault(
 
 
 def _finite(value: npt.NDArray[np.generic]) -> bool:
-    """Whether all numbers are finite. Where their squares have a finite sum they are; that is quicker to see."""
+    """Whether all values are finite. Tries the sum of squares first, which is faster."""
     flat = value.ravel(order="K")
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.dot(flat, flat)
@@ -118,7 +121,7 @@ def _finite(value: npt.NDArray[np.generic]) -> bool:
 def weighted_sum(
     updates: Iterable[tuple[float | Mapping[str, float], Mapping[str, npt.NDArray[np.generic]]]],
 ) -> WeightedSum:
-    """Add up (weight, arrays) pairs in the order given, in float64. A weight is a number, or one for each name."""
+    """Add up (weight, arrays) pairs in order, in float64. A weight is a number, or a number for each name."""
     sums: dict[str, npt.NDArray[np.float64]] = {}
     totals: dict[str, float] = {}
     for weights, arrays in updates:
@@ -134,25 +137,25 @@ def weighted_sum(
 
 
 def add(blocks: Iterable[WeightedSum]) -> WeightedSum:
-    """The sum of the parts of a span, in order."""
+    """Add up the parts of a span, in order."""
     sums: dict[str, npt.NDArray[np.float64]] = {}
     weights: dict[str, float] = {}
-    ours = set()
+    copied = set()
     for block in blocks:
         for name, value in block.sums.items():
             if name not in sums:
                 sums[name] = value
-            elif name in ours:
+            elif name in copied:
                 sums[name] += value
             else:
                 sums[name] = sums[name] + value
-                ours.add(name)
+                copied.add(name)
             weights[name] = weights.get(name, 0.0) + block.weights[name]
     return WeightedSum(sums, weights)
 
 
 def mean(total: WeightedSum, before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
-    """Sum over weight for each name of `before`, `as_before`. A name that nobody sent stays as it was."""
+    """Sum divided by weight for each name of `before`, in its dtype. Arrays that nobody sent stay unchanged."""
     result: Arrays = {}
     for name, old in before.items():
         result[name] = as_before(total.sums[name] / total.weights[name], old) if name in total.sums else old
@@ -160,17 +163,12 @@ def mean(total: WeightedSum, before: Mapping[str, npt.NDArray[np.generic]]) -> A
 
 
 def as_before(value: npt.NDArray[np.float64], old: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """The value in the dtype that it had; integers are rounded to the nearest."""
+    """Cast to the dtype of `old`; integers are rounded to the nearest."""
     return (np.rint(value) if np.issubdtype(old.dtype, np.integer) else value).astype(old.dtype)
 
 
-def average(blocks: Iterable[WeightedSum], before: Mapping[str, npt.NDArray[np.generic]]) -> Arrays:
-    """The weighted mean over all blocks (`add`, then `mean`)."""
-    return mean(add(blocks), before)
-
-
 def length(update: Mapping[str, npt.NDArray[np.generic]], sent: Mapping[str, npt.NDArray[np.generic]]) -> float:
-    """The Euclidean length of an update's move away from what was sent, over all arrays together, in float64."""
+    """The Euclidean norm of update minus `sent`, over all arrays, in float64."""
     squares = (
         np.square(value.astype(np.float64) - sent[name].astype(np.float64)).sum() for name, value in update.items()
     )

@@ -1,5 +1,5 @@
-"""Who takes part when: a function of the experiment (and of public facts), which both sides of a run, and an account before
-it, know."""
+"""Which clients take part in which round: a function of the experiment and of public facts, so that server, clients and
+privacy accounting agree on it."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ from meadow.runtime.seeds import numpy_generator
 
 @functools.lru_cache(maxsize=8)
 def unseen(experiment: Experiment) -> frozenset[int]:
-    """The clients that no cohort ever has: `evaluate.unseen` of all, rounded, drawn from the seed."""
+    """The clients kept out of every cohort: the rounded share `evaluate.unseen` of all, drawn from the seed."""
     clients = experiment.partition.clients
     if experiment.participants == clients:
         return frozenset()
@@ -30,13 +30,12 @@ def draw_cohort(
     attempt: int = 1,
     secret: int | None = None,
 ) -> list[int]:
-    """The clients asked in a round, ascending, unseen ones never. Without federation, whoever trains at all.
+    """The clients asked to train in a round, ascending; never unseen ones. Without federation, all that train.
 
-    "fixed": so many, without replacement; "poisson": each on its own with probability cohort size / participants; "size":
-    so many, the chance of each by its training samples (`sizes`, which the others do not look at); "schedule": as
-    `schedule` says. The first attempt at a round draws from (seed, "cohort", round), the next ones from (seed, "cohort",
-    round, attempt). `secret` takes the place of run.seed where who takes part must not be foretold: amplification by
-    sampling holds only then.
+    Each kind of `cohort.sampling` is explained in the schema; "size" alone uses `sizes` (training samples of all clients),
+    "schedule" alone uses `schedule` (clients of each round). The first attempt at a round draws from (seed, "cohort",
+    round), later ones from (seed, "cohort", round, attempt). `secret` replaces run.seed where nobody may predict the
+    cohort, as privacy amplification by sampling requires.
     """
     if experiment.run.placement == "pooled":
         return [0]
@@ -55,13 +54,13 @@ def draw_cohort(
     if cohort.sampling == "size":
         own = np.asarray(sizes)[np.asarray(everyone)]
         shares = own / own.sum()
-    # Of many clients few are drawn without a list of all: NumPy's choice of few out of many (Floyd) takes the few's memory.
+    # choice(n) without p uses Floyd's algorithm for small samples: memory grows with the cohort, not with all clients.
     return sorted(int(everyone[int(i)]) for i in draw.choice(len(everyone), wanted, replace=False, p=shares))
 
 
 @functools.lru_cache(maxsize=2)
 def _participants(experiment: Experiment) -> Sequence[int] | npt.NDArray[np.int64]:
-    """The clients that a cohort may have, ascending."""
+    """The clients that may be in a cohort, ascending."""
     everyone = range(experiment.partition.clients)
     hidden = unseen(experiment)
     return np.delete(np.asarray(everyone), sorted(hidden)) if hidden else everyone
@@ -69,7 +68,7 @@ def _participants(experiment: Experiment) -> Sequence[int] | npt.NDArray[np.int6
 
 @functools.lru_cache(maxsize=8)
 def participations(experiment: Experiment) -> tuple[int, ...]:
-    """How many rounds of the whole run each client is drawn for."""
+    """The number of rounds that each client is drawn for in the whole run."""
     counts = [0] * (1 if experiment.run.placement == "pooled" else experiment.partition.clients)
     for round_ in range(1, experiment.run.rounds + 1):
         for client in draw_cohort(experiment, round_):

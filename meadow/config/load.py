@@ -1,9 +1,9 @@
-"""Reading an experiment: a preset's name or a TOML file, then dotted overrides, then one check of everything."""
+"""Reads an experiment: a preset or a TOML file, then dotted overrides, then one check of all settings."""
 
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ Tree = dict[str, Any]
 
 
 def preset_names() -> list[str]:
-    """The names of the presets that Meadow brings, sorted."""
+    """The names of Meadow's presets, sorted."""
     return sorted(f.name[:-5] for f in resources.files("meadow.config.presets").iterdir() if f.name.endswith(".toml"))
 
 
 def preset_about(name: str) -> str:
-    """The first comment line of a preset: what it is."""
+    """The description of a preset: its first comment line."""
     text = resources.files("meadow.config.presets").joinpath(f"{name}.toml").read_text()
     return text.splitlines()[0].lstrip("# ")
 
 
 def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
-    """The settings that a preset, a TOML file or a mapping names, as nested dictionaries; nothing is filled in.
+    """The settings of a preset, a TOML file or a mapping as nested dictionaries, without defaults.
 
     Raises UserError for an unknown preset, a missing file or text that is not TOML.
     """
@@ -57,7 +57,7 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Split `section.key=value`; the value is read as TOML and, where it is none, as a plain string."""
+    """Split `section.key=value`; the value is read as TOML or, if it is not TOML, as a string."""
     key, separator, value = text.partition("=")
     if not separator or key.count(".") != 1:
         raise UserError(f"{text}: an override is written section.key=value, for example run.rounds=5")
@@ -78,21 +78,26 @@ def apply(tree: Tree, overrides: Iterable[tuple[str, Any]]) -> Tree:
     return result
 
 
-def resolve(tree: Mapping[str, Any]) -> Experiment:
-    """Check a tree of settings and fill in every default.
+Faults = Callable[[Experiment], list[str]]
+"""Further rules: takes an experiment, returns one line for each rule that it breaks."""
 
-    Raises UserError that lists all faults at once, each with its dotted key, its value, the reason and, for an unknown
-    key, the nearest one that exists.
+
+def resolve(tree: Mapping[str, Any], faults: Faults | None = None) -> Experiment:
+    """Check a tree of settings and fill in the defaults. `faults`: rules in addition to `meadow.config.rules`.
+
+    Raises UserError that lists all faults, each with dotted key, value and reason, and the nearest key for an unknown one.
     """
     try:
-        return Experiment.model_validate(dict(tree))
+        return Experiment.model_validate(dict(tree), context={"faults": faults})
     except ValidationError as error:
         raise UserError("\n".join(_explain(fault) for fault in error.errors())) from None
 
 
-def load(experiment: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Experiment:
-    """Read, override and check an experiment in one go."""
-    return resolve(apply(read_tree(experiment), [parse_override(o) for o in overrides]))
+def load(
+    experiment: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), faults: Faults | None = None
+) -> Experiment:
+    """Read, override and check an experiment."""
+    return resolve(apply(read_tree(experiment), [parse_override(o) for o in overrides]), faults)
 
 
 def flatten(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -121,13 +126,13 @@ def to_flat(experiment: Experiment) -> dict[str, bool | int | float | str]:
 
 
 def from_flat(flat: Mapping[str, Any]) -> Experiment:
-    """The inverse of `to_flat`; keys outside the schema's sections are passed over (Flower adds its own)."""
+    """The inverse of `to_flat`; ignores keys outside the schema's sections, because Flower adds its own."""
     sections = Experiment.model_fields
     return resolve(apply({}, [(k, v) for k, v in flat.items() if k.partition(".")[0] in sections and "." in k]))
 
 
-def known_keys() -> list[str]:
-    """Every dotted key of the schema."""
+def _known_keys() -> list[str]:
+    """All dotted keys of the schema."""
     return [
         f"{section}.{key}"
         for section, field in Experiment.model_fields.items()
@@ -139,15 +144,15 @@ def known_keys() -> list[str]:
 def _explain(fault: Any) -> str:
     dotted = ".".join(str(part) for part in fault["loc"][:2])
     if fault["type"] == "extra_forbidden":
-        names = known_keys() if "." in dotted else list(Experiment.model_fields)
+        names = _known_keys() if "." in dotted else list(Experiment.model_fields)
         return f"{dotted}: there is no such setting{nearest(dotted, names) or ';'} `meadow show` lists all of them"
     if fault["type"] == "value_error" and "." not in dotted:
-        # Raised by a section's or the experiment's own check, whose message names the setting already.
+        # The check of a section or of the experiment raised it, and its message names the setting already.
         return (f"{dotted}." if dotted else "") + str(fault["msg"]).removeprefix("Value error, ")
     reason = str(fault["msg"]).removeprefix("Value error, ")
     value = fault["input"]
     if fault["type"] == "model_type":
-        return f"[{dotted}] must be a table of settings, not {value!r}"
+        return f"[{dotted}] must be a section with settings, not {value!r}"
     near = ""
     if fault["type"] == "literal_error" and isinstance(value, str):
         options = [part.strip("' ") for part in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
@@ -156,8 +161,9 @@ def _explain(fault: Any) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean X?" for the name that is closest, or "" if none is close: by its letters, whatever their case, or by
-    the initials of its words (learning_rate: lr)."""
+    """ "; did you mean X?" for the closest of the names, or "" if none is close.
+
+    Close in spelling, in any case, or equal to the initials of its words (learning_rate: lr)."""
     folded = {known.lower(): known for known in names}
     section, dot, words = name.lower().rpartition(".")
     initials = section + dot + "".join(word[0] for word in words.split("_") if word)

@@ -1,1 +1,1 @@
-"""What a person does: the `meadow` command, comparisons, sweeps, reports and pictures."""
+"""The `meadow` command and its Python functions: runs, comparisons, sweeps, reports and figures."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from meadow.client.loop.anchors import teacher
-from meadow.config.load import apply, flatten, read_tree, resolve
+from meadow.config.load import apply, flatten, read_tree
 from meadow.config.schema import Experiment
 from meadow.experiments.compare import METHODS, Job, methods_jobs, sweep_jobs, values_of
 from meadow.experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
@@ -19,6 +19,8 @@ from meadow.server.folder import check_folder
 from meadow.server.listeners import open_listeners
 from meadow.server.privacy import protection
 from meadow.simulation.launch import engine
+from meadow.strategies import check
+from meadow.strategies.check import resolve
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
 from meadow.tasks.readers.domains import source_samples
@@ -32,8 +34,8 @@ Watch = Callable[[Path, Experiment], AbstractContextManager[object]]
 class Summary:
     """`summary.json` as attributes, and the run's folder. Metrics are fractions in 0..1, sizes bytes, times seconds.
 
-    Of a cross-validation (`evaluate.folds`) `metrics` is the mean over the `folds` and `metrics_std` their standard
-    deviation, in the same shape (`meadow.experiments.folds.write_folds`); else these are 0 and empty.
+    For a cross-validation (`evaluate.folds`), `metrics` is the mean over the `folds` and `metrics_std` the standard
+    deviation, with the same keys (`meadow.experiments.folds.write_folds`). For a single run they are 0 and empty.
     """
 
     folder: Path
@@ -61,7 +63,7 @@ def run(
     watch: Watch | None = None,
     **overrides: Any,
 ) -> Summary:
-    """Run one experiment: a preset's name, a TOML file or a mapping; the same as `meadow run`.
+    """Run one experiment, like `meadow run`: a preset's name, a TOML file or a mapping.
 
     >>> small = {"engine": {"name": "inline"}, "partition": {"clients": 4}}
     >>> summary = run("fedavg", run={"rounds": 2}, **small)
@@ -71,7 +73,7 @@ def run(
     ['digit']
 
     overrides: sections, as above, or dotted keys, `**{"run.rounds": 2}`. out: the run folder, by default
-    `runs/NAME-TIME`; the report is `report.html` in it. resume: go on with the run in `out` from its last checkpoint.
+    `runs/NAME-TIME`; it also gets `report.html`. resume: continue the run in `out` from its last checkpoint.
     Raises UserError if the input is wrong. A run that ends early returns its summary with status "stopped" and the reason.
     """
     resolved = _resolved(experiment, overrides)
@@ -89,7 +91,7 @@ def compare(
     watch: Watch | None = None,
     **overrides: Any,
 ) -> list[Summary]:
-    """Run several methods on the same data, splits and seeds; the same as `meadow compare`.
+    """Run several methods on the same data, splits and seeds, like `meadow compare`.
 
     >>> small = {"engine": {"name": "inline"}, "partition": {"clients": 4}}
     >>> summaries = compare(methods=["local", "fedavg"], seeds=1, run={"rounds": 2}, **small)
@@ -98,9 +100,9 @@ def compare(
     >>> summaries[0].split_sha256 == summaries[1].split_sha256
     True
 
-    experiment: what the methods share, as in `run`. methods: presets, whose values go over it; overrides go over both. The
-    summaries are in order of seed, then method. The folder, by default `runs/compare-TIME`, has a folder for each run, and
-    one report of all. Raises UserError if the input is wrong.
+    experiment: the settings that the methods share, as in `run`. methods: presets; their values replace those of
+    `experiment`, and overrides replace both. Returns the summaries in order of seed, then method. The folder, by default
+    `runs/compare-TIME`, gets a folder for each run and one report of all. Raises UserError if the input is wrong.
     """
     folder = _folder(out, resume, "compare")
     base = {} if experiment is None else read_tree(experiment)
@@ -116,16 +118,16 @@ def sweep(
     watch: Watch | None = None,
     **overrides: Any,
 ) -> list[Summary]:
-    """Run an experiment for every combination of the settings that are given several values; the same as `meadow sweep`.
+    """Run an experiment for every combination of the settings that have several values, like `meadow sweep`.
 
     >>> small = {"engine": {"name": "inline"}, "partition": {"clients": 4}}
     >>> summaries = sweep("fedavg", local={"lr": [0.01, 0.1]}, run={"rounds": 2}, **small)
     >>> [summary.name for summary in summaries]
     ['lr-0.01', 'lr-0.1']
 
-    overrides: as in `run`, but a list is several values, and so is a text as the command takes it, "0.01,0.1"; of a setting
-    that is a list itself (`task.targets`), a list of lists is. The rest is as in `compare`; the folder is by default
-    `runs/sweep-TIME`. Raises UserError if the input is wrong, or if no setting has several values.
+    overrides: as in `run`, but a list means several values, and so does a text like the command's, "0.01,0.1". For a
+    setting that is itself a list (`task.targets`), write a list of lists. The rest is as in `compare`; the default folder
+    is `runs/sweep-TIME`. Raises UserError if the input is wrong, or if no setting has several values.
     """
     folder = _folder(out, resume, "sweep")
     axes = {key: values_of(key, value) for key, value in _flat(overrides).items()}
@@ -133,13 +135,13 @@ def sweep(
 
 
 def plan(experiment: str | Path | Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
-    """What a run would cost, before it runs; the same as `meadow plan`.
+    """Compute what a run would cost, before it runs, like `meadow plan`.
 
     >>> costs = plan("fedavg", run={"rounds": 2}, partition={"clients": 4})
     >>> costs["rounds"], costs["cohort"], costs["bytes_up"] == costs["bytes_down"]
     (2, 4, True)
 
-    `meadow.experiments.plan.plan` says what the dictionary holds. Raises UserError as `run` would.
+    `meadow.experiments.plan.plan` documents the keys. Raises UserError as `run` would.
     """
     return costs_of(_resolved(experiment, overrides))
 
@@ -149,7 +151,7 @@ def _resolved(experiment: str | Path | Mapping[str, Any], overrides: Mapping[str
 
 
 def _flat(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides by dotted key, whether they were given so or as sections."""
+    """Overrides by dotted key; the input may mix dotted keys and sections."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
         flat |= dict(flatten({key: value})) if isinstance(value, Mapping) else {key: value}
@@ -157,21 +159,23 @@ def _flat(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _folder(out: Path | str | None, resume: bool, name: str) -> Path:
-    """The folder to write. Raises UserError if it cannot be `out`."""
-    if out is None and resume:
-        raise UserError("--resume needs --out DIR: the folder of the run to go on with")
+    """The folder to write. Raises UserError if `out` cannot be used."""
     if out is None:
+        if resume:
+            raise UserError("--resume needs --out DIR: write the folder of the run to continue")
         return default_folder(name)
     folder = Path(out)
     if (above := next(p for p in (folder, *folder.parents) if p.exists())).is_file():
-        raise UserError(f"--out {out}: {above} is a file; name a folder")
+        raise UserError(f"--out {out}: {above} is a file; write the name of a folder")
     if not resume and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--out {out}: it exists; add --resume to go on with what is there, or name another folder")
+        raise UserError(
+            f"--out {out}: this folder is not empty; add --resume to continue its runs, or name another folder"
+        )
     return folder
 
 
 def _run_and_report(jobs: Sequence[Job], folder: Path, resume: bool, watch: Watch | None) -> list[Summary]:
-    from meadow.experiments.report import write_report  # it imports the libraries that draw: later than the run starts
+    from meadow.experiments.report import write_report  # imports matplotlib, which would delay the start of the run
 
     summaries = run_many(jobs, resume, watch)
     write_report([folder], folder / "report.html")
@@ -179,14 +183,15 @@ def _run_and_report(jobs: Sequence[Job], folder: Path, resume: bool, watch: Watc
 
 
 def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = None) -> list[Summary]:
-    """Run jobs one after another on one engine, that of the first; each is checked before any begins.
+    """Run jobs one after another on the engine of the first job. All jobs are checked before the first one starts.
 
-    A job with `evaluate.folds` is a run for each fold, in its folder, and one summary. `watch` gives a context in which
-    each run takes place (the progress display). A run that fails by a fault of Meadow's raises; one that ends early
-    (status "stopped") does not keep the next from running, unless the user stopped it.
+    A job with `evaluate.folds` runs once for each fold and gives one summary. `watch` returns a context manager that
+    surrounds each run (the progress display). A run that fails because of a bug raises. After a run that ends early
+    (status "stopped") the next one still starts, unless the user stopped it.
     """
     jobs = [replace(job, experiment=settle(job.experiment)) for job in jobs]
     for job in jobs:
+        check(job.experiment)
         if in_folds(job.experiment):
             check_folds_folder(job.folder, resume)
         for experiment, folder in fold_runs(job.experiment, job.folder):
@@ -198,7 +203,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
     with engine(plan.name, plan.workers, plan.threads, plan.address) as launch:
         for job in jobs:
             found: list[dict[str, Any]] = []
-            if in_folds(job.experiment):  # what an earlier summary says is no longer so
+            if in_folds(job.experiment):  # an earlier summary is now out of date
                 (job.folder / "summary.json").unlink(missing_ok=True)
             for experiment, folder in fold_runs(job.experiment, job.folder):
                 with watch(folder, experiment) if watch else nullcontext():
@@ -214,7 +219,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
 
 
 def check_run(experiment: Experiment) -> None:
-    """Raise UserError for what only the data, the model and the files that an experiment names can tell."""
+    """Check what depends on the data, the model and the files that an experiment names. Raises UserError."""
     task = open_task(experiment)
     model = task.new_model()
     roles = roles_of(experiment, model)
@@ -226,11 +231,11 @@ def check_run(experiment: Experiment) -> None:
     if experiment.adapt.method != "none":
         source_samples(experiment, None)
     if experiment.engine.trainer != "auto":
-        costs_of(experiment)  # which asks every trainer
+        costs_of(experiment)  # asks every trainer whether it can train this experiment
 
 
 def default_folder(name: str) -> Path:
-    """`runs/NAME-TIME`, with a number behind it if that is taken."""
+    """`runs/NAME-TIME`, with a number appended if that folder exists."""
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, n = stem, 2
     while folder.exists():
@@ -239,6 +244,6 @@ def default_folder(name: str) -> Path:
 
 
 def exit_status(summaries: Sequence[Summary]) -> int:
-    """0: all done; 3: some ended early for a stated reason; 1: some failed by a fault of ours."""
+    """The command's exit status. 0: all done; 3: some ended early for a stated reason; 1: some failed because of a bug."""
     worst = {s.status for s in summaries}
     return 1 if "failed" in worst else 3 if "stopped" in worst else 0

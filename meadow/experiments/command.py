@@ -1,4 +1,4 @@
-"""The `meadow` command. Exit status: 0 done; 1 a fault of ours; 2 the input is wrong; 3 ended early for a stated reason."""
+"""The `meadow` command. Exit status: 0 done; 1 a bug in Meadow; 2 the input is wrong; 3 ended early for a stated reason."""
 
 import importlib.util
 import json
@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from meadow.config.load import Tree, apply, load, parse_override, preset_about, preset_names, read_tree, to_toml
+from meadow.config.load import Tree, apply, parse_override, preset_about, preset_names, read_tree, to_toml
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.identity import versions
@@ -32,10 +33,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 Engine = Annotated[Literal["inline", "ray", "processes"] | None, typer.Option(help="How to launch the run.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Ray actors or SuperNodes.")]
 Out = Annotated[Path | None, typer.Option(help="The folder to write; default runs/NAME-TIME.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="The summary on standard output, all else on standard error.")]
-Seeds = Annotated[int, typer.Option(min=1, help="Repeat with so many seeds.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
 
 
 @app.command()
@@ -49,14 +50,14 @@ def run(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """One run: a preset's name or a TOML file, then dotted overrides."""
+    """Run one experiment: a preset's name or a TOML file, then dotted overrides."""
     changes = [*(overrides or []), *_engine_overrides(engine, workers)]
-    _warm_up(load(experiment, changes))
+    _warm_up(_load(experiment, changes))
     from meadow.experiments import api
     from meadow.experiments.ranking import ranking_table
     from meadow.experiments.results import find_runs
 
-    watch = _watch(_console(json_), quiet)
+    watch = _watch(Console(stderr=json_), quiet)
     summary = api.run(experiment, out=out, resume=resume, watch=watch, **dict(map(parse_override, changes)))
     table = ranking_table(find_runs([summary.folder])) if summary.folds else None
     found = json.loads((summary.folder / "summary.json").read_text())
@@ -66,7 +67,7 @@ def run(
 
 @app.command()
 def compare(
-    experiment: Annotated[str, typer.Argument(metavar="[EXPERIMENT]", help="What the methods share.")] = "",
+    experiment: Annotated[str, typer.Argument(metavar="[EXPERIMENT]", help="Settings that the methods share.")] = "",
     overrides: Overrides = None,
     methods: Annotated[str, typer.Option(help="Presets to compare, separated by commas.")] = "",
     seeds: Seeds = 3,
@@ -77,16 +78,14 @@ def compare(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """The same data, splits and seeds under several methods, and one report."""
+    """Run several methods on the same data, splits and seeds, and write one report."""
     from meadow.experiments import api
     from meadow.experiments.compare import METHODS
 
-    given = list(overrides or [])
-    if "=" in experiment:  # the experiment may be left out
-        given, experiment = [experiment, *given], ""
+    experiment, given = _optional(experiment, overrides)
     names = [m.strip() for m in methods.split(",")] if methods else METHODS
     changes = dict(map(parse_override, [*given, *_engine_overrides(engine, workers)]))
-    watch = _watch(_console(json_), quiet)
+    watch = _watch(Console(stderr=json_), quiet)
     summaries = api.compare(
         experiment or None, methods=names, seeds=seeds, out=out, resume=resume, watch=watch, **changes
     )
@@ -105,18 +104,18 @@ def sweep(
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
-    """A grid of runs, KEY=V1,V2 for each axis, and one report."""
+    """Run every combination of the values KEY=V1,V2 of several settings, and write one report."""
     from meadow.experiments import api
 
     changes = [*(overrides or []), *_engine_overrides(engine, workers)]
     axes = {parse_override(text)[0]: text.partition("=")[2] for text in changes}
-    watch = _watch(_console(json_), quiet)
+    watch = _watch(Console(stderr=json_), quiet)
     _close_group(api.sweep(experiment, seeds=seeds, out=out, resume=resume, watch=watch, **axes), quiet, json_)
 
 
 @app.command()
 def plan(experiment: Name, overrides: Overrides = None, json_: Json = False) -> None:
-    """What a run would cost, before it runs: steps and bytes."""
+    """Print what a run would cost, before it runs: steps, bytes and epsilon."""
     from meadow.experiments import api
 
     costs = api.plan(experiment, **dict(map(parse_override, overrides or [])))
@@ -137,12 +136,12 @@ def plan(experiment: Name, overrides: Overrides = None, json_: Json = False) -> 
 
 @app.command()
 def audit(experiment: Name, overrides: Overrides = None, json_: Json = False) -> None:
-    """Measure whether the privacy that is claimed is the privacy that is given; exit status 3 if it is not."""
+    """Measure whether the experiment's privacy claim holds; exit status 3 if it does not."""
     from rich.table import Table
 
     from meadow.experiments.audit import audit as make_audit
 
-    checks = make_audit(load(experiment, overrides or []))
+    checks = make_audit(_load(experiment, overrides or []))
     wrong = [check for check in checks if not check.holds]
     if json_:
         typer.echo(json.dumps({"holds": not wrong, "checks": [asdict(check) for check in checks]}, indent=2))
@@ -151,10 +150,10 @@ def audit(experiment: Name, overrides: Overrides = None, json_: Json = False) ->
         for check in checks:
             p = "" if check.p is None else f"{check.p:.2g}"
             verdict = "holds" if check.holds else "[red]does not hold[/red]"
-            table.add_row(_escape(check.name), _escape(check.claimed), _escape(check.measured), p, verdict)
-        _console(False).print(table)
-        told = "the claim holds" if not wrong else f"the claim does not hold: {', '.join(c.name for c in wrong)}"
-        _console(False).print(_escape(told), soft_wrap=True)
+            table.add_row(escape(check.name), escape(check.claimed), escape(check.measured), p, verdict)
+        Console().print(table)
+        result = "the claim holds" if not wrong else f"the claim does not hold: {', '.join(c.name for c in wrong)}"
+        Console().print(escape(result), soft_wrap=True)
     raise typer.Exit(3 if wrong else 0)
 
 
@@ -165,15 +164,15 @@ def report(
         Path | None, typer.Option(help="The file to write; default report.html in the first folder.")
     ] = None,
 ) -> None:
-    """The HTML report of finished runs, or of one that is still running."""
+    """Write the HTML report of finished runs, or of one that is still running."""
     from meadow.experiments.report import write_report
 
-    _console(False).print(f"report: {write_report(runs, out or runs[0] / 'report.html')}", soft_wrap=True)
+    Console().print(f"report: {write_report(runs, out or runs[0] / 'report.html')}", soft_wrap=True)
 
 
 @app.command()
 def presets() -> None:
-    """The presets that there are."""
+    """List the presets."""
     for name in preset_names():
         typer.echo(f"{name:22} {preset_about(name)}")
 
@@ -182,21 +181,21 @@ def presets() -> None:
 def show(
     experiment: Annotated[str, typer.Argument()] = "",
     overrides: Overrides = None,
-    split: Annotated[bool, typer.Option("--split", help="Show who gets which samples instead, and draw it.")] = False,
+    split: Annotated[bool, typer.Option("--split", help="Show which client gets which samples, and draw it.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="With --split: the picture to write (.png, .svg, .pdf); default split.png.")
+        Path | None, typer.Option(help="With --split: the figure to write (.png, .svg, .pdf); default split.png.")
     ] = None,
 ) -> None:
-    """The resolved experiment as TOML: every setting with its value. With --split: the split, as a table and a picture."""
-    given = list(overrides or [])
-    if "=" in experiment:
-        given, experiment = [experiment, *given], ""
+    """Print the resolved experiment as TOML: every setting with its value. With --split: the split, as table and figure."""
+    experiment, given = _optional(experiment, overrides)
     tree: Tree = read_tree(experiment) if experiment else {}
-    resolved = load(apply(tree, [parse_override(o) for o in given]))
+    resolved = _load(apply(tree, map(parse_override, given)))
     if split:
         _show_split(resolved, out or Path("split.png"))
     elif out is not None:
-        raise UserError(f"--out {out}: only --split writes a file; for the settings write: meadow show ... > {out}")
+        raise UserError(
+            f"--out {out}: only --split writes a file; to save the settings, write: meadow show ... > {out}"
+        )
     else:
         typer.echo(to_toml(resolved), nl=False)
 
@@ -205,20 +204,20 @@ def show(
 def deal(
     experiment: Name,
     overrides: Overrides = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines that host the clients.")] = 4,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines that host the clients.")] = 4,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("shares"),
-    below: Annotated[str, typer.Option(help="A folder within each machine's own.")] = "",
+    below: Annotated[str, typer.Option(help="A subfolder within each machine's folder.")] = "",
 ) -> None:
-    """Each machine's own share of the data, for a deployment: OUT/coordinator, OUT/node-0, ... (docs/deploy.md)."""
+    """Write each machine's share of the data for a deployment: OUT/coordinator, OUT/node-0, ... (docs/deploy.md)."""
     from meadow.tasks.splits.shares import deal_out
 
-    for folder in deal_out(load(experiment, overrides or []), nodes, out, below):
+    for folder in deal_out(_load(experiment, overrides or []), nodes, out, below):
         typer.echo(folder)
 
 
 @app.command()
 def doctor() -> None:
-    """What is installed, what is missing, what to type."""
+    """Print what is installed, what is missing, and what to type."""
     missing = False
     for name, version in versions().items():
         missing |= version == "missing"
@@ -233,15 +232,21 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command; what the user got wrong is one message and exit status 2, never a traceback."""
+    """Run the command. A user's mistake gives one message and exit status 2, never a traceback."""
     try:
         app(standalone_mode=True)
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]meadow:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("meadow: stopped by the user; the same command with --resume --out DIR goes on")
+        Console(stderr=True).print("meadow: stopped by the user; to continue, add --resume --out DIR to the command")
         sys.exit(3)
+
+
+def _optional(experiment: str, overrides: list[str] | None) -> tuple[str, list[str]]:
+    """Experiment and overrides, where the experiment may be omitted: then the first override was parsed in its place."""
+    given = overrides or []
+    return ("", [experiment, *given]) if "=" in experiment else (experiment, given)
 
 
 def _show_split(experiment: Experiment, picture: Path) -> None:
@@ -252,15 +257,22 @@ def _show_split(experiment: Experiment, picture: Path) -> None:
     split = splits.facts(experiment, task)
     style.to_file(splits.picture(split), picture)
     first = next(target for target in task.dataset.targets if target.name == split["target"])
-    console, table = _console(False), splits.table(split, splits.label_names(first))
-    # Into a file or a narrow window the table goes as wide as it is: a line too long is better read than a cut cell.
+    console, table = Console(), splits.table(split, splits.label_names(first))
+    # In a file or a narrow window the table keeps its full width: a long line is easier to read than a cut cell.
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
     console.print(table)
-    console.print(f"picture: {picture}. {splits.picture_caption(split)}", soft_wrap=True, markup=False)
+    console.print(f"figure: {picture}. {splits.picture_caption(split)}", soft_wrap=True, markup=False)
+
+
+def _load(experiment: str | Tree, overrides: Sequence[str] = ()) -> Experiment:
+    """Load an experiment and apply its algorithm's rules. Imported late because algorithms import torch."""
+    from meadow.strategies.check import load
+
+    return load(experiment, overrides)
 
 
 def _warm_up(experiment: Experiment) -> None:
-    """Start Ray, where it is asked for, while another thread imports the libraries and opens the data."""
+    """Start Ray, if that is the engine, while another thread imports the libraries and opens the data."""
     thread = threading.Thread(target=_open, args=(experiment,))
     thread.start()
     try:
@@ -277,7 +289,7 @@ def _open(experiment: Experiment) -> None:
     from meadow.tasks.start import initial_state
     from meadow.tasks.task import settle
 
-    with suppress(Exception):  # it shows again, and is told, where the run itself opens the data
+    with suppress(Exception):  # the run itself opens the data again and reports the error
         initial_state(settle(experiment))
 
 
@@ -296,16 +308,16 @@ def _close_group(summaries: Sequence[Any], quiet: bool, as_json: bool) -> None:
 def _close(quiet: bool, as_json: bool, result: object, table: object, folder: Path, summaries: Sequence[Any]) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
-    console = _console(as_json)
+    console = Console(stderr=as_json)
     for summary in summaries:
         if summary.status != "done":
-            Console(stderr=True).print(f"{summary.name}: {summary.status}: {_escape(summary.reason)}", soft_wrap=True)
+            Console(stderr=True).print(f"{summary.name}: {summary.status}: {escape(summary.reason)}", soft_wrap=True)
     if not quiet:
         if table is not None:
             console.print(table)
         for summary in summaries:
             counts = ", ".join(f"{name} {count:,}" for name, count in summary.engine.get("training", {}).items())
-            console.print(f"{summary.name}: trainings by {counts or 'nobody'}", soft_wrap=True)
+            console.print(f"{summary.name}: trained by {counts or 'no trainer'}", soft_wrap=True)
         console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
@@ -318,16 +330,6 @@ def _watch(console: Console, quiet: bool) -> Any:
     return watch
 
 
-def _console(as_json: bool) -> Console:
-    return Console(stderr=as_json)
-
-
 def _engine_overrides(engine: str | None, workers: int | None) -> list[str]:
-    return [
-        *([f"engine.name={engine}"] if engine else []),
-        *([f"engine.workers={workers}"] if workers else []),
-    ]
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+    given = {"engine.name": engine, "engine.workers": workers}
+    return [f"{key}={value}" for key, value in given.items() if value]

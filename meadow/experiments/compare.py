@@ -1,4 +1,4 @@
-"""The runs of a comparison or a sweep: the same data, splits and seeds under several methods, or over a grid of settings."""
+"""The list of runs of a comparison (several methods, same data, splits and seeds) or of a sweep (a grid of settings)."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meadow.config.load import Tree, apply, flatten, parse_override, preset_names, read_tree, resolve, to_tree
+from meadow.config.load import Tree, apply, flatten, parse_override, preset_names, read_tree, to_tree
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import resolve
 
 METHODS = (
     "pooled",
@@ -22,24 +23,24 @@ METHODS = (
     "federated-finetune",
     "federated-multitask",
 )
-"""What `meadow compare` compares if it is not told."""
+"""The methods that `meadow compare` compares by default."""
 
 BUDGET, NONE = "privacy.epsilon", "none"
-"""The setting whose sweep is held against no protection, and the word for it."""
+"""A sweep over this setting also runs without privacy; the value of that run."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to do, or a cross-validation's runs: an experiment and its folder."""
+    """An experiment to run, or to cross-validate, and its folder."""
 
     experiment: Experiment
     folder: Path
 
 
 def methods_jobs(base: Tree, methods: Sequence[str], overrides: Mapping[str, Any], seeds: int, out: Path) -> list[Job]:
-    """The runs of a comparison: for each seed each method, which is a preset whose values go over the base's.
+    """The runs of a comparison: each method for each seed. A method is a preset; its values replace those of `base`.
 
-    Overrides, by dotted key, go over both. Raises UserError for a method that is no preset, or none at all.
+    Overrides, by dotted key, replace both. Raises UserError for an unknown preset, or if there is no method.
     """
     known = preset_names()
     for method in methods:
@@ -52,8 +53,10 @@ def methods_jobs(base: Tree, methods: Sequence[str], overrides: Mapping[str, Any
 
 
 def values_of(key: str, given: Any) -> list[Any]:
-    """The values that a sweep gives a setting: of a text as the command takes it ("0.1,0.3"), or of a list. For a setting
-    that is a list itself (`task.targets`), a list of lists has several values and a list of anything else is one."""
+    """The values of a setting in a sweep, from the command's text ("0.1,0.3") or from a list.
+
+    For a setting that is itself a list (`task.targets`), a list of lists is several values, any other list is one value.
+    """
     if isinstance(given, str):
         value = parse_override(f"{key}={given}")[1]
         if not isinstance(value, str) or "," not in value:
@@ -66,39 +69,38 @@ def values_of(key: str, given: Any) -> list[Any]:
 
 
 def sweep_jobs(base: Tree, axes: Mapping[str, Sequence[Any]], seeds: int, out: Path) -> list[Job]:
-    """The runs of a sweep: every combination of the values that `axes` gives to its dotted keys.
+    """The runs of a sweep: every combination of the values in `axes`, which maps dotted keys to values.
 
-    Each run is named after its values of those keys that have several. Budgets (`privacy.epsilon`) are held against the
-    same run without protection, which a sweep over them has too, once for all settings of privacy. Raises UserError if no
-    key has several values.
+    A run's name has its values of the keys with several values. A sweep over `privacy.epsilon` also has one run without
+    privacy, against which the budgets are compared. Raises UserError if no key has several values.
     """
     fixed = [(key, values[0]) for key, values in axes.items() if len(values) == 1]
     grid = {key: [*values] for key, values in axes.items() if len(values) > 1}
     if BUDGET in grid and NONE not in grid[BUDGET]:
         grid[BUDGET].append(NONE)
     if not grid:
-        raise UserError("sweep: give at least one setting several values, for example local.lr=0.03,0.1,0.3")
+        raise UserError("sweep: no setting has several values; write for example local.lr=0.03,0.1,0.3")
     trees = {}
     for values in itertools.product(*grid.values()):
         point = list(zip(grid, values, strict=True))
         if (BUDGET, NONE) in point:
             rest = [(key, value) for key, value in point if not key.startswith("privacy.")]
-            named = _named([*rest, (BUDGET, NONE)])
-            open_ = {section: settings for section, settings in base.items() if section != "privacy"}
-            tree = apply(open_, [change for change in fixed if not change[0].startswith("privacy.")] + rest)
+            name = _name([*rest, (BUDGET, NONE)])
+            public = {section: settings for section, settings in base.items() if section != "privacy"}
+            tree = apply(public, [change for change in fixed if not change[0].startswith("privacy.")] + rest)
         else:
-            named, tree = _named(point), apply(base, [*fixed, *point])
-        trees[named] = apply(tree, [("run.name", named)])
+            name, tree = _name(point), apply(base, [*fixed, *point])
+        trees[name] = apply(tree, [("run.name", name)])
     return _with_seeds(trees, seeds, out)
 
 
-def _named(point: Sequence[tuple[str, Any]]) -> str:
+def _name(point: Sequence[tuple[str, Any]]) -> str:
     return "_".join(f"{key.partition('.')[2]}-{value}" for key, value in point)
 
 
 def _with_seeds(trees: dict[str, Tree], seeds: int, out: Path) -> list[Job]:
     if seeds < 1:
-        raise UserError(f"--seeds {seeds}: give 1 or more")
+        raise UserError(f"--seeds {seeds}: there must be a seed; write 1 or more")
     first = {name: resolve(tree).run.seed for name, tree in trees.items()}
     return [
         Job(resolve(apply(tree, [("run.seed", first[name] + i)])), out / f"{name}-seed{first[name] + i}")

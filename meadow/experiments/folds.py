@@ -1,4 +1,4 @@
-"""Cross-validation: one experiment as K runs, each with another fold as every client's test part, and their summary."""
+"""Cross-validation: one experiment as K runs, each with another fold as every client's test split, and their summary."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ def in_folds(experiment: Experiment) -> bool:
 
 
 def fold_runs(experiment: Experiment, folder: Path) -> list[tuple[Experiment, Path]]:
-    """The runs that an experiment is: fold 1 to K in folder/fold-1 to folder/fold-K, or itself if it is not `in_folds`."""
+    """The runs of an experiment: folds 1 to K in folder/fold-1 to folder/fold-K, or one run if it is not `in_folds`."""
     if not in_folds(experiment):
         return [(experiment, folder)]
     folds = range(1, experiment.evaluate.folds + 1)
@@ -30,25 +30,25 @@ def fold_runs(experiment: Experiment, folder: Path) -> list[tuple[Experiment, Pa
 
 
 def check_folds_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder that the folds' folders may not be made in (UserError); each of those is checked by itself."""
+    """Raise UserError if the folds' folders may not be made in `folder`; each of them has its own check."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: this is a file; name a folder")
+        raise UserError(f"--out {folder}: this is a file; write the name of a folder")
     if (folder / "experiment.toml").exists():
         raise UserError(f"--out {folder}: it holds a single run, and evaluate.folds makes several; name another folder")
     if folder.is_dir() and any(folder.iterdir()) and not resume:
         raise UserError(
-            f"--out {folder}: this folder exists; add --resume to go on with its runs, or name another folder"
+            f"--out {folder}: this folder is not empty; add --resume to continue its runs, or name another folder"
         )
 
 
 def write_folds(folder: Path, experiment: Experiment, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Write and return `summary.json` over the folds' own summaries `found`, in order; fewer than K if it was stopped.
+    """Write and return `summary.json` for the folds' summaries `found`, in order; fewer than K if the user stopped.
 
-    metrics: the mean over the folds that are done (over all, while none is); metrics_std: their standard deviation
-    (n - 1 in the denominator; None where fewer than two folds have the metric), in the same shape. folds: K. status: the
-    worst of the folds, reason: which ended so and why. rounds: the fewest. cost: added up, peak_rss_mb and
-    trained_parameters the most. Hashes: SHA-256 over lines "fold:hash". clients: the most of any fold. privacy: epsilon
-    and delta added up (basic composition, Dwork and Roth 2014, theorem 3.16), because one client's data is in all the runs.
+    metrics: the mean over the finished folds (over all, if none has finished). metrics_std: their standard deviation, with
+    the same keys (n - 1 in the denominator; None if fewer than two folds have the metric). folds: K. status: the worst of
+    the folds. reason: which folds ended early and why. rounds, clients: the minimum and the maximum over the folds. cost:
+    sums, but maxima of peak_rss_mb and trained_parameters. Hashes: SHA-256 over lines "fold:hash". privacy: sums of epsilon
+    and delta (basic composition, Dwork and Roth 2014, theorem 3.16), because each client's data is in all runs.
     """
     folds = experiment.evaluate.folds
     counted = [one["metrics"] for one in found if one["status"] == "done"] or [one["metrics"] for one in found]
@@ -65,14 +65,11 @@ def write_folds(folder: Path, experiment: Experiment, found: Sequence[Mapping[st
         "metrics_std": reduce_trees(counted, _deviation),
         "clients": reduce_trees([one["clients"] for one in found], max),
         "cost": reduce_trees(costs, sum)
-        | {key: max(cost[key] for cost in costs) for key in _NOT_ADDED if key in costs[0]},
+        | {key: max(cost[key] for cost in costs) for key in ("peak_rss_mb", "trained_parameters") if key in costs[0]},
         "privacy": _composed([one["privacy"] for one in found]),
     }
     write_json(folder / "summary.json", summary)
     return summary
-
-
-_NOT_ADDED = ("peak_rss_mb", "trained_parameters")
 
 
 def _deviation(values: Sequence[float]) -> float | None:
@@ -85,7 +82,7 @@ def _hash(found: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 def _composed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The privacy of all folds together; what they have in common stays as it is."""
+    """The privacy loss of all folds together: epsilon and delta are summed, the rest is that of the first."""
     epsilon = {key: _total([part["epsilon"][key] for part in parts]) for key in parts[0]["epsilon"]}
     return {**parts[0], "epsilon": epsilon, "delta": _total([part["delta"] for part in parts])}
 

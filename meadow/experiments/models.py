@@ -1,4 +1,4 @@
-"""A run's models, given back from its folder with their weights."""
+"""Load a run's trained models from its folder."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from meadow.tasks.task import open_task, settle
 
 
 def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:
-    """A run's shared model with its weights, or the one that `client` uses, in eval mode.
+    """Load a run's shared model, or the model that `client` uses, in eval mode.
 
     >>> import meadow, torch
     >>> small = {"engine": {"name": "inline"}, "partition": {"clients": 4}}
@@ -34,14 +34,13 @@ def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:
     >>> {target: tuple(output.shape) for target, output in model(torch.zeros(5, 1, 8, 8)).items()}
     {'digit': (5, 10)}
 
-    run: a run's folder, or what `run` returned. The weights are those after the last round that has a checkpoint. A client's
-    model is the one that `clients.csv` calls "used": its own layers, or its own model where the algorithm keeps one, on
-    what the clients share. The model is a new one at each call, on the CPU. It takes samples as
-    `meadow.tasks.task.Task.prepare` gives them, float32 or tokens, and returns {target: output}
-    (`meadow.tasks.models.multihead`).
+    run: a run's folder, or the summary that `run` returned. The weights are those of the newest checkpoint. A client's
+    model is the one that `clients.csv` calls "used": the shared layers with the client's own, or its own model if the
+    algorithm keeps one. Each call returns a new model, on the CPU. Its input is float32 samples or tokens as returned by
+    `meadow.tasks.task.Task.prepare`; it returns {target: output} (`meadow.tasks.models.multihead`).
 
-    The data is opened again, because it gives a model its form. Raises UserError if it is not there, if the folder holds no
-    such model, or if a file of it is damaged.
+    The data is opened again, because the shape of the model depends on it. Raises UserError if the data is missing, if the
+    folder has no such model, or if one of its files is damaged.
     """
     folder = RunFolder(Path(run.folder if isinstance(run, Summary) else run))
     experiment = _experiment(folder.path)
@@ -57,8 +56,8 @@ def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:
 def _experiment(path: Path) -> Experiment:
     if not (path / "experiment.toml").is_file():
         if folds := sorted(path.glob("*/experiment.toml")):
-            raise UserError(f"{path} holds several runs: name one of them, for example {folds[0].parent}")
-        raise UserError(f"{path} is not a run folder (it has no experiment.toml): name one that `meadow run` made")
+            raise UserError(f"{path} has several runs in it: name one of them, for example {folds[0].parent}")
+        raise UserError(f"{path} has no experiment.toml, so it is not a run: name a folder that `meadow run` made")
     experiment = settle(files.load(path / "experiment.toml"))
     if in_folds(experiment):
         raise UserError(f"{path} is a cross-validation: name one of its runs, for example {path / 'fold-1'}")
@@ -69,29 +68,29 @@ def _checkpoint(folder: RunFolder) -> Checkpoint:
     found, damaged = latest(folder.checkpoints)
     if found is None:
         reason = f"its checkpoints are damaged ({damaged[0]})" if damaged else "no round has ended yet"
-        raise UserError(f"{folder.path}: {reason}; `meadow run --resume --out {folder.path}` goes on with the run")
+        raise UserError(f"{folder.path}: {reason}; `meadow run --resume --out {folder.path}` continues the run")
     summary = folder.summary()
     if summary and arrays_sha256(found.arrays) != summary["model_sha256"]:
         raise UserError(
-            f"{folder.path}: its newest whole checkpoint, of round {found.round}, is not the model that summary.json names"
-            f"{f' ({damaged[0]})' if damaged else ''}; `meadow run --resume --out {folder.path}` makes it again"
+            f"{folder.path}: the newest intact checkpoint, of round {found.round}, is not the model in summary.json"
+            f"{f' ({damaged[0]})' if damaged else ''}; `meadow run --resume --out {folder.path}` computes it again"
         )
     return found
 
 
 def _shared(experiment: Experiment, model: nn.Module, checkpoint: Checkpoint, path: Path) -> Arrays:
-    """The whole state of the model that all clients share."""
+    """All arrays of the shared model."""
     roles = roles_of(experiment, model)
     if roles.personal:
         raise UserError(
-            f'{path}: with strategy.share = "{experiment.strategy.share}" there is no one model for all: every client has '
-            f"layers of its own ({roles.personal[0]}, ...). Name a client: load(run, client=0)"
+            f'{path}: with strategy.share = "{experiment.strategy.share}" there is no single shared model, because every '
+            f"client has its own layers ({roles.personal[0]}, ...). Name a client: load(run, client=0)"
         )
     return {**(initial_state(experiment) if roles.fixed else {}), **checkpoint.arrays}
 
 
 def _used(experiment: Experiment, checkpoint: Checkpoint, folder: RunFolder, client: int) -> Arrays:
-    """The whole state of the model that a client uses after the checkpoint's round."""
+    """All arrays of the model that a client uses after the checkpoint's round."""
     count = experiment.partition.clients
     if not 0 <= client < count:
         raise UserError(f"client = {client}: {folder.path} has clients 0 to {count - 1}")
@@ -101,16 +100,16 @@ def _used(experiment: Experiment, checkpoint: Checkpoint, folder: RunFolder, cli
     config: dict[str, Any] = {"round": checkpoint.round, "run": run, "void": void}
     context = open_context(node, Request(client, checkpoint.arrays, config), before=checkpoint.round + 1)
     if not context.personal and not context.memory and any(client in _trained(r) for r in records):
-        gone = _Gone(
-            f"{folder.path}: what client {client} keeps for itself is not in {folder.state}. In a deployment it never "
-            "leaves the client's node. Leave `client` out for the shared model, where there is one"
+        missing = _Missing(
+            f"{folder.path}: the personal state of client {client} is not in {folder.state}. In a deployment it never "
+            "leaves the client's node. Omit `client` to load the shared model, if the run has one"
         )
-        context = replace(context, memory=gone, personal=gone if node.roles.personal else {})
+        context = replace(context, memory=missing, personal=missing if node.roles.personal else {})
     return node.algorithm.used(context)
 
 
-class _Gone(dict[str, Any]):
-    """What a client stored, where that is not here: raises UserError when an algorithm asks for it."""
+class _Missing(dict[str, Any]):
+    """Stands for a client's state that is stored elsewhere: raises UserError when an algorithm reads it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__()

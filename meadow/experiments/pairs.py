@@ -1,4 +1,4 @@
-"""Methods compared on the same split, client by client, and intervals over the seeds."""
+"""Paired comparison of methods, client by client on the same split, and confidence intervals over the seeds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from meadow.experiments.results import RunResult, higher_is_better
 
 @dataclass(frozen=True)
 class Paired:
-    """How a method does against another on the same clients. Gains are oriented: positive is better than the other.
+    """A method compared with another on the same clients. A positive gain means that it is better than the other.
 
-    `gains` is the mean gain over the clients (and folds) of each seed, in order of `seeds`; `losers` are the clients of
-    each (seed, fold) that do strictly worse; `clients` counts the pairs of all runs; `interval` is of the mean gain,
+    `gains`: each seed's mean gain over its clients and folds, in order of `seeds`. `losers`: the clients of each
+    (seed, fold) that do strictly worse. `clients`: the number of pairs in all runs. `interval`: that of the mean gain,
     None below three seeds.
     """
 
@@ -33,11 +33,10 @@ class Paired:
 
 
 def compare_paired(runs: Sequence[RunResult], others: Sequence[RunResult], target: str, metric: str) -> Paired | None:
-    """Pair two methods by (seed, fold, client) on the final metric; None where no seed has the same split in both.
+    """Pair two methods by (seed, fold, client) on the final metric; None if no seed has the same split in both.
 
-    The interval treats each seed's mean gain d_s as one draw: mean(d) +- t(0.975, n - 1) * s / sqrt(n) with s the
-    sample standard deviation (n - 1 in the denominator) of the n seeds' d_s: the two-sided 95% paired t-interval. Folds
-    of one seed are not draws of their own: they share most of their training samples, and no estimate of the variance
+    The interval is the two-sided 95% paired t-interval over the seeds: each seed's mean gain is one observation. The folds
+    of a seed are not separate observations: they share most of their training samples, and no estimate of the variance
     over them is unbiased (Bengio and Grandvalet 2004).
     """
     sign = 1.0 if higher_is_better(metric) else -1.0

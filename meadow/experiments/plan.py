@@ -1,4 +1,4 @@
-"""What a run would cost, before it runs: rounds, optimiser steps and bytes, exactly; all clients replying."""
+"""The cost of a run before it runs: rounds, optimiser steps and bytes, exact if all clients reply."""
 
 import statistics
 from pathlib import Path
@@ -12,7 +12,7 @@ from meadow.experiments.folds import fold_runs
 from meadow.privacy.plan import claim, forecasts, steps_a_round
 from meadow.server.cohorts import read_schedule
 from meadow.server.session import setup
-from meadow.strategies import algorithm, server_of
+from meadow.strategies import algorithm, check, server_of
 from meadow.strategies.roles import roles_of
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task, settle
@@ -21,10 +21,11 @@ from meadow.tasks.task import open_task, settle
 def plan(experiment: Experiment) -> dict[str, Any]:
     """Rounds, cohort, clients and samples; parameters by role; steps and bytes of the whole run (`summary.json`'s cost).
 
-    Bytes are those of arrays, as if each client were reached by itself. A cross-validation is as many `runs` as it has
-    folds: rounds, steps and bytes are those of all together, the rest is of the first. Raises UserError as a run would.
+    Bytes count the arrays, as if each client had its own message. For a cross-validation, rounds, steps and bytes are sums
+    over its `runs`, the rest is that of the first fold. Raises UserError as a run would.
     """
     experiment = settle(experiment)
+    check(experiment)
     folds = [_plan(fold) for fold, _ in fold_runs(experiment, Path())]
     totals = {key: sum(one[key] for one in folds) for key in ("rounds", "steps", "bytes_up", "bytes_down")}
     return {"runs": len(folds)} | folds[0] | totals
@@ -70,7 +71,7 @@ def _plan(experiment: Experiment) -> dict[str, Any]:
 
 
 def _privacy(experiment: Experiment) -> dict[str, Any]:
-    """What the run would cost with new ledgers: noise multipliers (of each clip), and epsilon over the clients."""
+    """The privacy loss of the run with new ledgers: noise multipliers, and epsilon over the clients."""
     if experiment.privacy.unit == "none":
         return {"unit": "none", "epsilon": None}
     forecast = forecasts(experiment)

@@ -1,4 +1,4 @@
-"""The live table while a run goes on: a thread reads what the run appends to rounds.jsonl, whatever engine runs it."""
+"""The live table of a run's progress: a thread reads the rounds that any engine appends to rounds.jsonl."""
 
 import json
 import os
@@ -22,13 +22,13 @@ SHOWN = 8
 """Rounds in the table."""
 
 PERIOD = 0.25
-"""Seconds between two looks at the file."""
+"""Seconds between two reads of the file."""
 
 Record = Mapping[str, Any]
 
 
 class Tail:
-    """The complete rounds of a growing rounds.jsonl, read piece by piece; a resumed run may replace the file."""
+    """Reads the complete rounds of a growing rounds.jsonl as they appear; a resumed run may replace the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class Tail:
         self._offset = 0
 
     def read(self) -> bool:
-        """Take in what is new; true if there was any. A missing file, a torn and a damaged line count as nothing."""
+        """Read the new lines; true if there were any. Ignores a missing file, an incomplete line and a damaged one."""
         with suppress(OSError), self.path.open("rb") as file:
             state = os.fstat(file.fileno())
             if state.st_ino != self._file or state.st_size < self._offset:
@@ -55,10 +55,10 @@ class Tail:
 
 @contextmanager
 def follow(run_folder: Path, total_rounds: int, label: str, console: Console, quiet: bool = False) -> Iterator[None]:
-    """Show the progress of the run in `run_folder` on `console` for as long as the context lasts.
+    """Show the progress of the run in `run_folder` on `console` while the context lasts.
 
-    On a terminal a table of the last rounds that renews itself, and one closing line; elsewhere a line a round, at most
-    one a second and always the last. A fault of the display ends the display, never the run.
+    A terminal shows a live table of the last rounds, and one closing line. Other output gets a line for each round, at
+    most one a second, and always the last. An error in the display ends the display, never the run.
     """
     if quiet:
         yield
@@ -66,7 +66,7 @@ def follow(run_folder: Path, total_rounds: int, label: str, console: Console, qu
     tail, ended = Tail(run_folder / "rounds.jsonl"), threading.Event()
     with suppress(Exception):
         tail.read()
-    before = dict(tail.records)  # of before a resume: shown, but no measure of the time that is left
+    before = dict(tail.records)  # rounds before a resume: shown, but not used to estimate the remaining time
     show = _show_live if console.is_terminal else _show_lines
 
     def work() -> None:
@@ -134,7 +134,7 @@ def render(
     elapsed: float,
     before: Mapping[int, Record] | None = None,
 ) -> RenderableType:
-    """The table of the last rounds; `elapsed` seconds are shown until the first one, `before` as in `time_left`."""
+    """The table of the last rounds; before the first round it shows the `elapsed` seconds. `before` as in `time_left`."""
     if not records:
         return Text(f"{label}: waiting for the first of {total} rounds, {seconds_text(elapsed)}", style="dim")
     target, metric = subject(records)
@@ -159,7 +159,7 @@ def render(
 
 
 def subject(records: Mapping[int, Record]) -> tuple[str, str]:
-    """The target and the metric to show: the first target that was measured or trained, and its primary metric."""
+    """The target and metric to show: the first target that was evaluated or trained, and its primary metric."""
     found: dict[str, set[str]] = {}
     for record in records.values():
         for place in ("train", "global", "clients"):
@@ -171,10 +171,10 @@ def subject(records: Mapping[int, Record]) -> tuple[str, str]:
 
 
 def time_left(records: Mapping[int, Record], total: int, before: Mapping[int, Record] | None = None) -> float | None:
-    """Seconds that the remaining rounds take if they take as long as the mean of the last ten; None if that is unknown.
+    """Estimate the remaining seconds from the mean of the last ten rounds; None if there are none.
 
-    `before` holds the rounds that were there when a resume began, perhaps on another machine: they do not count. One that
-    was cut off and played again differs from its old record, and does.
+    `before` has the rounds from before a resume, perhaps on another machine: they do not count. A round that was then
+    repeated has a new record, so it counts.
     """
     fresh = [number for number in sorted(records) if (before or {}).get(number) != records[number]][-10:]
     if not fresh:
@@ -183,7 +183,7 @@ def time_left(records: Mapping[int, Record], total: int, before: Mapping[int, Re
 
 
 def _metrics(record: Record, target: str, metric: str) -> tuple[float | None, float | None, float | None]:
-    """Global, clients' mean and worst tenth; those of the clients are of the model that they received in this round."""
+    """Global metric, clients' mean and worst tenth; the clients evaluate the model that they received in this round."""
     clients = (record.get("clients") or {}).get(target, {}).get(metric) or {}
     return (record.get("global") or {}).get(target, {}).get(metric), clients.get("mean"), clients.get("worst_decile")
 

@@ -1,4 +1,4 @@
-"""The ranking of methods: plain data, a table for the terminal, and how its numbers are written."""
+"""The ranking of methods: as plain data and as a table for the terminal, and the format of its numbers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,14 +26,13 @@ Row = dict[str, Any]
 
 
 def ranking(runs: Sequence[RunResult]) -> list[Row]:
-    """One row a target and method, the best for the clients first; plain numbers, None where not measured.
+    """One row for each target and method, the best for the clients first; plain numbers, None if not measured.
 
     client_mean, client_weighted, client_worst_decile, client_std (over the clients), global, last10_clients,
-    last10_global, finetuned, source_before and source_after (what is forgotten of the source task) are means over the
-    runs, one for each of `seeds` seeds, or for each of its `folds`;
-    *_seed_std are standard deviations over these runs (n - 1; None for one run). gain and its interval are against
-    `local`, oriented so that positive is better; `lost` of `lost_of` pairs of client and run do worse than alone.
-    bytes_up, bytes_down, bytes_saved (None: none), trained_parameters and seconds are of one run, the mean over them.
+    last10_global, finetuned, source_before and source_after (score on the source task) are means over the runs, one for
+    each of `seeds` seeds and `folds` folds. *_seed_std are their standard deviations (n - 1; None for one run). gain and
+    its interval compare with `local`, positive is better; `lost` of `lost_of` pairs of client and run do worse than under
+    it. bytes_up, bytes_down, bytes_saved (None: none), trained_parameters and seconds are means for one run.
     """
     methods = by_method(runs)
     rows: list[Row] = []
@@ -52,7 +51,7 @@ def ranking(runs: Sequence[RunResult]) -> list[Row]:
 
 
 def ranking_table(runs: Sequence[RunResult]) -> Table:
-    """The ranking for a terminal: what matters of it, one section a target."""
+    """The main columns of the ranking for a terminal, one section for each target."""
     rows = ranking(runs)
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("method", no_wrap=True)
@@ -66,7 +65,7 @@ def ranking_table(runs: Sequence[RunResult]) -> Table:
             texts = [f"{each.text} {each.small}".strip() for each in cells]
             styled = [Text(text, "bold" if each.best else "") for text, each in zip(texts, cells, strict=True)]
             sent = words.bytes_text(row["bytes_up"] + row["bytes_down"])
-            table.add_row(Text(flag(row)), *styled, sent, words.seconds_text(row["seconds"]))
+            table.add_row(Text(flagged(row)), *styled, sent, words.seconds_text(row["seconds"]))
         table.add_section()
     return table
 
@@ -109,8 +108,8 @@ def _row(name: str, group: Sequence[RunResult], target: str, metric: str, alone:
     }  # fmt: skip
 
 
-def flag(row: Row) -> str:
-    """The method's name, with a mark where not all of its runs have ended well."""
+def flagged(row: Row) -> str:
+    """The method's name, with a note if not all of its runs are done."""
     states = row["statuses"]
     if set(states) == {"done"}:
         return str(row["method"])
@@ -120,7 +119,7 @@ def flag(row: Row) -> str:
 
 
 def cell(row: Row, part: Sequence[Row], key: str) -> Cell:
-    """A value of a row as it stands in a table; `part`: the rows of its target, of which the best stands out."""
+    """The table cell for a value of a row; `part`: the rows of its target, of which the best one is marked."""
     value, metric = row[key], row["metric"]
     if value is None:
         return Cell()
@@ -132,7 +131,8 @@ def cell(row: Row, part: Sequence[Row], key: str) -> Cell:
         return Cell(words.bytes_text(value) if value else "0")
     if key == "seconds":
         return Cell(words.seconds_text(value))
-    small = plus_minus(row.get(f"{key}_seed_std"), metric)
+    deviation = row.get(f"{key}_seed_std")
+    small = "" if deviation is None else f"± {number(deviation, metric)}"
     if key == "gain" and row["gain_low"] is not None:
         low, high = (number(row[end], metric, signed=True) for end in ("gain_low", "gain_high"))
         small = f"[{low}, {high}]"
@@ -148,12 +148,12 @@ def is_best(row: Row, part: Sequence[Row], key: str) -> bool:
 
 
 def is_aside(row: Row, part: Sequence[Row]) -> bool:
-    """Pooling needs all data in one place, so beside other methods it is what they are held against, not a choice."""
+    """Whether a row is a reference only: pooling needs all data in one place, so it is no choice among other methods."""
     return bool(row["pooled"]) and not all(other["pooled"] for other in part)
 
 
 def number(value: float | None, metric: str, signed: bool = False) -> str:
-    """A metric as it stands in a table: a fraction in percent, anything else with three decimals or four digits."""
+    """A metric as text for a table: a fraction in percent, anything else with three decimals or four digits."""
     if value is None:
         return ""
     sign = "+" if signed else ""
@@ -172,20 +172,15 @@ def worded(value: float | None, metric: str, target: str) -> str:
 
 
 def repeats(row: Row) -> str:
-    """What a row's means and deviations are over: "3 seeds", "5 folds"; "" for a single run."""
+    """The number of runs behind a row's means and deviations: "3 seeds", "5 folds"; "" for a single run."""
     folds, seeds = f"{row['folds']} folds", f"{row['seeds']} seeds"
     if not row["folds"]:
         return seeds if row["seeds"] > 1 else ""
     return f"{seeds} of {folds} each" if row["seeds"] > 1 else folds
 
 
-def plus_minus(value: float | None, metric: str) -> str:
-    """ "± 1.2"; "" for None."""
-    return "" if value is None else f"± {number(value, metric)}"
-
-
 def mean_of(values: Sequence[float | None]) -> float | None:
-    """The mean of the values that are known; None if none is."""
+    """The mean of the known values; None if all are unknown."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

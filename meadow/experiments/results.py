@@ -1,4 +1,4 @@
-"""Reading run folders, finished or still being written."""
+"""Read run folders, finished or still being written."""
 
 import csv
 import json
@@ -20,21 +20,21 @@ Floats = NDArray[np.float64]
 Curve = tuple[Floats, Floats]
 
 ALONE = "local"
-"""The method that the others are held against: each client alone, from scratch."""
+"""The reference method: each client trains alone, from scratch."""
 
 _ORDER = (
     "accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc", "exact_match",
     "mae", "rmse", "r2", "pinball", "coverage", "loss",
 )  # fmt: skip
-"""The order in which metrics stand in a table; coverage before its level."""
+"""The order of metrics in a table; coverage stands for all its levels."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run folder as read. `summary` is None while the run goes on, `columns` (clients.csv) and `evaluation` empty.
+    """The contents of a run folder. While the run continues, `summary` is None and `columns` and `evaluation` are empty.
 
-    `rounds` holds the complete lines of rounds.jsonl in order of round. `columns` maps a column of clients.csv to one
-    float64 a client, NaN where the cell is empty. Metrics are fractions in 0..1, sizes bytes, times seconds.
+    `rounds` has the complete lines of rounds.jsonl in order of round. `columns` maps a column of clients.csv to one
+    float64 for each client, NaN if the cell is empty. Metrics are fractions in 0..1, sizes bytes, times seconds.
     """
 
     folder: Path
@@ -52,12 +52,12 @@ class RunResult:
 
     @property
     def fold(self) -> int:
-        """Which fold of a cross-validation it is; 0 if it is none."""
+        """The fold of a cross-validation, from 1; 0 for any other run."""
         return self.experiment.evaluate.fold
 
     @property
     def status(self) -> str:
-        """One of "done", "stopped", "failed", or "running" where there is no summary (yet)."""
+        """One of "done", "stopped", "failed", or "running" if there is no summary (yet)."""
         return str(self.summary["status"]) if self.summary else "running"
 
     @property
@@ -69,44 +69,44 @@ class RunResult:
         return str(self.split.get("sha256") or self.manifest.get("split", {}).get("sha256", ""))
 
     def forgetting(self, target: str, metric: str) -> Mapping[str, float]:
-        """On the source task "before" and "after" (`meadow.server.summary.forgetting`); empty where it was not measured."""
+        """The metric on the source task "before" and "after" (`meadow.server.summary.forgetting`); empty if not measured."""
         found: Mapping[str, float] = (self.summary or {}).get("forgetting", {}).get(target, {}).get(metric, {})
         return found
 
     @cached_property
     def cost(self) -> Mapping[str, float]:
-        """seconds, bytes_up and bytes_down of the whole run, or of the rounds so far; steps once it has ended."""
+        """seconds, bytes_up and bytes_down of the run so far; all costs of summary.json once it has ended."""
         so_far = {
             key: float(sum(r.get(key) or 0 for r in self.rounds)) for key in ("seconds", "bytes_up", "bytes_down")
         }
         return {**so_far, **(self.summary or {}).get("cost", {})}
 
     def final(self, place: str, target: str, metric: str) -> Any:
-        """A metric at the end, or after the newest evaluated round while the run goes on; None where not measured.
+        """A metric at the end, or of the newest evaluated round while the run continues; None if not measured.
 
-        For place "global" a number, for "clients" the mapping of mean, weighted, std, p10, worst_decile and min.
+        For place "global" a number, for "clients" a mapping with mean, weighted, std, p10, worst_decile and min.
         """
         at_end = (self.summary or {}).get("metrics", {}).get(place) or {}
         newest: Mapping[str, Any] = next((r[place] for r in reversed(self.rounds) if r.get(place)), {})
         return (at_end or newest).get(target, {}).get(metric)
 
     def last10(self, place: str, target: str, metric: str) -> float | None:
-        """Mean over the last ten evaluated rounds; of the clients' unweighted mean for place "clients"."""
+        """The mean over the last ten evaluated rounds; for place "clients" that of the clients' unweighted mean."""
         last = (self.summary or {}).get("metrics", {}).get("last10", {}).get(place) or {}
         value = last.get(target, {}).get(metric)
         return value.get("mean") if isinstance(value, Mapping) else value
 
     def scores(self, target: str, metric: str, model: str = "used") -> Mapping[int, float]:
-        """client -> its final metric; clients without a test sample (NaN) are left out."""
+        """client -> its final metric, without clients that have no test sample (NaN)."""
         values = self.columns.get(f"{model}.{target}.{metric}")
         if values is None:
             return {}
         return {int(c): float(v) for c, v in zip(self.columns["client"], values, strict=True) if np.isfinite(v)}
 
     def curve(self, place: str, target: str, metric: str) -> Curve:
-        """(rounds, values), both [n]: the metric of the model *after* each round, for "clients" their unweighted mean.
+        """(rounds, values), both [n]: the metric of the model *after* each round; for "clients" their unweighted mean.
 
-        A round's client metrics are of the model that it received, so they stand at `clients_round`.
+        In a round, clients evaluate the model that they received: `clients_round` says after which round it was made.
         """
         points: dict[int, float] = {}
         for record in self.rounds:
@@ -120,7 +120,7 @@ class RunResult:
         return np.array(ordered, dtype=np.float64), np.array([points[r] for r in ordered], dtype=np.float64)
 
     def spent(self, key: str, rounds: Floats) -> Floats:
-        """What was spent up to and including each of `rounds`, [n]: key "seconds", or "bytes", both ways together."""
+        """The cost up to and including each of `rounds`, [n]; key: "seconds", or "bytes" (up and down together)."""
         parts = ("bytes_up", "bytes_down") if key == "bytes" else (key,)
         steps = [sum(r.get(part) or 0 for part in parts) for r in self.rounds]
         total = np.concatenate([[0.0], np.cumsum(np.array(steps, dtype=np.float64))])
@@ -129,21 +129,19 @@ class RunResult:
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunResult]:
-    """All runs under the given folders, each a run or a folder of runs (`compare`, `sweep`, folds), each run once.
+    """All runs in the given folders, each once. A folder may be a run or contain runs (`compare`, `sweep`, folds).
 
     Raises UserError for a folder that is neither, and for a run folder that cannot be read.
     """
     folders: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.is_dir():
-            raise UserError(
-                f"{path}: there is no such folder. Give run folders, or a folder that compare or sweep made"
-            )
+            raise UserError(f"{path}: this folder does not exist; name a run, or a folder made by compare or sweep")
         inside = [path] if _is_run(path) else [run for child in sorted(path.iterdir()) for run in _run_or_folds(child)]
         if not inside:
             raise UserError(
-                f"{path} is not a run (it has no experiment.toml) and no folder in it is one. "
-                "Give run folders, or a folder that compare or sweep made"
+                f"{path}: neither this folder nor a folder in it has an experiment.toml, so there is no run; "
+                "name a run, or a folder made by compare or sweep"
             )
         folders.update((folder.resolve(), None) for folder in inside)
     if not folders:
@@ -152,17 +150,17 @@ def find_runs(paths: Iterable[Path]) -> list[RunResult]:
 
 
 def read_run(path: Path) -> RunResult:
-    """Read one run folder; files that a running run has not written yet count as empty.
+    """Read one run folder. Files that the run has not written yet count as empty.
 
-    Raises UserError where a file is missing that every run has, or is damaged.
+    Raises UserError if experiment.toml is missing, or if a file is damaged.
     """
     if not _is_run(path):
-        raise UserError(f"{path} is not a run folder: it has no experiment.toml")
-    # The summary is written last, so it is read first: where it is there, the other files are too.
+        raise UserError(f"{path} has no experiment.toml, so it is not a run: name a folder that `meadow run` made")
+    # The summary is written last and read first: if it exists, so do the other files.
     summary = _read_json(path / "summary.json")
     rounds = read_rounds(path / "rounds.jsonl")
     if summary and rounds and rounds[-1]["round"] > summary.get("rounds", 0):
-        summary = None  # It is of before a resume, and the run has gone on since.
+        summary = None  # It was written before a resume, and the run has continued since.
     return RunResult(
         folder=path,
         experiment=load.load(path / "experiment.toml"),
@@ -176,7 +174,7 @@ def read_run(path: Path) -> RunResult:
 
 
 def read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """The rounds in order, without a torn last line; a round that stands twice (after a resume) counts as written last.
+    """The rounds in order, without an incomplete last line; of a round written twice (after a resume) the later record.
 
     Raises UserError for a damaged line that is not the last.
     """
@@ -195,10 +193,10 @@ def read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
 
 
 def by_method(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """Method -> its runs, one a seed and fold, in this order; methods in order of appearance.
+    """Method -> its runs, one for each seed and fold, in this order; methods in order of appearance.
 
-    A method is called after `run.name`. Runs of one name with different settings are different methods, and what
-    differs joins the name; so does the folder where even that leaves two runs of one seed.
+    A method's name is `run.name`. Runs with the same name but different settings are different methods: the settings that
+    differ are added to the name, and the folder too if there are still two runs of one seed and fold.
     """
     named: dict[str, list[RunResult]] = {}
     for run in runs:
@@ -217,27 +215,27 @@ def by_method(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 
 
 def counted(runs: Sequence[RunResult]) -> Sequence[RunResult]:
-    """The runs of a method that its figures are made of: those that ended as they should, or, while none has, all.
+    """The runs of a method that count in its figures: the done and stopped ones, or all if there are none.
 
-    A seed that has only begun, or has failed half-way, would drag the others down.
+    A run that has only begun, or failed half-way, would bias the means.
     """
     return [run for run in runs if run.status in ("done", "stopped")] or runs
 
 
 def targets_of(runs: Iterable[RunResult]) -> list[str]:
-    """Every target that any of the runs learned, in the order of the experiments."""
+    """Every target that any run learned, in the order of the experiments."""
     return list(dict.fromkeys(t for run in runs for t in run.experiment.task.targets if t in run.experiment.learned))
 
 
 def primary_metric(runs: Iterable[RunResult], target: str) -> str:
-    """The metric that decides for a target: that of its kind (`meadow.tasks.metrics.PRIMARY`)."""
+    """The metric that ranks a target: that of its kind (`meadow.tasks.metrics.PRIMARY`)."""
     names = metrics_of(runs, target)
     primary = PRIMARY[kind_of(names)]
     return primary if primary in names or not names else names[0]
 
 
 def metrics_of(runs: Iterable[RunResult], target: str) -> list[str]:
-    """Every metric of a target that any of the runs has measured, in the order of a table."""
+    """Every metric of a target that any run has, in the order of a table."""
     names: set[str] = set()
     for run in runs:
         start = f"used.{target}."
@@ -255,7 +253,7 @@ def higher_is_better(metric: str) -> bool:
 
 
 def is_share(metric: str) -> bool:
-    """Whether a metric is a fraction in 0..1, which is shown in percent."""
+    """Whether a metric is a fraction in 0..1, shown in percent."""
     return metric in SHARES or metric.startswith("coverage_")
 
 
@@ -268,7 +266,7 @@ def _run_or_folds(path: Path) -> list[Path]:
 
 
 def settings_of(run: RunResult) -> dict[str, Any]:
-    """The settings that make two runs different methods: all but the seed, the fold and how the run is launched."""
+    """The settings that distinguish methods: all but the seed, the fold and those of [engine]."""
     flat = dict(load.flatten(load.to_tree(run.experiment)))
     same = ("run.seed", "evaluate.fold")
     return {key: value for key, value in flat.items() if key not in same and not key.startswith("engine.")}
@@ -282,7 +280,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise UserError(f"{path} is damaged: it is not a JSON object")
     return value
 
 

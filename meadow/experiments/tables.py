@@ -1,4 +1,4 @@
-"""A table as plain values: its columns, its cells and a note. The terminal and the page lay out the same one."""
+"""A table of the report as plain values: its columns, its cells and a note."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its text, a smaller addition behind it, and whether it is the best of its column."""
+    """One cell: its text, a smaller text after it, and whether it is the best of its column."""
 
     text: str = ""
     small: str = ""
@@ -16,7 +16,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One column. `group`: the heading above its own; neighbours of one group stand under one heading."""
+    """One column. `group`: a second heading above its own, shared by neighbours of the same group."""
 
     name: str
     group: str = ""
@@ -27,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns and rows of as many cells. `aside`: the rows that are no choices; `note`: how to read the figures."""
+    """Columns, and rows with a cell for each. `aside`: rows that are references only; `note`: how to read the figures."""
 
     id: str
     columns: Sequence[Column]
@@ -37,13 +37,13 @@ class Table:
 
     @property
     def groups(self) -> list[tuple[str, int]]:
-        """(heading, columns below it) from left to right; [] where no column has a heading above its own."""
+        """(heading, number of columns below it) from left to right; [] if no column has a group."""
         runs = itertools.groupby(column.group for column in self.columns)
         found = [(group, len(list(columns))) for group, columns in runs]
         return found if any(group for group, _ in found) else []
 
     def full(self, always: int = 1) -> "Table":
-        """The table without columns that are empty in every row; the first `always` columns stay."""
+        """The table without its empty columns; the first `always` columns stay."""
         kept = [i for i in range(len(self.columns)) if i < always or any(row[i].text for row in self.rows)]
         rows = [[row[i] for i in kept] for row in self.rows]
         return Table(self.id, [self.columns[i] for i in kept], rows, self.aside, self.note)

@@ -1,5 +1,5 @@
-"""All compiled code behind one typed face: `fused` (training), `pooling`, `sums`, `noise`. Nothing else declares C.
+"""Typed interface to all compiled code: `fused` (training), `pooling`, `sums`, `noise`.
 
-Each module loads its library when it is first asked for (`build.compiled`). Where there is none, `sums` adds by NumPy to
-the same bits; the others raise NotCompiled or answer None, and their callers have torch or NumPy.
+Each module loads its library at first use (`build.compiled`). Without a library, `sums` gives the same bits by NumPy,
+and `available` or NotCompiled tells callers of the other modules to use torch or NumPy.
 """

@@ -1,20 +1,20 @@
-"""Compiled code: the C files of this folder, built when Meadow is installed, at first use, or not at all.
+"""Compiles the C files of this folder and loads the libraries.
 
-`compiled` looks for a library that fits this processor, in turn
+`compiled` looks for a library that fits this processor
 
-1. in `built/` beside the C files: what an installation from source left there (`setup.py`, `deploy/Dockerfile`);
-2. in `~/.cache/meadow` (or `$XDG_CACHE_HOME/meadow`): what an earlier first use left there;
+1. in `built/` next to the C files, where installation from source puts it (`setup.py`, `deploy/Dockerfile`);
+2. in `~/.cache/meadow` (or `$XDG_CACHE_HOME/meadow`), where the first use puts it.
 
-and else compiles it into the second place, if there is a C compiler (`cc`, or `$CC`): GCC 12, Clang 15 or a later one. Where
-there is none, callers use NumPy or torch instead.
+Otherwise it compiles one into the cache, with `cc` or `$CC` (GCC 12, Clang 15 or later). Without a compiler, callers
+use NumPy or torch.
 
-A library's name says for which processor it was built: for exactly one kind (`native`), or for a level of x86-64 that
-many have (`portable`), which is what goes into an image. The two may differ in the last bits of `fused.c` (products and
-sums are rounded apart or together, as the processor likes it); the other files give the same bits however they are built.
+A library's name contains its target: exactly one processor (`native`), or a level of x86-64 (`portable`, for images).
+The two may differ in the last bits of `fused.c`, where the processor may fuse multiplication and addition; the other
+files give the same bits on every target.
 
-Flower lets no C file into an app bundle. Code that runs from a bundle takes the libraries of the Meadow that is installed
-beside it, or of the folder `$MEADOW_NATIVE`. They fit only if they were built from the very sources that SOURCES names: the
-code hash, which server and nodes compare, covers these hashes. `MEADOW_NATIVE=off`: no compiled code is used.
+Flower does not allow C files in an app bundle. Code that runs from a bundle loads the libraries of the installed
+Meadow, or of the folder `$MEADOW_NATIVE`. They must be built from exactly the sources in SOURCES; server and nodes
+compare a code hash that covers SOURCES. `MEADOW_NATIVE=off` turns compiled code off.
 """
 
 import ctypes
@@ -35,11 +35,11 @@ from pathlib import Path
 from meadow.native.sources import SOURCES
 
 BUILT = "built"
-"""The folder beside the C files in which an installation leaves libraries."""
+"""The folder, next to the C files, for the libraries of an installation."""
 FLAGS = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-"""None of them lets the compiler reorder sums: the order is that of the source."""
+"""None of them lets the compiler reorder sums."""
 OWN_FLAGS = {
-    # Without the two passes that move loads between the branches of a function, compiling takes a quarter of the time.
+    # Without these two passes, which move loads between branches, compiling takes a quarter of the time.
     "fused.c": ("-fno-signed-zeros", "-fno-gcse", "-fno-gcse-after-reload"),
     "noise.c": ("-ffp-contract=off",),
     "pooling.c": (),
@@ -48,12 +48,12 @@ OWN_FLAGS = {
 
 
 class NotCompiled(Exception):
-    """Why there is no compiled form of a file on this machine."""
+    """A C file has no library on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of processor: its name in a library's, the compiler's flags, and what /proc/cpuinfo must list."""
+    """A type of processor. needs: the features that /proc/cpuinfo must list."""
 
     name: str
     flags: tuple[str, ...]
@@ -69,9 +69,9 @@ PORTABLE = (
 
 
 def compiled(file: str, folders: Iterable[Path] = ()) -> ctypes.CDLL:
-    """The library of a C file. Raises NotCompiled where it cannot be had.
+    """Load the library of a C file, compiling it if necessary. Raises NotCompiled.
 
-    folders: where to look for the C file and for what was built of it; empty: here, then where Meadow is installed.
+    folders: where to look for the C file and its library; default: here, then where Meadow is installed.
     """
     if os.environ.get("MEADOW_NATIVE") == "off":
         raise NotCompiled("MEADOW_NATIVE = off")
@@ -83,7 +83,7 @@ def compiled(file: str, folders: Iterable[Path] = ()) -> ctypes.CDLL:
                 if (found := _loaded(place / library_name(file, target))) is not None:
                     return found
     if source is None:
-        raise NotCompiled(f"{file} is neither beside the code nor in an installation of the same code")
+        raise NotCompiled(f"{file} is neither next to the code nor in an installation of the same code")
     found = _loaded(build(source, cache, native()))
     if found is None:
         raise NotCompiled(f"{file} was compiled but cannot be loaded here")
@@ -115,7 +115,7 @@ def build(source: Path, folder: Path, target: Target) -> Path:
 
 
 def build_all(folder: Path, chosen: Iterable[Target]) -> list[str]:
-    """Compile all C files for all targets into a folder; returns why some could not be. Raises nothing."""
+    """Compile all C files for all targets into a folder; return the reasons of failures."""
 
     def one(job: tuple[str, Target]) -> str:
         try:
@@ -129,12 +129,12 @@ def build_all(folder: Path, chosen: Iterable[Target]) -> list[str]:
 
 
 def to_build(portable: bool) -> Sequence[Target]:
-    """What an installation compiles for: the levels of x86-64 if it is to be portable, else this processor."""
+    """The targets of an installation: levels of x86-64 if it must be portable, else this processor."""
     return PORTABLE if portable and platform.machine().lower() in ("x86_64", "amd64") else [native()]
 
 
 def targets() -> Iterator[Target]:
-    """What this processor can run, the best first."""
+    """The targets that this processor can run, best first."""
     yield native()
     have = _features()
     yield from (target for target in PORTABLE if target.needs <= have)
@@ -142,18 +142,18 @@ def targets() -> Iterator[Target]:
 
 @functools.cache
 def native() -> Target:
-    """This processor alone. Its name is a hash of what `-march=native` depends on."""
+    """This processor only. Its name is a hash of the features that `-march=native` uses."""
     return Target(f"native-{hashlib.sha256(_processor().encode()).hexdigest()[:12]}", ("-march=native",))
 
 
 def library_name(file: str, target: Target) -> str:
-    """The name of a C file's library: it changes with the source, the flags and the processor."""
+    """The file name of a library; it changes with source, flags and processor."""
     key = hashlib.sha256(repr((SOURCES[file], FLAGS, OWN_FLAGS[file], target.flags)).encode()).hexdigest()[:16]
     return f"{Path(file).stem}-{target.name}-{key}.so"
 
 
 def _loaded(library: Path) -> ctypes.CDLL | None:
-    """A library, if it is there and this system can load it (one built elsewhere may want a newer C library)."""
+    """Load a library, or return None if it does not exist or needs a newer C library."""
     try:
         return ctypes.CDLL(str(library)) if library.exists() else None
     except OSError:
@@ -161,7 +161,7 @@ def _loaded(library: Path) -> ctypes.CDLL | None:
 
 
 def _source(folder: Path, file: str) -> Path | None:
-    """The C file in a folder, if it is the one that belongs to this code."""
+    """The C file in a folder, if its hash is that in SOURCES."""
     path = folder / file
     try:
         return path if hashlib.sha256(path.read_bytes()).hexdigest() == SOURCES[file] else None
@@ -170,8 +170,7 @@ def _source(folder: Path, file: str) -> Path | None:
 
 
 def _folders() -> Iterator[Path]:
-    """Where C files and what an installation built of them may be: here, where the environment says, where Meadow is
-    installed. A library's name has the source's hash in it, so that what is found belongs to this code."""
+    """Folders that may contain C files and libraries: here, `$MEADOW_NATIVE`, and where Meadow is installed."""
     yield Path(__file__).parent
     if given := os.environ.get("MEADOW_NATIVE"):
         yield Path(given)
@@ -194,7 +193,7 @@ def _cache() -> Path:
 
 @functools.cache
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """The lines of /proc/cpuinfo that `-march=native` depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,17 +1,17 @@
-/* Local training as one function: the clients' whole mini-batch SGD on a small network, without a framework in between.
+/* Mini-batch SGD of a small network: the whole local training of a client in one function.
 
-   A network is a list of layers, a list of heads, and one flat vector of parameters (client/trainers/fused.py makes them of a
-   model). One batch of n samples goes through all layers, back, and every weight is updated in the pass that computes
-   its gradient. Layouts of what flows between layers, n samples of c x h x w:
+   A network is a list of layers, a list of heads, and one flat vector of parameters (client/trainers/fused.py makes them from
+   a model). A batch of n samples passes all layers forward and backward; each weight is updated in the pass that computes its
+   gradient. Layouts of activations, n samples of c x h x w:
 
      flat    [sample][features], rows padded with zeros to `stride` floats, a multiple of 16
-     image   [c][h][w][sample]: the samples of a pixel are neighbours, so a row of an image is one long vector that a
-             convolution shifts by n floats for a pixel, and nothing is wasted on narrow images
+     image   [c][h][w][sample]: the samples of a pixel are neighbours, so a row of an image is one long vector, which a
+             convolution shifts by n floats per pixel; narrow images waste nothing
 
-   Rows of linear weights are padded with zeros to a multiple of 16 too; they stay zeros, since what they meet is zero.
+   Rows of linear weights are also padded with zeros to a multiple of 16; the padding stays zero.
 
-   A Net belongs to one thread at a time. Layer, Head and Plan are declared a second time in meadow/native/fused.py, field by
-   field; fused_sizes lets it compare. Needs GCC 12 or Clang (__builtin_shufflevector). */
+   Only one thread may use a Net at a time. meadow/native/fused.py declares Layer, Head and Plan again; fused_sizes lets it
+   compare the sizes. Needs GCC 12 or Clang (__builtin_shufflevector). */
 
 #if !defined(__has_builtin)
 #error "needs GCC 12 or Clang"
@@ -27,7 +27,7 @@
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
-/* A function with many tiles in it, of which the compiler makes no second copy for some constant argument. */
+/* A function with many tiles, which the compiler must not clone for constant arguments. */
 #if defined(__clang__)
 #define LARGE static __attribute__((noinline))
 #else
@@ -44,11 +44,11 @@ enum { CLASS, VALUE };
 
 typedef struct {
     int64_t kind, act;
-    int64_t c, h, w;          /* of the input; a flat one has c features and h = w = 1 */
+    int64_t c, h, w;          /* of the input; flat: c features, h = w = 1 */
     int64_t oc, oh, ow;       /* of the output */
     int64_t kh, kw, ph, pw;   /* kernel and padding of CONV; window of POOL */
     int64_t groups;           /* of NORM */
-    int64_t weight, bias;     /* where they begin in the parameters; -1: none */
+    int64_t weight, bias;     /* offsets in the parameters; -1: none */
     double rate_w, rate_b;    /* 0: it does not learn */
     double eps, scale;        /* of NORM and BOUNDED */
 } Layer;
@@ -67,7 +67,7 @@ typedef struct {
 typedef struct {
     float *out, *grad, *padded, *dpadded, *flipped, *dw, *mean, *rstd;
     int32_t *arg;
-    int64_t in_row, out_row, n; /* floats a row of the padded buffers; the batch that they are laid out for */
+    int64_t in_row, out_row, n; /* floats per row of the padded buffers, and their batch size */
 } Work;
 
 typedef struct {
@@ -90,13 +90,13 @@ INLINE float sum(vec v) {
     return (b[0] + b[1]) + (b[2] + b[3]);
 }
 
-/* Interleave halves and add: of two vectors of partial sums one that has both. */
+/* Interleave halves and add: merges two vectors of partial sums. */
 INLINE vec fold(vec a, vec b) {
     return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
            __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 
-/* The sums of 16 vectors, in their order. */
+/* The sums of 16 vectors, in order. */
 INLINE vec sums(const vec *v) {
     vec a[8], b[4], c[2];
     for (int i = 0; i < 8; i++) a[i] = fold(v[2 * i], v[2 * i + 1]);
@@ -110,7 +110,7 @@ INLINE vec sums(const vec *v) {
 
 typedef struct { float rate, momentum, decay; int nesterov; } Step;
 
-/* A client's first step goes from where all clients begin (`from`) to its own parameters (`w`); then both are one. */
+/* A client's first step reads the common start (`from`) and writes its own parameters (`w`); later both are the same. */
 INLINE void step_vec(const float *from, float *w, float *m, vec g, Step s) {
     vec now = load(from);
     if (s.decay != 0) g += s.decay * now;
@@ -258,7 +258,7 @@ INLINE void update_tile(const int rows, const int wide, const float *dy, int64_t
             }
         return;
     }
-    /* Out of the registers, so that the rest is a loop: unrolled, its conditions would be half of all the code. */
+    /* Spill the registers, so that the rest is a loop: unrolled, its conditions would be half of the code. */
     float got[SIDE * SIDE * LANES];
 #pragma GCC unroll 5
     for (int q = 0; q < rows; q++)
@@ -420,7 +420,7 @@ static void conv_forward(const Layer *l, Work *k, const float *x, const float *p
         for (int64_t i = 0; i < l->oc * l->oh * ROUND(l->ow * n); i++) k->out[i] = tanhf(k->out[i]);
 }
 
-/* What the gradient of an activation's output becomes in front of it. */
+/* Turns the gradient of an activation's output into that of its input. */
 INLINE float before(float d, float out, int64_t act) {
     return act == RELU ? (out > 0 ? d : 0.0f) : act == TANH ? d * (1 - out * out) : d;
 }
@@ -460,7 +460,7 @@ static void conv_backward(const Net *net, const Layer *l, Work *k, float *dx, co
 
 /* --- pooling, normalisation, flattening --------------------------------------------------------------------------------- */
 
-/* The maximum of windows that do not overlap; of equal ones the first counts, as in torch. */
+/* The maximum of windows that do not overlap; the first of equal values wins, as in torch. */
 static void pool_forward(const Layer *l, Work *k, const float *x, int64_t n) {
     int64_t xrow = ROUND(l->w * n), yrow = ROUND(l->ow * n);
     for (int64_t c = 0; c < l->c; c++)
@@ -547,7 +547,7 @@ static void norm_backward(const Net *net, const Layer *l, Work *k, float *dx, co
                         dbias += d, dweight += d * k->padded[at];
                         one[s] += d * weight, two[s] += d * weight * k->padded[at];
                     }
-            if (dx) /* the weight is needed once more, below */
+            if (dx) /* the weight is used again below */
                 for (int64_t r = c * l->h; r < (c + 1) * l->h; r++)
                     for (int64_t i = 0; i < l->w * n; i++) dx[r * row + i] = k->grad[r * row + i] * weight;
             if (l->rate_w > 0) step_one(from + w, p + w, net->moment + w, dweight, step_of(&net->plan, l->rate_w));
@@ -638,7 +638,7 @@ static double loss(const Head *h, float *logits, const void *y, const float *wei
 
 /* --- the network ----------------------------------------------------------------------------------------------------------- */
 
-/* Room for some floats, all 0, and for five vectors behind them. Where there is no memory, NULL, and `*whole` becomes 0. */
+/* Allocate floats, all 0, with five more vectors behind them. Without memory returns NULL and sets `*whole` to 0. */
 static void *zeros(int64_t floats, int *whole) {
     size_t bytes = sizeof(float) * (size_t)ROUND(floats + 5 * LANES);
     void *p = aligned_alloc(64, bytes);
@@ -647,7 +647,7 @@ static void *zeros(int64_t floats, int *whole) {
     return p;
 }
 
-/* A copy of some bytes, at least one. Where there is no memory, NULL, and `*whole` becomes 0. */
+/* Copy bytes, at least one. Without memory returns NULL and sets `*whole` to 0. */
 static void *copy(const void *from, int64_t bytes, int *whole) {
     void *p = malloc((size_t)bytes + 1);
     if (p) memcpy(p, from, (size_t)bytes);
@@ -665,10 +665,10 @@ void fused_close(Net *net) {
     free(net->moment), free(net);
 }
 
-/* Sizes of Plan, Layer and Head, for who declares them again. */
+/* Sizes of Plan, Layer and Head, to check the declarations in Python. */
 void fused_sizes(int64_t *sizes) { sizes[0] = sizeof(Plan), sizes[1] = sizeof(Layer), sizes[2] = sizeof(Head); }
 
-/* Room for a network and for batches of up to `plan.batch` samples; NULL where there is no memory. */
+/* Allocate a network for batches of up to `plan.batch` samples; NULL without memory. */
 Net *fused_open(const Plan *plan, const Layer *layers, const Head *heads, int64_t input) {
     Net *net = calloc(1, sizeof(Net));
     if (!net) return NULL;
@@ -702,7 +702,7 @@ Net *fused_open(const Plan *plan, const Layer *layers, const Head *heads, int64_
     return net;
 }
 
-/* The rates of a round: of each layer's weight and bias, then of each head's. */
+/* Set a round's rates: weight and bias of each layer, then of each head. */
 void fused_rates(Net *net, const double *rates) {
     for (int64_t i = 0; i < net->plan.layers; i++) net->layer[i].rate_w = *rates++, net->layer[i].rate_b = *rates++;
     for (int64_t i = 0; i < net->plan.heads; i++) net->head[i].rate_w = *rates++, net->head[i].rate_b = *rates++;
@@ -719,7 +719,7 @@ static void gather(Net *net, const Layer *l, const float *x, int64_t size, const
             for (int64_t q = 0; q < l->w; q++) net->input[r * row + q * n + s] = x[index[s] * size + r * l->w + q];
 }
 
-/* One step on n samples of the client; adds n times each head's loss to `losses`. */
+/* One step on n samples; adds n times each head's loss to `losses`. */
 static void batch_step(Net *net, const float *from, float *p, const float *x, int64_t size, const void *const *y,
                        const float *const *weights, const int64_t *index, int64_t n, double *losses) {
     const Plan *plan = &net->plan;

@@ -1,4 +1,4 @@
-"""Training of a small network in one call (`fused.c`): its structures, field by field, and a network that is open."""
+"""Trains a small network in one call of `fused.c`; declares its structures."""
 
 import ctypes
 import functools
@@ -13,7 +13,7 @@ from meadow.native.build import NotCompiled, compiled
 
 KINDS = ("linear", "conv", "pool", "norm", "bounded", "flatten")
 ACTIVATIONS = ("", "relu", "tanh")
-"""Kinds of layers and activations, by their numbers in `fused.c`."""
+"""Layer types and activations, in the order of their numbers in `fused.c`."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -26,7 +26,7 @@ def _fields(integers: str, doubles: str) -> list[tuple[str, Any]]:
 
 
 class Layer(ctypes.Structure):
-    """A layer: c, h, w before and after (o), kernel and padding, and where weight and bias begin (-1: none)."""
+    """A layer: input c, h, w; output oc, oh, ow; kernel and padding; offsets of weight and bias (-1: none)."""
 
     _fields_ = _fields("kind act c h w oc oh ow kh kw ph pw groups weight bias", "rate_w rate_b eps scale")
 
@@ -38,7 +38,7 @@ class Head(ctypes.Structure):
 
 
 class Plan(ctypes.Structure):
-    """The whole network: how many layers, heads and parameters, the largest batch, and SGD's settings."""
+    """The network: numbers of layers, heads and parameters, the largest batch, and the settings of SGD."""
 
     _fields_ = (
         *_fields("layers heads parameters batch flat_input", "momentum weight_decay"),
@@ -48,7 +48,7 @@ class Plan(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled `fused.c`. Raises NotCompiled where it cannot be had."""
+    """Load `fused.c`. Raises NotCompiled."""
     found = compiled("fused.c")
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     declare = {
@@ -69,9 +69,9 @@ def library() -> ctypes.CDLL:
 
 
 class Net:
-    """A network with room for batches of up to `plan.batch` samples. One thread may use it at a time.
+    """A network for batches of up to `plan.batch` samples. Only one thread may use it at a time.
 
-    inputs: numbers of a sample. Raises MemoryError where there is no room.
+    inputs: values per sample. Raises MemoryError.
     """
 
     def __init__(self, plan: Plan, layers: Sequence[Layer], heads: Sequence[Head], inputs: int) -> None:
@@ -84,7 +84,7 @@ class Net:
         weakref.finalize(self, self._library.fused_close, self._net)
 
     def set_rates(self, rates: Sequence[float]) -> None:
-        """The learning rates of a round: of each layer's weight and bias, then of each head's."""
+        """Set a round's learning rates: weight and bias of each layer, then of each head."""
         given = np.array(rates, np.float64)
         self._library.fused_rates(self._net, given.ctypes.data)
 
@@ -101,10 +101,10 @@ class Net:
         batch: int,
         steps: int,
     ) -> list[float]:
-        """Train one client from `start`; `work` becomes what it learns. Returns each head's loss, summed over the samples.
+        """Train one client from `start` into `work`. Returns each head's loss, summed over the samples.
 
-        x, y, weights, order: addresses of float32 (samples, inputs), of each head's labels (int64) or values (float32), of
-        its class weights (None: none), and of int64 (epochs, samples), the order of the samples.
+        x, y, weights, order: addresses of the inputs, float32 (samples, inputs); of each head's labels (int64) or
+        values (float32); of its class weights (or None); and of the order of the samples, int64 (epochs, samples).
         """
         losses = np.zeros(self._heads)
         pointers = ctypes.c_void_p * self._heads

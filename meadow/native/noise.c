@@ -1,8 +1,7 @@
-/* Normal numbers from AES-128 in counter mode, bit for bit those of `meadow/privacy/noise.py`, whose account of them holds here.
+/* Normal numbers from AES-128 in counter mode, bit-identical to those of `meadow/privacy/noise.py`, which documents them.
 
-   Every operation is one that IEEE 754 defines to the last bit, none is contracted into another (-ffp-contract=off), and
-   each number has its own, in the order that stands here; so vectors of any width give the same. AES by the processor's
-   instructions, which take the same time whatever the key is. */
+   Every operation is exactly defined by IEEE 754 and none is contracted (-ffp-contract=off), so vectors of any width give the
+   same bits. The processor's AES instructions take the same time for every key. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -13,7 +12,7 @@
 #error "this processor has no instructions for AES"
 #endif
 
-#define PAIRS 128 /* numbers are drawn in groups of so many pairs, of so many radii and then as many angles */
+#define PAIRS 128 /* a group takes PAIRS radii, then PAIRS angles */
 
 #if defined(__VAES__) && defined(__AVX512F__) && defined(__AVX512BW__)
 typedef __m512i Blocks;
@@ -31,7 +30,7 @@ typedef __m128i Blocks;
 
 typedef struct {
     uint8_t keys[11][16]; /* of the cipher's rounds */
-    uint64_t high, low;   /* the counter, which is one number of 128 bits */
+    uint64_t high, low;   /* the 128-bit counter */
 } Stream;
 
 /* Round keys (FIPS 197, 5.2). */
@@ -46,7 +45,7 @@ typedef struct {
 int64_t noise_size(void) { return sizeof(Stream); }
 int64_t noise_pairs(void) { return PAIRS; }
 
-/* Start under a key (16 bytes) at a counter (16 bytes, the highest first). */
+/* Start with a key (16 bytes) and a counter (16 bytes, big-endian). */
 void noise_open(Stream *s, const uint8_t *given, const uint8_t *counter) {
     __m128i key = _mm_loadu_si128((const __m128i *)given);
     _mm_storeu_si128((__m128i *)s->keys[0], key);
@@ -115,7 +114,7 @@ static inline int32_t bits(float x) {
     return i;
 }
 
-/* A group of normal numbers, times the deviation, of a group of words. */
+/* Turn a group of words into a group of normal numbers times the deviation. */
 static void normals(const uint32_t *radii, float *restrict one, float deviation) {
     const uint32_t *angles = radii + PAIRS;
     float *other = one + PAIRS;
@@ -141,7 +140,7 @@ static void normals(const uint32_t *radii, float *restrict one, float deviation)
         y = e * 0.693359375f + y;
         float radius = sqrtf(y * -2.0f);
 
-        /* an angle in (-pi/4, pi/4) (Cephes, sinf and cosf), and by two bits more the quarter that it is turned to */
+        /* an angle in (-pi/4, pi/4) (Cephes, sinf and cosf); two more bits choose the quadrant */
         int32_t word = (int32_t)angles[i];
         float t = (float)((int32_t)(angles[i] << 2) | 2) * (float)(0x1p-33 * 3.14159265358979323846);
         float q = t * t;

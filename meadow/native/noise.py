@@ -1,4 +1,4 @@
-"""Normal numbers from AES in counter mode (`noise.c`), bit for bit those that `meadow/privacy/noise.py` makes by NumPy."""
+"""Normal numbers from AES in counter mode (`noise.c`), bit-identical to those of `meadow/privacy/noise.py`."""
 
 import ctypes
 import functools
@@ -9,11 +9,11 @@ import numpy.typing as npt
 from meadow.native.build import NotCompiled, compiled
 
 PAIRS = 2**7
-"""Numbers are drawn in groups: of 128 radii and then as many angles of the stream, 128 cosines and then as many sines."""
+"""Half a group: a group takes 128 radii, then 128 angles from the stream, and gives 128 cosines, then 128 sines."""
 
 
 class Stream:
-    """A stream under a key, from a counter on (16 bytes each, the counter's highest first). Raises NotCompiled."""
+    """A stream of a key from a counter (16 bytes each, the counter big-endian). Raises NotCompiled."""
 
     def __init__(self, key: bytes, counter: bytes) -> None:
         self._library = library()
@@ -21,17 +21,17 @@ class Stream:
         self._library.noise_open(self._state, key, counter)
 
     def uniform(self, out: npt.NDArray[np.float64]) -> None:
-        """Write the next numbers in [0, 1) to out, which lies in one piece."""
+        """Fill out, a contiguous array, with the next numbers in [0, 1)."""
         self._library.noise_uniform(self._state, out.ctypes.data, len(out))
 
     def normals(self, out: npt.NDArray[np.float32], deviation: float) -> None:
-        """Write whole groups of 2 PAIRS normal numbers times the deviation to out, which lies in one piece."""
+        """Fill whole groups of 2 PAIRS values of out, a contiguous array, with normal numbers times the deviation."""
         self._library.noise_normals(self._state, out.ctypes.data, len(out) // (2 * PAIRS), deviation)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The compiled `noise.c`. Raises NotCompiled where it cannot be had."""
+    """Load `noise.c`. Raises NotCompiled."""
     found = compiled("noise.c")
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     for name, result, arguments in (

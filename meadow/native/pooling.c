@@ -1,8 +1,8 @@
-/* Pooling of images that lie by pixels, [n][h][w][c], to the bits of torch's, which is slow on few channels: the maximum of
-   windows that do not overlap, of equal ones the first, and what is no number before all others; then ReLU, if asked for.
+/* Max pooling of channels-last images, [n][h][w][c], bit-identical to torch, which is slow on few channels. Windows do not
+   overlap; the first of equal values wins, and NaN wins over all; ReLU may follow.
 
-   A pixel's channels are taken LANES at once, however many there are: what is written too far is written again, since all
-   is written from front to back; the last pixels are taken one number at a time. */
+   LANES channels of a pixel are processed at once, even if it has fewer: later writes, from front to back, overwrite the
+   excess. The last pixels are processed value by value. */
 
 #include <stdint.h>
 #include <string.h>
@@ -13,7 +13,7 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* -> out[n][oh][ow][c], and at which place of its window the maximum was; -1 where ReLU lets no gradient through. */
+/* Writes out[n][oh][ow][c], and the maximum's position in its window; -1 where ReLU blocks the gradient. */
 INLINE void forward(const float *x, float *out, int32_t *place, int64_t n, int64_t h, int64_t w, int64_t c, int64_t oh,
                     int64_t ow, int64_t kh, int64_t kw, int64_t relu) {
     const float *end = x + n * h * w * c, *full = out + n * oh * ow * c;
@@ -62,7 +62,7 @@ INLINE void backward(const float *d, const int32_t *place, float *dx, int64_t n,
     const float *end = d + n * oh * ow * c;
     for (int64_t i = 0; i < n; i++, d += oh * ow * c, place += oh * ow * c)
         for (int64_t y = 0; y < h; y++, dx += w * c) {
-            if (y / kh >= oh) { /* no window has it */
+            if (y / kh >= oh) { /* outside all windows */
                 memset(dx, 0, sizeof(float) * w * c);
                 continue;
             }

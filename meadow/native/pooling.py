@@ -1,4 +1,4 @@
-"""Maximum pooling of images that lie by pixels (`pooling.c`), forward and back, to the bits of torch's."""
+"""Max pooling of channels-last images (`pooling.c`), forward and backward, bit-identical to torch."""
 
 import ctypes
 import functools
@@ -10,26 +10,27 @@ from meadow.native.build import NotCompiled, compiled
 
 
 def pool_forward(x: Tensor, out: Tensor, places: Tensor, sizes: Sequence[int], relu: bool) -> None:
-    """Write the maximum of each window of x, after ReLU if asked for, to out, and its place in the window to places (int32).
+    """Write the maximum of each window of x to out, with ReLU if `relu`, and its position in the window to places
+    (int32).
 
-    x: float32 (n, h, w, c) in memory; out, places: (n, oh, ow, c). sizes: h, w, c, oh, ow and the window's height and width.
+    x: float32 (n, h, w, c); out, places: (n, oh, ow, c). sizes: h, w, c, oh, ow and the window's height and width.
     """
     _found().pool_forward(x.data_ptr(), out.data_ptr(), places.data_ptr(), len(x), *sizes, relu)
 
 
 def pool_backward(back: Tensor, places: Tensor, found: Tensor, sizes: Sequence[int]) -> None:
-    """Write to `found` (n, h, w, c) the gradient by what went in, from `back` (n, oh, ow, c), that by what came out."""
+    """Write the gradient of the input to `found` (n, h, w, c), from `back`, that of the output (n, oh, ow, c)."""
     _found().pool_backward(back.data_ptr(), places.data_ptr(), found.data_ptr(), len(back), *sizes)
 
 
 def available() -> bool:
-    """Whether `pooling.c` can be had here."""
+    """Whether `pooling.c` can be used here."""
     return library() is not None
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled `pooling.c`, None where it cannot be had."""
+    """Load `pooling.c`, or return None."""
     try:
         found = compiled("pooling.c")
     except NotCompiled:

@@ -1,11 +1,11 @@
-/* The sum of what clients have become, bit for bit that of `meadow/native/sums.py`, whose account of it holds here: each product and
-   each sum is rounded by itself (-ffp-contract=off), in the clients' order. */
+/* Weighted sum of trained models, bit-identical to the NumPy code in `sums.py`: each product and each sum is rounded
+   separately (-ffp-contract=off), in the clients' order. */
 
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
 
-enum { AT_ONCE = 2048 }; /* numbers of the sum that stay in the first cache while all clients are added to them */
+enum { AT_ONCE = 2048 }; /* values of the sum that stay in the L1 cache while all clients are added */
 
 int add_up(double *restrict total, const float *const *works, const double *weights, int64_t clients, int64_t begin,
            int64_t end, int first) {

@@ -1,7 +1,7 @@
-"""Adding up what the clients of a block have become, several in one pass: a sum in float64 is twice as long as a client.
+"""Adds the trained models of a block to its float64 sum, several in one pass to save memory traffic.
 
-By compiled code (`sums.c`) where there is a compiler, else by NumPy, to the same bits: each client's numbers in
-float64 times its weight, added in the clients' order (`meadow.arrays.sums.weighted_sum`).
+Compiled code (`sums.c`) and NumPy give the same bits: each model in float64 times its weight, added in the clients'
+order (`meadow.arrays.sums.weighted_sum`).
 """
 
 import ctypes
@@ -15,12 +15,12 @@ import numpy.typing as npt
 from meadow.native.build import NotCompiled, compiled
 
 AT_ONCE = 2**15
-"""Numbers that NumPy adds up at once: what is between stays in a core's cache."""
+"""Values that NumPy adds at once, so that intermediate results stay in the cache."""
 
 
 def together(size: int) -> int:
-    """How many trained clients of so many numbers wait to be added up in one pass, so that the sum is read and written once
-    for all of them: as many as a cache holds; of a larger model five, if 64 MiB hold them."""
+    """How many trained models of `size` parameters to buffer before adding them to the sum: as many as fit into a
+    cache; of a larger model five, if they fit into 64 MiB."""
     return max(2**20 // size, min(5, 2**24 // size), 1)
 
 
@@ -32,10 +32,11 @@ def add_up(
     first: bool,
     native: bool = True,
 ) -> bool:
-    """total += each weight times that work, in order, or begins so; whether all numbers of the works are finite.
+    """Add each weight times its work to `total`, in order; with `first`, overwrite it. Returns whether all works are
+    finite.
 
-    total, works: of one length, in which the arrays begin at `begins`, ascending from 0. weights: of each work, by array.
-    native: by compiled code, where there is any; the bits are the same.
+    total, works: flat arrays of one length. begins: the offset of each named array, ascending from 0. weights: of each
+    work, by name. native: use compiled code if available; the bits are the same.
     """
     library, count, finite = _library() if native else None, len(works), True
     places = (ctypes.c_void_p * count)(*(work.ctypes.data for work in works))
@@ -51,7 +52,7 @@ def add_up(
 def _stretches(
     weights: Sequence[Mapping[str, float]], begins: Mapping[str, int], size: int
 ) -> Iterator[tuple[int, int, list[float]]]:
-    """Neighbouring arrays in which each work has one weight: where they begin and end, and these weights."""
+    """Ranges of neighbouring arrays with the same weights: begin, end, and the weight of each work."""
     found = [
         (begins[next(names)], given)
         for given, names in groupby(begins, key=lambda name: [each[name] for each in weights])
@@ -82,13 +83,13 @@ def _by_numpy(
 
 
 def available() -> bool:
-    """Whether `sums.c` can be had here."""
+    """Whether `sums.c` can be used here."""
     return _library() is not None
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled `sums.c`, where it can be had."""
+    """Load `sums.c`, or return None."""
     try:
         found = compiled("sums.c")
     except NotCompiled:

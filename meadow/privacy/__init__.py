@@ -1,1 +1,1 @@
-"""What privacy costs. So far: accounting, that is epsilon of a history of sampled Gaussian mechanisms."""
+"""Differential privacy: mechanisms, accounting, ledgers, declared releases, and the statistics of an audit."""

@@ -1,13 +1,12 @@
-"""Epsilon of everything a client has released: the composition of Poisson-sampled Gaussian mechanisms.
+"""Compute epsilon of everything that a client released: the composition of Poisson-sampled Gaussian mechanisms.
 
-PLD (privacy loss distributions, Koskela et al. 2020; dp-accounting) is the default, because it is the tightest. RDP
-(Mironov 2017, Mironov et al. 2019) and PRV (Gopi et al. 2021) are Opacus's, for comparison with published figures. The
-GDP approximation (Bu et al. 2020) is refused: it is an asymptotic statement, and gives 1.62 where the truth is 2.85.
+PLD (privacy loss distributions, Koskela et al. 2020; dp-accounting) is the default and the tightest accountant. RDP
+(Mironov 2017, Mironov et al. 2019) and PRV (Gopi et al. 2021) come from Opacus, for comparison with published figures. The
+GDP approximation (Bu et al. 2020) is refused: it holds only asymptotically, and gives 1.62 where the truth is 2.85.
 
-Three units are accounted. An example of a client: every step of DP-SGD is a part of a history. A whole client: every
-round is a step, with the cohort drawn by Poisson sampling (`client_guarantee`), or with a fixed size
-(`fixed_cohort_guarantee`). A client against the server itself: every update that it sends (`local_guarantee`). An
-epsilon that is shown to a person is a `Guarantee`, which says what it is the epsilon of.
+There are three units. An example of a client: the history has every step of DP-SGD. A whole client: each round is a step,
+with a Poisson cohort (`client_guarantee`) or a cohort of a fixed size (`fixed_cohort_guarantee`). A client against the
+server: the history has every update that it sends (`local_guarantee`). A `Guarantee` is an epsilon with its meaning.
 """
 
 import functools
@@ -19,19 +18,18 @@ from typing import Any
 from meadow.runtime.errors import UserError
 
 History = Sequence[tuple[float, float, int]]
-"""(sample rate q, noise multiplier sigma, steps) of each part, in any order; parts may differ."""
+"""Parts (sample rate q, noise multiplier sigma, steps), in any order."""
 
 ACCOUNTANTS = ("pld", "rdp", "prv")
-UNITS = ("example", "client", "local")
 
 _DISCRETISATION = 1e-4
 _CLOSE = 0.005
-"""Calibration ends when epsilon is at most the target and no more than this share of it below."""
+"""Calibration stops when epsilon is at most the target, and below it by no more than this share."""
 
 
 @dataclass(frozen=True)
 class Guarantee:
-    """An epsilon with all that it means nothing without. `str()` of it is how an epsilon is shown to a person."""
+    """An epsilon with its delta, unit, adjacency and accountant; `str()` shows all of them to the user."""
 
     epsilon: float
     delta: float
@@ -47,30 +45,30 @@ class Guarantee:
 
 
 def example_guarantee(history: History, delta: float, accountant: str = "pld") -> Guarantee:
-    """What one client's DP-SGD history guarantees to each of its examples. Errors as `epsilon`."""
+    """The guarantee of a client's DP-SGD history to each of its examples. Raises as `epsilon`."""
     return Guarantee(
         epsilon(history, delta, accountant), delta, "one example of a client", "add or remove one", accountant
     )
 
 
 def client_guarantee(history: History, delta: float, accountant: str = "pld") -> Guarantee:
-    """What rounds with Poisson cohorts guarantee to each client, against whoever sees the released models.
+    """The guarantee of rounds with Poisson cohorts to each client, against anyone who sees the released models.
 
-    Each part: every client took part with probability q on its own, updates were clipped to norm C, their sum got noise
-    of standard deviation z C once, and was divided by a constant, in so many rounds. q = 1 is a cohort of everyone.
+    In each round of a part every client took part independently with probability q (1: everyone), updates were clipped to
+    norm C, and their sum got Gaussian noise of standard deviation z C once and was divided by a constant.
     """
     return Guarantee(epsilon(history, delta, accountant), delta, "one client", "add or remove one", accountant)
 
 
 def fixed_cohort_guarantee(history: Sequence[tuple[int, int, float, int]], delta: float) -> Guarantee:
-    """The same for cohorts of a fixed size: (clients, cohort size, noise multiplier z, rounds) of each part.
+    """The guarantee for cohorts of a fixed size. Parts: (clients, cohort size, noise multiplier z, rounds).
 
-    Adding or removing a client would change the size, so the adjacency is to replace one, whose sensitivity is 2 C: the
-    Gaussian's multiplier is z / 2. Sampling without replacement is accounted by RDP (Wang, Balle and Kasiviswanathan
-    2019, theorem 27), for which alone there is a bound. It costs far more than Poisson sampling, and that is the truth
-    of it: 83.9 in place of 7.05 for 1,000 clients, 100 a round, z = 1, 100 rounds, delta = 1e-5.
+    Adding or removing a client would change the size, so the adjacency is replacing one. Its sensitivity is 2 C, so the
+    Gaussian's multiplier is z / 2. RDP accounts for sampling without replacement (Wang, Balle and Kasiviswanathan 2019,
+    theorem 27); it is the only accountant with such a bound. The cost is far above that of Poisson sampling: 83.9 instead
+    of 7.05 for 1,000 clients, 100 a round, z = 1, 100 rounds, delta = 1e-5.
 
-    Raises ValueError that names the value for 0 clients, a cohort larger than the population, and as `epsilon`.
+    Raises ValueError that names the value for 0 clients or a cohort larger than the population, and as `epsilon`.
     """
     for population, cohort, _, _ in history:
         if not 0 <= cohort <= population or population < 1:
@@ -93,10 +91,11 @@ def fixed_cohort_guarantee(history: Sequence[tuple[int, int, float, int]], delta
 
 
 def local_guarantee(history: Sequence[tuple[float, int]], delta: float, accountant: str = "pld") -> Guarantee:
-    """What a client's noised updates guarantee it against the server itself: (noise multiplier z, updates) of each part.
+    """The guarantee of a client's noised updates against the server. Parts: (noise multiplier z, updates).
 
-    Each update was clipped to norm C and got noise of standard deviation z C before it left. Two data sets of one client
-    can differ in everything, so an update can move by 2 C. The server sees who takes part: no sampling is credited.
+    Each update was clipped to norm C and got noise of standard deviation z C before it left. Neighbouring data sets of a
+    client may differ in every example, so an update can move by 2 C. The server knows who takes part, so sampling does
+    not reduce the cost.
     """
     value = epsilon([(1.0, z / 2, updates) for z, updates in history], delta, accountant)
     return Guarantee(value, delta, "one client, against the server", "replace all of a client's data", accountant)
@@ -105,10 +104,10 @@ def local_guarantee(history: Sequence[tuple[float, int]], delta: float, accounta
 def epsilon(history: History, delta: float, accountant: str = "pld") -> float:
     """The smallest epsilon for which the history is (epsilon, delta)-differentially private, by the given accountant.
 
-    Adjacency: add or remove one record. Each step takes every record with probability q on its own (Poisson sampling),
-    adds up contributions of norm at most C, and adds Gaussian noise of standard deviation sigma C; q = 1 takes all.
-    Shuffled batches are something else, and are not accounted by this. An empty history, or one without steps, costs 0;
-    sigma = 0 costs infinity. Do not call it once a round and add up: give it the whole history, which composes tighter.
+    Adjacency: add or remove one record. Each step takes every record independently with probability q (Poisson sampling),
+    sums contributions of norm at most C, and adds Gaussian noise of standard deviation sigma C. Shuffled batches are not
+    covered. A history without steps costs 0; sigma = 0 costs infinity. Pass the whole history: its epsilon is smaller than
+    the sum of its parts' epsilons.
 
     Raises ValueError that names the value if q is not in [0, 1], sigma is negative, steps is not a whole number of at
     least 0, delta is not in (0, 1), or the accountant is unknown.
@@ -129,11 +128,11 @@ def noise_multiplier(
     accountant: str = "pld",
     spent: History = (),
 ) -> float:
-    """The smallest noise multiplier with which `spent` and then `steps` more steps stay within the target.
+    """The smallest noise multiplier with which `spent` and `steps` more steps stay within the target.
 
-    The epsilon of both together is at most the target and at least 0.995 of it. `steps` is what the sampler will make
-    in the whole run, not in one round. Raises UserError if `spent` alone leaves nothing, and ValueError that names the
-    value if the target is not positive, or there is nothing to calibrate (no steps, a rate of 0), and as `epsilon`.
+    The total epsilon is at most the target and at least 0.995 of it. `steps` is the number of steps in the whole run, not
+    in one round. Raises UserError if `spent` alone leaves nothing. Raises ValueError that names the value if the target is
+    not positive or there are no steps or a rate of 0, and as `epsilon`.
     """
     if not 0 < target_epsilon < math.inf:
         raise ValueError(f"Expected 0 < target_epsilon={target_epsilon} < infinity.")
@@ -143,14 +142,14 @@ def noise_multiplier(
     if before >= target_epsilon:
         raise UserError(
             f"privacy.epsilon = {target_epsilon:g}: {before:.4g} of it is spent already (delta = {delta:g}, accountant: "
-            f"{accountant}), so no noise is enough: raise the budget, or let the client stay out"
+            f"{accountant}), so no noise is enough: raise the budget, or leave the client out"
         )
 
     def total(sigma: float) -> float:
         return epsilon([*spent, (sample_rate, sigma, steps)], delta, accountant)
 
-    # RDP is cheap and an upper bound, so where it reaches the target its answer is enough and close. The cost of PLD
-    # grows with epsilon: never ask it far above the target.
+    # RDP is cheap and an upper bound, so its answer is a close start for the search. PLD becomes slow as epsilon grows, so
+    # it is never called far above the target.
     high = 1.0
     if epsilon(spent, delta, "rdp") < target_epsilon:
         while (cost := epsilon([*spent, (sample_rate, high, steps)], delta, "rdp")) > target_epsilon and high < 100:
@@ -160,7 +159,7 @@ def noise_multiplier(
         if high > 1e9:
             raise UserError(
                 f"privacy.epsilon = {target_epsilon:g}: {before:.4g} of it is spent already, and what is left is too "
-                "little for any noise: raise the budget, or let the client stay out"
+                "little for any noise: raise the budget, or leave the client out"
             )
     low, at_low = high, at_high
     while at_low <= target_epsilon:
@@ -181,31 +180,8 @@ def noise_multiplier(
     return high
 
 
-def steps_within(
-    target_epsilon: float, delta: float, sample_rate: float, noise: float, accountant: str = "pld", spent: History = ()
-) -> int:
-    """How many more steps of (sample_rate, noise) fit into the target after `spent`; 0 if none does, at most 10^9."""
-    if sample_rate == 0:
-        raise ValueError(f"Expected sample_rate={sample_rate} > 0: nothing is released.")
-
-    def fits(steps: int) -> bool:
-        return epsilon([*spent, (sample_rate, noise, steps)], delta, accountant) <= target_epsilon
-
-    if not fits(0):
-        return 0
-    low, high = 0, 1
-    while fits(high):
-        if high >= 10**9:
-            return 10**9
-        low, high = high, high * 4
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def _checked(history: History, delta: float, accountant: str) -> tuple[tuple[float, float, int], ...]:
-    """The history with equal mechanisms put together, so that it costs the same however it is written down."""
+    """The valid history with equal mechanisms merged, so that the order and the splitting of parts change nothing."""
     if accountant == "gdp":
         raise ValueError(
             'Expected accountant="pld", "rdp" or "prv", not "gdp": the GDP approximation underestimates epsilon'
@@ -229,22 +205,22 @@ def _checked(history: History, delta: float, accountant: str) -> tuple[tuple[flo
     return tuple((rate, sigma, steps) for (rate, sigma), steps in sorted(together.items()))
 
 
-@functools.lru_cache(maxsize=4096)  # all clients with the same past ask for the same number
+@functools.lru_cache(maxsize=4096)  # many clients share a history
 def _epsilon(parts: tuple[tuple[float, float, int], ...], delta: float, accountant: str) -> float:
     return _pld(parts, delta) if accountant == "pld" else _opacus(parts, delta, accountant)
 
 
 def _pld(parts: Sequence[tuple[float, float, int]], delta: float) -> float:
-    # n Gaussian mechanisms without sampling are one of sigma / sqrt(n).
+    # Without sampling, n Gaussian mechanisms equal one with sigma / sqrt(n).
     each = (_step(q, s).self_compose(n) if q < 1 else _step(1.0, s / math.sqrt(n)) for q, s, n in parts)
     composed = functools.reduce(lambda a, b: a.compose(b), each)
     return float(composed.get_epsilon_for_delta(delta))
 
 
-@functools.lru_cache(maxsize=32)  # making it takes longer than composing it
+@functools.lru_cache(maxsize=32)  # to compute it takes longer than to compose it
 def _step(rate: float, sigma: float) -> Any:
     """The privacy loss distribution of one step, by connecting the dots (Doroshenko et al. 2022): an upper bound."""
-    from dp_accounting.pld import privacy_loss_distribution as pld  # takes seconds to import: only who accounts pays
+    from dp_accounting.pld import privacy_loss_distribution as pld  # takes seconds to import
 
     return pld.from_gaussian_mechanism(
         sigma, sampling_prob=rate, value_discretization_interval=_DISCRETISATION, use_connect_dots=True

@@ -1,14 +1,14 @@
-"""Client-level DP: what one client's whole presence in a run changes is hidden, by clipping its updates and one noise.
+"""Client-level DP: hide a client's whole participation by clipping updates and adding noise once to their sum.
 
 DP-FedAvg (McMahan et al. 2018, algorithm 1, with the fixed-denominator estimator): w + (sum of clipped updates + noise) /
-denominator. All clients weigh the same, because a weight by samples would make one client's part larger than the clip;
-the denominator is a constant, because the number of replies is private under Poisson sampling. The server adds the
-noise, so the server sees the clipped updates as they are: this protects against whoever sees the models, not against
-the server. Local DP (`noised`) lets each client add the noise itself.
+denominator. All clients weigh the same, because a weight by samples could make a client's contribution larger than the
+clip. The denominator is a constant, because the number of replies is private under Poisson sampling. The server adds the
+noise and sees the clipped updates, so this protects against those who see the models, not against the server. In local DP
+(`noised`) each client adds the noise itself.
 
-Adaptive clipping (Andrew et al. 2021, arXiv:1905.03871) moves the clip towards a quantile of the updates' norms, which
-it learns from a noised count. The count costs privacy too: `update_noise` says how much more noise the updates then
-need, so that both together cost what `noise_multiplier` alone says.
+Adaptive clipping (Andrew et al. 2021, arXiv:1905.03871) moves the clip towards a quantile of the updates' norms, estimated
+from a noised count. The count costs privacy too: `update_noise` raises the updates' noise so that both together cost as
+much as `noise_multiplier`.
 """
 
 import math
@@ -27,14 +27,14 @@ _ROUNDING = 1 + 1e-6
 
 @dataclass(frozen=True)
 class Clipped:
-    """A client's update whose norm is at most the clip, float64; and 1 if it was so before (the adaptive clip's bit)."""
+    """A client's update, float64, of norm at most the clip. within: 1 if it was not shortened, else 0."""
 
     update: dict[str, npt.NDArray[np.float64]]
     within: int
 
 
 def norm(update: Mapping[str, npt.NDArray[Any]]) -> float:
-    """The Euclidean norm over all arrays together, in float64 and scaled, so that it never over- or underflows."""
+    """The Euclidean norm over all arrays, in float64 and scaled so that it cannot over- or underflow."""
     largest = max((float(np.abs(a.astype(np.float64)).max()) for a in update.values() if a.size), default=0.0)
     if largest == 0 or not math.isfinite(largest):
         return largest
@@ -43,11 +43,11 @@ def norm(update: Mapping[str, npt.NDArray[Any]]) -> float:
 
 
 def clip(sent: Arrays, trained: Arrays, bound: float) -> Clipped:
-    """The update trained - sent, over all names of `sent`, scaled to norm `bound` if it is longer.
+    """The update trained - sent, over all names of `sent`, shortened to norm `bound` if it is longer.
 
-    An update with a value that is not finite counts as zero and as not within: it must not be left out of a count that is
-    public, nor pass the clip. A name that a client did not train counts as zero. Raises ValueError if bound is not
-    positive and finite, a shape differs, or there is a name that was not sent.
+    An update that is not finite becomes zero and not within: the client must stay in the public count. A name that the
+    client did not train is zero. Raises ValueError if bound is not positive and finite, a shape differs, or `trained` has
+    a name that was not sent.
     """
     if not 0 < bound < math.inf:
         raise ValueError(f"Expected 0 < clip={bound} < infinity.")
@@ -81,12 +81,10 @@ def combine(
 ) -> Arrays:
     """The next model: sent + (sum of the clipped updates + noise of deviation noise_multiplier * bound) / denominator.
 
-    `updates` may be none at all: the model then moves by noise, as the mechanism says. `denominator` is a constant of
-    the experiment (the expected cohort), never the number of replies. The noise is drawn once, in the order of the names,
-    because a resumed server may hold its arrays in another order.
-    Sums are float64; the result has the dtypes of `sent`. An update that travelled as float32 may be longer than the
-    bound by rounding; it is shortened. Raises ValueError for a denominator that is not positive, and
-    for an update longer than the bound, whatever its sender says.
+    Without updates the model moves by noise alone. `denominator` is a constant of the experiment (the expected cohort),
+    never the number of replies. The noise is drawn in the order of the names, because a resumed server may have its arrays
+    in another order. Sums are float64; the result has the dtypes of `sent`. An update that exceeds the bound by float32
+    rounding is shortened. Raises ValueError for a longer one, and for a denominator that is not positive.
     """
     if not 0 < denominator < math.inf:
         raise ValueError(f"Expected 0 < denominator={denominator} < infinity.")
@@ -107,10 +105,9 @@ def combine(
 def noised(
     update: Mapping[str, npt.NDArray[np.float64]], bound: float, noise_multiplier: float, generator: np.random.Generator
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Local DP: a clipped update with noise of deviation noise_multiplier * bound, drawn by the client before it leaves.
+    """Local DP: a clipped update plus noise of deviation noise_multiplier * bound, drawn in the order of the names.
 
-    It is not clipped again by the server: what a client has noised is longer than the bound. The noise is drawn in the
-    order of the names.
+    The client adds it before the update leaves. The server does not clip the result, which is longer than the bound.
     """
     return {
         name: value + generator.normal(0.0, noise_multiplier * bound, value.shape)
@@ -122,8 +119,8 @@ def noised(
 class AdaptiveClip:
     """The constants of adaptive clipping, and the clip of the first round.
 
-    quantile (gamma): the share of updates that shall be within the clip. rate (eta): how fast it moves. count_noise
-    (sigma_b): standard deviation of the noise on the count of updates within.
+    quantile (gamma): the target share of updates within the clip. rate (eta): how fast the clip moves. count_noise
+    (sigma_b): standard deviation of the noise on the count of updates within the clip.
     """
 
     first: float
@@ -147,20 +144,19 @@ def next_clip(
 ) -> float:
     """The clip of the next round: bound * exp(-rate (b - quantile)), b the noised share of updates within the clip.
 
-    If fewer are within than shall be, b < quantile and the clip grows. The bits are sent as bit - 1/2, so that a client
-    moves the count by 1/2 at most (Andrew et al. 2021, section 2.2), and divided by the constant denominator.
+    If b < quantile, the clip grows. Each bit counts as bit - 1/2, so that a client moves the count by at most 1/2 (Andrew
+    et al. 2021, section 2.2); the count is divided by the constant denominator.
     """
-    count = sum(bit - 0.5 for bit in within) + (
-        generator.normal(0.0, plan.count_noise) if plan.count_noise > 0 else 0.0
-    )
+    noise = generator.normal(0.0, plan.count_noise) if plan.count_noise > 0 else 0.0
+    count = sum(bit - 0.5 for bit in within) + noise
     return bound * math.exp(-plan.rate * (count / denominator + 0.5 - plan.quantile))
 
 
 def update_noise(noise_multiplier: float, count_noise: float) -> float:
-    """The updates' noise multiplier with which updates and count together cost `noise_multiplier`.
+    """The updates' noise multiplier with which updates and count together cost as much as `noise_multiplier`.
 
-    z_delta = (z^-2 - (2 sigma_b)^-2)^(-1/2), theorem 1 of Andrew et al. 2021. Raises UserError where the count alone
-    costs as much or more: its noise is too small.
+    z_delta = (z^-2 - (2 sigma_b)^-2)^(-1/2), theorem 1 of Andrew et al. 2021. Raises UserError if the count alone costs as
+    much or more.
     """
     if noise_multiplier == 0:
         return 0.0
@@ -173,10 +169,10 @@ def update_noise(noise_multiplier: float, count_noise: float) -> float:
 
 
 def refuse_small_cohort(expected: float, plan: AdaptiveClip) -> None:
-    """Raise UserError if the cohort is too small for the clip's own noise.
+    """Raise UserError if the cohort is too small for the noise on the count.
 
-    The share b has a deviation of count_noise / expected, and a round moves the clip's logarithm by rate * b. Beyond
-    0.2, the clip would wander by chance alone: with rate 0.2, by 4% a round, which the quantile cannot hold.
+    The share b has a deviation of count_noise / expected, and a round moves the clip's logarithm by rate * b. With a
+    deviation above 0.2 and rate 0.2, chance alone moves the clip by more than 4% a round.
     """
     if expected <= 0 or plan.count_noise / expected > 0.2:
         raise UserError(

@@ -1,12 +1,11 @@
 """Secret random numbers, fast: the stream of a block cipher under a key that only the owner of the data has.
 
-A generator of torch keeps 32 bits of its seed, so that whoever sees a release could try all seeds and take the noise out
-again. Here a key has 128 bits and a starting point as many, and AES in counter mode (NIST SP 800-38A) makes of them a
-stream that nobody tells from chance who lacks the key.
+torch's generators keep 32 bits of a seed, so anyone who sees a release could try all seeds and remove the noise. Here AES in
+counter mode (NIST SP 800-38A), with a 128-bit key and a 128-bit start, makes a stream that looks random without the key.
 
-The numbers are a function of the seed alone: what makes them of the stream uses only operations that IEEE 754 defines to
-the last bit (no library's logarithm, which differs between processors). `noise.c` is the same sums in C, some eight
-times as fast; where there is no compiler, or the processor has no instructions for AES, NumPy gives the same bits.
+The numbers depend on the seed alone: they are computed only by operations that IEEE 754 defines to the last bit (no
+library's logarithm, which differs between processors). `noise.c` computes the same in C, about eight times as fast;
+without a compiler, or AES instructions in the processor, NumPy gives the same bits.
 """
 
 import math
@@ -27,8 +26,7 @@ Words = npt.NDArray[np.uint32]
 
 _GROUP = 2 * PAIRS
 _AT_ONCE = 2**7
-"""Groups that NumPy makes at once: its share of a call is small then, and what is computed on the way stays in the
-processor's second cache."""
+"""Groups that NumPy computes at once: enough to hide the cost of a call, few enough for the second-level cache."""
 _ZEROS = bytes(4 * _GROUP * _AT_ONCE)
 
 _LOGARITHM = [np.float32(c) for c in (
@@ -37,9 +35,9 @@ _LOGARITHM = [np.float32(c) for c in (
 )]  # fmt: skip
 _COSINE = [np.float32(c) for c in (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2, -0.5, 1.0)]
 _SINE = [np.float32(c) for c in (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)]
-"""Polynomials of Cephes (Moshier; logf, sinf, cosf), the highest power first; they err by a unit of the last place."""
+"""Polynomials of Cephes (Moshier; logf, sinf, cosf), highest power first, with an error of a unit in the last place."""
 _LN2 = np.float32(0.693359375), np.float32(-2.12194440e-4)
-"""The logarithm of 2 in two parts; the first has few bits, so that its multiples are exact."""
+"""The logarithm of 2 in two parts; the first has few bits, so its multiples are exact."""
 _ROOT_HALF = 0x3F3504F3
 """The bits of the square root of 1/2."""
 
@@ -48,7 +46,7 @@ class Stream:
     """A stream of random numbers from a seed of up to 256 bits, the same on every machine and in every process."""
 
     def __init__(self, seed: int, native: bool = True) -> None:
-        """native: by compiled code, where there is any; the bits are the same."""
+        """native: use compiled code if available; the bits are the same."""
         whole = seed.to_bytes(32, "little")
         self._native: native_noise.Stream | None = None
         if native:
@@ -56,7 +54,7 @@ class Stream:
                 self._native = native_noise.Stream(whole[:16], whole[16:])
         if self._native is None:
             self._cipher: CipherContext = Cipher(algorithms.AES(whole[:16]), modes.CTR(whole[16:])).encryptor()
-            self._bytes = bytearray(len(_ZEROS) + 15)  # 15: what `update_into` wants
+            self._bytes = bytearray(len(_ZEROS) + 15)  # `update_into` needs 15 more
 
     def uniform(self, n: int) -> Tensor:
         """n numbers, float64 (n,), uniform over the multiples of 2^-53 in [0, 1)."""
@@ -69,15 +67,15 @@ class Stream:
         return torch.from_numpy((words >> np.uint64(11)) * 2.0**-53)
 
     def normal(self, n: int) -> Tensor:
-        """n independent standard normal numbers, float32 (n,): see `fill`."""
+        """n independent standard normal numbers, float32 (n,); see `fill`."""
         result = torch.empty(n)
         self.fill(result.numpy())
         return result
 
     def fill(self, out: Floats, deviation: float = 1.0) -> None:
-        """Write independent normal numbers of mean 0, at most 6.8 deviations from it (Box and Muller 1958), to all of out,
-        which lies in one piece."""
-        # What is left of the last group is not kept: the next call would write across the borders of the caches' lines.
+        """Fill out, float32 and contiguous, with independent normal numbers of mean 0 (Box and Muller 1958), at most 6.8
+        deviations from it."""
+        # The rest of the last group is discarded: else the next call's writes would cross cache lines.
         whole = len(out) // _GROUP * _GROUP
         self._make(out[:whole], deviation)
         if whole < len(out):
@@ -86,7 +84,7 @@ class Stream:
             out[whole:] = rest[: len(out) - whole]
 
     def _make(self, out: Floats, deviation: float) -> None:
-        """Write whole groups of normals."""
+        """Write whole groups of normal numbers."""
         if out.dtype != np.float32 or not out.flags.c_contiguous:
             raise TypeError(f"out has dtype {out.dtype} and strides {out.strides}: float32 in one piece is needed")
         if self._native is not None:
@@ -97,13 +95,13 @@ class Stream:
             size = self._cipher.update_into(_ZEROS[: some.nbytes], self._bytes)
             words = np.frombuffer(self._bytes, "<u4", size // 4).reshape(some.shape)
             radius = _radius(words[:, 0])
-            for place, side in enumerate(_turned(words[:, 1])):
+            for place, side in enumerate(_cosine_and_sine(words[:, 1])):
                 np.multiply(radius, side, out=some[:, place])
             some *= np.float32(deviation)
 
 
 def _radius(words: Words) -> Floats:
-    """sqrt(-2 ln u), u in (0, 1] in steps of 2^-32: float32 keeps them near 0, where they make the tails."""
+    """sqrt(-2 ln u), u in (0, 1] in steps of 2^-32; float32 keeps these steps near 0, which makes the tails."""
     u = words.astype(np.float32)
     u *= np.float32(2.0**-32)
     u += np.float32(2.0**-33)
@@ -129,9 +127,9 @@ def _radius(words: Words) -> Floats:
     return np.sqrt(y, out=y)
 
 
-def _turned(words: Words) -> tuple[Floats, Floats]:
-    """Cosine and sine of a uniform angle: 30 bits say which between -pi/4 and pi/4 (neither those nor 0), the highest
-    whether it is mirrored at the second axis, the next whether at the diagonal."""
+def _cosine_and_sine(words: Words) -> tuple[Floats, Floats]:
+    """Cosine and sine of a uniform angle. 30 bits give an angle in (-pi/4, pi/4) without 0; the highest bit mirrors it at
+    the second axis, and the next bit at the diagonal."""
     words = np.ascontiguousarray(words)
     t = ((words << 2).view(np.int32) | 2).astype(np.float32)
     t *= np.float32(math.pi * 2.0**-33)
@@ -144,7 +142,7 @@ def _turned(words: Words) -> tuple[Floats, Floats]:
     one, other = cosine.view(np.int32), sine.view(np.int32)
     signed = words.view(np.int32)
     one ^= signed & np.int32(-(2**31))
-    # Exchanged by their bits: a choice by a condition would cost several times as much.
+    # Exchange bit by bit, which is several times as fast as a condition.
     change = (signed << 1) >> 31
     change &= one ^ other
     one ^= change

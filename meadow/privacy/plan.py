@@ -1,7 +1,7 @@
-"""From the settings to the mechanism: each client's budget, the noise that it asks for, and what the whole run costs.
+"""Turn the settings into mechanisms: each client's budget, the noise that it requires, and the cost of the whole run.
 
-The noise is calibrated to the rounds that a client will really take part in, which the sampler knows beforehand, because
-cohorts are a function of the seed. What a client has spent in earlier runs counts.
+The noise is calibrated to the rounds in which a client takes part, which are known before the run, because cohorts depend
+only on the seed. What a client spent in earlier runs counts.
 """
 
 import csv
@@ -30,8 +30,8 @@ from meadow.runtime.seeds import numpy_generator
 def budgets(experiment: Experiment, clients: int) -> list[float]:
     """Each client's epsilon for the whole run, by `privacy.budgets`; infinity where there is no budget.
 
-    A draw depends on (run.seed, client) alone. Raises UserError for a file that is missing, lacks a client, or has a
-    value that is not a positive number.
+    Draws depend only on (run.seed, client). Raises UserError if the file is missing, lacks a client, or has a value that
+    is not a positive number.
     """
     privacy = experiment.privacy
     kind, *words = privacy.budgets.split() or [""]
@@ -51,16 +51,16 @@ def budgets(experiment: Experiment, clients: int) -> list[float]:
 
 
 def steps_a_round(experiment: Experiment) -> int:
-    """DP-SGD steps of a round, a public constant: `local.steps`, or as many as make `local.epochs` expected passes."""
+    """DP-SGD steps in a round, a public constant: `local.steps`, or those of `local.epochs` expected passes."""
     return experiment.local.steps or max(1, round(experiment.local.epochs / experiment.privacy.sample_rate))
 
 
 def dpsgd(experiment: Experiment, rounds: int, budget: float, spent: History = ()) -> Mechanism:
     """A client's DP-SGD for this run (privacy.unit = "example").
 
-    `rounds`: in how many it will take part; `budget`: its epsilon, infinity for none; `spent`: what its ledger holds.
-    The noise is `privacy.noise_multiplier` if that is set, else what the budget asks for. Raises UserError if the budget
-    is spent, or there is none and no noise.
+    `rounds`: in how many it takes part. `budget`: its epsilon, infinity for none. `spent`: the history in its ledger. The
+    noise is `privacy.noise_multiplier` if set, else calibrated to the budget. Raises UserError if the budget is spent, or
+    neither is set.
     """
     privacy = experiment.privacy
     steps = steps_a_round(experiment)
@@ -78,7 +78,7 @@ def dpsgd(experiment: Experiment, rounds: int, budget: float, spent: History = (
 
 
 def dpsgd_cost(experiment: Experiment, mechanism: Mechanism, rounds: int, spent: History = ()) -> Guarantee:
-    """What so many rounds of the mechanism, after what is spent, guarantee to each example of the client."""
+    """The guarantee of `rounds` rounds of the mechanism after `spent` to each example of the client."""
     history = [*spent, (mechanism.sample_rate, mechanism.noise_multiplier, mechanism.steps * rounds)]
     return example_guarantee(history, experiment.privacy.delta, experiment.privacy.accountant)
 
@@ -86,7 +86,7 @@ def dpsgd_cost(experiment: Experiment, mechanism: Mechanism, rounds: int, spent:
 def local_noise(experiment: Experiment, rounds: int, budget: float, spent: History = ()) -> float:
     """A client's noise multiplier z for its own updates (privacy.unit = "local"); arguments and errors as `dpsgd`.
 
-    Replacing all of a client's data moves a clipped update by twice the clip, so z is twice the Gaussian's multiplier.
+    Replacing all data of a client moves a clipped update by up to twice the clip, so z is twice the Gaussian's multiplier.
     """
     privacy = experiment.privacy
     if privacy.noise_multiplier:
@@ -99,22 +99,22 @@ def local_noise(experiment: Experiment, rounds: int, budget: float, spent: Histo
 
 
 def local_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
-    """What so many noised updates guarantee to a client against the server."""
+    """The guarantee of `rounds` noised updates to a client against the server."""
     return local_guarantee([(z, rounds)], experiment.privacy.delta, experiment.privacy.accountant)
 
 
 def client_noise(experiment: Experiment) -> float:
-    """The noise multiplier z of a run with client-level DP: set, or calibrated to privacy.epsilon over all rounds.
+    """The noise multiplier z of client-level DP: as set, or calibrated to privacy.epsilon over all rounds.
 
-    Raises UserError if there is neither.
+    Raises UserError if neither is set.
     """
     privacy, rounds = experiment.privacy, experiment.run.rounds
     if privacy.noise_multiplier:
         return privacy.noise_multiplier
     if not privacy.epsilon:
         raise UserError(
-            f'privacy.budgets = "{privacy.budgets}" with unit = "client": one noise is added for all clients; write '
-            "privacy.epsilon or privacy.noise_multiplier"
+            f'privacy.budgets = "{privacy.budgets}" with privacy.unit = "client": one noise is added for all clients; '
+            "write privacy.epsilon or privacy.noise_multiplier instead"
         )
     rate = _rate(experiment)
     if _poisson(experiment):
@@ -135,12 +135,11 @@ def client_noise(experiment: Experiment) -> float:
 
 
 def client_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
-    """What so many rounds guarantee to each client, against whoever sees the models but not the server.
+    """The guarantee of `rounds` rounds to each client, against those who see the models, but not against the server.
 
-    Cohorts of a fixed size are accounted as what they are, which costs more than Poisson sampling
-    (`meadow.privacy.accounting.fixed_cohort_guarantee`).
-    A fixed cohort of everyone is a Poisson cohort with rate 1: with a constant denominator, a client that is not there
-    is one whose update is zero.
+    Cohorts of a fixed size cost more than Poisson cohorts (`meadow.privacy.accounting.fixed_cohort_guarantee`), but a fixed
+    cohort of everyone is a Poisson cohort with rate 1: with a constant denominator an absent client is one whose update is
+    zero.
     """
     privacy, rate = experiment.privacy, _rate(experiment)
     if _poisson(experiment):
@@ -150,13 +149,13 @@ def client_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:
 
 
 def client_denominator(experiment: Experiment) -> float:
-    """What the noisy sum of updates is divided by: `privacy.denominator`, or the expected cohort."""
+    """The divisor of the noisy sum of updates: `privacy.denominator`, or the expected cohort size."""
     return experiment.privacy.denominator or _rate(experiment) * experiment.participants
 
 
 def forecasts(experiment: Experiment) -> list[tuple[float, float, bool]]:
-    """Of each client (pooled: of the one place), with a new ledger: noise multiplier, epsilon of its rounds of the whole
-    run as far as its budget lets it, and whether that ends before the run. Raises UserError as a run would."""
+    """Each client's (noise multiplier, epsilon after its last round, whether its budget ends before the run), with a new
+    ledger; a pooled run has one entry. Raises UserError as a run would."""
     times, privacy = participations(experiment), experiment.privacy
     if privacy.unit == "client":
         noise = client_noise(experiment)
@@ -177,7 +176,7 @@ def forecasts(experiment: Experiment) -> list[tuple[float, float, bool]]:
 
 
 def _rounds_that_fit(rounds: int, budget: float, cost: Callable[[int], Guarantee]) -> int:
-    """The most rounds, up to all, whose cost is within the budget (0 or infinity: there is none)."""
+    """The most rounds, up to all, whose cost is within the budget (0 or infinity: no budget)."""
     if not budget or cost(rounds).epsilon <= budget:
         return rounds
     low, high = 0, rounds
@@ -188,7 +187,7 @@ def _rounds_that_fit(rounds: int, budget: float, cost: Callable[[int], Guarantee
 
 
 def claim(experiment: Experiment, spent: float) -> Guarantee:
-    """An epsilon of this run with all that it means nothing without."""
+    """The epsilon `spent` of this run with its unit, delta, adjacency and accountant."""
     privacy = experiment.privacy
     if privacy.unit == "example":
         empty = example_guarantee((), privacy.delta, privacy.accountant)
@@ -215,12 +214,12 @@ def _from_file(setting: str, path: Path, clients: int) -> list[float]:
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f'privacy.budgets = "{setting}": {type(error).__name__}: {error}; give a CSV file with the columns client and '
-            "epsilon, a number each"
+            "epsilon, both numbers"
         ) from None
     for client in range(clients):
         if client not in found:
             raise UserError(
-                f'privacy.budgets = "{setting}": there is no row for client {client}; give every client one'
+                f'privacy.budgets = "{setting}": there is no row for client {client}; add one for every client'
             )
         if not 0 < found[client] < math.inf:
             raise UserError(

@@ -1,10 +1,11 @@
-"""What leaves a client in a run, declared: each quantity with its mechanism, or "not protected".
+"""Declare everything that leaves a client in a run: each quantity with its mechanism, or "not protected".
 
-The rule: under DP nothing leaves unprotected unless `privacy.release` names it. A few things no mechanism covers, such as
-when a reply comes: they are declared as "outside the guarantee", with the reason. Whoever is about to let something leave
-asks `allowed`; a report shows `releases`, what is not protected in red.
+Under DP nothing leaves unprotected unless `privacy.release` names it. A few quantities that no mechanism can cover, such as
+the time of a reply, are declared as "outside the guarantee", with the reason. Code that sends a quantity must ask `allowed`;
+a report lists `releases`, unprotected ones in red.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from meadow.config.schema import Experiment
@@ -15,7 +16,7 @@ OUTSIDE = "outside the guarantee"
 
 @dataclass(frozen=True)
 class Quantity:
-    """One thing that leaves: what, by which mechanism, and the word of `privacy.release` that let it ("" for none)."""
+    """A quantity that leaves: what, by which mechanism, and the word of `privacy.release` that permits it ("" for none)."""
 
     what: str
     mechanism: str
@@ -23,11 +24,11 @@ class Quantity:
 
     @property
     def protected(self) -> bool:
-        """Whether it is no breach: a mechanism covers it, or it is declared as outside the guarantee, with the reason."""
+        """Whether a mechanism covers it, or it is declared as outside the guarantee."""
         return self.mechanism != NOT_PROTECTED
 
     def as_json(self) -> dict[str, str]:
-        """As `summary.json` has it."""
+        """The entry in `summary.json`."""
         return {"what": self.what, "mechanism": self.mechanism}
 
 
@@ -39,22 +40,22 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "hashes": ("SHA-256 of the personal arrays",),
     "errors": ("text of errors",),
 }
-"""Of each word of `privacy.release`: what it lets leave."""
+"""The quantities that each word of `privacy.release` permits."""
 
 
 def allowed(experiment: Experiment, switch: str) -> bool:
     """Whether the quantity may leave: always without DP, and under DP if `privacy.release` names it."""
     if switch not in SWITCHES:
-        raise KeyError(f"{switch}: there is no such release; there are {', '.join(SWITCHES)}")
+        raise KeyError(f"{switch}: no such release; known are {', '.join(SWITCHES)}")
     return experiment.privacy.unit == "none" or switch in experiment.privacy.release
 
 
-def releases(experiment: Experiment) -> tuple[Quantity, ...]:
-    """Everything that leaves a client in this run, the arrays first."""
+def releases(experiment: Experiment, sends: Iterable[str] = ()) -> tuple[Quantity, ...]:
+    """Everything that leaves a client in this run, the arrays first. `sends`: the algorithm's auxiliary arrays."""
     private = experiment.privacy.unit != "none"
-    left = [*_arrays(experiment), *_beside(experiment)]
+    left = [*_arrays(experiment), *_auxiliary(experiment, sends)]
     if experiment.run.placement == "pooled" and not private:
-        return tuple(left)  # the data itself has moved: whatever is computed from it is with the same party
+        return tuple(left)  # that party has the data already
     left += [
         Quantity(what, NOT_PROTECTED, switch if private else "")
         for switch, whats in SWITCHES.items()
@@ -68,11 +69,11 @@ def releases(experiment: Experiment) -> tuple[Quantity, ...]:
     )
     if not private:
         return (*left, *(Quantity(what, NOT_PROTECTED) for what in (hashes, part, channel)))
-    drawn = "drawn from the seed, no function of any example"
+    drawn = "drawn from the seed, independently of the examples"
     if experiment.privacy.unit == "client":
         drawn = "it stays with the server, and so must the run folder"
     left += [
-        Quantity(hashes, f"{OUTSIDE}: it tells only who can guess all of the data"),
+        Quantity(hashes, f"{OUTSIDE}: it reveals data only to someone who can guess all of it"),
         Quantity(part, f"{OUTSIDE}: {drawn}"),
         Quantity(channel, f"{OUTSIDE}: a side channel"),
     ]
@@ -107,18 +108,17 @@ def _arrays(experiment: Experiment) -> list[Quantity]:
     return left
 
 
-def _beside(experiment: Experiment) -> list[Quantity]:
-    """What the algorithm sends beside the model."""
+def _auxiliary(experiment: Experiment, sends: Iterable[str]) -> list[Quantity]:
+    """The auxiliary arrays that the algorithm sends."""
     name = experiment.strategy.name
     if experiment.run.placement != "federated":
         return []
     if ":" in name:
-        return [Quantity(f"whatever {name} sends beside what the training loop made, or in its place", NOT_PROTECTED)]
-    if name != "scaffold" or experiment.share == "none":
+        return [Quantity(f"all that {name} sends besides or instead of the training loop's arrays", NOT_PROTECTED)]
+    if experiment.share == "none":
         return []
-    if experiment.privacy.unit == "example":
-        return [Quantity("control variates", f"computed from what left by {_dpsgd(experiment)}")]
-    return [Quantity("control variates", NOT_PROTECTED)]
+    how = f"computed from what left by {_dpsgd(experiment)}" if experiment.privacy.unit == "example" else NOT_PROTECTED
+    return [Quantity(what, how) for what in sends]
 
 
 def _dpsgd(experiment: Experiment) -> str:

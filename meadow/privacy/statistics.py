@@ -1,8 +1,8 @@
-"""The statistics of an audit: what canaries with known gradients say of a mechanism, against what is claimed of it.
+"""The statistics of an audit: test the claims about a mechanism with canaries, whose gradients are known.
 
-A canary is a record whose clipped contribution is exactly one coordinate of the clip's length, so that what a release
-shows of it is a number: its part (0 or 1 a step) plus noise of the claimed deviation. Canaries are in or out by a fair
-coin. A p-value is the chance of what was seen, or worse, if the claim were true; `REJECT` is where a claim is dropped.
+A canary is a record whose clipped gradient has the length of the clip along a coordinate of its own. Its score is what a
+release shows along that coordinate, in units of the clip: its contribution (0 or 1 in each step) plus noise of the claimed
+deviation. A fair coin decides whether a canary is included. A p-value below `REJECT` rejects the claim.
 """
 
 import math
@@ -15,14 +15,14 @@ from scipy import stats
 Floats = npt.NDArray[np.float64]
 
 REJECT = 1e-4
-"""A claim is dropped if what was seen has a smaller chance: an audit of some twenty tests is wrong once in 500 times."""
+"""Claims with a smaller p-value are rejected; so of 500 audits of about twenty tests, one rejects a true claim."""
 CONFIDENCE = 0.95
-"""Of the lower bounds on epsilon."""
+"""Confidence level of the lower bounds on epsilon."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was measured: what is claimed, what was found, the p-value where it is a test, and the verdict."""
+    """A measurement: the claim, the measured value, the p-value (None if it is not a test), and the verdict."""
 
     name: str
     claimed: str
@@ -32,20 +32,20 @@ class Check:
 
 
 def noise_check(name: str, values: Floats, claimed: float) -> Check:
-    """Whether noise, in units of the clip, has at least the claimed deviation: a chi-squared test, one-sided."""
+    """Test whether noise, in units of the clip, has at least the claimed deviation (one-sided chi-squared test)."""
     found = math.sqrt(float(np.mean(np.square(values)))) if values.size else 0.0
     p = float(stats.chi2.cdf(values.size * (found / claimed) ** 2, values.size)) if values.size else 0.0
     return Check(name, f"{claimed:.4g}", f"{found:.4g} ({values.size:,} numbers)", p, p >= REJECT)
 
 
 def normality_check(name: str, values: Floats) -> Check:
-    """Whether standardised noise is normal (Kolmogorov and Smirnov, 10^5 numbers at most)."""
+    """Test whether standardised noise is normal (Kolmogorov-Smirnov, of at most 10^5 numbers)."""
     found = stats.kstest(values[:100_000], "norm")
     return Check(name, "normal", f"distance {found.statistic:.2g}", float(found.pvalue), bool(found.pvalue >= REJECT))
 
 
 def independence_check(name: str, first: Floats, second: Floats) -> Check:
-    """Whether two draws of noise are uncorrelated: Fisher's transform of Pearson's r, two-sided."""
+    """Test whether two draws of noise are uncorrelated (two-sided, Fisher's transform of Pearson's r)."""
     r = float(np.corrcoef(first, second)[0, 1])
     z = math.atanh(max(-1 + 1e-15, min(1 - 1e-15, r))) * math.sqrt(max(1, len(first) - 3))
     p = 2 * float(stats.norm.sf(abs(z)))
@@ -53,10 +53,10 @@ def independence_check(name: str, first: Floats, second: Floats) -> Check:
 
 
 def sampling_checks(hits: npt.NDArray[np.bool_], rate: float) -> list[Check]:
-    """Whether each record is in each step with the claimed probability, on its own: of hits (steps, records).
+    """Test whether each record is in each step independently with the claimed probability; hits: (steps, records).
 
-    Three tests: no more hits than the rate says; sizes of batches that vary as much as Poisson samples' do; and as much
-    variance of the times that a record is taken (a shuffled epoch takes each once, and varies neither).
+    Three tests: the number of hits is not above the rate; batch sizes, and the counts of how often a record is drawn, vary
+    as in Poisson samples. (Shuffled epochs draw each record once, and neither varies.)
     """
     steps, records = hits.shape
     total, trials = int(hits.sum()), hits.size
@@ -79,7 +79,7 @@ def sampling_checks(hits: npt.NDArray[np.bool_], rate: float) -> list[Check]:
 
 
 def canary_checks(scores: Floats, included: npt.NDArray[np.bool_], rate: float, noise: float) -> list[Check]:
-    """Of scores (steps, canaries) in units of the clip: the noise by those that are out, rate and variance by those in."""
+    """Test scores (steps, canaries): the noise by excluded canaries, rate and variance by included ones."""
     inside, outside = scores[:, included], scores[:, ~included]
     checks = [noise_check("noise multiplier, by canaries out", outside.ravel(), noise)]
     mean = float(inside.mean())
@@ -94,10 +94,10 @@ def canary_checks(scores: Floats, included: npt.NDArray[np.bool_], rate: float, 
 
 
 def bound_checks(scores: Floats, included: npt.NDArray[np.bool_], claimed: float, delta: float) -> list[Check]:
-    """Lower bounds on epsilon at 95% by guessing who was in, of one score a canary; each must not pass what is claimed.
+    """Lower bounds on epsilon at 95% from guesses of who was included, by one score per canary, against the claim.
 
-    Steinke, Nasr and Jagielski 2023, theorem 5.2: guesses for the third with the highest and the third with the lowest
-    scores. Clopper and Pearson: rates of true and false positives of a threshold that other canaries chose.
+    Steinke, Nasr and Jagielski 2023, theorem 5.2: guesses for the thirds with the highest and the lowest scores. Clopper
+    and Pearson: true and false positive rates at a threshold chosen by the other half of the canaries.
     """
     order = np.argsort(scores)
     third = len(scores) // 3
@@ -116,7 +116,7 @@ def bound_checks(scores: Floats, included: npt.NDArray[np.bool_], claimed: float
 
 
 def one_run_bound(canaries: int, guesses: int, correct: int, delta: float) -> float:
-    """The largest epsilon that so many correct guesses refute at 95% (Steinke et al. 2023, theorem 5.2 and appendix D)."""
+    """The largest epsilon refuted at 95% by this many correct guesses (Steinke et al. 2023, theorem 5.2, appendix D)."""
     low, high = 0.0, 30.0
     if _one_run_p(canaries, guesses, correct, 0.0, delta) > 1 - CONFIDENCE:
         return 0.0
@@ -136,7 +136,7 @@ def _one_run_p(canaries: int, guesses: int, correct: int, epsilon: float, delta:
 
 
 def _pearson(scores: Floats, included: npt.NDArray[np.bool_], threshold: float, delta: float) -> float:
-    """log((TPR - delta) / FPR) and its mirror image, of the bounds that hold together with the confidence."""
+    """The larger of log((TPR - delta) / FPR) and its mirror image, by bounds that hold jointly at the confidence level."""
 
     def bounds(hits: int, n: int) -> tuple[float, float]:
         if not n:
@@ -144,8 +144,8 @@ def _pearson(scores: Floats, included: npt.NDArray[np.bool_], threshold: float, 
         found = stats.binomtest(hits, n).proportion_ci(1 - (1 - CONFIDENCE) / 2, method="exact")
         return float(found.low), float(found.high)
 
-    said = scores > threshold
+    guessed = scores > threshold
     n_in, n_out = int(included.sum()), int((~included).sum())
-    positive, false = bounds(int((said & included).sum()), n_in), bounds(int((said & ~included).sum()), n_out)
+    positive, false = bounds(int((guessed & included).sum()), n_in), bounds(int((guessed & ~included).sum()), n_out)
     pairs = ((positive[0], false[1]), (1 - false[1], 1 - positive[0]))
     return max(0.0, *(math.log(max(a - delta, 1e-300) / b) for a, b in pairs if b > 0))

@@ -1,1 +1,1 @@
-"""What a process is: errors, seeds, clock, logs and the identity of the code that runs."""
+"""What every process needs: errors, seeds, clock, logs and the identity of the running code."""

@@ -1,8 +1,9 @@
-"""The two ways in which a run ends that are not a fault of Meadow's."""
+"""The two exceptions that end a run without a fault in Meadow."""
 
 
 class UserError(Exception):
-    """The user's input is wrong. The message names the setting, its value, the reason and the way out (exit status 2)."""
+    """The user's input is wrong. The message names the setting, its value, the reason and the remedy (exit status
+    2)."""
 
 
 class RunStopped(Exception):

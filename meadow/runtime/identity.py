@@ -1,4 +1,4 @@
-"""What runs here: a hash of Meadow's own code and the versions of the libraries that decide the bits."""
+"""The identity of the running code: a hash of Meadow's code, and the versions of libraries that affect results."""
 
 import functools
 import hashlib
@@ -7,19 +7,18 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds `meadow`: the checkout, the app bundle that Flower unpacked, or where it is installed."""
+"""The folder that contains `meadow`: the checkout, the app bundle that Flower unpacked, or site-packages."""
 
 ROOMS = ("runtime", "arrays", "native", "config", "tasks", "privacy", "strategies", "client", "server")
-"""What server and nodes both run; the rooms above these need not be in an app bundle."""
+"""The packages that server and nodes both run; an app bundle needs no others."""
 
 
 @functools.cache
 def code_sha256() -> str:
     """SHA-256 over every Python and preset file of ROOMS, with its path below `meadow`.
 
-    Server and nodes compare it at roll call, because Flower may load an app from another folder than one thinks. C files
-    do not count, since Flower lets none into a bundle: from there the loop in Python trains, and the roll call names what
-    trains.
+    Server and nodes compare it at roll call, because Flower may load an app from an unexpected folder. C files are left
+    out, since Flower does not allow them in a bundle; `meadow/native/sources.py` contains their hashes.
     """
     digest = hashlib.sha256()
     for room in ROOMS:
@@ -31,7 +30,7 @@ def code_sha256() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python, the machine's kind, and the installed libraries."""
+    """The versions of Python and the libraries, and the machine type."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in ("flwr", "ray", "torch", "numpy", "scikit-learn", "safetensors"):
         try:

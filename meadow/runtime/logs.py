@@ -1,6 +1,6 @@
-"""Logs of a deployed process: one line an event, `level=INFO round=3 client=7 text="..."`, on standard output.
+"""Logs of a deployed process: one line per event, `level=INFO round=3 client=7 text="..."`, on standard output.
 
-Flower starts the processes of an app, so a container says by MEADOW_LOG=lines what form it wants.
+A container asks for this format by MEADOW_LOG=lines, because Flower starts its processes.
 """
 
 import json
@@ -10,10 +10,10 @@ import sys
 
 
 class Lines(logging.Formatter):
-    """One line an event; `round` and `client` if the caller gave them as `extra`."""
+    """Formats an event as one line, with `round` and `client` if the caller passed them as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """Return the line without a line break."""
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
@@ -23,7 +23,7 @@ class Lines(logging.Formatter):
 
 
 def log_lines() -> None:
-    """Let Meadow's loggers write lines, if the environment says so; once a process."""
+    """Use `Lines` for Meadow's loggers if MEADOW_LOG=lines; once per process."""
     logger = logging.getLogger("meadow")
     if os.environ.get("MEADOW_LOG") != "lines" or logger.handlers:
         return
@@ -35,6 +35,6 @@ def log_lines() -> None:
 
 
 def tell(line: str) -> None:
-    """Print a line by one call: `print` makes two where nothing is buffered, and another thread's line may come between."""
+    """Print a line in one call. Unbuffered, `print` makes two, and another thread's output may come between them."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

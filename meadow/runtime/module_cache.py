@@ -1,4 +1,4 @@
-"""Models that hold still: what is often asked of their modules and tensors is found once."""
+"""Per-model cache of structural facts (module lists, parameter dicts), for models whose modules will not change."""
 
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -10,14 +10,14 @@ _FOUND = "found_once"
 
 
 def hold_still(model: nn.Module) -> nn.Module:
-    """Declare that the model keeps its modules and tensors from now on, so that what is often asked of it (`once`) is found
-    once: for a small model that takes as long as training it on a client's samples. Copies are as the model was."""
+    """Turn the cache on: the model's modules and tensors will not change. For a small model, finding these facts takes
+    as long as training it on a client's samples. Copies inherit the cache."""
     model.__dict__[_FOUND] = {}
     return model
 
 
 def once(model: nn.Module, what: Hashable, find: Callable[[], T]) -> T:
-    """What `find` finds of a model's modules and tensors, under the name `what`; kept for a model that holds still."""
+    """Return `find()`, cached under the key `what` if the model's cache is on."""
     found: dict[Hashable, T] | None = model.__dict__.get(_FOUND)
     if found is None:
         return find()

@@ -1,4 +1,4 @@
-"""A user's own objects: what an experiment file names as `module:object`, found on the Python path."""
+"""Loads a user's own objects, which an experiment file names as `module:object`, from the Python path."""
 
 import importlib
 import inspect
@@ -11,16 +11,15 @@ from meadow.runtime.identity import ROOT
 
 
 def user_paths() -> list[str]:
-    """The folders of PYTHONPATH, absolute: what another process of the run, with another current folder, must look in."""
+    """The folders of PYTHONPATH as absolute paths, for processes of the run with another current folder."""
     return [str(Path(place).absolute()) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
 
 
 def user_object(setting: str, name: str) -> object:
-    """The object that `name`, "module:object", stands for. Raises UserError, which names `setting`, if there is none.
+    """Load the object named "module:object". Raises UserError, which names `setting`, if it does not exist.
 
-    A user's folder may hold a `client.py` or a `strategies/` of its own, and its modules import each other by those names.
-    So they are looked for everywhere else before the folder in which Meadow's own `client/` and `strategies/` stand (a
-    checkout, or the app bundle that Flower puts at the head of the path).
+    A user's folder may have its own `client.py` or `strategies/`. So the folder of Meadow's own `client/` and
+    `strategies/` (a checkout, or the app bundle that Flower puts first on the path) is searched last.
     """
     own = str(ROOT)
     if own in sys.path and not (ROOT / "meadow" / "strategies").is_dir():
@@ -35,7 +34,8 @@ def user_object(setting: str, name: str) -> object:
 
 
 def user_instance(setting: str, name: str) -> object:
-    """As `user_object`; of a class, a new object of it. Raises UserError if the class needs arguments, or refuses."""
+    """Load an object as `user_object` does, and instantiate a class. Raises UserError if the class needs arguments or
+    fails."""
     found = user_object(setting, name)
     if not inspect.isclass(found):
         return found

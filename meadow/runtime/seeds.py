@@ -1,4 +1,4 @@
-"""Randomness as a function: every draw in Meadow comes from `derive(seed, purpose, *path)`, never from a global state."""
+"""Random numbers without global state: every draw in Meadow comes from `derive(seed, purpose, *path)`."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ import torch
 
 
 def derive(seed: int, purpose: str, *path: int | str) -> int:
-    """Return a 63-bit integer that depends on every argument and on nothing else.
+    """Return a 63-bit integer that depends only on the arguments.
 
-    `derive(7, "shuffle", round, client)` is the same on every machine, in every process and after every restart, so
-    a resumed run draws what the uninterrupted run would have drawn. The hash is SHA-256 over the arguments' canonical
-    text, each with its length and type, so that ("a", "bc") and ("ab", "c"), or 1 and "1", never collide.
+    It is the same on every machine, in every process and after every restart, so a resumed run draws the same numbers.
+    The hash is SHA-256 over each argument's type, length and text, so that ("a", "bc") and ("ab", "c"), or 1 and "1",
+    differ.
     """
     digest = hashlib.sha256()
     for part in (seed, purpose, *path):
@@ -35,7 +35,8 @@ def torch_generator(seed: int, purpose: str, *path: int | str) -> torch.Generato
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread inside the block: the order of its sums, and so the last bits, depend on the number."""
+    """Run torch on one thread inside the block: the order of sums, and so the last bits, depend on the number of
+    threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -46,13 +47,11 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def torch_seeded(seed: int, purpose: str, *path: int | str) -> Iterator[None]:
-    """Seed torch's global generator inside the block and put its former state back after it.
+    """Seed torch's global generator inside the block and restore its state afterwards.
 
-    Modules of torch draw their initial weights, and dropout its masks, from the global generator; there is no argument
-    to give them another. Inside this block those draws are a function of the seed, and nothing leaks out of it.
+    Torch draws initial weights and dropout masks from the global generator and accepts no other.
     """
-    # Neither torch.random.fork_rng nor torch.manual_seed: the second spends milliseconds on formatting a stack for each kind
-    # of device that is not in use.
+    # torch.manual_seed would spend milliseconds formatting a stack for each unused device type.
     generator, number = torch.default_generator, derive(seed, purpose, *path)
     before = generator.get_state()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

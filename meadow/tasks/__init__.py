@@ -1,1 +1,1 @@
-"""What is learned: data, how it is dealt to clients, models, metrics. `meadow.tasks.task.open_task` brings them together."""
+"""Data sets, their splits over clients, models, losses and metrics; `meadow.tasks.task.open_task` combines them."""

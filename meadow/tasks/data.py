@@ -1,4 +1,4 @@
-"""What a task's data looks like: targets, samples, and a data set with its identity."""
+"""The data of a task: targets, samples, and data sets with their hash."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MISSING = -1
-"""A class label that is not known. A missing number is NaN. Losses and metrics leave both out."""
+"""A missing class label; a missing number is NaN. Losses and metrics ignore both."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,9 @@ class Target:
 
     kind "class": one of `size` classes, labels 0..size-1. "labels": any of `size` labels at once. "value": a number,
     `size` is 1. "quantiles": the `quantiles` of a number's distribution, `size` of them. The model gives logits for the
-    first two and (value - offset) / scale for the others. Scale, offset, weights and names are public constants, never
-    fitted on data, because a scaler fitted on a client's private samples would leak; metrics are in the value's own
-    unit. `weights`: of each class's loss, or of each label's positives (pos_weight); `balanced` instead lets each
-    client weight by the inverse frequency in its own training data.
+    first two and (value - offset) / scale for the others; metrics are in the value's own unit. Scale, offset, weights and
+    names are public constants, because constants fitted on private samples would leak. `weights`: of each class's loss, or
+    of each label's positives (pos_weight); with `balanced` each client weights by inverse frequency in its training data.
     """
 
     name: str
@@ -37,20 +36,20 @@ class Target:
     names: tuple[str, ...] = ()
 
     def known(self, y: Tensor) -> Tensor:
-        """Where the target's values are not missing: bool, of the shape of `y`."""
+        """Which values are not missing: bool, in the shape of `y`."""
         return y != MISSING if self.kind == "class" else ~torch.isnan(y)
 
     def labelled(self, y: Tensor) -> int:
-        """How many samples have any value of the target."""
+        """The number of samples that have a value of the target."""
         return int(self.known(y).flatten(1).any(1).sum()) if y.ndim > 1 else int(self.known(y).sum())
 
 
 @dataclass(frozen=True)
 class Data:
-    """n samples. x: (n, *shape), float32; uint8 for images as stored; int64 for tokens, 0 where there is none.
+    """n samples. x: (n, *shape), float32; uint8 for stored images; int64 for tokens, 0 as padding.
 
-    y, for each target: int64 (n,) if it is a class, or (n, length) if there is one at each token; float32 (n, size) of
-    0 and 1 for labels; float32 (n,) for values and quantiles.
+    y of each target: int64 (n,) for a class, or (n, length) for a class per token; float32 (n, size) of 0 and 1 for
+    labels; float32 (n,) for values and quantiles.
     """
 
     x: Tensor
@@ -65,16 +64,15 @@ class Data:
         return self.x.nbytes + sum(y.nbytes for y in self.y.values())
 
     def take(self, index: Tensor) -> "Data":
-        """The samples at `index` (int64 (k,)), in that order, gathered into fresh tensors.
+        """The samples at `index` (int64 (k,)), in that order, as new tensors.
 
-        Always a copy, even of everything: kernels choose their path by memory alignment, and a view's alignment would
-        depend on where the samples lie, so that equal numbers could give unequal bits.
+        Always a copy: kernels choose their path by memory alignment, so equal numbers in a view could give other bits.
         """
         index = index.to(self.x.device)
         return Data(self.x.index_select(0, index), {k: v.index_select(0, index) for k, v in self.y.items()})
 
     def to(self, device: torch.device) -> "Data":
-        """The same samples on a device; these themselves if they are there."""
+        """The same samples on a device; itself if they are there already."""
         if self.x.device == device and all(y.device == device for y in self.y.values()):
             return self
         return Data(self.x.to(device), {name: y.to(device) for name, y in self.y.items()})
@@ -82,11 +80,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: a training pool that is dealt to clients, and a global test set that no client has.
+    """A data set: a training pool that is divided among the clients, and a global test set that no client has.
 
-    `sha256` is the data's identity (`data_sha256`): every process of a run compares it before the first round.
-    `owner`, where the data says whose each training sample is: int64 (n,), indices into `clients`, the sorted names.
-    `tokens`: how many tokens there are if x are tokens, else 0. `images`: x are images, (n, channels, height, width).
+    `sha256`: the hash (`data_sha256`) that all processes of a run compare before round 1. `owner`: the client of each
+    training sample, if the data has clients: int64 (n,), indices into `clients`, the sorted names. `tokens`: the
+    vocabulary size if x are tokens, else 0. `images`: whether x are images, (n, channels, height, width).
     """
 
     name: str
@@ -102,11 +100,11 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Part:
-    """Samples as a format's reader gives them, before their targets are made numbers.
+    """Samples as a reader returns them, before their targets are encoded as numbers.
 
-    x as in `Data`. `columns` holds what may be a target, raw, one array (n, ...) each: numbers (NaN where missing),
-    strings ("" where missing), or 0/1 rows (n, labels). `client` names each sample's owner, where the data says it.
-    `source` and `lines` (int64 (n,)) say in errors where a sample comes from.
+    x as in `Data`. `columns`: the possible targets, one raw array (n, ...) each: numbers (NaN if missing), strings ("" if
+    missing), or rows of 0 and 1 (n, labels). `client`: the name of each sample's client, if the data has clients.
+    `source` and `lines` (int64 (n,)) locate a sample in error messages.
     """
 
     x: Tensor
@@ -126,16 +124,16 @@ class Part:
         )
 
     def where(self, row: int) -> str:
-        """Where the sample in that row comes from."""
+        """The location of a sample, for error messages."""
         place = f"row {row + 1}" if self.lines is None else f"line {self.lines[row]}"
         return f"{self.source}, {place}" if self.source else place
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A data set as a format's reader gives it. `test` None: `meadow.tasks.readers.datasets` holds out a share of `train`.
+    """A data set as a reader returns it. `test` None: `meadow.tasks.readers.datasets` holds out a share of `train`.
 
-    `kinds`: the kinds (`meadow.tasks.targets`) of columns that the reader knows better than their values tell.
+    `kinds`: the kinds (`meadow.tasks.targets`) of columns that the reader knows; others are guessed from the values.
     """
 
     name: str
@@ -148,14 +146,14 @@ class Raw:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is built for: the shape of one prepared sample, and how many tokens there are (0: no tokens)."""
+    """What a model is built for: the shape of one prepared sample, and the vocabulary size (0: not tokens)."""
 
     shape: tuple[int, ...]
     tokens: int = 0
 
 
 def make_dataset(name: str, train: Data, test: Data, targets: tuple[Target, ...], **more: Any) -> Dataset:
-    """A data set with its identity computed; `more`: the other fields of `Dataset`."""
+    """A data set with its hash; `more`: the other fields of `Dataset`."""
     return Dataset(name, train, test, targets, data_sha256(train, test), **more)
 
 
@@ -172,5 +170,5 @@ def data_sha256(train: Data, test: Data) -> str:
 
 
 def concatenate(parts: list[Data]) -> Data:
-    """The samples of several Data with the same targets, one after another."""
+    """Concatenate samples that have the same targets."""
     return Data(torch.cat([p.x for p in parts]), {k: torch.cat([p.y[k] for p in parts]) for k in parts[0].y})

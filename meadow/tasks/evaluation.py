@@ -1,4 +1,4 @@
-"""Models and arrays: loading named arrays into a model in place, taking them out, and scoring a model on data."""
+"""Loads named arrays into a model, reads them from it, and evaluates a model on data."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,7 +15,7 @@ from meadow.tasks.task import Task
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state by name, in state_dict order: its own tensors."""
+    """The model's own tensors by name, in state_dict order."""
     return once(model, "state", lambda: dict(model.state_dict(keep_vars=True)))
 
 
@@ -25,12 +25,12 @@ def names_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model is: where it trains and is evaluated."""
+    """The device of the model."""
     return next((tensor.device for tensor in _state(model).values()), torch.device("cpu"))
 
 
 def load_into(model: nn.Module, arrays: Mapping[str, npt.NDArray[np.generic]]) -> None:
-    """Copy arrays into the model's state in place. Raises ValueError unless names and shapes are exactly the model's."""
+    """Copy arrays into the model's state, in place. Raises ValueError unless all names and shapes match."""
     state = _state(model)
     if state.keys() != arrays.keys():
         raise ValueError(f"the arrays are not the model's: {sorted(state.keys() ^ arrays.keys())}")
@@ -48,20 +48,20 @@ def state_of(model: nn.Module) -> Arrays:
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in _state(model).items()}
 
 
-_NUMBERS_AT_ONCE = 2**23
-_SAMPLES_AT_ONCE = 512
+_MAX_VALUES = 2**23
+_MAX_SAMPLES = 512
 
 
 def chunks(x: Tensor) -> tuple[Tensor, ...]:
-    """Stored samples in pieces that go through a model at once where nothing learns: 512 of them, fewer if they are large
-    (55 images of 3x224x224). Part of the result's last bits, like a batch size."""
+    """Stored samples in batches for inference: 512 samples, fewer if they are large (55 images of 3x224x224). The batch
+    size affects a result's last bits."""
     size = max(1, x[0].numel()) if len(x) else 1
-    return torch.split(x, min(_SAMPLES_AT_ONCE, max(8, _NUMBERS_AT_ONCE // size)))
+    return torch.split(x, min(_MAX_SAMPLES, max(8, _MAX_VALUES // size)))
 
 
 def predict(model: nn.Module, x: Tensor, prepare: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The model's outputs (`meadow.tasks.models.multihead.Multihead`) for stored samples, in `eval()` mode, without
-    gradients; computed where the model is, and given back on the CPU."""
+    gradients; computed on the model's device and returned on the CPU."""
     model.eval()
     device = device_of(model)
     with torch.inference_mode():
@@ -70,12 +70,12 @@ def predict(model: nn.Module, x: Tensor, prepare: Callable[[Tensor], Tensor]) ->
 
 
 def evaluate(model: nn.Module, data: Data, task: Task, thorough: bool = False) -> dict[str, float]:
-    """Score the model on the data: "target/metric" -> value, over pooled predictions, in `eval()` mode."""
+    """Evaluate the model on all samples at once, in `eval()` mode: {"target/metric": value}."""
     return _flat(score(predict(model, data.x, task.prepare), data.y, task.targets, thorough))
 
 
 def examine(model: nn.Module, data: Data, task: Task) -> tuple[dict[str, float], dict[str, Ints]]:
-    """A thorough `evaluate`, and the confusion counts of each class target that has at most MOST_CLASSES classes."""
+    """A thorough `evaluate`, and the confusion matrix of each class target with at most MOST_CLASSES classes."""
     outputs = predict(model, data.x, task.prepare)
     counts = {
         t.name: confusion(t, outputs[t.name], data.y[t.name])

@@ -1,4 +1,4 @@
-"""Losses for training, for each target of a model."""
+"""Training losses of each target."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,16 +16,15 @@ def losses(
     weights: Mapping[str, Tensor] | None = None,
     smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Each target's loss, a mean over the samples that have it, as a scalar tensor; 0 if none has.
+    """Each target's loss, a scalar tensor: the mean over the samples that have the target, 0 if none has.
 
-    A class target: cross-entropy of logits (n, classes, ...) in nats, times the weight of the sample's class. Labels:
-    binary cross-entropy of logits (n, labels), a positive's times its weight. A value: the mean squared error of the
-    output (n,) against (value - offset) / scale, so it has no unit. Quantiles: the pinball loss of outputs
-    (n, quantiles) in the same unit, max(q e, (q - 1) e) with e = truth - output, summed over the quantiles (Koenker and
-    Bassett 1978). A sample with several entries (labels, a class at each token) has the mean over those that are known.
-    `weights`: `class_weights` of the targets. `smoothing`: this share of a class label is spread evenly over all classes
-    (Szegedy et al. 2016, section 7); other kinds of target keep their loss. The mean is over the count of samples, not
-    over their weights or entries, so that a sample's loss does not depend on the others in its batch.
+    A class: cross-entropy of logits (n, classes, ...) in nats, times the class weight. Labels: binary cross-entropy of
+    logits (n, labels), positives weighted. A value: squared error of the output (n,) against (value - offset) / scale.
+    Quantiles: pinball loss of outputs (n, quantiles) on the same scale, max(q e, (q - 1) e) with e = truth - output,
+    summed over the quantiles (Koenker and Bassett 1978). A sample with several entries (labels, a class per token)
+    has the mean over its known entries. `weights`: see `class_weights`. `smoothing`: the share of a class label that is
+    spread evenly over all classes (Szegedy et al. 2016, section 7). The mean is over the number of samples, not over
+    weights or entries, so that a sample's loss does not depend on the others in its batch.
     """
     samples = sample_losses(outputs, y, targets, weights, smoothing)
     result = {}
@@ -37,7 +36,7 @@ def losses(
 
 
 def mean_loss(target: Target, outputs: Mapping[str, Tensor], y: Mapping[str, Tensor], smoothing: float = 0.0) -> Tensor:
-    """What `losses` gives for a class target whose labels are all known, without weights, but for the last bits."""
+    """The value of `losses`, up to rounding, for a class target with all labels known and no weights."""
     return F.cross_entropy(outputs[target.name], y[target.name], label_smoothing=smoothing)
 
 
@@ -48,24 +47,23 @@ def sample_losses(
     weights: Mapping[str, Tensor] | None = None,
     smoothing: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Each target's loss of each sample, (n,): its mean over the entries (tokens, labels) that the sample has, 0 if none.
+    """Each target's loss of each sample, (n,): the mean over the sample's known entries (tokens, labels), 0 if none.
 
-    A sample's loss depends on that sample alone, as DP-SGD needs it. Where samples have one entry each, and all of them
-    have it, the mean over the samples is `losses`.
+    A sample's loss depends on that sample alone, as DP-SGD requires. `losses` is the mean of these.
     """
     result = {}
     for target in targets:
         output, truth = outputs[target.name], y[target.name]
         known = target.known(truth)
-        each = each_loss(target, output, truth, known, (weights or {}).get(target.name), smoothing)
+        each = entry_losses(target, output, truth, known, (weights or {}).get(target.name), smoothing)
         result[target.name] = each.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1) if each.ndim > 1 else each
     return result
 
 
-def each_loss(
+def entry_losses(
     target: Target, output: Tensor, truth: Tensor, known: Tensor, weight: Tensor | None, smoothing: float = 0.0
 ) -> Tensor:
-    """The loss of each entry of `truth`, in its shape, 0 where it is missing; `weight` as `losses` takes it."""
+    """The loss of each entry of `truth`, in its shape, 0 where it is missing; `weight` as in `losses`."""
     if target.kind == "class":
         return F.cross_entropy(output, truth, weight, ignore_index=MISSING, reduction="none", label_smoothing=smoothing)
     truth = torch.where(known, truth, 0.0)
@@ -81,11 +79,11 @@ def each_loss(
 
 
 def class_weights(targets: Sequence[Target], y: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights for `losses` of those targets that have any, float32 (size,), on the device of `y`.
+    """The loss weights of each target that has any, float32 (size,), on the device of `y`, a client's training part.
 
-    A balanced class target: n / (k n_c) with n_c of the n known labels in `y`, the client's own training part, of
-    class c, and k classes that occur there; their mean over the samples is 1. 1 for a class that does not occur.
-    Balanced labels: negatives over positives of each, 1 where it has only one of the two.
+    Balanced classes: n / (k n_c), with n known labels, n_c of them of class c, and k classes that occur, so that the mean
+    over the samples is 1; 1 for a class that does not occur. Balanced labels: negatives / positives of each, 1 if it has
+    only one of the two.
     """
     result = {}
     for target in targets:
@@ -110,7 +108,7 @@ def loss(
     targets: Sequence[Target],
     weights: Sequence[float],
 ) -> Tensor:
-    """The sum over targets of weight times loss, a scalar tensor. Raises ValueError unless each target has a weight."""
+    """The weighted sum of the targets' losses, a scalar tensor. Raises ValueError unless each target has a weight."""
     each = losses(outputs, y, targets)
     terms = [weight * each[target.name] for weight, target in zip(weights, targets, strict=True)]
     return sum(terms[1:], start=terms[0])

@@ -1,7 +1,7 @@
-"""Scores for reports, for each target of a model.
+"""Metrics of each target.
 
-They are scikit-learn's, told not to check its input again: a client is scored thousands of times a run. Those of
-classes are counted here, by its formulas, because importing it takes as long as a round of a thousand clients.
+They are scikit-learn's, called without its input checks because clients are evaluated thousands of times per run. Class
+metrics are computed here by the same formulas, because importing scikit-learn takes as long as a round of 1,000 clients.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,60 +14,57 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meadow.tasks.data import Target
-from meadow.tasks.losses import each_loss
+from meadow.tasks.losses import entry_losses
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 PRIMARY: dict[str, str] = {"class": "accuracy", "labels": "f1", "value": "rmse", "quantiles": "pinball"}
-"""For each kind of target, the metric that methods are ranked by."""
+"""Kind of target -> the metric by which methods are ranked."""
 
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "pinball"})
-"""Of all other metrics more is better; coverage alone has an aim, its level."""
+"""Metrics for which lower is better. For coverage the best value is its level; for all others higher is better."""
 
 SHARES = frozenset({"accuracy", "balanced_accuracy", "precision", "recall", "f1", "auroc", "exact_match"})
-"""Metrics that are fractions in 0..1, as coverage is; mae, rmse and pinball have the value's unit, the others none."""
+"""Metrics that are fractions in 0..1, like coverage; mae, rmse and pinball have the value's unit, the others none."""
 
 THOROUGH = frozenset({"auroc"})
-"""Metrics that only a thorough evaluation has: that of the global test set, and the clients' last."""
+"""Metrics of thorough evaluations only: on the global test set, and the clients' last."""
 
 MOST_CLASSES = 50
-"""With more classes or labels, AUROC, ROC curves and confusion counts are left out: they cost too much and tell little."""
+"""Most classes or labels for which AUROC, ROC curves and confusion matrices are computed."""
 
 MOST_POINTS = 200
-"""Points of a ROC curve that are kept."""
+"""Most points that are kept of a ROC curve."""
 
 
 def kind_of(metrics: Collection[str]) -> str:
-    """The kind of target that has these metrics: a run folder does not say the kind, but its metrics tell."""
-    tells = {"exact_match": "labels", "rmse": "value", "pinball": "quantiles"}
-    return next((kind for metric, kind in tells.items() if metric in metrics), "class")
+    """The kind of target that has these metrics, for run folders, which do not record the kind."""
+    typical = {"exact_match": "labels", "rmse": "value", "pinball": "quantiles"}
+    return next((kind for metric, kind in typical.items() if metric in metrics), "class")
 
 
 def score(
     outputs: Mapping[str, Tensor], y: Mapping[str, Tensor], targets: Sequence[Target], thorough: bool = False
 ) -> dict[str, dict[str, float]]:
-    """Each target's metrics over pooled predictions of n >= 1 samples: {target: {metric: value}}.
+    """Each target's metrics over all n >= 1 samples: {target: {metric: value}}, as scikit-learn defines them.
 
-    Missing entries of `y` are left out, and so are a target of which nothing is known, and a metric that is not
-    defined or not a finite number. All are scikit-learn's. Of every target `loss`: that of `losses` without weights,
-    but the mean over all known entries.
+    Missing entries of `y` are ignored. Targets without known entries and metrics that are undefined or not finite are
+    omitted. All targets have `loss`, as in `losses` without weights, but averaged over all known entries.
 
-    class (with one at each token: over all known positions): accuracy; balanced_accuracy, the mean recall over the
-    classes that occur; precision, recall and f1, macro over the classes that occur or were predicted, 0 where a
-    quotient has a zero denominator. If `thorough` and there are at most MOST_CLASSES, auroc: of two classes that of the
-    second one's probability, of more the mean over the classes that occur of each one's against all others; not
-    defined if only one class occurs.
+    class (per token: over all known positions): accuracy; balanced_accuracy, the mean recall of the classes that occur;
+    precision, recall and f1, macro-averaged over the classes that occur or were predicted, 0 for a zero denominator. If
+    `thorough` and at most MOST_CLASSES: auroc, for two classes of the second one's probability, for more the mean of
+    one-vs-rest over the classes that occur; undefined if only one occurs.
 
-    labels, each predicted where its probability is above 1/2: accuracy over all entries; exact_match, the share of
-    samples with every known label right; precision, recall and f1, macro over the labels that some sample has or was
-    predicted to have, not defined if there is none, else as above. If `thorough`, as above, auroc: macro over the
-    labels that some samples have and some have not.
+    labels, predicted where the probability is above 1/2: accuracy over all entries; exact_match, the share of samples
+    with every known label right; precision, recall and f1, macro-averaged over the labels that occur or were predicted,
+    undefined if there is none. If `thorough`, as above: auroc, macro-averaged over labels with positives and negatives.
 
-    value: mae and rmse in the value's own unit; r2, not defined if all values are equal.
+    value: mae and rmse in the value's unit; r2, undefined if all values are equal.
 
-    quantiles: pinball, the mean pinball loss over samples and quantiles, in the value's own unit; for each level
-    coverage_<level>, the share of values at or below the predicted quantile.
+    quantiles: pinball, the mean pinball loss over samples and quantiles, in the value's unit; coverage_<level>, the share
+    of values at or below the predicted quantile.
 
     Raises ValueError if there is no sample.
     """
@@ -91,16 +88,18 @@ def score(
             metrics = _quantile_scores(target, output, truth, known)
         if thorough:
             with _scikit_learn() as sk:
-                areas = [float(sk.auc(*sk.roc_curve(*asked)[:2])) for _, *asked in _questions(target, output, truth)]
+                areas = [
+                    float(sk.auc(*sk.roc_curve(*asked)[:2])) for _, *asked in _binary_problems(target, output, truth)
+                ]
             metrics |= {"auroc": float(np.mean(areas))} if areas else {}
-        metrics["loss"] = float(each_loss(target, output, truth, known, None).sum() / known.sum())
+        metrics["loss"] = float(entry_losses(target, output, truth, known, None).sum() / known.sum())
         result[target.name] = {name: value for name, value in metrics.items() if np.isfinite(value)}
     return result
 
 
 @contextmanager
 def _scikit_learn() -> Iterator[Any]:
-    """scikit-learn's metrics (a large half of a second to import), told not to check their input."""
+    """scikit-learn's metrics (0.6 s to import), without their input checks."""
     import sklearn.metrics
 
     with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
@@ -108,7 +107,7 @@ def _scikit_learn() -> Iterator[Any]:
 
 
 def confusion(target: Target, output: Tensor, truth: Tensor) -> Ints:
-    """How often a class (row) was predicted as which (column), int64 (classes, classes), over all known entries."""
+    """The confusion matrix over all known entries, int64 (classes, classes): rows true, columns predicted."""
     known = target.known(truth)
     if not known.any():
         return np.zeros((target.size, target.size), dtype=np.int64)
@@ -120,12 +119,12 @@ def confusion(target: Target, output: Tensor, truth: Tensor) -> Ints:
 def roc(target: Target, output: Tensor, truth: Tensor) -> dict[int, tuple[Floats, Floats, float]]:
     """ROC curves: class or label -> (false positive rates, true positive rates, area under the whole curve).
 
-    Of two classes that of the second; else each against all others, of those that have positives and negatives. Points
-    on a straight line between others are left out, and of what remains at most MOST_POINTS are kept, evenly by rank.
-    Empty for other kinds of target, and for more than MOST_CLASSES.
+    For two classes that of the second, else one-vs-rest for each with positives and negatives. Points on a straight line
+    between others are dropped, then at most MOST_POINTS are kept, evenly by rank. Empty for other kinds of target, and for
+    more than MOST_CLASSES.
     """
     curves = {}
-    for which, positive, rank in _questions(target, output, truth):
+    for which, positive, rank in _binary_problems(target, output, truth):
         with _scikit_learn() as sk:
             false, true, _ = sk.roc_curve(positive, rank)
             area = float(sk.auc(false, true))
@@ -160,8 +159,8 @@ def _labels_scores(output: Tensor, truth: Tensor, known: Tensor) -> dict[str, fl
         "exact_match": float(right.all(1)[known.any(1)].double().mean()),
     }
     if (either := (predicted | true).any(0)).any():
-        # An entry that is not known is neither true nor predicted here, which counts for none of the three. The empty
-        # column is there because scikit-learn takes a single one for two classes.
+        # Unknown entries are neither true nor predicted here, so none of the three counts them. The empty column is added
+        # because scikit-learn takes a single column for two classes.
         padded = (F.pad(rows, (0, 1)).numpy(force=True) for rows in (true, predicted))
         with _scikit_learn() as sk:
             found = sk.precision_recall_fscore_support(*padded, zero_division=0)[:3]
@@ -194,9 +193,11 @@ def _quantile_scores(target: Target, output: Tensor, truth: Tensor, known: Tenso
     }
 
 
-def _questions(target: Target, output: Tensor, truth: Tensor) -> Iterator[tuple[int, npt.NDArray[np.bool_], Floats]]:
-    """The yes-or-no questions of a target: (class or label, whether so, what rises with its probability), the last two
-    (n,) over the known entries; only those that have both answers, and none if the model's outputs are not finite."""
+def _binary_problems(
+    target: Target, output: Tensor, truth: Tensor
+) -> Iterator[tuple[int, npt.NDArray[np.bool_], Floats]]:
+    """Yield (class or label, whether positive, score) with arrays (n,) over the known entries, for each class or label that
+    has positives and negatives; nothing if the model's outputs are not finite."""
     if target.kind not in ("class", "labels") or target.size > MOST_CLASSES or not output.isfinite().all():
         return
     known = target.known(truth)

@@ -1,7 +1,6 @@
-"""How the same arithmetic is done faster on a CPU: where images lie in memory, and whose kernels multiply large matrices.
+"""Faster CPU arithmetic: the memory layout of images, and the library that multiplies large matrices.
 
-Both change the last bits of a result, so they are a function of the model and of the processor alone, and every engine, the
-server and the clients have them alike.
+Both change a result's last bits, so they depend only on the model and the processor: engines, server and clients agree.
 """
 
 import functools
@@ -13,15 +12,15 @@ import torch
 from torch import nn
 
 LARGE = 2**18
-"""Weights of a linear layer from which on its products are oneDNN's: below, handing them over costs as much as it saves."""
+"""Linear layers with at least this many weights go to oneDNN; smaller ones do not repay the overhead."""
 
 
-def laid_out(model: nn.Module) -> nn.Module:
-    """The model with the weights of 2-D convolutions by pixels, not by channels (`channels_last`), in which oneDNN's
-    convolutions and torch's pooling are vectorised; activations follow them.
+def channels_last(model: nn.Module) -> nn.Module:
+    """The model with 2-D convolutions in `channels_last` layout, in which oneDNN's convolutions and torch's pooling are
+    vectorised; activations follow.
 
-    A model with a GroupNorm stays as it is: torch 2.13 ends the process with a segmentation fault where a GroupNorm learns
-    behind frozen layers, on activations that lie by pixels (`native_group_norm_backward` without the input's gradient).
+    A model with a GroupNorm is unchanged: torch 2.13 crashes (segmentation fault) where a GroupNorm trains after frozen
+    layers on such activations (`native_group_norm_backward` without the input's gradient).
     """
     modules = list(model.modules())
     if any(isinstance(m, nn.Conv2d) for m in modules) and not any(isinstance(m, nn.GroupNorm) for m in modules):
@@ -30,30 +29,35 @@ def laid_out(model: nn.Module) -> nn.Module:
 
 
 def placed(model: nn.Module, device: str, exact: bool) -> nn.Module:
-    """The model on the device where it is to train and be evaluated.
+    """The model on the device for training and evaluation.
 
-    On a GPU with `exact` torch takes kernels whose results are the same each time, and raises RuntimeError where it has
-    none (`torch.use_deterministic_algorithms`): the same bits on the same GPU, not those of a CPU.
+    On a GPU with `exact` torch uses deterministic kernels, and raises RuntimeError for an operation that has none
+    (`torch.use_deterministic_algorithms`): the same bits each time on the same GPU, but not those of a CPU.
     """
     if device != "cpu":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for a deterministic cuBLAS
         torch.use_deterministic_algorithms(exact)
     return model.to(device)
 
 
 @contextmanager
 def kernels(model: nn.Module) -> Iterator[None]:
-    """Inside the block, oneDNN computes the float32 products of a model on the CPU that has a large linear layer, where it
-    computes them in float32.
+    """Inside the block, oneDNN computes the float32 products of a CPU model that has a large linear layer.
 
-    torch lets it by "medium" precision, which lets it round to bfloat16 too: it does on processors with bfloat16 matrix
-    units (`keeps_float32`), and there nothing is changed.
+    torch enables this by "medium" precision, which also permits bfloat16. Processors with bfloat16 matrix units make use
+    of that (`keeps_float32`); on these nothing is changed.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     large = any(weight.numel() >= LARGE and weight.device.type == "cpu" for weight in weights)
     if not large or not keeps_float32():
         yield
         return
+    with _medium_precision():
+        yield
+
+
+@contextmanager
+def _medium_precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -64,15 +68,11 @@ def kernels(model: nn.Module) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def keeps_float32() -> bool:
-    """Whether "medium" precision gives float32 products on this processor. A product of random matrices tells: bfloat16 has
-    8 bits, and errs by 1e-3 where float32 errs by 1e-7."""
+    """Whether "medium" precision gives float32 products on this processor, measured on random matrices: the relative
+    error of bfloat16 (8 bits) is about 1e-3, that of float32 1e-7."""
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.rand(64, 512, generator=draw), torch.rand(512, 512, generator=draw))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with _medium_precision():
         found = a @ b
-    finally:
-        torch.set_float32_matmul_precision(before)
     exact = a.double() @ b.double()
     return bool(((found - exact).abs() / exact).max() < 1e-5)

@@ -1,16 +1,7 @@
-"""Image pipelines: from images as they are stored to samples as a model takes them, with torchvision.transforms.v2.
+"""Image pipelines: prepare stored images for a model, with torchvision.transforms.v2.
 
-    flip                mirror left and right, with probability 1/2
-    vflip               mirror top and bottom, with probability 1/2
-    crop PADDING        pad by so many black pixels on each side, and cut a square of the old size at random
-    resized-crop LOW    cut an area of LOW..1 of the image, 3/4 to 4/3 as wide as tall, and resize it to the old size
-    rotate DEGREES      turn by an angle in -DEGREES..DEGREES, bilinear, black outside
-    jitter STRENGTH     brightness, contrast and saturation, each times a factor in 1-STRENGTH..1+STRENGTH
-    erase P             with probability P, paint a rectangle of 2% to 33% of the area in the mean colour (`task.mean`)
-
-`task.augment` lists these in the order in which they are done, on training samples only; each sample has its own draw.
-Every draw comes from torch's global generator, which the training loop seeds by (run.seed, round, client): the same seed
-gives the same augmentation. No step changes an image's shape.
+docs/data-images.md explains the augmentations. Each training sample is augmented by its own random numbers, which come from
+torch's global generator; the training loop seeds it by (run.seed, round, client). No step changes an image's shape.
 """
 
 import math
@@ -26,7 +17,7 @@ from meadow.runtime.errors import UserError
 from meadow.tasks.data import Dataset
 from meadow.tasks.models.vision import torchvision
 
-# Of the augmentations that take a number above 0: the most it may be, and an example of it.
+# Augmentations with a number above 0: its largest value, and an example.
 _NUMBERS = {
     "crop": (math.inf, "4"),
     "resized-crop": (1.0, "0.5"),
@@ -48,10 +39,9 @@ class Pipeline:
     steps: tuple[Step, ...]
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
-        """Images (n, channels, height, width), uint8 or float32 in 0..1, as float32 of the same shape.
+        """Images (n, channels, height, width), uint8 or float32 in 0..1 -> float32, same shape.
 
-        0..255 becomes 0..1; then the augmentations, if `training`, one sample after another; then (x - mean) / std for
-        each channel. `x` itself is never changed.
+        Pixels are scaled to 0..1, augmented if `training`, then normalised: (x - mean) / std per channel.
         """
         v2 = torchvision().transforms.v2
         images: Tensor = v2.functional.to_dtype(x, torch.float32, scale=True)
@@ -68,23 +58,23 @@ class Pipeline:
 
 
 def image_pipeline(dataset: Dataset, task: schema.Task) -> Pipeline | None:
-    """The pipeline for the data set's images; None for samples that are no images, which models take as they are stored.
+    """The pipeline for the data set's images; None if the samples are not images, which models take as stored.
 
-    Raises UserError for an entry of `task.augment` that is not understood, for as many means and deviations as the
-    images have no channels, and for any of them where the samples are no images.
+    Raises UserError for an unknown entry of `task.augment`, for numbers of means that do not match the channels, and for
+    either setting if the samples are not images.
     """
     if not dataset.images:
         for name, value in (("augment", task.augment), ("mean", task.mean)):
             if value:
                 raise UserError(
-                    f"task.{name} = {list(value)}: the samples of {dataset.name} are no images: leave task.{name} empty"
+                    f"task.{name} = {list(value)}: the samples of {dataset.name} are not images: leave task.{name} empty"
                 )
         return None
     channels, height, width = dataset.train.x.shape[1:]
     if len(task.mean) not in (0, 1, channels):
         raise UserError(
             f"task.mean = {list(task.mean)}: the images of {dataset.name} have {channels} "
-            f"{'channel' if channels == 1 else 'channels'}: give task.mean and task.std one value, or one a channel"
+            f"{'channel' if channels == 1 else 'channels'}: give task.mean and task.std one value, or one per channel"
         )
     steps = tuple(_step(task, spec, height, width) for spec in task.augment)
     return Pipeline(task.mean, task.std, steps)
@@ -107,36 +97,36 @@ def _step(task: schema.Task, text: str, height: int, width: int) -> Step:
             step = v2.RandomRotation(value, interpolation=v2.InterpolationMode.BILINEAR)
         case "jitter":
             step = v2.ColorJitter(brightness=value, contrast=value, saturation=value)
-            if task.channels == "bgr":  # its grey is a weighted mean of red, green and blue, in this order
-                step = v2.Compose([_reversed, step, _reversed])
+            if task.channels == "bgr":  # jitter's grey expects red, green, blue
+                step = v2.Compose([_swap_channels, step, _swap_channels])
         case _:
             step = v2.RandomErasing(p=value, value=list(task.mean) or 0)
     return step
 
 
-def _reversed(image: Tensor) -> Tensor:
+def _swap_channels(image: Tensor) -> Tensor:
     return image.flip(-3)
 
 
 def _read(task: schema.Task, text: str) -> tuple[str, float]:
-    """One entry of `task.augment`: its name, and its number (0 if it takes none)."""
+    """An entry of `task.augment`: its name and its number (0 if it takes none)."""
 
     def wrong(why: str) -> UserError:
         return UserError(f'task.augment = {list(task.augment)}: "{text}": {why}')
 
     name, *words = text.split() or [""]
     if name not in _NAMES:
-        raise wrong(f"there is no such augmentation{nearest(name, _NAMES)}; there are {', '.join(_NAMES)}")
+        raise wrong(f"there is no such augmentation{nearest(name, _NAMES)}; the augmentations are {', '.join(_NAMES)}")
     if name not in _NUMBERS:
         if words:
             raise wrong(f'"{name}" takes no number')
         return name, 0.0
     most, example = _NUMBERS[name]
-    form = "a whole number of pixels" if name == "crop" else f"a number, {most:g} at most,"
+    form = "a whole number of pixels above 0" if name == "crop" else f"a number above 0 and at most {most:g}"
     try:
         value = float(words[0]) if len(words) == 1 else math.nan
     except ValueError:
         value = math.nan
     if not 0 < value <= most or (name == "crop" and not value.is_integer()):
-        raise wrong(f'"{name}" takes {form} above 0, for example "{name} {example}"')
+        raise wrong(f'"{name}" takes {form}, for example "{name} {example}"')
     return name, value

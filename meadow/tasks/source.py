@@ -1,4 +1,4 @@
-"""The source task: its data, and the model that was trained on it, from which transfer learning starts."""
+"""The source task of transfer learning: its data, and the model trained on it."""
 
 import functools
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from meadow.tasks.task import open_task
 
 
 def source_model(experiment: Experiment) -> nn.Module:
-    """A new model with `source_state`."""
+    """A new model with the weights of `source_state`."""
     model = open_task(experiment).plain_model()
     state = model.state_dict()
     with torch.no_grad():
@@ -29,15 +29,15 @@ def source_model(experiment: Experiment) -> nn.Module:
 
 
 def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
-    """The complete state of the source model, heads and all, float32, in state_dict order; not to be written to.
+    """The complete state of the source model, with its heads, float32, in state_dict order; cached, do not modify.
 
-    The same model family, trained on `task.source_samples` samples of `task.source` for `task.source_epochs` epochs,
-    on the learned targets with their weights. Its data, start and order come from derive(run.seed, "source"), so it is
-    the same for every partition. Kept once trained.
+    The model of the experiment, trained on `task.source_samples` samples of `task.source` for `task.source_epochs` epochs,
+    on the learned targets with their weights. Its data, initial weights and sample order come from derive(run.seed,
+    "source"), so it is the same for every partition.
     """
     task = experiment.task
     weights = task.target_weights or (1.0,) * len(experiment.learned)
-    # What a source model depends on, and nothing else: runs that start from it under any other setting share it.
+    # Only what a source model depends on, so that runs that differ in other settings share it.
     key = schema.Task(
         learn="all",
         pretrained="",
@@ -52,20 +52,20 @@ def source_state(experiment: Experiment) -> dict[str, npt.NDArray[np.float32]]:
         target_weights=weights,
     )
     targets = open_task(experiment).targets
-    with one_thread():  # it is trained wherever it is asked for first, before or after an engine sets its threads
+    with one_thread():  # the first caller trains it, before or after an engine sets its threads
         return _source_state(derive(experiment.run.seed, "source"), key, targets)
 
 
 @dataclass(frozen=True)
 class SourceData:
-    """The source task's own samples: those that the source model learned from, and others made the same way."""
+    """The source task's samples: those that the source model is trained on, and a test set made the same way."""
 
     train: Data
     test: Data
 
 
 def source_data(experiment: Experiment) -> SourceData:
-    """The source task's data of an experiment: what `source_state` is trained on, and a test set of 1,000 samples."""
+    """The source data of an experiment: the training data of `source_state`, and 1,000 test samples."""
     return _source_data(derive(experiment.run.seed, "source"), experiment.task.source_samples)
 
 
@@ -84,8 +84,7 @@ SOURCE_WEIGHT_DECAY = 1e-2
 
 @functools.lru_cache(maxsize=8)
 def _source_state(seed: int, task: schema.Task, targets: tuple[Target, ...]) -> dict[str, npt.NDArray[np.float32]]:
-    """Train the source model with AdamW (Loshchilov and Hutter 2019) at a rate that falls linearly to zero."""
-    # The sample count alone decides the source data's targets and shape, so no test part is made for it.
+    """Train the source model with AdamW (Loshchilov and Hutter 2019), the learning rate falling linearly to zero."""
     data = printed_digits(task.source_samples, derive(seed, "data"))
     model = build(task, targets, Inputs(tuple(data.x.shape[1:])), seed)
     steps = task.source_epochs * -(-len(data) // SOURCE_BATCH)

@@ -1,4 +1,4 @@
-"""Where training starts: the model's complete state before the first round."""
+"""The initial state of the model."""
 
 from collections.abc import Mapping
 
@@ -14,12 +14,12 @@ from meadow.tasks.task import open_task
 
 
 def initial_state(experiment: Experiment) -> Arrays:
-    """The model's complete state before the first round, in state_dict order; fresh arrays at each call. All float32, but
-    for a batch normalisation's count of batches, which is int64.
+    """The model's complete state before the first round, in state_dict order; new arrays at each call. All are float32
+    but a batch normalisation's batch counter, which is int64.
 
-    task.pretrained = "": the random start of run.seed (`meadow.tasks.models.multihead.build`). "source": its trunk is
-    that of `source_state`, the heads keep their random start. Else its trunk is that of
-    `meadow.tasks.models.weights.pretrained_trunk`. Raises UserError for weights that are missing, unreadable or do not fit.
+    The heads start at random (`meadow.tasks.models.multihead.build`), and so does the trunk if task.pretrained is empty.
+    "source": the trunk of `source_state`. Else the trunk of `meadow.tasks.models.weights.pretrained_trunk`. Raises
+    UserError for weights that are missing, unreadable or do not fit.
     """
     task, opened = experiment.task, open_task(experiment)
     state = dict(opened.plain_model().state_dict())
@@ -36,8 +36,8 @@ def initial_state(experiment: Experiment) -> Arrays:
 
 
 def _start(name: str, plain: Mapping[str, Tensor], new: Tensor, pretrained: bool) -> Tensor:
-    """Where an array of a model that is more than the plain one starts: in the trunk as that of the plain model, which
-    coupled trunks take only if it is pretrained; else as it is, new."""
+    """The initial value of an array of an extended model: the plain trunk's if it has one (coupled trunks take it only if
+    pretrained), else `new`."""
     if pretrained and name.startswith(COLUMNS):
         name = TRUNK + name.removeprefix(COLUMNS).partition(".")[2]
     return plain.get(name, new) if name.startswith(TRUNK) else new

@@ -1,14 +1,11 @@
-"""Targets from raw columns: the grammar of `task.kinds`, and the numbers that a column becomes.
+"""Targets from raw columns: the grammar of `task.kinds` (docs/data.md), and the encoding of columns as numbers.
 
     class [N | NAME ...] [above T] [weights W ... | balanced]
     labels [N | NAME ...] [weights W ... | balanced]
     value [scale S] [offset O]
     quantiles Q ... [scale S] [offset O]
 
-`class` alone takes the distinct values of the column as the classes, in order (numbers by size, text by code point);
-`class 5` says that the column holds 0..4; `class no yes` names them in order; `class above 0` is two classes of a number,
-and `class no yes above 0` names the two. `labels` reads rows of 0 and 1, or a text column with names separated by "|". An
-empty cell and NaN are a missing label, and so is -1 in an array of whole numbers, unless it is one of the classes.
+An empty cell and NaN are a missing label, and so is -1 in an array of whole numbers unless it is one of the classes.
 """
 
 import dataclasses
@@ -31,7 +28,7 @@ Column = npt.NDArray[Any]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One entry of `task.kinds`, read. `words`: what stands before the first keyword."""
+    """A parsed entry of `task.kinds`. `words`: the words before the first keyword."""
 
     kind: str
     words: tuple[str, ...]
@@ -43,7 +40,7 @@ class Kind:
 
 
 def read_kind(target: str, text: str) -> Kind:
-    """Read one entry of `task.kinds`. Raises UserError that says what is wrong and what may be written."""
+    """Parse an entry of `task.kinds`. Raises UserError that says what to write instead."""
     first, *rest = text.split() or [""]
     if first not in KINDS:
         raise _wrong(target, text, f"a kind begins with one of {', '.join(KINDS)}")
@@ -51,7 +48,7 @@ def read_kind(target: str, text: str) -> Kind:
     for word in rest:
         if word in _WORDS:
             if word in parts:
-                raise _wrong(target, text, f'"{word}" stands twice')
+                raise _wrong(target, text, f'"{word}" is there twice')
             parts[word] = []
             here = word
         else:
@@ -64,13 +61,13 @@ def read_kind(target: str, text: str) -> Kind:
     }[first]
     for word, values in parts.items():
         if word and word not in allowed:
-            raise _wrong(target, text, f'"{word}" does not go with {first}; {", ".join(allowed)} do')
+            raise _wrong(target, text, f'"{word}" is not for {first}, which takes {", ".join(allowed)}')
         if word in ("above", "scale", "offset") and len(values) != 1:
             raise _wrong(target, text, f'"{word}" takes one number')
         if word == "weights" and not values:
             raise _wrong(target, text, '"weights" takes a number for each class')
         if word == "balanced" and values:
-            raise _wrong(target, text, f'"balanced" stands alone, without "{values[0]}"')
+            raise _wrong(target, text, f'"balanced" takes no "{values[0]}"')
     numbers = {
         w: tuple(_number(target, text, v) for v in parts.get(w, ())) for w in ("above", "weights", "scale", "offset")
     }
@@ -90,23 +87,24 @@ def read_kind(target: str, text: str) -> Kind:
     if first == "quantiles":
         levels = [_number(target, text, w) for w in kind.words]
         if not levels or sorted(set(levels)) != levels or min(levels) <= 0 or max(levels) >= 1:
-            raise _wrong(target, text, "write the levels in rising order, each between 0 and 1: quantiles 0.1 0.5 0.9")
+            raise _wrong(
+                target, text, "write the levels in ascending order, each between 0 and 1: quantiles 0.1 0.5 0.9"
+            )
     if first in ("class", "labels") and len(set(kind.words)) != len(kind.words):
         raise _wrong(target, text, "two classes have the same name")
     if kind.above is not None and len(kind.words) not in (0, 2):
         raise _wrong(target, text, '"above" makes two classes: give two names, or none')
     if first == "value" and kind.words:
-        raise _wrong(target, text, f'"{kind.words[0]}" is not understood: value [scale S] [offset O]')
+        raise _wrong(target, text, f'"{kind.words[0]}" is unknown; write value [scale S] [offset O]')
     return kind
 
 
 def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[tuple[Target, ...], Data, Data]:
-    """The targets of these names with their numbers: (targets, training pool, test set).
+    """Encode the named targets: (targets, training pool, test set).
 
-    A target's kind is that of `kinds`, else of the reader, else told by its values: "class" for text, for an array of
-    whole numbers, and where all are whole numbers of which at most 100 differ; "value" for other numbers. Raises
-    UserError for an unknown column, a class that the kind does not know, a value that is no number, and a column of
-    another shape than the kind's.
+    A target's kind comes from `kinds`, else from the reader, else from its values: "class" for text, integer arrays, and
+    whole numbers with at most 100 distinct values; "value" for other numbers. Raises UserError for an unknown column, an
+    unknown class, text where a number is expected, and a column of the wrong shape.
     """
     assert raw.test is not None
     for name in names:
@@ -142,7 +140,7 @@ def missing(column: Column) -> npt.NDArray[np.bool_]:
 def _guess(column: Column) -> str:
     words = _words(column)[0]
     known = [word for word in words if word]
-    if not all(_is_number(word) for word in known):
+    if not all(is_number(word) for word in known):
         return "class"
     if column.dtype.kind in "iub":
         return "class"
@@ -150,7 +148,7 @@ def _guess(column: Column) -> str:
 
 
 def _check_shapes(raw: Raw, name: str, text: str, columns: list[Column]) -> None:
-    """Raise UserError for a column that is no entry a sample: rows are for labels, and one a token for classes of texts."""
+    """Raise UserError unless a column has one entry per sample, a row per sample for labels, or a class per token."""
     kind = read_kind(name, text).kind
     for column in columns:
         rows = kind == "labels" and column.ndim == 2
@@ -159,8 +157,8 @@ def _check_shapes(raw: Raw, name: str, text: str, columns: list[Column]) -> None
             raise _wrong(
                 name,
                 text,
-                f"the column has shape {column.shape}, where {kind} takes one entry a sample; "
-                'rows of 0 and 1 are "labels", and other arrays are to be split, one a target',
+                f"the column has shape {column.shape}, but {kind} takes one entry per sample; "
+                'write "labels" for rows of 0 and 1, and split other arrays into one target each',
             )
 
 
@@ -220,8 +218,7 @@ def _numbers(target: Target, text: str, part: Part) -> Tensor:
 
 
 def _words(column: Column) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """The distinct values as text, and for each entry the index of its own: whole numbers have no decimal point, a
-    missing value is ""."""
+    """The distinct values as text (whole numbers without a decimal point, "" if missing), and the index of each entry's."""
     values = column if column.dtype.kind in "fiub" else column.astype(str)
     distinct, inverse = np.unique(values, return_inverse=True)
     if column.dtype.kind == "f":
@@ -234,13 +231,13 @@ def _words(column: Column) -> tuple[list[str], npt.NDArray[np.int64]]:
 
 
 def _whole(word: str) -> str:
-    """A whole number without its decimal point, "3.0" as "3": so are whole numbers with gaps often saved."""
-    return str(int(float(word))) if _is_number(word) and float(word).is_integer() else word
+    """A whole number without its decimal point ("3.0" as "3"), which files add to columns with missing values."""
+    return str(int(float(word))) if is_number(word) and float(word).is_integer() else word
 
 
 def _distinct(columns: list[Column]) -> tuple[str, ...]:
     seen = {word for column in columns for word in _words(column)[0]} - {""}
-    if all(_is_number(v) for v in seen):
+    if all(is_number(v) for v in seen):
         return tuple(sorted(seen, key=lambda word: (float(word), word)))
     return tuple(sorted(seen))
 
@@ -262,7 +259,7 @@ def _rows(target: Target, text: str, part: Part) -> npt.NDArray[np.float32]:
             raise _wrong(target.name, text, f"rows have {column.shape[1]} entries, not {target.size}")
         rows = column.astype(np.float32)
         if not np.isin(rows[~np.isnan(rows)], (0, 1)).all():
-            raise _wrong(target.name, text, "rows of labels hold 0 and 1 (NaN where unknown)")
+            raise _wrong(target.name, text, "rows of labels contain 0 and 1 (NaN for missing)")
         return rows
     index = {name: i for i, name in enumerate(target.names)}
     rows = np.zeros((len(column), target.size), dtype=np.float32)
@@ -273,7 +270,9 @@ def _rows(target: Target, text: str, part: Part) -> npt.NDArray[np.float32]:
             rows[row] = np.nan
         for name in _cell(cell):
             if name not in index:
-                raise _wrong(target.name, text, f'{part.where(row)}, has "{name}", none of {list(target.names)[:20]}')
+                raise _wrong(
+                    target.name, text, f'{part.where(row)}, has "{name}", which is none of {list(target.names)[:20]}'
+                )
             rows[row, index[name]] = 1
     return rows
 
@@ -281,18 +280,19 @@ def _rows(target: Target, text: str, part: Part) -> npt.NDArray[np.float32]:
 def _floats(target: str, text: str, part: Part, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     column = np.asarray(part.columns[target])
     if column.dtype.kind in "fiub":
-        if (endless := np.flatnonzero(np.isinf(column))).size:
-            raise _wrong(target, text, f"{part.where(int(endless[0]))}, is not a finite number")
+        if (infinite := np.flatnonzero(np.isinf(column))).size:
+            raise _wrong(target, text, f"{part.where(int(infinite[0]))}, is not a finite number")
         return column.astype(np.float64)
     values = np.full(column.shape, np.nan)
     for row in np.flatnonzero(~gone):
-        if not _is_number(str(column[row])):
+        if not is_number(str(column[row])):
             raise _wrong(target, text, f'{part.where(int(row))}, has "{column[row]}", which is not a number')
         values[row] = float(column[row])
     return values
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text is a finite number."""
     try:
         return bool(np.isfinite(float(text)))
     except ValueError:
@@ -300,7 +300,7 @@ def _is_number(text: str) -> bool:
 
 
 def _number(target: str, text: str, word: str) -> float:
-    if not _is_number(word):
+    if not is_number(word):
         raise _wrong(target, text, f'"{word}" is not a number')
     return float(word)
 

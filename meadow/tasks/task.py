@@ -1,6 +1,6 @@
-"""A task, opened: the data set, its split over the clients, the learned targets and the model.
+"""The task of an experiment: the data set, its split over the clients, the learned targets and the model.
 
-Everything here is a function of the experiment alone, so every process of a run opens the same task by itself.
+It is a function of the experiment alone, so every process of a run opens the same task by itself.
 """
 
 import functools
@@ -22,15 +22,15 @@ from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.data import MISSING, Data, Dataset, Target, concatenate
 from meadow.tasks.models.multihead import build, inputs, with_domains
 from meadow.tasks.models.peft import Added, added, extend
-from meadow.tasks.numerics import laid_out
+from meadow.tasks.numerics import channels_last
 from meadow.tasks.pipeline import Pipeline, image_pipeline
 from meadow.tasks.readers.datasets import data_settings, forget_datasets, open_dataset
 from meadow.tasks.splits.holds import held
 from meadow.tasks.splits.laws import Ints
 from meadow.tasks.splits.partition import Split, deal, label_counts, strata
 
-_KEPT = 2**28
-"""Bytes of gathered data that a process keeps, of the clients that came last."""
+_CACHED = 2**28
+"""Bytes of client data that a process caches, least recently used first out."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class ClientData:
 
 @dataclass(frozen=True)
 class Task:
-    """What a process needs of a task. `targets` are the learned ones, in order, `weights` those of their losses.
+    """An opened task. `targets`: the learned ones, in order; `weights`: those of their losses.
 
     held: whether each client has the labels of each of `task.targets` (`partition.holds`), bool (clients, targets).
-    noise: variance of the last client's noise under law = feature-shift, else 0. pipeline: what `prepare` does to
-    images; None for samples that a model takes as they are. counts: `label_counts`, where the pool is not in this process
-    (`meadow.tasks.splits.shares`). added: what each layer of the trunk gets beside it. two_domains: heads are
+    noise: variance of the last client's noise for law = feature-shift, else 0. pipeline: what `prepare` does to images;
+    None for other samples. counts: `label_counts`, for processes that do not have the pool
+    (`meadow.tasks.splits.shares`). added: modules added to each layer of the trunk. two_domains: whether heads are
     `meadow.tasks.models.multihead.TwoDomains`.
     """
 
@@ -65,12 +65,12 @@ class Task:
     counts: Ints | None = None
     added: Added = field(default_factory=Added)
     two_domains: bool = False
-    _clients: LRU[int, ClientData] = field(default_factory=lambda: LRU(_KEPT), repr=False, compare=False)
+    _clients: LRU[int, ClientData] = field(default_factory=lambda: LRU(_CACHED), repr=False, compare=False)
 
     def client(self, pid: int) -> ClientData:
-        """The data of client `pid`, 0 <= pid < partition.clients; kept once gathered. Raises IndexError beyond.
+        """The data of client `pid`, cached. Raises IndexError unless 0 <= pid < partition.clients.
 
-        The labels of targets that it does not hold are missing, and under law = feature-shift its inputs are noisy.
+        Labels of targets that the client does not have are missing; for law = feature-shift its inputs are noisy.
         """
         if not 0 <= pid < len(self.split.clients):
             raise IndexError(f"client {pid}: there are clients 0 to {len(self.split.clients) - 1}")
@@ -88,69 +88,69 @@ class Task:
         gone = {name for name, has in zip(self.settings.targets, self.held[pid], strict=True) if not has}
         if not gone:
             return data
-        return Data(data.x, {name: _missing(y) if name in gone else y for name, y in data.y.items()})
+        return Data(data.x, {name: _all_missing(y) if name in gone else y for name, y in data.y.items()})
 
     def label_counts(self) -> Ints:
-        """Samples (all three parts) of each client by label or decile of the first of `task.targets`, int64 (clients,
-        labels)."""
+        """Each client's samples (all parts) by label or decile of the first of `task.targets`, int64 (clients, labels)."""
         if self.counts is not None:
             return self.counts
         first = next(t for t in self.dataset.targets if t.name == self.settings.targets[0])
         return label_counts(self.split, strata(self.dataset.train.y[first.name], first))
 
     def pool(self) -> Data:
-        """All clients' train parts in client order: what placement = "pooled" trains on."""
+        """All clients' training parts in client order: the training data of placement = "pooled"."""
         return concatenate([self.client(pid).train for pid in range(len(self.split.clients))])
 
     def new_model(self) -> nn.Module:
-        """A new model with the random start of the run's seed; `initial_state` is where training starts."""
+        """A new model with random weights from the run's seed; training starts from `initial_state`."""
         model = extend(build(self.settings, self.targets, inputs(self.dataset), self.seed), self.added, self.seed)
-        return laid_out(with_domains(model) if self.two_domains else model)
+        return channels_last(with_domains(model) if self.two_domains else model)
 
     def plain_model(self) -> nn.Module:
-        """A new model with one trunk and nothing added: what a source model and a file of weights fit."""
+        """A new model with one trunk and no added modules, as source models and files of weights have it."""
         settings = self.settings.model_copy(update={"trunks": "shared"})
         return build(settings, self.targets, inputs(self.dataset), self.seed)
 
     @property
     def augments(self) -> bool:
-        """Whether `prepare` draws: whether a training sample looks different each time."""
+        """Whether `prepare` augments training samples at random."""
         return self.pipeline is not None and bool(self.pipeline.steps)
 
     def prepare(self, x: Tensor, training: bool = False) -> Tensor:
-        """Samples as the model takes them, from samples as they are stored (`meadow.tasks.data.Data`), of the same shape.
+        """Prepare stored samples (`meadow.tasks.data.Data`) for the model, in the same shape.
 
-        Images become float32, normalised, and with `training` augmented by draws from torch's global generator: seed it
-        (`meadow.runtime.seeds.torch_seeded`). Other samples pass through.
+        Images become float32 and normalised, and with `training` augmented by torch's global generator: seed it
+        (`meadow.runtime.seeds.torch_seeded`). Other samples are unchanged.
         """
         return x if self.pipeline is None else self.pipeline(x, training)
 
 
-_elsewhere: list[Callable[[Experiment], Task]] = []
+_openers: list[Callable[[Experiment], Task]] = []
 
 
 def open_tasks_by(open_: Callable[[Experiment], Task] | None) -> None:
-    """From now on let `open_task` open tasks by `open_` in this process, as from a share; None: from the data again."""
-    _elsewhere[:] = [open_] if open_ else []
+    """Make `open_task` call `open_` in this process, as for a share; None: open tasks from the data again."""
+    _openers[:] = [open_] if open_ else []
 
 
 def open_task(experiment: Experiment) -> Task:
     """The task of an experiment; the same object for the same (run.seed, task, partition, fold) in one process.
 
-    The split follows the first of `task.targets` (its labels, or for a value target its deciles), not the first
-    learned one, so that methods that learn different targets are compared on one split. Raises UserError for an
-    unknown target and an impossible split. After `open_tasks_by` it is what that function opens.
+    The split depends on the first of `task.targets` (its labels, or the deciles of a value), not on the first learned
+    one, so that methods that learn different targets are compared on the same split. `open_tasks_by` can replace this
+    function. Raises UserError for an unknown target and an impossible split.
     """
-    if _elsewhere:
-        return _elsewhere[-1](experiment)
+    if _openers:
+        return _openers[-1](experiment)
     seed, folds = experiment.run.seed, (experiment.evaluate.folds, experiment.evaluate.fold)
     more = added(experiment.local), experiment.adapt.method == "augment"
     return _open_task(seed, experiment.task, experiment.partition, experiment.learned, *folds, *more)
 
 
 def share_task(experiment: Experiment) -> list[str]:
-    """Put an experiment's data and split into the machine's common memory (`meadow.arrays.memory`); returns their
-    addresses. In another process that has found them `open_task` takes them from there, as this one does from now on."""
+    """Put an experiment's data and split into shared memory (`meadow.arrays.memory`) and return their addresses.
+
+    From then on `open_task` takes them from there, in this process and in others that attach the addresses."""
     addresses = []
     for each in {experiment: None, settle(experiment): None}:
         task, folds = open_task(each), (each.evaluate.folds, each.evaluate.fold)
@@ -162,14 +162,14 @@ def share_task(experiment: Experiment) -> list[str]:
 
 
 def _split_of(seed: int, task: schema.Task, partition: schema.Partition, folds: int, fold: int) -> Hashable:
-    """What decides a split."""
+    """The key of a split: all that it depends on."""
     return seed, data_settings(task), partition, folds, fold
 
 
 def settle(experiment: Experiment) -> Experiment:
-    """The experiment with what only its data can tell filled in: `partition.clients` = 0 is how many there are.
+    """The experiment with `partition.clients` = 0 replaced by the number of clients in the data.
 
-    Raises UserError as `open_task`, and if the cohort does not fit so many clients.
+    Raises UserError as `open_task`, and if the cohort does not fit that number.
     """
     if experiment.partition.clients:
         return experiment
@@ -194,8 +194,8 @@ def _open_task(
     shifted = partition.law == "feature-shift"
     if shifted and dataset.tokens:
         raise UserError(
-            f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which no '
-            "noise can be added; choose another law"
+            f'partition.law = "feature-shift": the samples of task.dataset = "{task.dataset}" are tokens, to which '
+            "noise cannot be added; choose another law"
         )
     split = memory.common(
         _split_of(seed, task, partition, folds, fold),
@@ -210,8 +210,8 @@ def _open_task(
     )
 
 
-def _missing(y: Tensor) -> Tensor:
-    """Labels of this shape and dtype that are all missing."""
+def _all_missing(y: Tensor) -> Tensor:
+    """Labels of the same shape and dtype, all missing."""
     return torch.full_like(y, torch.nan if y.is_floating_point() else MISSING)
 
 
@@ -219,10 +219,9 @@ def _with_noise(
     parts: Sequence[Data], indices: Sequence[Ints], variance: float, draw: np.random.Generator
 ) -> list[Data]:
     """NIID-Bench's noise-based feature imbalance (Li et al. 2022, arXiv:2102.02079, section 4.2): Gaussian noise of
-    mean 0 and this variance on the inputs, for images stored as uint8 in units of 255, rounded and clipped.
+    mean 0 and this variance on the inputs; on uint8 images in units of 255, rounded and clipped.
 
-    A client's samples draw in the order of their indices, so that a sample's noise does not depend on the part or fold
-    that it is in.
+    Noise is drawn in the order of sample indices, so that it does not depend on a sample's part or fold.
     """
     own = np.concatenate(indices)
     noise = draw.standard_normal((len(own), *parts[0].x.shape[1:]), dtype=np.float32)
@@ -231,11 +230,11 @@ def _with_noise(
     rank[np.argsort(own)] = np.arange(len(own))
     pieces = torch.split(torch.from_numpy(rank), [len(part) for part in parts])
     noises = (torch.from_numpy(noise).index_select(0, piece) for piece in pieces)
-    return [Data(_added(data.x, noise), data.y) for data, noise in zip(parts, noises, strict=True)]
+    return [Data(_add_noise(data.x, noise), data.y) for data, noise in zip(parts, noises, strict=True)]
 
 
-def _added(x: Tensor, noise: Tensor) -> Tensor:
-    """x + noise, of x's dtype; `noise` is used up."""
+def _add_noise(x: Tensor, noise: Tensor) -> Tensor:
+    """x + noise, of x's dtype; overwrites `noise`."""
     if x.dtype == torch.uint8:
         return noise.mul_(255).add_(x).round_().clamp_(0, 255).to(torch.uint8)
     return noise.add_(x)

@@ -1,1 +1,1 @@
-"""Algorithms of other libraries, made into ours."""
+"""Adapts algorithms of other libraries."""

@@ -1,9 +1,9 @@
-"""Flower's own strategies as the server's part of an algorithm. Flower's messages are made here and nowhere else.
+"""Adapts Flower's strategies to server algorithms. Only this module creates Flower's messages to a strategy.
 
-A Flower strategy keeps what it remembers in its attributes. Here these go in and out of `update` as a value: each update
-is made by a fresh copy, into which the state is put, and out of which it is read again. So a resumed run has the bits of
-one that was never interrupted, whatever the strategy keeps: arrays, numbers, text, and lists, dictionaries and objects of
-these. Who trains is said by `[cohort]`, not by the strategy's `fraction_train`.
+A Flower strategy keeps its state in attributes. Each `update` loads the state into a fresh copy of the strategy and
+reads it back afterwards, so a resumed run is bit-identical to an uninterrupted one. Attributes may be arrays, numbers,
+strings, and lists, dictionaries and objects of these. `[cohort]` selects the clients; the strategy's `fraction_train`
+is ignored.
 """
 
 import copy
@@ -28,12 +28,12 @@ logging.getLogger("flwr").addFilter(lambda line: not any(text in str(line.msg) f
 
 
 def flower(make: Callable[[Setup], Strategy], client: ClientAlgorithm | None = None, **traits: Any) -> Algorithm:
-    """An algorithm whose server is the Flower strategy that `make` returns; `traits`: what else `Algorithm` takes."""
+    """An algorithm whose server is the Flower strategy that `make` returns; traits: other arguments of `Algorithm`."""
     return Algorithm(lambda setup: FlowerServer(setup, make(setup)), client or ClientAlgorithm(), **traits)
 
 
 class FlowerServer(ServerAlgorithm[Sequence[ClientUpdate]]):
-    """A Flower strategy that is given each client's arrays and metrics, by `aggregate_train`."""
+    """Passes each client's arrays and metrics to a Flower strategy's `aggregate_train`."""
 
     sums_only = False
 
@@ -42,14 +42,14 @@ class FlowerServer(ServerAlgorithm[Sequence[ClientUpdate]]):
         self._fresh = strategy
 
     def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
-        """Raises RunStopped if the strategy waits for more clients than replied, and UserError if it keeps something that
-        no checkpoint can hold, or would send clients another model than this one."""
+        """Raises RunStopped if the strategy needs more clients than replied, and UserError if its state cannot be saved
+        or it would send clients another model."""
         strategy, kept = copy.deepcopy(self._fresh), state.get("flower", {})
         if kept:
             _restore(strategy, json.loads(bytes(kept["structure"].tobytes())), kept)
         if (least := getattr(strategy, "min_available_nodes", 0)) > len(total):
             raise RunStopped(
-                f"round {total[0].round}: {len(total)} clients gave a good reply, and {type(strategy).__name__} waits for "
+                f"round {total[0].round}: {len(total)} valid replies, and {type(strategy).__name__} waits for "
                 f"{least}: write cohort.quorum = {least}, or give it min_available_nodes = {len(total)}"
             )
         round_, sent = total[0].round, to_record(_ordered(model))
@@ -57,14 +57,14 @@ class FlowerServer(ServerAlgorithm[Sequence[ClientUpdate]]):
         for message in strategy.configure_train(round_, sent, ConfigRecord(), clients):
             if message.content.get("arrays") not in (None, sent):
                 raise UserError(
-                    f"{type(strategy).__name__} sends clients other arrays than the model; write its server as a "
-                    "ServerAlgorithm, whose `auxiliary` says what goes beside the model (docs/strategies.md)"
+                    f"{type(strategy).__name__} sends clients other arrays than the model; write the server as a "
+                    "ServerAlgorithm, and return additional arrays from `auxiliary` (docs/strategies.md)"
                 )
         replies = [(_ordered(split_auxiliary(reply.arrays)[0]), self._metrics(reply)) for reply in total]
         found = aggregated(strategy, round_, replies, clients.ids)
         new = {name: as_before(np.asarray(found[name]), old) if name in found else old for name, old in model.items()}
         arrays: Arrays = {}
-        structure = json.dumps(_taken(strategy, self._fresh, arrays)).encode()
+        structure = json.dumps(_attributes(strategy, self._fresh, arrays)).encode()
         return new, {"flower": arrays | {"structure": np.frombuffer(structure, np.uint8)}}
 
     def _metrics(self, reply: ClientUpdate) -> Mapping[str, Any]:
@@ -72,7 +72,7 @@ class FlowerServer(ServerAlgorithm[Sequence[ClientUpdate]]):
 
 
 def _ordered(arrays: Arrays) -> Arrays:
-    """By name, because strategies keep lists in the order of the arrays, and a checkpoint's order is another."""
+    """Sort by name, because strategies keep lists in this order, and checkpoints change the order."""
     return {name: arrays[name] for name in sorted(arrays)}
 
 
@@ -82,7 +82,7 @@ def aggregated(
     replies: Iterable[tuple[Arrays, Mapping[str, Any]]],
     clients: Sequence[int] = (),
 ) -> Arrays:
-    """What a Flower strategy makes of replies: each one's arrays and metrics. Nothing if it makes nothing of them."""
+    """Let a Flower strategy aggregate replies (arrays, metrics). Returns {} if it returns nothing."""
     messages = []
     for place, (arrays, metrics) in enumerate(replies):
         asked = Message(RecordDict(), clients[place] if clients else place, MessageType.TRAIN)
@@ -92,8 +92,8 @@ def aggregated(
     return {} if found is None else from_record(found)
 
 
-def _taken(thing: Any, fresh: Any, arrays: Arrays) -> dict[str, Any]:
-    """What an object's attributes hold, as JSON that names `arrays`, to which the arrays are added."""
+def _attributes(thing: Any, fresh: Any, arrays: Arrays) -> dict[str, Any]:
+    """An object's attributes as JSON; adds their arrays to `arrays`, which the JSON refers to by name."""
 
     def written(value: Any, before: Any, where: str) -> Any:
         if value is None or isinstance(value, bool | int | float | str):
@@ -120,13 +120,13 @@ def _taken(thing: Any, fresh: Any, arrays: Arrays) -> dict[str, Any]:
 
 def _refuse(thing: Any, name: str, value: Any) -> NoReturn:
     raise UserError(
-        f"{type(thing).__name__}.{name} is a {type(value).__name__}, which no checkpoint can hold: keep arrays, numbers and "
-        "text, or write the server as a ServerAlgorithm (docs/strategies.md)"
+        f"{type(thing).__name__}.{name} is a {type(value).__name__}, which checkpoints cannot contain: keep arrays, "
+        "numbers and strings, or write the server as a ServerAlgorithm (docs/strategies.md)"
     )
 
 
 def _restore(thing: Any, structure: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
-    """The inverse of `_taken`, into a fresh object."""
+    """Invert `_attributes`, into a fresh object."""
 
     def read(value: Any, old: Any) -> Any:
         if not isinstance(value, dict):
@@ -152,7 +152,7 @@ def _restore(thing: Any, structure: Mapping[str, Any], arrays: Mapping[str, Any]
 
 
 class _Clients(Grid):
-    """The grid as a strategy sees it in `configure_train`: its node ids are the clients that replied."""
+    """A grid for `configure_train`, with the clients that replied as its nodes."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids = list(ids)

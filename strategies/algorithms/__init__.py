@@ -1,1 +1,1 @@
-"""One file for each algorithm: the client's part and the server's part."""
+"""The algorithms: one file each, with client and server."""

@@ -2,8 +2,8 @@
 
 Client i, on each batch xi, with vbar = a v + (1 - a) w:  w <- w - eta grad f(w; xi);  v <- v - eta a grad f(vbar; xi)
 (the gradient in v of f at the mixture); and with mix_lr > 0 (equation 10)  a <- a - mix_lr <v - w, grad f(vbar; xi)>,
-kept in 0..1. All three use v and w from before the step. Server: the average of FedAvg over w.
-The model used is the mixture of the client's v and the received w.
+kept in 0..1. All three use the old v and w. Server: FedAvg over w. The client uses the mixture of its v and the
+received w.
 """
 
 import copy
@@ -20,15 +20,13 @@ from meadow.arrays.named import Arrays, Named
 
 
 class Client(ClientAlgorithm):
-    """The loop trains w; v takes its step beside it, by an optimiser of the same kind, on the same batch."""
+    """The loop trains w; a second optimiser of the same kind updates v on the same batches."""
 
     def train(self, context: ClientContext) -> ClientResult:
-        own, mixed = copy.deepcopy(context.model), copy.deepcopy(context.model)
-        _fill(own, context.initial() | context.memory.get("own", {}))
-        _fill(
-            mixed, context.initial() | context.memory.get("own", {})
-        )  # whose running statistics are those of v's model
-        mixed.train()
+        own = copy.deepcopy(context.model)
+        state = context.initial() | context.memory.get("own", {})
+        own.load_state_dict({name: torch.from_numpy(state[name]) for name in own.state_dict()})
+        mixed = copy.deepcopy(own).train()  # v's running statistics are those of this model
         optimizer = context.optimizer(own)
         mix = _mix(context)
         batches: list[Batch] = []
@@ -69,13 +67,8 @@ class Client(ClientAlgorithm):
 
 
 def _mix(context: ClientContext) -> float:
-    """The client's a: what its last round left, at first `strategy.mix`."""
+    """The client's a from its last round, at first `strategy.mix`."""
     return float(context.memory["mix"][""][0]) if "mix" in context.memory else context.settings.mix
 
 
-def _fill(model: nn.Module, state: Arrays) -> None:
-    """Load those arrays that the model has (a view of a model with a frozen trunk has the heads alone)."""
-    model.load_state_dict({name: torch.from_numpy(state[name]) for name in model.state_dict()})
-
-
-APFL = Algorithm(FedAvg, Client(), own_start=True)
+APFL = Algorithm(FedAvg, Client(), own_start=True, averages=True, steps_itself=True)

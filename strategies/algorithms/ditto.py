@@ -1,8 +1,7 @@
 """Ditto: Li et al., Ditto: Fair and Robust Federated Learning Through Personalization (ICML 2021), algorithm 1.
 
-Client k trains the shared model as in FedAvg, and beside it a model of its own, v_k, on
-F_k(v) + lambda/2 |v - w^t|^2, w^t being the shared model as received. v_k starts from the state before the first round.
-It never feeds what is shared. Server: the average of FedAvg.
+Client k trains the shared model as in FedAvg, and a personal model v_k on F_k(v) + lambda/2 |v - w^t|^2, where w^t is
+the received model. v_k starts from the state before the first round and never affects the shared model. Server: FedAvg.
 """
 
 from meadow.strategies.algorithms.fedavg import FedAvg
@@ -13,7 +12,7 @@ from meadow.arrays.named import Arrays
 
 
 class Client(ClientAlgorithm):
-    """Two trainings on the same batches; v_k is the client's memory, and the model that it would use."""
+    """Two trainings on the same batches; v_k is the client's memory and the model that it uses."""
 
     def train(self, context: ClientContext) -> ClientResult:
         fitted = context.fit()
@@ -26,4 +25,4 @@ class Client(ClientAlgorithm):
         return context.start() | context.memory.get("own", {})
 
 
-DITTO = Algorithm(FedAvg, Client(), own_start=True)
+DITTO = Algorithm(FedAvg, Client(), own_start=True, own_model=True, trains_once=True, averages=True)

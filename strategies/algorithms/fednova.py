@@ -1,17 +1,17 @@
 """FedNova: Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization
 (NeurIPS 2020), equation 6 and algorithm 1.
 
-Client i does tau_i local steps; its move is eta times a weighted sum of gradients with weights a_i. The server undoes
-that weighting: d_i = (x - y_i) / |a_i|_1, and x <- x - tau_eff sum_i p_i d_i with tau_eff = sum_i p_i |a_i|_1, so that a
-client that steps more often does not count more.
+Client i does tau_i local steps, and its move is eta times a sum of gradients with weights a_i. The server normalises
+it: d_i = (x - y_i) / |a_i|_1, and x <- x - tau_eff sum_i p_i d_i with tau_eff = sum_i p_i |a_i|_1, so that clients with
+more steps do not count more.
 
-A client says how many steps it made; the server holds that to what `[local]` and the client's declared size allow. Each
-client has a normaliser of its own, so the server takes each reply by itself.
+Clients report their number of steps; the server checks it against `[local]` and the declared number of samples.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from meadow.strategies.algorithms.fedavg import stepped
 from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, State, steps_of
 
@@ -19,16 +19,16 @@ from meadow.arrays.named import Arrays, Float64
 
 
 def normaliser(steps: int, momentum: float) -> float:
-    """|a|_1 of `steps` steps of SGD: how many gradients of full weight the move is made of (section 4.1 of the paper).
+    """|a|_1 of `steps` steps of SGD: the number of gradients in a move (section 4.1 of the paper).
 
-    Without momentum that is `steps`. With momentum rho, torch's velocity v <- rho v + g gives the gradient of step k the
-    weight 1 + rho + ... + rho^(steps - k), together (steps - rho (1 - rho^steps) / (1 - rho)) / (1 - rho).
+    Without momentum that is `steps`. With momentum rho, torch's velocity v <- rho v + g gives the gradient of step k
+    the weight 1 + rho + ... + rho^(steps - k), together (steps - rho (1 - rho^steps) / (1 - rho)) / (1 - rho).
     """
     return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
 class Server(ServerAlgorithm[Sequence[ClientUpdate]]):
-    """The normalised average; running statistics, which no step moves, are averaged as they are."""
+    """The normalised average; running statistics, which no step changes, get the plain average."""
 
     sums_only = False
 
@@ -47,12 +47,12 @@ class Server(ServerAlgorithm[Sequence[ClientUpdate]]):
                 moves.setdefault(name, []).append(
                     (reply.weights[name], scale, value.astype("f8") - model[name].astype("f8"))
                 )
-        steps = {}
+        steps = dict[str, Float64]()
         for name, of_clients in moves.items():
             weights = sum(weight for weight, _, _ in of_clients)
             effective = sum(weight * a for weight, a, _ in of_clients) / weights
-            steps[name] = effective * sum(weight / a * move for weight, a, move in of_clients) / weights
+            steps[name] = np.asarray(effective * sum(weight / a * move for weight, a, move in of_clients) / weights)
         return stepped(self.setup, steps, model), state
 
 
-FEDNOVA = Algorithm(Server)
+FEDNOVA = Algorithm(Server, trains_once=False, needs_plain_sgd=True)  # the server must know the number of steps

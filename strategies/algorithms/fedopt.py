@@ -1,12 +1,12 @@
 """Server optimisers: Reddi et al., Adaptive Federated Optimization (ICLR 2021), algorithm 2, and FedAvgM: Hsu et al.,
 Measuring the Effects of Non-Identical Data Distribution (2019), section 3.
 
-Delta = mean(w_k) - w is the server's step; server_lr is eta. FedAvgM: v <- beta v + Delta, w <- w + eta v. The others:
-m <- beta1 m + (1 - beta1) Delta, w <- w + eta m / (sqrt(v) + tau), with v starting at tau^2 and
+With Delta = mean(w_k) - w and eta = server_lr, FedAvgM: v <- beta v + Delta, w <- w + eta v. The others:
+m <- beta1 m + (1 - beta1) Delta, w <- w + eta m / (sqrt(v) + tau), where v starts at tau^2 and
 FedAdagrad: v <- v + Delta^2; FedAdam: v <- beta2 v + (1 - beta2) Delta^2;
 FedYogi: v <- v - (1 - beta2) Delta^2 sign(v - Delta^2).
-There is no bias correction, as in the paper. Running statistics are no parameters: they take the plain mean, because an
-adaptive step would make variances negative. An array that nobody sent, and what is kept for it, stays as it was.
+As in the paper, there is no bias correction. Running statistics get the plain mean, because an adaptive step could make
+variances negative. Arrays that nobody sent, and their state, stay unchanged.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from meadow.arrays.sums import WeightedSum, mean
 
 
 class Server(FedAvg):
-    """The average as a gradient for an optimiser; its state is float64."""
+    """Uses the mean change as a gradient for an optimiser, whose state is float64."""
 
     def __init__(self, setup: Setup, rule: Literal["momentum", "adagrad", "adam", "yogi"]) -> None:
         super().__init__(setup)
@@ -46,7 +46,7 @@ class Server(FedAvg):
         return mean(total, model) | stepped(self.setup, step, {name: model[name] for name in step}), new
 
     def _second(self, v: Named, square: Named) -> Named:
-        """The next v, out of the last one and Delta^2."""
+        """The next v, from the last one and Delta^2."""
         beta2 = self.setup.settings.beta2
         if self._rule == "adagrad":
             return v + square

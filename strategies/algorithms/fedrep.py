@@ -1,20 +1,23 @@
-"""FedAlt and FedRep: personal and shared layers in turns.
+"""FedAlt and FedRep, which train personal and shared layers alternately.
 
-FedAlt: Pillutla et al., Federated Learning with Partial Model Personalization (ICML 2022), algorithm 3: for any split, a
-client trains its personal layers with the shared ones as received, and then the shared ones with its new personal ones.
+FedAlt: Pillutla et al., Federated Learning with Partial Model Personalization (ICML 2022), algorithm 3: for any split,
+a client trains its personal layers with the received shared ones, then the shared ones with its new personal ones.
 FedRep: Collins et al., Exploiting Shared Representations for Personalized Federated Learning (ICML 2021), algorithm 1:
-that with share = "body": `head_epochs` for the head first, then `body_epochs` for the body.
-Server: the average of FedAvg over the shared arrays.
+FedAlt with share = "body": `head_epochs` for the head, then `body_epochs` for the body. Server: FedAvg over the shared
+arrays.
 """
+
+from dataclasses import dataclass
 
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, steps_of
 
+from meadow.config.rules.rule import Rule
 from meadow.config.schema import Local, Strategy
 
 
 class Client(ClientAlgorithm):
-    """First what is personal, then what is shared; the half that does not learn keeps its bits."""
+    """Trains the personal layers, then the shared ones."""
 
     def train(self, context: ClientContext) -> ClientResult:
         shared = frozenset(context.roles.shared)
@@ -26,12 +29,40 @@ class Client(ClientAlgorithm):
         return steps_of(local, size, settings.head_epochs) + steps_of(local, size, settings.body_epochs)
 
 
+@dataclass
 class _Both:
-    """The report of both phases: their steps together, and the losses of the second."""
+    """The report of both phases: the sum of their steps, and the losses of the second."""
 
-    def __init__(self, steps: int, losses: dict[str, float]) -> None:
-        self.steps = steps
-        self.losses = losses
+    steps: int
+    losses: dict[str, float]
 
 
-FEDALT = Algorithm(FedAvg, Client())
+FEDALT = Algorithm(
+    FedAvg,
+    Client(),
+    averages=True,
+    rules=(
+        Rule(
+            ("strategy.share", "local.trainable", "strategy.name"),
+            lambda e: e.share in ("all", "trainable") or (e.share == "head" and e.local.trainable == "head"),
+            "no array is personal, so there are no two parts to train alternately",
+            'write strategy.share = "body"',
+            ("strategy.name=fedrep", "strategy.share=all"),
+            ("strategy.name=fedrep", "strategy.share=body"),
+        ),
+    ),
+    model_rules=(
+        Rule(
+            ("local.trainable", "strategy.name"),
+            lambda e, roles: e.local.trainable == "gradual",
+            "the trunk is frozen at first, and this algorithm trains the trunk separately",
+            'write local.trainable = "all"',
+        ),
+        Rule(
+            ("strategy.share", "strategy.name"),
+            lambda e, roles: not set(roles.personal) - set(roles.buffers),
+            "no personal array learns, so there are no two parts to train alternately",
+            'write strategy.share = "body" and local.trainable = "all"',
+        ),
+    ),
+)

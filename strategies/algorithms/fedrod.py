@@ -1,13 +1,13 @@
 """FedRoD: Chen and Chao, On Bridging Generic and Personalized Federated Learning for Image Classification (ICLR 2022),
 section 4 (linear personalised heads).
 
-Client: body and generic head are trained on the balanced softmax loss (Ren et al. 2020), cross-entropy of the logits plus
-log(n_c) of the client's class counts; and a personal head, on the body's features with no gradient into them, so that
-the sum of both heads' logits has a low plain loss. Server: the average of FedAvg over body and generic head.
+Client: trunk and generic head are trained on the balanced softmax loss (Ren et al. 2020): cross-entropy of the logits
+plus log(n_c), for the client's class counts n_c. A personal head is trained on the trunk's features, without gradients
+into them, so that the sum of both heads' logits has a low plain loss. Server: FedAvg over trunk and generic head.
 
-The model used adds the two heads up: two linear heads on the same features are one whose weights are their sum. The
-personal head starts at zero, so that a client without one uses the generic model. A class that the client has not gets
-log(1e-9) in the place of log 0. Targets without classes have no balanced loss, and their personal head alone is new.
+The client uses one head, whose weights are the sum of both. The personal head starts at zero, so a client without one
+uses the generic model. Classes that the client lacks get log(1e-9) instead of log(0). Targets without classes have no
+balanced loss, only a personal head.
 """
 
 import copy
@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from meadow.arrays.named import Arrays, Named
+from meadow.config.rules.rule import Rule
 
 ABSENT = 1e-9
 
 
 class Client(ClientAlgorithm):
-    """The loop trains the generic model; the personal heads, the client's memory, take their step beside it."""
+    """The loop trains the generic model; a second optimiser trains the personal heads, the client's memory."""
 
     def train(self, context: ClientContext) -> ClientResult:
         generic = context.model.get_submodule("heads")
-        own = _Own(copy.deepcopy(generic), context.memory.get("own", {}))
+        own = _personal(generic, context.memory.get("own", {}))
+        by_name = dict(own.named_parameters())
         optimizer = context.optimizer(own)
         priors = {target: torch.log(counts.clamp(min=ABSENT)) for target, counts in context.class_counts().items()}
         batches: list[Batch] = []
@@ -47,16 +49,15 @@ class Client(ClientAlgorithm):
 
         def step_own(learning: Mapping[str, nn.Parameter]) -> None:
             nonlocal balanced
-            sums = {f"model.{n}": p.detach() + q for n, p in context.model.named_parameters() for q in own.of(n)}
+            sums = {f"model.{n}": p.detach() + by_name[n] for n, p in context.model.named_parameters() if n in by_name}
             both = partial(functional_call, _OnFeatures(context.model), sums)
             optimizer.zero_grad()
             balanced = False
             found = context.loss(lambda _: both((features[-1],)), batches[-1])
             balanced = True
-            for parameter, slope in zip(
-                own.parameters(), torch.autograd.grad(found, list(own.parameters())), strict=True
-            ):
-                parameter.grad = slope
+            gradients = torch.autograd.grad(found, list(by_name.values()))
+            for parameter, gradient in zip(by_name.values(), gradients, strict=True):
+                parameter.grad = gradient
             optimizer.step()
 
         hooks = [module.register_forward_hook(head_hook(target)) for target, module in generic.named_children()]
@@ -65,7 +66,7 @@ class Client(ClientAlgorithm):
         finally:
             for hook in hooks:
                 hook.remove()
-        kept = {name: p.detach().numpy(force=True).copy() for name, p in own.named_parameters()}
+        kept = {name: p.detach().numpy(force=True).copy() for name, p in by_name.items()}
         return ClientResult(context.arrays(), fitted, memory={"own": kept})
 
     def used(self, context: ClientContext) -> Arrays:
@@ -73,25 +74,18 @@ class Client(ClientAlgorithm):
         return start | (Named(context.memory.get("own", {})) + Named(start)).like(start)
 
 
-class _Own(nn.Module):
-    """The personal heads, under the names of the generic ones."""
-
-    def __init__(self, heads: nn.Module, memory: Arrays) -> None:
-        super().__init__()
-        self.heads = heads
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_(True)
-                parameter.copy_(torch.from_numpy(memory[name]) if name in memory else torch.zeros_like(parameter))
-        self._by_name = dict(self.named_parameters())
-
-    def of(self, name: str) -> list[nn.Parameter]:
-        """The parameter of that name, if there is one."""
-        return [self._by_name[name]] if name in self._by_name else []
+def _personal(heads: nn.Module, memory: Arrays) -> nn.Module:
+    """The personal heads, with the state names of the generic ones; zeros where `memory` has none."""
+    own = nn.ModuleDict({"heads": copy.deepcopy(heads)})
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            parameter.requires_grad_(True)
+            parameter.copy_(torch.from_numpy(memory[name]) if name in memory else torch.zeros_like(parameter))
+    return own
 
 
 class _OnFeatures(nn.Module):
-    """A model's heads on given features; a view of a model with a frozen trunk is that already."""
+    """Applies a model's heads to features. With a frozen trunk, the model itself already does."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -102,4 +96,19 @@ class _OnFeatures(nn.Module):
         return result
 
 
-FEDROD = Algorithm(FedAvg, Client())
+FEDROD = Algorithm(
+    FedAvg,
+    Client(),
+    averages=True,
+    steps_itself=True,
+    rules=(
+        Rule(
+            ("task.gated", "strategy.name"),
+            lambda e: e.task.gated,
+            "gated heads cannot be added up",
+            "write task.gated = false",
+            ("strategy.name=fedrod", "task.gated=true"),
+            ("strategy.name=fedrod",),
+        ),
+    ),
+)

@@ -1,10 +1,10 @@
 """MOON: Li, He and Song, Model-Contrastive Federated Learning (CVPR 2021), equation 3 and algorithm 1.
 
-Client: loss + mu * l_con, where for a sample's representation z (what the trunk gives), z_glob that of the received model
-and z_prev that of the client's own model after its last turn,
-l_con = -log( exp(sim(z, z_glob)/T) / (exp(sim(z, z_glob)/T) + exp(sim(z, z_prev)/T)) ), sim being the cosine.
-In a client's first turn there is no z_prev and no term (with z_prev = z_glob, as the authors' code starts, l_con is
-log 2 whatever z is). Server: the average of FedAvg. Of token sequences the representation is their mean.
+Client: loss + mu * l_con, where z is a sample's representation (the trunk's output), z_glob that of the received model,
+z_prev that of the client's own model after its last round, l_con = -log( exp(sim(z, z_glob)/T) / (exp(sim(z, z_glob)/T)
++ exp(sim(z, z_prev)/T)) ), and sim the cosine. In a client's first round there is no z_prev and no term (the authors'
+code has z_prev = z_glob then, so l_con is always log 2). Server: FedAvg. The representation of a token sequence is the
+mean over tokens.
 """
 
 import copy
@@ -17,9 +17,11 @@ from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, Client
 from meadow.strategies.roles import HEADS
 from torch import Tensor, nn
 
+from meadow.config.rules.rule import Rule
+
 
 class Client(ClientAlgorithm):
-    """Training with the contrastive term; the trunk after this turn is kept for the next."""
+    """Trains with the contrastive term; keeps the new trunk for the next round."""
 
     def train(self, context: ClientContext) -> ClientResult:
         previous = context.memory.get("previous", {})
@@ -46,7 +48,7 @@ class Client(ClientAlgorithm):
 
 
 def _frozen(context: ClientContext, trunk: nn.Module, state: Mapping[str, object]) -> nn.Module:
-    """A copy of the trunk with this state, in `eval()`: its statistics stay, and it draws nothing."""
+    """A copy of the trunk with this state, in evaluation mode."""
     result = copy.deepcopy(trunk).eval()
     own = {n: torch.as_tensor(state[f"trunk.{n}"]) for n in result.state_dict()}
     result.load_state_dict(own)
@@ -57,4 +59,26 @@ def _pooled(z: Tensor) -> Tensor:
     return z.mean(1) if z.ndim == 3 else z.flatten(1)
 
 
-MOON = Algorithm(FedAvg, Client())
+MOON = Algorithm(
+    FedAvg,
+    Client(),
+    averages=True,
+    rules=(
+        Rule(
+            ("local.trainable", "strategy.name"),
+            lambda e: e.local.trainable in ("head", "last:0"),
+            "it trains the trunk from round 1 on",
+            'write local.trainable = "all"',
+            ("strategy.name=moon", "local.trainable=head"),
+            ("strategy.name=moon", "local.trainable=last:1"),
+        ),
+    ),
+    model_rules=(
+        Rule(
+            ("local.trainable", "strategy.name"),
+            lambda e, roles: roles.trunk_is_frozen,
+            "it trains the trunk",
+            'write local.trainable = "all", or strategy.name = "fedavg"',
+        ),
+    ),
+)

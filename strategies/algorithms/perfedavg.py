@@ -1,12 +1,11 @@
 """Per-FedAvg: Fallah, Mokhtari and Ozdaglar, Personalized Federated Learning: A Model-Agnostic Meta-Learning Approach
 (NeurIPS 2020), algorithm 1, with the two approximations of section 5.
 
-Client, local.steps times (or epochs' worth): on a batch D, w' = w - alpha grad f(w; D); on the next, v = grad f(w'; D');
-first order (FO): w <- w - beta v. Hessian-free (HF), on a third batch D'':
-w <- w - beta (v - alpha d),  d = (grad f(w + delta v; D'') - grad f(w - delta v; D'')) / (2 delta).
-alpha is `inner_lr` (0: local.lr), beta local.lr. Each step of w takes two (HF: three) steps of the loop, one a batch.
-Server: the average of FedAvg. The model used is the received one after one step of rate alpha on all of the client's
-training samples.
+Client, for local.steps or epochs: on a batch D, w' = w - alpha grad f(w; D); on the next batch, v = grad f(w'; D');
+first order (FO): w <- w - beta v. Hessian-free (HF), on a third batch D'': w <- w - beta (v - alpha d),  d = (grad
+f(w + delta v; D'') - grad f(w - delta v; D'')) / (2 delta). alpha is `inner_lr` (0: local.lr), beta local.lr. Each step
+of w takes two (HF: three) steps of the loop, one per batch. Server: FedAvg. The client uses the received model after
+one step with rate alpha on all its training samples.
 """
 
 from collections.abc import Mapping
@@ -21,11 +20,11 @@ from meadow.arrays.named import Arrays
 from meadow.config.schema import Local, Strategy
 
 DELTA = 1e-3
-"""The finite difference's half width, along v."""
+"""The half width of the finite difference along v."""
 
 
 class Client(ClientAlgorithm):
-    """The loop's steps in turns; only the last of each turn is the optimiser's, on w."""
+    """Groups the loop's steps by two or three; the optimiser updates w only in the last one of a group."""
 
     def __init__(self, batches: int) -> None:
         self._batches = batches
@@ -39,27 +38,27 @@ class Client(ClientAlgorithm):
         def step(learning: Mapping[str, nn.Parameter]) -> None:
             nonlocal count
             place, count = count % self._batches, count + 1
-            slopes = _slopes(learning)
+            gradients = _gradients(learning)
             if place == 0:
                 w.update({n: p.detach().clone() for n, p in learning.items()})
                 for name, parameter in learning.items():
-                    _put(parameter, w[name] - (context.settings.inner_lr or context.rate(name)) * slopes[name])
+                    _put(parameter, w[name] - (context.settings.inner_lr or context.rate(name)) * gradients[name])
             elif place == 1 and self._batches == 3:
-                v.update(slopes)
+                v.update(gradients)
                 for name, parameter in learning.items():
                     _put(parameter, w[name] + DELTA * v[name])
             elif place == 1:
                 for name, parameter in learning.items():
-                    _put(parameter, w[name], slopes[name])
+                    _put(parameter, w[name], gradients[name])
             else:
                 for name, parameter in learning.items():
                     _put(parameter, w[name] - DELTA * v[name])
                 context.model.zero_grad(set_to_none=True)
                 context.loss(context.model, seen[-1]).backward()  # type: ignore[no-untyped-call]
-                below = _slopes(learning)
+                below = _gradients(learning)
                 for name, parameter in learning.items():
                     alpha = context.settings.inner_lr or context.rate(name)
-                    _put(parameter, w[name], v[name] - alpha * (slopes[name] - below[name]) / (2 * DELTA))
+                    _put(parameter, w[name], v[name] - alpha * (gradients[name] - below[name]) / (2 * DELTA))
 
         fitted = context.fit(repeat=self._batches, term=watch(seen), correct=step)
         return ClientResult(context.arrays(), fitted)
@@ -76,21 +75,21 @@ class Client(ClientAlgorithm):
             parameter.requires_grad_(True)
         model.zero_grad(set_to_none=True)
         context.loss(model, context.batch()).backward()  # type: ignore[no-untyped-call]
-        for name, slope in _slopes(learning).items():
-            _put(learning[name], learning[name].detach() - (context.settings.inner_lr or context.rate(name)) * slope)
+        for name, gradient in _gradients(learning).items():
+            _put(learning[name], learning[name].detach() - (context.settings.inner_lr or context.rate(name)) * gradient)
         return context.arrays()
 
 
-def _slopes(learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _gradients(learning: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for n, p in learning.items()}
 
 
 def _put(parameter: nn.Parameter, value: Tensor, gradient: Tensor | None = None) -> None:
-    """Move a parameter; without a gradient the optimiser passes it over."""
+    """Set a parameter; the optimiser skips it if it has no gradient."""
     with torch.no_grad():
         parameter.copy_(value)
     parameter.grad = gradient
 
 
-FIRST_ORDER = Algorithm(FedAvg, Client(batches=2))
-HESSIAN_FREE = Algorithm(FedAvg, Client(batches=3))
+FIRST_ORDER = Algorithm(FedAvg, Client(batches=2), averages=True, steps_itself=True)
+HESSIAN_FREE = Algorithm(FedAvg, Client(batches=3), averages=True, steps_itself=True)

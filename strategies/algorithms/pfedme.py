@@ -1,8 +1,8 @@
 """pFedMe: Dinh, Tran and Nguyen, Personalized Federated Learning with Moreau Envelopes (NeurIPS 2020), algorithm 1.
 
-Client i, on each batch: theta is found by `inner_steps` steps of rate `inner_lr` on f(theta; batch) + lambda/2
-|theta - w|^2, from where it last stood, at first from w; then w <- w - eta lambda (w - theta), eta = local.lr.
-The model used is theta. Server: w <- (1 - beta) w + beta mean(w_i), beta = server_lr.
+Client i, on each batch: `inner_steps` steps with rate `inner_lr` on f(theta; batch) + lambda/2 |theta - w|^2 update
+theta, which starts at w; then w <- w - eta lambda (w - theta), eta = local.lr. The client uses theta. Server: w <- (1 -
+beta) w + beta mean(w_i), beta = server_lr.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from meadow.arrays.named import Arrays
 
 
 class Client(ClientAlgorithm):
-    """Each step of the loop is one w-step; theta is in the model while the loop runs, w beside it."""
+    """Each step of the loop is one step of w; the model contains theta while the loop runs."""
 
     def train(self, context: ClientContext) -> ClientResult:
         plan, model = context.settings, context.model
@@ -32,12 +32,12 @@ class Client(ClientAlgorithm):
                     context.loss(model, batches[-1]).backward()  # type: ignore[no-untyped-call]
                 with torch.no_grad():
                     for name, theta in learning.items():
-                        slope = plan.pull * (theta - w[name])
-                        slope += 0 if theta.grad is None else theta.grad
-                        theta.sub_(slope, alpha=plan.inner_lr or context.rate(name))
+                        gradient = plan.pull * (theta - w[name])
+                        gradient += 0 if theta.grad is None else theta.grad
+                        theta.sub_(gradient, alpha=plan.inner_lr or context.rate(name))
             for name, theta in learning.items():
                 w[name] -= context.rate(name) * plan.pull * (w[name] - theta.detach())
-                theta.grad = None  # so that the optimiser leaves theta where it is
+                theta.grad = None  # so that the optimiser does not change theta
 
         fitted = context.fit(term=watch(batches), correct=step)
         own = context.arrays()
@@ -48,4 +48,4 @@ class Client(ClientAlgorithm):
         return context.start() | context.memory.get("own", {})
 
 
-PFEDME = Algorithm(FedAvg, Client())
+PFEDME = Algorithm(FedAvg, Client(), averages=True, steps_itself=True)

@@ -1,13 +1,13 @@
-"""Robust aggregation: rules that take each client's update by itself, because a sum could not be defended any more.
+"""Robust aggregation rules, which need each client's update.
 
-Flower's own, as they are: coordinate median and trimmed mean (Yin et al. 2018), Krum and Multi-Krum (Blanchard et al.
-2017). Bulyan (El Mhamdi et al. 2018) out of Flower's parts: its own takes the best of one Multi-Krum ranking, not of
-repeated ones, and collects garbage for each update (0.4 s). Ours: geometric median, centred clipping, norm bound. In
-front of any of them bucketing (Karimireddy et al. 2022, algorithm 1).
+Flower implements coordinate median and trimmed mean (Yin et al. 2018), Krum and Multi-Krum (Blanchard et al. 2017).
+Bulyan (El Mhamdi et al. 2018) is made of Flower's parts: Flower's own uses a single Multi-Krum ranking and runs the
+garbage collector for each update (0.4 s). Geometric median, centred clipping and norm bound are ours. Bucketing
+(Karimireddy et al. 2022, algorithm 1) may come before any rule.
 
-A rule sees what clients changed (y_k - x, float64), not models: distances between models close to each other would lose
-their digits in float32. Arrays that the same clients trained with the same weights are judged together; a head that
-only some clients train is judged among these.
+A rule gets moves (y_k - x, float64) instead of models, because distances between similar models would lose digits in
+float32. Arrays that the same clients trained with the same weights are combined together; a head that only some clients
+train, among these clients.
 """
 
 import logging
@@ -22,56 +22,55 @@ from flwr.serverapp.strategy.bulyan import aggregate_n_closest_weights
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from meadow.strategies.adaptors.flower import aggregated
 from meadow.strategies.algorithms.fedavg import stepped
+from meadow.strategies.check import update_count
 from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, Setup, State
 from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
 from meadow.strategies.stages.stage import Moves
 
 from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays, Float64, Named, split_auxiliary
-from meadow.config.algorithms import least_updates
+from meadow.config.rules.rule import Rule
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
 
 log = logging.getLogger("meadow.server")
-logging.getLogger("flwr").addFilter(lambda line: "Received %s results" not in str(line.msg))  # at each of our calls
 
-Rule = Callable[[Sequence[Update], Settings], Moves]
-"""Combines updates, one or more, that all have the same names."""
+Combine = Callable[[Sequence[Update], Settings], Moves]
+"""Combines one or more updates with the same names."""
 
 
 class Robust(ServerAlgorithm[Sequence[ClientUpdate]]):
-    """x <- x + server_lr * rule(the clients' moves). Arrays of which too few updates came for the rule to withstand
-    `byzantine` attackers among them stay as they were.
-    """
+    """x <- x + server_lr * rule(moves). Arrays with too few updates to withstand `byzantine` attackers stay
+    unchanged."""
 
     sums_only = False
 
-    def __init__(self, setup: Setup, rule: Rule) -> None:
+    def __init__(self, setup: Setup, combine: Combine, least: Callable[[int], int]) -> None:
         super().__init__(setup)
-        self._rule = rule
+        self._combine, self._least = combine, least
 
     def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
-        """Group the arrays by who trained them, put each group's updates in buckets, and let the rule combine them."""
+        """Group arrays by the clients that trained them, then bucket and combine each group's updates."""
         before, plan, steps = Named(model), self.setup.settings, dict[str, Float64]()
         moves = {reply.client: Named(split_auxiliary(reply.arrays)[0]) - before for reply in total}
         for senders, names in _groups(total, moves).items():
             updates = [Update(weight, {n: moves[client][n] for n in names}) for client, weight in senders]
             draw = numpy_generator(self.setup.seed, "bucket", total[0].round)
             given = Bucketing(plan.bucket).gather(updates, draw)
-            if (needed := least_updates(plan.name, plan.byzantine)) > len(given) and plan.byzantine:
+            if (needed := self._least(plan.byzantine)) > len(given) and plan.byzantine:
                 log.warning(
-                    "round %d: %s stay as they were: %s with strategy.byzantine = %d needs %d updates, there are %d",
+                    "round %d: %s stay unchanged: strategy.name = %s with strategy.byzantine = %d needs %d updates, not %d",
                     *(total[0].round, ", ".join(names), plan.name, plan.byzantine, needed, len(given)),
                 )
                 continue
-            steps |= self._rule(given, plan)
+            steps |= self._combine(given, plan)
         return stepped(self.setup, steps, model), state
 
 
 def _groups(
     total: Sequence[ClientUpdate], moves: Mapping[int, Named]
 ) -> dict[tuple[tuple[int, float], ...], list[str]]:
-    """The names that the same clients trained with the same weights, by these (client, weight)."""
+    """Groups of names that the same clients trained with the same weights, by these (client, weight) pairs."""
     senders: dict[str, list[tuple[int, float]]] = {}
     for reply in total:
         for name in moves[reply.client]:
@@ -83,7 +82,7 @@ def _groups(
 
 
 def distance(update: Update, point: Moves) -> float:
-    """The Euclidean distance from a point, over all arrays together."""
+    """The Euclidean distance from a point, over all arrays."""
     return float(np.sqrt(sum(float(np.square(v - point[n]).sum()) for n, v in update.moves.items())))
 
 
@@ -99,9 +98,9 @@ def geometric_median(updates: Sequence[Update], settings: Settings) -> Moves:
 
 def centred_clipping(updates: Sequence[Update], settings: Settings, once: bool = False) -> Moves:
     """Karimireddy, He and Jaggi, Learning from History for Byzantine Robust Optimization (ICML 2021), equation 4: from
-    the model that was sent, `iterations` times v <- v + mean((v_k - v) min(1, radius / |v_k - v|)).
+    v = 0, `iterations` times v <- v + mean((v_k - v) min(1, radius / |v_k - v|)).
 
-    `once`: a single time, which is the norm bound of Sun et al., Can You Really Backdoor Federated Learning? (2019).
+    once: one iteration, which is the norm bound of Sun et al., Can You Really Backdoor Federated Learning? (2019).
     """
     v: Moves = {name: np.zeros_like(move) for name, move in updates[0].moves.items()}
     for _ in range(1 if once else settings.iterations):
@@ -113,15 +112,17 @@ def centred_clipping(updates: Sequence[Update], settings: Settings, once: bool =
     return v
 
 
-def flowers(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update], settings: Settings) -> Moves:
-    """Let one of Flower's strategies combine the moves: it gets them as it would get models."""
-    replies = [(dict(update.moves), {"num-examples": update.weight}) for update in updates]
+def by_flower(make: Callable[[Settings], FlowerFedAvg], updates: Sequence[Update], settings: Settings) -> Moves:
+    """Let a Flower strategy combine the moves, as if they were models."""
+    replies: list[tuple[Arrays, dict[str, float]]] = [
+        ({**update.moves}, {"num-examples": update.weight}) for update in updates
+    ]
     return Named(aggregated(make(settings), 0, replies))
 
 
 def bulyan(updates: Sequence[Update], settings: Settings) -> Moves:
-    """El Mhamdi et al. 2018, section 4: theta = n - 2 byzantine times the Krum choice among the updates that are left, then
-    of each coordinate the mean of the theta - 2 byzantine values nearest to the median of those chosen."""
+    """El Mhamdi et al. 2018, section 4: theta = n - 2 byzantine times, choose one of the remaining updates by Krum;
+    then, for each coordinate, average the theta - 2 byzantine chosen values nearest to their median."""
     left = [(RecordDict({"arrays": to_record(update.moves)}), update) for update in updates]
     chosen: list[Update] = []
     theta = len(updates) - 2 * settings.byzantine
@@ -135,25 +136,36 @@ def bulyan(updates: Sequence[Update], settings: Settings) -> Moves:
     return dict(zip(updates[0].moves, nearest, strict=True))
 
 
-def _multi_krum(settings: Settings, replies: int) -> MultiKrum:
-    keep = settings.keep or max(1, replies - settings.byzantine)
-    return MultiKrum(num_malicious_nodes=settings.byzantine, num_nodes_to_select=keep)
-
-
 def multi_krum(updates: Sequence[Update], settings: Settings) -> Moves:
-    """Flower's Multi-Krum; `keep` = 0 keeps all but `byzantine` of those that came."""
-    return flowers(lambda s: _multi_krum(s, len(updates)), updates, settings)
+    """Flower's Multi-Krum; keep = 0 keeps all but `byzantine` updates."""
+    keep = settings.keep or max(1, len(updates) - settings.byzantine)
+    krum = MultiKrum(num_malicious_nodes=settings.byzantine, num_nodes_to_select=keep)
+    return by_flower(lambda _: krum, updates, settings)
 
 
-def _algorithm(rule: Rule) -> Algorithm:
-    return Algorithm(partial(Robust, rule=rule))
+def _algorithm(combine: Combine, least: Callable[[int], int] = lambda byzantine: 1, *rules: Rule) -> Algorithm:
+    return Algorithm(partial(Robust, combine=combine, least=least), buckets=True, least_updates=least, rules=rules)
 
 
-MEDIAN = _algorithm(partial(flowers, lambda s: FedMedian()))
-TRIMMED_MEAN = _algorithm(partial(flowers, lambda s: FedTrimmedAvg(beta=s.trim)))
-KRUM = _algorithm(partial(flowers, lambda s: Krum(num_malicious_nodes=s.byzantine)))
-MULTI_KRUM = _algorithm(multi_krum)
-BULYAN = _algorithm(bulyan)
+def _for_krum(byzantine: int) -> int:
+    """Blanchard et al. 2017, proposition 4.2."""
+    return 2 * byzantine + 3
+
+
+_KEEP = Rule(
+    ("strategy.keep", "strategy.name"),
+    lambda e: e.partition.clients > 0 and e.strategy.keep > update_count(e),
+    lambda e: f"that is more than the {update_count(e)} updates of a cohort",
+    "write a smaller value, or a larger cohort",
+    ("strategy.name=multi-krum", "strategy.keep=8", "partition.clients=7", "cohort.fraction=1"),
+    ("strategy.name=multi-krum", "strategy.keep=7", "partition.clients=7", "cohort.fraction=1"),
+)
+
+MEDIAN = _algorithm(partial(by_flower, lambda s: FedMedian()))
+TRIMMED_MEAN = _algorithm(partial(by_flower, lambda s: FedTrimmedAvg(beta=s.trim)))
+KRUM = _algorithm(partial(by_flower, lambda s: Krum(num_malicious_nodes=s.byzantine)), _for_krum)
+MULTI_KRUM = _algorithm(multi_krum, _for_krum, _KEEP)
+BULYAN = _algorithm(bulyan, lambda byzantine: 4 * byzantine + 3)  # El Mhamdi et al. 2018
 GEOMETRIC_MEDIAN = _algorithm(geometric_median)
 CENTRED_CLIPPING = _algorithm(centred_clipping)
 NORM_BOUND = _algorithm(partial(centred_clipping, once=True))

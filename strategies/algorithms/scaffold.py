@@ -1,11 +1,11 @@
 """SCAFFOLD: Karimireddy et al., Stochastic Controlled Averaging for Federated Learning (ICML 2020), algorithm 1.
 
 Client i: y <- y - eta (g(y) - c_i + c), K times; then, option II, c_i+ = c_i - c + (x - y) / (K eta).
-Server: x <- x + eta_g mean(y_i - x); c <- c + (1/N) sum over the cohort of (c_i+ - c_i), N being all clients.
+Server: x <- x + eta_g mean(y_i - x); c <- c + (1/N) sum over the cohort of (c_i+ - c_i) for N clients in all.
 
-K counts steps, not epochs. With momentum rho the move x - y is no longer eta times the sum of the K gradients but a
-weighted sum, whose weights add up to `normaliser`; that takes the place of K, so that (x - y) / (K eta) stays a mean
-gradient. An array that only some clients train (a head) has these as its N, because the others never move it.
+K counts steps, not epochs. With momentum, x - y is eta times a weighted sum of gradients; the sum of the weights,
+`normaliser`, then replaces K, so that (x - y) / (K eta) stays a mean gradient. If only some clients train an array (a
+head), N is their number.
 """
 
 from meadow.strategies.algorithms.fedavg import FedAvg
@@ -18,7 +18,7 @@ from meadow.arrays.sums import WeightedSum
 
 
 class Client(ClientAlgorithm):
-    """Steps corrected by c - c_i; c_i is the client's memory. What it sends is how c_i changes."""
+    """Adds c - c_i to the gradients; stores c_i and sends its change."""
 
     def train(self, context: ClientContext) -> ClientResult:
         c, x = Named(context.auxiliary["c"]), Named(context.received)
@@ -32,7 +32,7 @@ class Client(ClientAlgorithm):
 
 
 class Server(FedAvg):
-    """The plain mean of the models, and c."""
+    """The mean of the models, and c."""
 
     def init(self, model: Arrays) -> State:
         return {"c": zeros_like(model, self.setup.roles.learned_together)}
@@ -46,4 +46,11 @@ class Server(FedAvg):
         return x, {"c": c | (c + changed / self.setup.holders)}
 
 
-SCAFFOLD = Algorithm(Server, Client())
+SCAFFOLD = Algorithm(
+    Server,
+    Client(),
+    trains_once=True,
+    sends={"c": "control variates"},
+    equal_weights=True,
+    needs_plain_sgd=True,
+)

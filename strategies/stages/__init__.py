@@ -1,34 +1,33 @@
-"""The stages of an experiment's updates, in the order in which clients apply them."""
+"""The list of an experiment's stages, in the order in which clients apply them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from meadow.strategies.protocol import Roles
 from meadow.strategies.stages.bucketing import Bucketing
-from meadow.strategies.stages.own import Attack, ClipAndNoise, LocalNoise, NormBound, TrainedOnly
-from meadow.strategies.stages.stage import Arrived as Arrived
-from meadow.strategies.stages.stage import AtClient, Left, Stage
-from meadow.strategies.stages.stage import moved as moved
-from meadow.strategies.stages.stage import moves as moves
+from meadow.strategies.stages.builtin import Attack, ClipAndNoise, LocalNoise, NormBound, TrainedOnly
+from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage, moved, moves
 
 from meadow.arrays.named import Arrays, Kinds, auxiliary, split_auxiliary
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.objects import user_instance
 
+__all__ = ["Arrived", "AtClient", "Left", "Stage", "Stages", "moved", "moves", "stages_of"]
+
 
 class Stages:
-    """A list of stages as one, on a node or at the server."""
+    """A list of stages, on a node or at the server."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = list(stages)
         self.sums = all(stage.sums for stage in stages)
-        """Whether nodes may add updates up."""
+        """Whether nodes may add up updates."""
         self.keeps = any(stage.keeps for stage in stages)
-        """Whether clients store something of a stage."""
+        """Whether clients store memory of a stage."""
         self.plain = all(stage.plain for stage in stages)
-        """Whether an update whose arrays are all trained leaves as it is and is judged by its form alone."""
+        """Whether updates with all arrays trained are sent unchanged and have no `judge`."""
         self.encodes = any(_overrides(stage, "restore") for stage in stages)
-        """Whether updates leave in another form than the model's."""
+        """Whether updates are sent in another form than the model's."""
         self._arriving = [stage for stage in reversed(stages) if _overrides(stage, "arrive", "restore")]
         self._judging = [stage for stage in stages if _overrides(stage, "judge")]
 
@@ -45,7 +44,7 @@ class Stages:
         noise: Callable[[Arrays, Arrays], Arrays] | None,
         memory: Kinds,
     ) -> Left:
-        """The clients' halves, in order. `memory`: what the client has stored, of the stages under names of their own."""
+        """Apply each stage's `leave`, in order. memory: the client's stored memory of all stages."""
         kept: Arrays = {}
         for number, stage in enumerate(self._stages):
             kind = f"stage-{number}"
@@ -55,16 +54,16 @@ class Stages:
 
     @property
     def arriving(self) -> bool:
-        """Whether `arrive` does anything."""
+        """Whether `arrive` changes anything."""
         return bool(self._arriving)
 
     def arrive(self, arrived: Arrived) -> None:
-        """The server's halves, in reverse."""
+        """Apply each stage's `arrive`, in reverse order."""
         for stage in self._arriving:
             stage.arrive(arrived)
 
     def judge(self, update: Arrays, received: Arrays) -> str:
-        """Why an update in the form of the model may not be added up, or ""."""
+        """Return why an update in the form of the model must be rejected, or ""."""
         if not self._judging:
             return ""
         own = split_auxiliary(update)[0]
@@ -72,8 +71,8 @@ class Stages:
 
 
 def stages_of(experiment: Experiment, roles: Roles) -> Stages:
-    """The stages that the settings ask for, then `strategy.stages`: a user's own get an update that has its noise already,
-    if the client adds any. Raises UserError for a stage that cannot be, or may not stand there."""
+    """The built-in stages that the settings need, then `strategy.stages`, which therefore get updates with the noise of
+    local DP. Raises UserError for an invalid stage."""
     found: list[Stage] = []
     if experiment.cohort.max_norm:
         found.append(NormBound(experiment.cohort.max_norm))
@@ -89,7 +88,7 @@ def stages_of(experiment: Experiment, roles: Roles) -> Stages:
 
 
 def _open(name: str, experiment: Experiment) -> Stage:
-    """A user's own stage, "module:OBJECT"; a class is made once a process."""
+    """Load a user's stage, "module:OBJECT"; a class is instantiated once per process."""
     stage = user_instance("strategy.stages", name)
     if not isinstance(stage, Stage):
         raise UserError(
@@ -98,12 +97,12 @@ def _open(name: str, experiment: Experiment) -> Stage:
         )
     if experiment.privacy.unit == "client" and not stage.before_noise:
         raise UserError(
-            f'strategy.stages = "{name}" with privacy.unit = "client": the noise is added at the server, so this stage '
-            "would read updates without any; write before_noise = True in it if what it does depends on one client alone, "
+            f'strategy.stages = "{name}" with privacy.unit = "client": the server adds the noise, so this stage '
+            "would read updates without noise; write before_noise = True in it if it treats each client separately, "
             'or privacy.unit = "local"'
         )
     return stage
 
 
-def _overrides(stage: Stage, *halves: str) -> bool:
-    return any(getattr(type(stage), half) is not getattr(Stage, half) for half in halves)
+def _overrides(stage: Stage, *methods: str) -> bool:
+    return any(getattr(type(stage), name) is not getattr(Stage, name) for name in methods)

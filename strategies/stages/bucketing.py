@@ -1,24 +1,24 @@
-"""The stage of buckets: Karimireddy, He and Jaggi, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing (ICLR
-2022), algorithm 1. The rule that comes behind sees fewer updates, each nearer to the mean."""
+"""Bucketing: Karimireddy, He and Jaggi, Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing (ICLR 2022),
+algorithm 1. The aggregation rule then gets fewer updates, each nearer to the mean."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from meadow.strategies.stages.own import Own
+from meadow.strategies.stages.builtin import BuiltIn
 from meadow.strategies.stages.stage import Moves
 
 
 @dataclass(frozen=True)
 class Update:
-    """One client's moves of some arrays and its weight; or, behind bucketing, the mean of a bucket's."""
+    """The weight and the moves of some arrays of one client, or their mean over a bucket."""
 
     weight: float
     moves: Moves
 
 
-class Bucketing(Own):
-    """Means of `size` updates at a time take the place of the updates: the server's half, behind admission."""
+class Bucketing(BuiltIn):
+    """Replaces admitted updates by the means of `size` updates each, at the server."""
 
     name = "bucketing"
 
@@ -26,7 +26,7 @@ class Bucketing(Own):
         self._size = size
 
     def gather(self, updates: Sequence[Update], draw: np.random.Generator) -> list[Update]:
-        """Shuffle, cut into buckets, and take each bucket's weighted mean, with the bucket's weight."""
+        """Shuffle updates, cut them into buckets, and return each bucket's weighted mean and total weight."""
         if self._size == 1:
             return list(updates)
         order = draw.permutation(len(updates))
@@ -35,7 +35,7 @@ class Bucketing(Own):
 
 
 def weighted_mean(updates: Sequence[Update], scales: Sequence[float] | None = None) -> Moves:
-    """sum of weight * scale * moves over the sum of the weights."""
+    """The sum of weight * scale * moves, divided by the sum of weights."""
     total, each = sum(u.weight for u in updates), scales or [1.0] * len(updates)
     return {
         name: np.asarray(sum(u.weight * s * u.moves[name] for u, s in zip(updates, each, strict=True)) / total)

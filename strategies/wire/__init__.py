@@ -1,1 +1,1 @@
-"""How messages for the clients of a node are packed, and how their replies are read."""
+"""The format of messages to the clients of a node, and of their replies."""

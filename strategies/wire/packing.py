@@ -1,9 +1,8 @@
-"""Packing: the requests to all clients of one node as the content of one Flower message, and the answers on their way back.
+"""Packs the requests to all clients of a node into one Flower message, and their answers into its reply.
 
-Both sides of this format stand here, and here alone are named arrays and plain values made Flower's records. A packed
-request holds each distinct set of arrays and of settings once, then says which client gets which. A packed reply holds, for
-each client, its values, and either its own arrays, or its error, or nothing because its arrays are inside the sum of a whole
-block (`meadow/arrays/sums.py`).
+Only this module converts named arrays and plain values into Flower's records. A packed request contains each distinct
+set of arrays and of settings once, and assigns them to clients. A packed reply contains, for each client, its values,
+and its arrays or its error; or no arrays, if they are part of the sum of a whole block (`meadow/arrays/sums.py`).
 """
 
 import json
@@ -23,17 +22,17 @@ from meadow.runtime.clock import PHASES
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 Values = Mapping[str, Any]
-"""Numbers, texts, bytes, truth values, and lists of one of these, by name."""
+"""By name: numbers, strings, bytes, booleans, or lists of one of these types."""
 
 _METRICS = ("metrics", "evaluation", "confusion")
-"""Of an answer's values, those that are numbers alone."""
+"""The kinds of an answer's values that contain only numbers."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one client is asked: the arrays that it is sent, the settings of its turn, and what it last said of its ledger.
+    """A request to one client: arrays, the round's settings, and the last report of its ledger.
 
-    Clients that are sent the same share one dictionary: it is packed, and taken over by faster trainers, once.
+    Clients with equal arrays or settings share one dictionary, so that it is packed and loaded only once.
     """
 
     client: int
@@ -44,10 +43,10 @@ class Request:
 
 @dataclass
 class Answer:
-    """What one client replied: arrays and values, or the reason (with the client's own traceback) why there are none.
+    """The answer of one client: arrays and values, or an error (with the client's traceback).
 
-    `values` is None where the client failed; else by kind: "metrics", "evaluation", "ledger", "identity", "confusion".
-    `arrays` is None where it sent none; or they are inside its block's sum, then `summed` is true.
+    values: by kind, "metrics", "evaluation", "ledger", "identity" or "confusion"; None if the client failed. arrays:
+    None if it sent none, or if they are part of its block's sum (then `summed` is true).
     """
 
     client: int
@@ -58,24 +57,24 @@ class Answer:
 
     @property
     def metrics(self) -> Values:
-        """Its metrics; empty if it sent none."""
+        """Its metrics; empty if there are none."""
         return self.said("metrics")
 
     def said(self, kind: str) -> Values:
-        """What it says of a kind; empty if it does not."""
+        """Its values of a kind; empty if there are none."""
         return (self.values or {}).get(kind, {})
 
 
 @dataclass
 class NodeReply:
-    """All answers of one node, and the sums of those blocks and spans of blocks that it holds as a whole."""
+    """All answers of one node, and the sums of the blocks and spans that it hosts completely."""
 
     answers: list[Answer]
     sums: dict[Span, WeightedSum] = field(default_factory=dict)
     times: dict[str, float] = field(default_factory=dict)
-    """How long the node worked on it, in seconds by phase (`meadow.runtime.clock`); empty if that is nobody's business."""
+    """The node's seconds by phase (`meadow.runtime.clock`); empty if they must not be disclosed."""
     trainings: Trainings = field(default_factory=Trainings)
-    """Who trained these clients, and why faster trainers did not."""
+    """The trainers of these clients, and why faster ones were skipped."""
 
 
 def pack_requests(
@@ -84,14 +83,17 @@ def pack_requests(
     whole_spans: Sequence[Span] = (),
     made: dict[int, Record] | None = None,
 ) -> RecordDict:
-    """One content for a node. `whole_blocks`: (index, clients) of blocks that the node may answer with one sum;
-    `whole_spans`: spans of them for which it may, each behind its parts. `made`: the records made so far of what other nodes
-    are sent too, by the identity of what they were made of; new ones are added."""
+    """Pack requests into the content of one message.
+
+    whole_blocks: (index, clients) of blocks that the node may answer with one sum. whole_spans: spans of blocks
+    likewise, each after its parts. made: a cache of records that other nodes get too, by the `id` of their source; new
+    ones are added.
+    """
     packed: dict[str, Record] = {}
     names: dict[int, str] = {}
     records = {} if made is None else made
 
-    def name_of(kind: str, given: Arrays | Values) -> str:
+    def name_of(kind: str, given: Mapping[str, Any]) -> str:
         key = id(given)
         if key not in names:
             if key not in records:
@@ -102,7 +104,7 @@ def pack_requests(
 
     lines = []
     for each in requests:
-        given: list[tuple[str, Arrays | Values]] = [("arrays", each.arrays), ("config", each.config)]
+        given: list[tuple[str, Mapping[str, Any]]] = [("arrays", each.arrays), ("config", each.config)]
         given += [("ledger", each.ledger)] if each.ledger is not None else []
         lines.append(" ".join([str(each.client), *(name_of(kind, value) for kind, value in given)]))
     packed["pack"] = ConfigRecord(
@@ -116,9 +118,9 @@ def pack_requests(
 
 
 def unpack_requests(packed: RecordDict) -> tuple[list[Request], list[tuple[int, tuple[int, ...]]]]:
-    """The inverse of `pack_requests`: the requests, and the blocks that may be answered with one sum."""
+    """Invert `pack_requests`: the requests, and the blocks that may be answered with one sum."""
     plan = cast(ConfigRecord, packed["pack"])
-    found: dict[str, Any] = {}  # most clients are sent the same
+    found: dict[str, Any] = {}  # many clients share them
     requests = []
     for line in cast(list[str], plan["requests"]):
         client, *names = line.split(" ")
@@ -135,13 +137,13 @@ def unpack_requests(packed: RecordDict) -> tuple[list[Request], list[tuple[int, 
 
 
 def whole_spans(packed: RecordDict) -> list[Span]:
-    """Of a packed request, the spans that may be answered with one sum."""
+    """The spans of a packed request that may be answered with one sum."""
     lines = cast(list[str], cast(ConfigRecord, packed["pack"])["spans"])
     return [(int(first), int(stop)) for first, _, stop in (line.partition(" ") for line in lines)]
 
 
 def add_spans(reply: NodeReply, spans: Sequence[Span]) -> None:
-    """Put one sum in the place of those of a span's parts where all are there; `spans`: each behind its parts."""
+    """Replace the sums of a span's parts, if complete, by their sum; each of `spans` comes after its parts."""
     for span in spans:
         there = list(parts(span))
         if all(part in reply.sums for part in there):
@@ -149,7 +151,7 @@ def add_spans(reply: NodeReply, spans: Sequence[Span]) -> None:
 
 
 def pack_replies(reply: NodeReply) -> RecordDict:
-    """One content for the server out of a node's answers and sums."""
+    """Pack a node's answers and sums into the content of one message."""
     packed: dict[str, Record] = {}
     for answer in reply.answers:
         if answer.values is None:
@@ -174,8 +176,8 @@ def pack_replies(reply: NodeReply) -> RecordDict:
 
 
 def unpack_replies(packed: RecordDict) -> NodeReply:
-    """The inverse of `pack_replies`. A client whose arrays cannot be read has an error for an answer. Raises KeyError,
-    TypeError or ValueError if the content is not a packed reply."""
+    """Invert `pack_replies`. If a client's arrays cannot be read, its answer is an error. Raises KeyError, TypeError or
+    ValueError if the content is not a packed reply."""
     plan = cast(ConfigRecord, packed["pack"])
     answers = {client: Answer(client, {}) for client in cast(list[int], plan["clients"])}
     sums: dict[Span, WeightedSum] = {}
@@ -196,7 +198,7 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
 
 
 def _take(answer: Answer, kind: str, record: Record) -> None:
-    """Put one record into a client's answer."""
+    """Add one record to a client's answer."""
     if kind == "error":
         answer.values, answer.error = None, str(cast(ConfigRecord, record)["reason"])
     elif isinstance(record, ArrayRecord):

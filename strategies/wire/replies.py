@@ -1,5 +1,4 @@
-"""What one client's reply must be to count. Its node asks this before it adds the reply up, and the server where the reply
-comes by itself, by the same rules: so it makes no difference who asks."""
+"""Checks one client's reply. The node checks replies that it adds up, the server all others, by the same rules."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from meadow.arrays.sums import fault
 
 
 def weight_fault(metrics: Mapping[str, Any], size: int) -> str:
-    """Why a reply's weights cannot count, or "": each a number, positive (of a head: from 0), at most `size`."""
+    """Return what is wrong with a reply's weights, or "". They must be positive (0 is valid for a head) and at most
+    `size`."""
     weight = metrics.get("num-examples")
     if not _number(weight) or weight <= 0:
         return f"num-examples is {weight!r}; it must be a positive number"
@@ -25,7 +25,7 @@ def weight_fault(metrics: Mapping[str, Any], size: int) -> str:
 
 
 def arrays_fault(arrays: Arrays | None, metrics: Mapping[str, Any], sent: Arrays) -> str:
-    """Why a reply's arrays cannot count, or "" (`meadow.arrays.sums.fault`). Its weights must be without fault."""
+    """Return what is wrong with a reply's arrays, or "" (`meadow.arrays.sums.fault`). Its weights must be valid."""
     if arrays is None:
         return "its reply has no arrays"
     try:

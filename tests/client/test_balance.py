@@ -10,15 +10,15 @@ import pytest
 import torch
 from helpers.rounding import close, floats, in_double, stepped
 from helpers.runs import run_inline, small
-from meadow.client.loop.balance import DynamicAverage, GradNorm, Surgery, Uncertainty, make_balance, surgery
-from meadow.client.loop.training import Beside, train
+from meadow.client.loop.balance import DynamicAverage, GradNorm, PCGrad, Uncertainty, make_balance, projected_sum
+from meadow.client.loop.training import Extras, train
 from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from torch import Tensor, nn
 
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
 from meadow.config.cohort import draw_cohort
-from meadow.config.load import load
 from meadow.config.schema import Experiment, Local
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
@@ -36,9 +36,9 @@ A, B = Target("a", "class", 2), Target("b", "value", 1)
 def test_projections_of_a_hand_example() -> None:
     """g1 = (1, 0), g2 = (-1, 1): g1 loses its half of -g2, g2 its -g1; (0.5, 0.5) + (0, 1)."""
     g1, g2 = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
-    assert surgery([g1, g2]).tolist() == [0.5, 1.5]
-    assert surgery([g1, torch.tensor([1.0, 1.0])]).tolist() == [2.0, 1.0]  # no conflict: the sum
-    assert surgery([g1, -g1]).tolist() == [0.0, 0.0]
+    assert projected_sum([g1, g2]).tolist() == [0.5, 1.5]
+    assert projected_sum([g1, torch.tensor([1.0, 1.0])]).tolist() == [2.0, 1.0]  # no conflict: the sum
+    assert projected_sum([g1, -g1]).tolist() == [0.0, 0.0]
 
 
 def test_three_gradients_are_projected_in_every_order() -> None:
@@ -53,7 +53,7 @@ def test_three_gradients_are_projected_in_every_order() -> None:
     for seed in range(20):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            result = surgery(g)
+            result = projected_sum(g)
         at = [i for i, p in enumerate(possible) if torch.allclose(result, p)]
         assert len(at) == 1
         found.add(at[0])
@@ -115,7 +115,7 @@ def test_a_step_with_projected_gradients() -> None:
 
 
 def test_projection_leaves_a_teacher_its_gradient() -> None:
-    balance = Surgery(Local(), (A, B), {})
+    balance = PCGrad(Local(), (A, B), {})
     theta = nn.Parameter(torch.tensor([2.0, 3.0]))
     each = {"a": theta[0], "b": -theta[0] + theta[1]}  # the gradients of the hand example
     balance.backward(each, {"a", "b"}, 10 * theta[1], {"trunk.x.weight": theta})
@@ -143,7 +143,7 @@ def test_uncertainty_in_training_and_from_round_to_round() -> None:
     memory: Arrays = {Uncertainty.NAME: np.array([0.5, -0.25])}
     own, before = gradients(model, task, data), state_of(model)
     parts = losses(model(data.x), data.y, task.targets)
-    done = train(model, data, task, experiment, 2, 0, beside=Beside(memory=memory))
+    done = train(model, data, task, experiment, 2, 0, extras=Extras(memory=memory))
     for head, factor in (("digit", math.exp(-0.5)), ("slant", 0.5 * math.exp(0.25))):
         name = f"heads.{head}.weight"
         moved, step = floats(before)[name] - floats(state_of(model))[name], 0.1 * factor * own[head][name]
@@ -184,7 +184,7 @@ def test_dynamic_weights_in_training() -> None:
                 parameter.mul_(1 + round_ / 10)
         model, data = model.double(), in_double(task.client(0).train)
         own, before = gradients(model, task, data), state_of(model)
-        done = train(model, data, task, experiment, round_, 0, beside=Beside(memory=memory))
+        done = train(model, data, task, experiment, round_, 0, extras=Extras(memory=memory))
         memory = done.memory
         seen.append([done.losses["digit"], done.losses["slant"]])
     assert memory[DynamicAverage.NAME].tolist() == [pytest.approx(seen[1]), pytest.approx(seen[2])]

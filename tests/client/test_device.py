@@ -7,14 +7,15 @@ import pytest
 import torch
 from helpers.devices import AWAY, Away, elsewhere
 from helpers.runs import small
-from meadow.client.loop.training import Beside, train
+from meadow.client.loop.training import Extras, train
 
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.tasks.evaluation import device_of, evaluate, load_into, state_of
 from meadow.tasks.numerics import placed
-from meadow.tasks.task import initial_state, open_task
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import open_task
 
 SOURCE = ("task.pretrained=source",)
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -48,11 +49,11 @@ def trained(
         with elsewhere() as device:
             model = model.to(device)
             assert all(isinstance(p, Away) for p in model.parameters())
-            train(model, own.train, task, experiment, 1, 0, beside=Beside(own.validation), permit=permit)
+            train(model, own.train, task, experiment, 1, 0, extras=Extras(own.validation), permit=permit)
             scores = evaluate(model, own.test, task)
             assert device_of(model) == AWAY
             return state_of(model), scores
-    train(model, own.train, task, experiment, 1, 0, beside=Beside(own.validation), permit=permit)
+    train(model, own.train, task, experiment, 1, 0, extras=Extras(own.validation), permit=permit)
     return state_of(model), evaluate(model, own.test, task)
 
 

@@ -29,10 +29,10 @@ from meadow.client.trainers.layers import (
 )
 from meadow.client.trainers.network import Layer, network
 from meadow.server import checkpoints
+from meadow.strategies.check import load
 from torch import nn
 
 from meadow.arrays.sums import weighted_sum
-from meadow.config.load import load
 from meadow.native import pooling
 from meadow.native import sums as adding
 from meadow.runtime.seeds import torch_generator, torch_seeded
@@ -41,7 +41,7 @@ from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.features import View
 from meadow.tasks.models import networks
 from meadow.tasks.models.multihead import Multihead
-from meadow.tasks.numerics import kernels, laid_out
+from meadow.tasks.numerics import channels_last, kernels
 from meadow.tasks.task import Task, open_task
 
 DIGIT = Target("digit", "class", 10)
@@ -94,7 +94,7 @@ def setting(case: str) -> tuple[KernelTrainer, Task, nn.Module, list[Data]]:
     experiment = load("fedavg", [*plan, *settings])
     with torch_seeded(1, "test"):
         trunk, features = make(experiment.task, Inputs(shape))
-        model = laid_out(Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False}))
+        model = channels_last(Multihead(trunk, {"digit": nn.Linear(features, 10)}, {"digit": False}))
     template = open_task(experiment)
     task = Task(template.dataset, template.split, (DIGIT,), (0.7,), experiment.task, 0, template.held)
     found = network(model, shape, task.targets, task.weights)

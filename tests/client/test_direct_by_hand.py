@@ -69,7 +69,7 @@ def by_hand(plan: Experiment, momentum: float = 0.9) -> tuple[State, float, int]
 def test_the_default_trainer_is_the_hand_s(tmp_path: Path) -> None:
     """To the roundings of two rounds' steps, of the sizes that were added up: 1e-5 or so of a weight."""
     summary = run_inline(PLAN, tmp_path)
-    assert (summary["status"], summary["engine"]["training"]) == ("done", ["direct"])
+    assert (summary["status"], summary["engine"]["training"]) == ("done", {"direct": 4})
     checkpoint, _ = latest(tmp_path / "checkpoints")
     expected, terms, steps = by_hand(PLAN)
     assert checkpoint is not None and checkpoint.arrays.keys() == expected.keys()

@@ -10,7 +10,7 @@ import torch
 from helpers.rounding import close, floats, in_double, stepped
 from helpers.runs import run_inline, small
 from meadow.client.loop.optimisers import PLATEAU, make_optimizer, plateau, scheduled
-from meadow.client.loop.training import Beside, batch_at, train
+from meadow.client.loop.training import Extras, batch_at, train
 from meadow.client.loop.validation import validation_loss
 from torch import Tensor, nn
 
@@ -189,7 +189,7 @@ def test_early_stopping_keeps_the_best_epoch(patience: int) -> None:
             ends = e + 1
             break
     experiment, task, model = opened(*settings, "local.epochs=8", f"local.patience={patience}")
-    done = train(model, own.train, task, experiment, 1, 0, beside=Beside(own.validation))
+    done = train(model, own.train, task, experiment, 1, 0, extras=Extras(own.validation))
     assert done.steps == ends * steps
     assert all(value.tobytes() == states[best][n].tobytes() for n, value in state_of(model).items())
     assert best < ends - 1  # else nothing was put back

@@ -14,12 +14,12 @@ from meadow.client.loop.fisher import empirical_fisher, true_fisher
 from meadow.client.loop.trainable import freeze, mask, top
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from meadow.strategies.roles import roles
 from meadow.strategies.trainable import layers, rate_factors, stage, trained
 from torch import Tensor, nn
 
 from meadow.arrays.files import read_arrays
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator
@@ -414,7 +414,7 @@ def test_a_masked_run_changes_the_masked_entries_of_the_shared_model(family: str
     ("overrides", "words"),
     [
         (["local.trainable=last"], ["local.trainable = 'last'", "last:2"]),
-        (["local.trainable=last:0", "strategy.share=body"], ["strategy.share", "never changes"]),
+        (["local.trainable=last:0", "strategy.share=body"], ["strategy.share", "local.trainable"]),
         (["local.trainable=lora", "local.lora_share=a"], ["local.lora_share", 'share = "trainable"']),
         (["local.trainable=fisher"], ["local.fisher_on", 'pretrained = "source"']),
         (["local.trainable=gradual", "local.gradual_unit=epochs", "local.steps=3"], ["local.steps = 0"]),

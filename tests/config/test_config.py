@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from meadow.strategies.check import load
 
-from meadow.config.load import flatten, from_flat, load, preset_names, read_tree, to_flat, to_toml, to_tree
+from meadow.config.load import flatten, from_flat, preset_names, read_tree, to_flat, to_toml, to_tree
 from meadow.config.schema import Experiment, Strategy
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import derive, torch_generator, torch_seeded
@@ -60,16 +61,16 @@ def test_presets_differ_in_axis_values_only() -> None:
         ("local.lr=nan", ["local.lr = nan"]),
         ("strategy.share=bodi", ["strategy.share = 'bodi'", "did you mean body"]),
         ("cohort.size=50", ["cohort.size = 50", "partition.clients = 20", "smaller"]),
-        ("cohort.quorum=21", ["cohort.quorum = 21", "quorum smaller"]),
+        ("cohort.quorum=21", ["cohort.quorum = 21", "smaller"]),
         ("partition.parts=0.5,0.5", ["partition.parts = [0.5, 0.5]", "three"]),
         ("task.learn=size", ['task.learn = "size"', "digit"]),
         ("task.target_weights=1,2,3", ["task.target_weights", "digit"]),
         ("evaluate.on=server", ["evaluate.on = ['server']", "clients"]),
-        ("local.trainable=head", ['strategy.share = "body"', "never changes"]),
+        ("local.trainable=head", ['strategy.share = "body"', 'local.trainable = "head"']),
         ("rounds=3", ["rounds=3", "section.key=value"]),
         ("local.learning_rate=0.1", ["local.learning_rate", "did you mean local.lr?"]),
         ("run.Rounds=3", ["run.Rounds", "did you mean run.rounds?"]),
-        ("task.channels=rgb", ["task.channels = 'rgb'", 'task.dataset = "digits"', "grey"]),
+        ("task.channels=rgb", ['task.channels = "rgb"', 'task.dataset = "digits"', "grey"]),
         ("task.image_size=32", ["task.image_size = 32", "8 x 8"]),
     ],
 )

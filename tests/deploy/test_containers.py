@@ -39,9 +39,8 @@ from helpers.stack import (
 )
 from meadow.client.node import Node
 from meadow.client.node import train_client as train_one
+from meadow.strategies.check import load
 from meadow.strategies.wire.packing import Answer, Request
-
-from meadow.config.load import load
 
 pytestmark = pytest.mark.docker
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.runs import run_inline
 from helpers.stack import PROXY, REFUSED, Stack, ask, compose, container, docker, start_engine
-
-from meadow.config.load import load
+from meadow.strategies.check import load
 
 pytestmark = [pytest.mark.docker, pytest.mark.evidence]
 SERVICES = ("superlink", "serverapp", "proxy", "run", *(f"node-{i}" for i in range(4)))

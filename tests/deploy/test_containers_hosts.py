@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from helpers.runs import run_inline
 from helpers.stack import ROOT, docker, start_engine
-
-from meadow.config.load import load
+from meadow.strategies.check import load
 
 pytestmark = [pytest.mark.docker, pytest.mark.slow]
 OVERRIDES = ["run.rounds=2", "partition.clients=4"]

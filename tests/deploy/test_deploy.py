@@ -21,9 +21,9 @@ from compose_spec import PyCompose
 from cryptography import x509
 from helpers.runs import run_inline
 from meadow.simulation.children import free_port
+from meadow.strategies.check import load
 
 from deploy import keys
-from meadow.config.load import load
 from meadow.runtime.identity import ROOT, code_sha256
 
 OVERRIDES = ["run.rounds=2", "partition.clients=4"]

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from helpers.runs import small
 from meadow.simulation.launch import engine
+from meadow.strategies.check import load
 
-from meadow.config.load import load, parse_override
+from meadow.config.load import parse_override
 from meadow.config.schema import Experiment
 from meadow.experiments.api import Summary, run, run_many
 from meadow.experiments.compare import Job, methods_jobs

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.folders import make_run, over_clients, round_line, text_of
+from meadow.strategies.check import load
 from rich.console import Console
 from scipy import stats
 
-from meadow.config.load import load, to_toml
+from meadow.config.load import to_toml
 from meadow.experiments.pairs import compare_paired, t_interval
 from meadow.experiments.pictures.confusion import confusion_matrices
 from meadow.experiments.pictures.plots import spread_apart

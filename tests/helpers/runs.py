@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from meadow.simulation.launch import engine
+from meadow.strategies.check import load
 from meadow.strategies.wire.packing import NodeReply
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 
 SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from meadow.server.checkpoints import Checkpoint, latest
+from meadow.strategies.check import load
 from torch import Tensor, nn
 
 import meadow.tasks.models.multihead
@@ -23,7 +24,6 @@ from helpers.runs import run_inline
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
 from meadow.config import schema
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.tasks.data import Inputs, Part, Raw
 from meadow.tasks.start import initial_state

@@ -16,7 +16,6 @@ from meadow.privacy.accounting import (
     fixed_cohort_guarantee,
     local_guarantee,
     noise_multiplier,
-    steps_within,
 )
 from meadow.runtime.errors import UserError
 
@@ -135,14 +134,6 @@ def test_what_is_spent_counts_in_calibration() -> None:
     for wrong in ((0.0, 0.1, 10), (-1.0, 0.1, 10), (1.0, 0.0, 10), (1.0, 0.1, 0)):
         with pytest.raises(ValueError, match="Expected"):
             noise_multiplier(wrong[0], 1e-5, *wrong[1:])
-
-
-def test_steps_within_is_the_last_step_that_fits() -> None:
-    past = [(0.1, 2.0, 5)]
-    steps = steps_within(2.0, 1e-5, 0.1, 1.5, spent=past)
-    assert epsilon([*past, (0.1, 1.5, steps)], 1e-5) <= 2.0 < epsilon([*past, (0.1, 1.5, steps + 1)], 1e-5)
-    assert steps_within(0.01, 1e-5, 0.1, 1.0) == 0
-    assert steps_within(2.0, 1e-5, 0.1, 1.0, spent=[(0.1, 1.0, 10)]) == 0
 
 
 def test_client_level_reference_values() -> None:

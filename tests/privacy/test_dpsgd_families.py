@@ -11,11 +11,11 @@ import torch
 from helpers.runs import small
 from meadow.client.loop.trainable import freeze, mask
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from meadow.strategies.trainable import stage, trained
 from torch import Tensor, nn
 
 from meadow.config import schema
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
@@ -117,7 +117,7 @@ TORCHVISION = (
 def private(kind: str, data: str, model: str, *overrides: str) -> Experiment:
     """An experiment with one private step of a model on the data made here."""
     return load("multitask", [
-        f"task.dataset=test_dpsgd_families:{data}", "task.targets=y", f"task.model={model}", "task.hidden=8",
+        f"task.dataset={__name__}:{data}", "task.targets=y", f"task.model={model}", "task.hidden=8",
         "partition.clients=2", "partition.law=iid", f"local.trainable={kind.split()[0]}", *KINDS[kind], *ONE_STEP,
         *overrides,
     ])  # fmt: skip

@@ -161,7 +161,7 @@ def other_clients(path: Path) -> None:
         (edited, "entry 1 was changed"),
         (dropped, "entry 2 was changed"),
         (swapped, "entry 1 was changed"),
-        (written_anew, "not the one that the server knows of"),
+        (written_anew, "the one that the server knows"),
         (other_clients, "of another client"),
         (Path.unlink, "0 entries, and the server knows of 4"),
         (lambda path: path.write_bytes(b""), "0 entries"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.refusals import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -184,5 +185,5 @@ def test_client_level_noise_by_how_cohorts_are_drawn() -> None:
     assert client_denominator(run(0.1)) == 10
     assert client_denominator(experiment(unit="client", epsilon=8.0, denominator=7.0)) == 7
     assert client_noise(experiment(unit="client", noise_multiplier=0.8)) == 0.8
-    with pytest.raises(UserError, match="one noise is added for all"):
+    with refused('privacy.unit = "client"', 'privacy.budgets = "uniform 1 8"', "privacy.epsilon"):
         client_noise(experiment(unit="client", budgets="uniform 1 8"))

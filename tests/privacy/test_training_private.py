@@ -7,9 +7,9 @@ import pytest
 from helpers.rounding import stepped
 from helpers.runs import small
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from torch import nn
 
-from meadow.config.load import load
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream

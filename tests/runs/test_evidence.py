@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.runs import run_inline
 
-from meadow.config.load import load
+from meadow.strategies.check import load
 from meadow.tasks.data import MISSING
 from meadow.tasks.readers.datasets import open_dataset
 

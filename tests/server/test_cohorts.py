@@ -11,7 +11,8 @@ import pytest
 from helpers.runs import clients_answer, run_inline, small
 from meadow.client.store import Store
 from meadow.server.checkpoints import latest
-from meadow.server.cohorts import call, read_schedule
+from meadow.server.cohorts import draw, read_schedule
+from meadow.strategies import equal_weights
 
 from meadow.arrays.named import Arrays
 from meadow.config.cohort import draw_cohort, unseen
@@ -61,8 +62,8 @@ def test_by_size_the_large_ones_come_more_often() -> None:
 
 def test_by_size_each_counts_once(tmp_path: Path) -> None:
     """Who is drawn by size is not weighed by size as well."""
-    assert small("fedavg", "cohort.sampling=size", "cohort.size=3").equal_weights
-    assert not small("fedavg").equal_weights
+    assert equal_weights(small("fedavg", "cohort.sampling=size", "cohort.size=3"))
+    assert not equal_weights(small("fedavg"))
 
 
 def test_a_second_attempt_draws_anew() -> None:
@@ -88,9 +89,9 @@ def test_a_schedule_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("0\n9\n1\n", ["line 2", '"9" is no client', "0 to 7"]),
+        ("0\n9\n1\n", ["line 2", '"9"', "0 to 7"]),
         ("0\n1 x\n1\n", ["line 2", '"x"']),
-        ("0\n1 1\n1\n", ["line 2", "client 1 stands twice"]),
+        ("0\n1 1\n1\n", ["line 2", "client 1"]),
         ("0\n1\n", ["2 rounds", "run.rounds = 3"]),
     ],
 )
@@ -127,7 +128,7 @@ def test_dropout_is_the_run_without_those_who_dropped_out(tmp_path: Path) -> Non
 
 def test_dropout_and_stragglers_have_their_chances() -> None:
     experiment = small("fedavg", "partition.clients=10", "cohort.dropout=0.3", "cohort.stragglers=0.5")
-    calls = [call(experiment, r, ()) for r in range(1, 401)]
+    calls = [draw(experiment, r, ()) for r in range(1, 401)]
     gone, slow = sum(len(c.absent) for c in calls) / 4000, sum(len(c.work) for c in calls) / 4000
     assert abs(gone - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 4000)
     assert abs(slow - 0.35) < 5 * np.sqrt(0.35 * 0.65 / 4000)
@@ -139,7 +140,7 @@ def test_dropout_and_stragglers_have_their_chances() -> None:
 
 def test_stragglers_make_part_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = small("fedavg", "cohort.stragglers=0.5", "local.steps=20", "run.rounds=1")
-    called = call(experiment, 1, ())
+    called = draw(experiment, 1, ())
     steps: dict[int, Any] = {}
     honest = meadow.client.node.train_client
 
@@ -159,11 +160,11 @@ def test_over_selection_takes_the_first_and_stragglers_come_last() -> None:
         "fedavg", "partition.clients=20", "cohort.size=5", "cohort.over_selection=0.6", "cohort.stragglers=0.3"
     )
     for round_ in range(1, 101):
-        called = call(experiment, round_, ())
+        called = draw(experiment, round_, ())
         assert len(called.asked) == 8 and len(called.trained) == 5
         late = [c for c, reason in called.absent.items() if "too late" in reason]
         assert len(late) == 3
-    slow = [len(call(experiment, r, ()).work) for r in range(1, 401)]
+    slow = [len(draw(experiment, r, ()).work) for r in range(1, 401)]
     # A straggler is waited for only if there are more than three of eight: E[max(0, Binomial(8, 0.3) - 3)] = 0.2613.
     assert abs(np.mean(slow) - 0.2613) < 5 * 0.62 / np.sqrt(400)
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from helpers.runs import run_inline, small
 from meadow.server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
+from meadow.strategies.check import load
 
-from meadow.config.load import load
 from meadow.privacy.releases import releases
 from meadow.tasks.data import Target
 from meadow.tasks.losses import class_weights

@@ -13,12 +13,12 @@ import torch
 from helpers.runs import clients_answer, run_inline, small
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from meadow.strategies.roles import roles
 
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.config.cohort import draw_cohort
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.tasks.evaluation import load_into, state_of

@@ -76,7 +76,7 @@ def test_a_worker_that_dies_of_a_call_gets_it_again_and_at_last_the_next(calls: 
 def test_the_calls_of_a_worker_that_is_given_up_are_lost(calls: Calls) -> None:
     numbers = [calls.call(0, b"x"), calls.call(0, b"y")]
     other = calls.call(1, b"z")
-    assert calls.lose(0) == [(number, None) for number in numbers]
+    assert calls.fail(0) == [(number, None) for number in numbers]
     worker(calls, 1, lambda call: call)
     assert gather(calls, 1) == {other: b"z"}
 

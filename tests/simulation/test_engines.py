@@ -15,8 +15,9 @@ from helpers.runs import SAME, run_inline, small
 from meadow.simulation.children import children
 from meadow.simulation.launch import Launch, engine
 from meadow.simulation.processes import run_app, superlink
+from meadow.strategies.check import load
 
-from meadow.config.load import from_flat, load, to_flat, to_toml
+from meadow.config.load import from_flat, to_flat, to_toml
 from meadow.runtime.identity import ROOT
 
 PRESETS = ("fedavg", "fedper", "transfer", "federated-finetune", "multitask", "pooled")
@@ -73,7 +74,7 @@ def test_a_killed_worker_comes_back(deaths: int, tmp_path: Path, monkeypatch: py
 def test_a_call_that_cannot_be_read_costs_itself_and_not_the_worker() -> None:
     from meadow.simulation.ray_engine import NodeActor
 
-    assert "UnpicklingError" in pickle.loads(NodeActor().handle_here(b"no pickle"))
+    assert "UnpicklingError" in pickle.loads(NodeActor().handle_pickled(b"no pickle"))
 
 
 def simulate(out: Path, preset: str, *overrides: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from meadow.server.evaluation import over_clients
 from meadow.server.reduce import round_sum
 from meadow.simulation.grid import become_server
 from meadow.strategies import server_of
+from meadow.strategies.check import load
 from meadow.strategies.protocol import Roles, Setup
 from meadow.strategies.roles import roles
 from meadow.strategies.wire.packing import (
@@ -29,8 +30,7 @@ from meadow.strategies.wire.packing import (
 
 from meadow.arrays.flower import Kept
 from meadow.arrays.named import Arrays, arrays_sha256
-from meadow.arrays.sums import BLOCK, FAN, average, cut, fault, parts, spans, weighted_sum
-from meadow.config.load import load
+from meadow.arrays.sums import BLOCK, FAN, add, cut, fault, mean, parts, spans, weighted_sum
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 
@@ -54,8 +54,8 @@ def test_two_clients_one_to_three() -> None:
     block = weighted_sum(
         [(1, {"w": np.array([4, 8], dtype=np.float32)}), (3, {"w": np.array([8, 0], dtype=np.float32)})]
     )
-    mean = average([block], {"w": np.zeros(2, np.float32)})
-    assert mean["w"].tolist() == [7, 2] and mean["w"].dtype == np.float32
+    found = mean(add([block]), {"w": np.zeros(2, np.float32)})
+    assert found["w"].tolist() == [7, 2] and found["w"].dtype == np.float32
 
 
 def test_three_blocks_average_to_the_weighted_mean() -> None:
@@ -64,8 +64,8 @@ def test_three_blocks_average_to_the_weighted_mean() -> None:
     weights = draw.integers(1, 90, len(values)).astype(float)
     blocks = [weighted_sum((weights[c], {"w": values[c]}) for c in b) for b in cut(range(len(values)))]
     assert len(blocks) == 3
-    mean = average(blocks, {"w": np.zeros(50, np.float64)})["w"]
-    assert np.allclose(mean, np.average(values.astype(np.float64), axis=0, weights=weights), rtol=1e-13, atol=1e-15)
+    found = mean(add(blocks), {"w": np.zeros(50, np.float64)})["w"]
+    assert np.allclose(found, np.average(values.astype(np.float64), axis=0, weights=weights), rtol=1e-13, atol=1e-15)
 
 
 def test_each_name_is_averaged_over_those_who_sent_it() -> None:
@@ -88,8 +88,8 @@ def test_each_name_is_averaged_over_those_who_sent_it() -> None:
             ),
         ]
     )
-    mean = average([block], before)
-    assert {k: v.tolist() for k, v in mean.items()} == {"a": [4], "b": [5], "c": [3], "n": [9]}
+    found = mean(add([block]), before)
+    assert {k: v.tolist() for k, v in found.items()} == {"a": [4], "b": [5], "c": [3], "n": [9]}
     assert mean["n"].dtype == np.int64
 
 

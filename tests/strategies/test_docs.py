@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.runs import run_inline, small
 from helpers.worlds import N, data, double, experiment, gradient, mean, run, same, start, step
 from meadow.strategies import algorithm
 
 from meadow.arrays.named import of_kind
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.load import preset_names
+from meadow.config.rules.privacy import EXAMPLE
 from meadow.config.schema import SHARES, Attack, Cohort, Strategy
 from meadow.runtime.errors import UserError
 
@@ -47,6 +49,41 @@ def test_the_documented_strategy_runs_by_its_formula(tmp_path: Path, monkeypatch
     same(found.arrays, w)
     same(of_kind("v", found.strategy), v)
     sys.modules.pop("lookahead")
+
+
+def test_the_documented_strategy_runs_under_dp_as_what_it_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As FedProx does, for the same epsilon; without the declaration it is refused, and a false one fails in the round."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    (tmp_path / "lookahead.py").write_text(code)
+    (tmp_path / "silent.py").write_text(code.replace(", trains_once=True", ""))
+    (tmp_path / "twice.py").write_text(code.replace("        fitted =", "        context.fit()\n        fitted ="))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = (*EXAMPLE, "strategy.mu=0.3", "strategy.server_momentum=0", "run.rounds=2")
+    plans = [small("fedavg", *given, f"strategy.name={name}") for name in ("lookahead:LOOKAHEAD", "fedprox")]
+    ours, theirs = (run_inline(plan, tmp_path / str(place)) for place, plan in enumerate(plans))
+    assert ours["status"] == theirs["status"] == "done"
+    assert ours["privacy"]["epsilon"] == theirs["privacy"]["epsilon"]
+    with pytest.raises(UserError, match=r"privacy\.unit.*strategy\.name"):
+        small("fedavg", *given, "strategy.name=silent:LOOKAHEAD")
+    failed = run_inline(small("fedavg", *given, "strategy.name=twice:LOOKAHEAD"), tmp_path / "twice")
+    assert failed["status"] == "stopped" and failed["rounds"] == 0
+    for name in ("lookahead", "silent", "twice"):
+        sys.modules.pop(name)
+
+
+def test_no_other_file_asks_for_an_algorithms_name() -> None:
+    """What is true of an algorithm stands in its own file: no other compares `strategy.name`, or anything, with a name."""
+    some = "|".join(ALGORITHMS)
+    asks = re.compile(rf"""strategy\.name *(==|!=|in [^A])|(==|!=|\bin) *[(\[{{]? *["']({some})["']""")
+    found = []
+    for room in ("strategies", "client", "server", "simulation", "meadow"):
+        for path in (ROOT / room).rglob("*.py"):
+            if path.parent != ROOT / "strategies" / "algorithms":
+                lines = enumerate(path.read_text().splitlines(), 1)
+                found += [f"{path.relative_to(ROOT)}:{number}" for number, line in lines if asks.search(line)]
+    assert found == []
 
 
 def test_every_name_and_setting_is_on_the_page() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.runs import run_inline, small
+from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
 from meadow.strategies.norms import norms
 from meadow.strategies.roles import roles_of
@@ -16,6 +17,7 @@ from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays, of_kind
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.tasks.evaluation import state_of
 from meadow.tasks.models.vision import torchvision
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task
@@ -114,19 +116,17 @@ def test_a_personal_model_beside_does_not_touch_what_is_shared(name: str, tmp_pa
 
 def phases(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Arrays, Arrays, int]]:
     """Of each call of the training loop: the model before and after it, and its steps."""
-    import meadow.client.context
-
-    honest = meadow.client.context.train
+    honest = train
     seen: list[tuple[Arrays, Arrays, int]] = []
 
     def watched(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = meadow.client.context.state_of(model)
+        before = state_of(model)
         trained = honest(model, *args, **kwargs)
-        seen.append((before, meadow.client.context.state_of(model), trained.steps))
+        seen.append((before, state_of(model), trained.steps))
         return trained
 
-    monkeypatch.setattr(meadow.client.context, "train", watched)
-    monkeypatch.setattr("meadow.client.node.fast", lambda *_: "the loop is watched")
+    monkeypatch.setattr("meadow.client.trainers.choose.train", watched)
+    monkeypatch.setattr("meadow.client.trainers.choose.KERNELS", ())  # the loop is watched
     return seen
 
 

@@ -24,12 +24,12 @@ from meadow.strategies.algorithms.robust import (
     multi_krum,
 )
 from meadow.strategies.attacks import attack, attackers, largest_z
+from meadow.strategies.check import load
 from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
 from scipy.optimize import minimize
 from scipy.stats import norm, trim_mean
 
 from meadow.arrays.files import read_arrays
-from meadow.config.load import load
 from meadow.config.schema import Attack, Experiment
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
@@ -56,7 +56,7 @@ def matrix(given: list[Update]) -> Floats:
 def rule(algorithm: Any) -> Any:
     """The rule of one of the algorithms that are Flower's."""
     become_server()
-    return algorithm.server.keywords["rule"]
+    return algorithm.server.keywords["combine"]
 
 
 def krum_scores(points: Floats, byzantine: int) -> Floats:

@@ -19,7 +19,7 @@ from meadow.strategies.wire.packing import Answer
 from meadow.arrays.named import Arrays, of_kind
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
-from meadow.tasks.task import initial_state
+from meadow.tasks.start import initial_state
 
 __all__ = ["double"]
 

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import load
 from sklearn.linear_model import LogisticRegression
 
-from meadow.config.load import load
 from meadow.config.schema import Task
 from meadow.tasks.data import data_sha256
 from meadow.tasks.readers.datasets import open_dataset

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import run_inline, small
+from meadow.strategies.check import load
 
 from meadow.arrays.files import read_arrays
-from meadow.config.load import load
 from meadow.tasks.evaluation import evaluate, load_into, predict
 from meadow.tasks.features import view
 from meadow.tasks.models.multihead import Multihead

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import resolve
 
-from meadow.config.load import resolve
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import MISSING, Dataset
@@ -84,7 +84,7 @@ def test_without_inputs_every_other_column_is_a_number_as_it_is(tmp_path: Path) 
         ({"inputs": ("y",)}, "this column is a target"),
         ({"inputs": ("age mean x std 1",)}, "mean and std are numbers"),
         ({"inputs": ("age mean 1 std 0",)}, "std a positive one"),
-        ({"inputs": ("age what",)}, '"what" is not understood'),
+        ({"inputs": ("age what",)}, '"what" is unknown'),
         ({"inputs": ("kind among a gaps",)}, "has an input for gaps already"),
         ({"inputs": ("gap scaled",), "public": "flat.csv"}, "no spread in"),
         ({"inputs": ("age",), "public": "none.csv"}, "task.public.*no file.*none.csv"),
@@ -130,7 +130,7 @@ def test_a_users_own_function_reads_the_data(tmp_path: Path, monkeypatch: pytest
     assert data.train.x.shape == (800, 1, 64) and [t.kind for t in data.targets] == ["value", "class"]
     with pytest.raises(UserError, match="own_waves:none"):
         open_dataset(Task(dataset="own_waves:none"))
-    with pytest.raises(UserError, match="is no function"):
+    with pytest.raises(UserError, match="is not a function"):
         open_dataset(Task(dataset="own_waves:SAMPLES"))
 
 

@@ -116,14 +116,14 @@ def test_holds_of_k_each_gives_every_target_as_many_clients_to_within_one(each: 
         (("digit 0-5",), "clients 0 to 4"),
         (("digit 3-1",), "1-3"),
         (("digit a-b",), "a-b"),
-        (("digit 0-3", "slant 1", "ink 2"), "client 4 would hold no target"),
+        (("digit 0-3", "slant 1", "ink 2"), "client 4 would have no target"),
     ],
 )
 def test_impossible_holds_say_what_to_write(holds: tuple[str, ...], named: str) -> None:
     with pytest.raises(UserError, match=named) as error:
         held(holds, TARGETS, CLIENTS, 0)
     assert f"partition.holds = {list(holds)}" in str(error.value)
-    with pytest.raises(UserError, match="write 2 at least"):
+    with pytest.raises(UserError, match="write at least 2"):
         held(("1",), TARGETS, 2, 0)
 
 

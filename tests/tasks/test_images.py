@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from PIL import Image
 from scipy.io import savemat
 
-from meadow.config.load import load
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
@@ -245,7 +245,7 @@ def test_an_image_folder_s_classes_are_its_sub_folders(tmp_path: Path) -> None:
     assert [int(x[0, 0, 0]) for x in data.train.x] == [int(draw((5, 5, 3), seed=s)[0, 0, 0]) for s in (3, 2, 1)]
     assert data.test.y["label"].tolist() == [1]
     write_png(tmp_path / "exam/wasps/w.png", draw((5, 5, 3)))
-    with pytest.raises(UserError, match=r'exam: the folder "wasps" is no class of .*train, which has ants, bees'):
+    with pytest.raises(UserError, match=r'exam: the folder "wasps" is not a class of .*train, which has ants, bees'):
         named(tmp_path, "ImageFolder", test="exam")
     with pytest.raises(UserError, match=r'task.test = "quiz": there is no folder .*/quiz'):
         named(tmp_path, "ImageFolder", test="quiz")
@@ -322,7 +322,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "ragged row": (
         lambda root: spoil_row(root, '\n"pictures/0.png",mild,1\n'),
         {},
-        "ROOT/train.csv, line 6: it has 3 cells, where the header has 5: image, grade, age, signs, clinic",
+        "ROOT/train.csv, line 6: it has 3 cells, but the header has 5: image, grade, age, signs, clinic",
     ),
     "row after a cell of two lines": (
         lambda root: spoil_row(root, '"pictures/0.png",mild,1,"red\n|dry",north\nx.png,mild,1,red,north\n'),
@@ -337,12 +337,12 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "no path": (
         lambda root: spoil_row(root, " ,mild,1,red,north\n"),
         {},
-        r'ROOT/train.csv, line 5, column "image": it is empty, where the path of an image was expected',
+        r'ROOT/train.csv, line 5, column "image": this cell is empty; expected the path of an image',
     ),
     "double name": (
         lambda root: write_table(root, "train.csv", [["image", "grade", "grade"], ["pictures/0.png", "a", "b"]]),
         {},
-        r"ROOT/train.csv, line 1: the header .* has an empty or a double name",
+        r"ROOT/train.csv, line 1: the header .* has an empty or repeated name",
     ),
     "empty file": (
         lambda root: (root / "train.csv").write_text(""),
@@ -357,17 +357,17 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "not xz": (
         lambda root: (root / "t.csv.xz").write_bytes(b"image,grade\n"),
         {"train": "t.csv.xz"},
-        r"ROOT/t.csv.xz: the compressed file is damaged or cut short",
+        r"ROOT/t.csv.xz: the compressed file is damaged or truncated",
     ),
     "not an image": (
         lambda root: (root / "pictures/1.png").write_text("hello"),
         {},
-        r'ROOT/train.csv, line 3, column "image": ROOT/pictures/1.png cannot be taken as an image: cannot identify',
+        r'ROOT/train.csv, line 3, column "image": ROOT/pictures/1.png cannot be read as an image: cannot identify',
     ),
     "torn image": (
         lambda root: (root / "pictures/2.png").write_bytes((root / "pictures/2.png").read_bytes()[:-60]),
         {},
-        r'ROOT/train.csv, line 4, column "image": ROOT/pictures/2.png cannot be taken as an image',
+        r'ROOT/train.csv, line 4, column "image": ROOT/pictures/2.png cannot be read as an image',
     ),
     "of another size": (
         lambda root: write_png(root / "pictures/1.png", draw((6, 9, 3))),
@@ -383,7 +383,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "with transparency": (
         lambda root: write_png(root / "pictures/1.png", draw((6, 8, 4))),
         {},
-        r'neither grey nor of three colours \(mode RGBA\): set task.channels to "rgb" or "grey"',
+        r'neither grey nor RGB \(mode RGBA\): set task.channels to "rgb" or "grey"',
     ),
     "of 16 bits": (
         lambda root: write_png(root / "pictures/1.png", draw((6, 8)).astype(np.uint16) * 257),
@@ -393,7 +393,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "number in one, text in the other": (
         lambda root: write_table(root, "test.csv", [["image", "grade", "age"], ["pictures/3.png", "mild", "old"]]),
         {},
-        r'ROOT/test.csv, line 2, column "age": "old" is no number, but the column "age" of ROOT/train.csv has numbers',
+        r'ROOT/test.csv, line 2, column "age": "old" is not a number, .*"age" of ROOT/train.csv has only numbers',
     ),
 }
 
@@ -557,7 +557,7 @@ def test_samples_that_are_no_images_pass_through() -> None:
     x = task.dataset.train.x[:3]
     assert task.prepare(x, training=True) is x
     for settings in ({"augment": ("flip",)}, {"mean": (0.5,), "std": (0.5,)}):
-        with pytest.raises(UserError, match=r"the samples of made are no images: leave task.(augment|mean) empty"):
+        with pytest.raises(UserError, match=r"the samples of made are not images: leave task.(augment|mean) empty"):
             image_pipeline(dataset(torch.zeros(2, 3), images=False), Task(**settings))
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import load
 from safetensors.numpy import save_file
 from torch import nn
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
@@ -112,7 +112,7 @@ def test_a_pretrained_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     broken = {
         "has shape": trunk | {wrong: np.zeros((3, 3), dtype=np.float32)},
         "has no array": {name: a for name, a in trunk.items() if name != wrong},
-        "which the trunk has not": trunk | {"trunk.linear2.weight.more": np.zeros(1, dtype=np.float32)},
+        "which the trunk does not have": trunk | {"trunk.linear2.weight.more": np.zeros(1, dtype=np.float32)},
         "not of finite": trunk | {wrong: np.full_like(trunk[wrong], np.nan)},
     }
     for reason, arrays in broken.items():

@@ -123,7 +123,7 @@ def test_a_file_may_have_the_models_own_names_in_half_precision(tmp_path: Path) 
     assert torch.equal(read["trunk.classifier.0.weight"], state["classifier.0.weight"].float())
     for change, named in [
         ({"features.0.0.weight": None}, "has no array"),
-        ({"features.1.weight": state["features.0.0.weight"].clone()}, "which the trunk has not"),
+        ({"features.1.weight": state["features.0.0.weight"].clone()}, "which the trunk does not have"),
         ({"features.0.1.bias": torch.zeros(3).half()}, "has shape"),
         ({"features.0.1.bias": torch.full((16,), torch.nan).half()}, "not of finite"),
     ]:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from meadow.strategies.check import load
 
-from meadow.config.load import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import Data
@@ -85,7 +85,7 @@ def other(change: str) -> Experiment:
 
 @pytest.mark.parametrize("change", ["run.seed=3", "partition.alpha=1.0", "task.targets=digit", "evaluate.folds=3"])
 def test_a_share_of_another_experiment_is_refused(shares: list[Path], change: str) -> None:
-    with pytest.raises(UserError, match=f"{change.partition('=')[0]}.*deal again"):
+    with pytest.raises(UserError, match=f"{change.partition('=')[0]}.*meadow deal"):
         read_share(shares[1], other(change))
 
 

@@ -54,7 +54,7 @@ def test_a_vocabulary_may_be_given(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("cat\ndog\n")
     assert opened(tmp_path, tokens="words", vocabulary="words.txt").train.x[0].tolist() == [1, 2, 1, 1]
     (tmp_path / "twice.txt").write_text("cat\ncat\n")
-    with pytest.raises(UserError, match='"cat" stands twice'):
+    with pytest.raises(UserError, match='"cat" is twice'):
         opened(tmp_path, tokens="words", vocabulary="twice.txt")
     with pytest.raises(UserError, match=r"none\.txt"):
         opened(tmp_path, tokens="words", vocabulary="none.txt")

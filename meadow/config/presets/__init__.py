@@ -1,1 +1,1 @@
-"""Presets: named values on the axes. Each file's first line says what it is."""
+"""Presets: named sets of settings. The first line of each file is its description."""

@@ -1,4 +1,4 @@
-"""Client-level and local DP: canary clients go through the server's combination, canary updates through the client's."""
+"""Audit of client-level and local DP: canary clients through the server's aggregation, canary updates through a client."""
 
 import tempfile
 from dataclasses import replace
@@ -30,7 +30,7 @@ from meadow.tasks.task import Task
 
 
 def central_checks(experiment: Experiment, task: Task) -> list[Check]:
-    """Client-level DP: what canary clients show of each round's combined model."""
+    """Client-level DP: how far each canary client's update is visible in each round's model."""
     size = max(1, round(experiment.cohort_size / experiment.participants * CANARIES))
     rate = size / CANARIES
     z, rounds = client_noise(experiment), min(experiment.run.rounds, 60)
@@ -63,7 +63,7 @@ def central_checks(experiment: Experiment, task: Task) -> list[Check]:
 
 
 def _combined(experiment: Experiment, z: float, hits: np.ndarray) -> Floats:
-    """What each round's model shows of each canary client, in clips, (rounds, canaries)."""
+    """Each canary client's coordinate of each round's model change, (rounds, canaries), in units of the clip."""
     guard = ClientLevel(experiment, ("w",), z)
     guard.begin(True, None)
     model: Arrays = {"w": np.zeros(CANARIES, np.float64)}
@@ -76,17 +76,17 @@ def _combined(experiment: Experiment, z: float, hits: np.ndarray) -> Floats:
             update[number] += LONG * bound
             updates.append({"w": update})
         after = guard.combine(model, updates, round_)
-        scores.append(_floats(after, model) * client_denominator(experiment) / bound)
+        scores.append(_change(after, model) * client_denominator(experiment) / bound)
         model = after
     return np.stack(scores)
 
 
-def _floats(after: Arrays, before: Arrays) -> Floats:
+def _change(after: Arrays, before: Arrays) -> Floats:
     return np.asarray(after["w"], np.float64) - np.asarray(before["w"], np.float64)
 
 
 def local_checks(experiment: Experiment, task: Task) -> list[Check]:
-    """Local DP: what the noised updates show of one client whose data differs in everything."""
+    """Local DP: how well noised updates distinguish two opposite data sets of one client."""
     bound, times, delta = experiment.privacy.clip, 400, experiment.privacy.delta
     busiest = int(np.argmax(participations(experiment)))
     with tempfile.TemporaryDirectory() as folder:
@@ -98,12 +98,12 @@ def local_checks(experiment: Experiment, task: Task) -> list[Check]:
         rows = []
         for round_, positive in enumerate(included, 1):
             after = {"w": before["w"].copy()}
-            after["w"][0] = (1 if positive else -1) * LONG * bound  # two data sets of a client differ in everything
-            own = replace(keeper, experiment=free, root=Path(folder) / str(round_))  # each is a release by itself
+            after["w"][0] = (1 if positive else -1) * LONG * bound  # opposite updates, the worst case
+            own = replace(keeper, experiment=free, root=Path(folder) / str(round_))  # each release has its own ledger
             allowed = charge(own, None, round_, busiest, before)
-            rows.append(_floats(noised_update(free, allowed, before, after), before) / bound)
+            rows.append(_change(noised_update(free, allowed, before, after), before) / bound)
     scores = np.stack(rows)
-    bare = _floats(noised_update(free, replace(allowed, noise_multiplier=0.0), before, after), before)
+    bare = _change(noised_update(free, replace(allowed, noise_multiplier=0.0), before, after), before)
     longest = float(np.linalg.norm(bare)) / bound
     return [
         noise_check("noise multiplier", scores[:, 1:].ravel(), z),

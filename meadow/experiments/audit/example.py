@@ -1,4 +1,4 @@
-"""Example-level DP: canaries and the experiment's own model go through the client's training loop."""
+"""Audit of example-level DP: canaries and the experiment's own model go through the client's training loop."""
 
 import tempfile
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ from meadow.tasks.task import Task
 
 
 class _Canaries(nn.Module):
-    """A linear model in which a sample touches its own coordinate alone."""
+    """A linear model in which each sample changes only its own coordinate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class _Canaries(nn.Module):
 
 
 def checks(experiment: Experiment, task: Task) -> list[Check]:
-    """What canaries show of noise, clip, sampling and epsilon; then how far one record moves the experiment's own model."""
-    # What comes after the noise, or is none of the mechanism's, is taken out of the way.
+    """Check noise, clip, sampling and epsilon with canaries; then how far one record moves the experiment's own model."""
+    # Turn off what is applied after the noise or is no part of the mechanism.
     mode = _mode(experiment, task)
     plain = changed(experiment, local__clip_norm=0.0, local__lr=1e-6, local__weight_decay=0.0, task__augment=())
     busiest = int(np.argmax(participations(experiment)))
@@ -84,7 +84,7 @@ def checks(experiment: Experiment, task: Task) -> list[Check]:
 
 
 def _mode(experiment: Experiment, task: Task) -> GradSample:
-    """How the run has its clipped gradients: by what of its model learns."""
+    """How the run computes per-example gradients; this depends on its trained parameters."""
     model = _quiet(task).new_model()
     learning = roles_of(experiment, model).trained
     for name, parameter in model.named_parameters():
@@ -98,9 +98,9 @@ def _permit(allowed: Allowed) -> Permit:
 
 
 def _canaries(experiment: Experiment, task: Task, included: np.ndarray, permit: Permit) -> Floats:
-    """What each step's private gradient shows of each canary, in clips, (steps, canaries)."""
+    """Each canary's coordinate of each step's private gradient, (steps, canaries), in units of the clip."""
     x = LONG * permit.mechanism.clip * torch.eye(CANARIES)[torch.from_numpy(included)]
-    target = Target("canary", "quantiles", 1, quantiles=(0.5,))  # the pinball loss has a gradient that is a constant
+    target = Target("canary", "quantiles", 1, quantiles=(0.5,))  # the pinball loss has a constant gradient
     data = Data(x, {"canary": torch.full((len(x),), 1e6)})
     small = replace(task, targets=(target,), weights=(1.0,), pipeline=None)
     seen = _watched(_Canaries(), data, small, experiment, permit)
@@ -110,7 +110,7 @@ def _canaries(experiment: Experiment, task: Task, included: np.ndarray, permit: 
 def _watched(
     model: nn.Module, data: Data, task: Task, experiment: Experiment, permit: Permit
 ) -> list[dict[str, Floats]]:
-    """Train, and return the sums that each step's gradient is the share of: before the optimiser, after the noise."""
+    """Train, and return each step's noised sum of gradients by parameter, as the optimiser receives it."""
     steps: list[dict[str, Floats]] = []
 
     def watch(learning: Mapping[str, nn.Parameter]) -> None:
@@ -122,13 +122,13 @@ def _watched(
 
 
 def _quiet(task: Task) -> Task:
-    """The task without augmentation: what is random beside the mechanism would hide what a record does."""
+    """The task without augmentation, whose randomness would hide the effect of a record."""
     pipeline = replace(task.pipeline, steps=()) if task.pipeline is not None else None
     return replace(task, pipeline=pipeline)
 
 
 def _probe(experiment: Experiment, task: Task, who: int, mechanism: Mechanism, mode: GradSample) -> list[Check]:
-    """Noise off, one record added: how far the sum moves, for several records of a client, and what moved beside it."""
+    """Without noise: how far one record moves the sum of gradients, and whether buffers change."""
     model, quiet = _model(experiment, task)
     data = quiet.pool() if experiment.run.placement == "pooled" else quiet.client(who).train
     size = min(len(data), 24)
@@ -147,8 +147,8 @@ def _probe(experiment: Experiment, task: Task, who: int, mechanism: Mechanism, m
     buffers = {n for n, b in model.named_buffers() if not np.array_equal(state_of(model).get(n, b.numpy()), start[n])}
     largest = max(moves) / mechanism.clip
     return [
-        Check("largest move by one record added", "1 clip", f"{largest:.4g}", None, largest <= 1 + 1e-3),
-        Check("statistics that follow the data", "none", ", ".join(sorted(buffers)) or "none", None, not buffers),
+        Check("largest effect of one record", "1 clip", f"{largest:.4g}", None, largest <= 1 + 1e-3),
+        Check("statistics that depend on the data", "none", ", ".join(sorted(buffers)) or "none", None, not buffers),
     ]
 
 
@@ -163,7 +163,7 @@ def _model(experiment: Experiment, task: Task) -> tuple[nn.Module, Task]:
 
 
 def _noise(experiment: Experiment, task: Task, one: Allowed, another: Allowed, mode: GradSample) -> list[Check]:
-    """Steps that take nobody: noise alone, of the claimed deviation in each array, normal, and never the same twice."""
+    """Steps without a sample: only noise, of the claimed deviation in each array, normal, and independent."""
     model, quiet = _model(experiment, task)
     data = quiet.client(0).train
     draws = []

@@ -1,4 +1,4 @@
-"""A short run of the experiment itself: what was trained, against what the ledgers and the summary say of it."""
+"""Audit of the ledgers: a short run of the experiment, whose trainings are compared with its ledgers and its summary."""
 
 import json
 import tempfile
@@ -22,13 +22,14 @@ from meadow.privacy.statistics import Check
 from meadow.server.folder import RunFolder
 from meadow.simulation.grid import node_context
 from meadow.simulation.launch import engine
+from meadow.strategies import algorithm
 
 Part = tuple[float, ...]
-"""Sampling rate, noise multiplier and steps, as a ledger's entry has them; all 0 without a mechanism."""
+"""Sampling rate, noise multiplier and steps, as in a ledger's entry; all 0 without a mechanism."""
 
 
 def checks(experiment: Experiment) -> list[Check]:
-    """A short run of the experiment: what was trained, and what the ledgers and the summary say of it."""
+    """Run the experiment briefly, and compare what was trained with the ledgers and the summary."""
     unit = experiment.privacy.unit
     short: dict[str, Any] = {
         "run__rounds": min(3, experiment.run.rounds),
@@ -72,25 +73,25 @@ def _charged(experiment: Experiment, out: Path, summary: Mapping[str, Any], seen
         Check(
             "entries of the ledgers",
             f"all {len(seen.releases)} releases, in order",
-            "they agree" if not missing else f"{missing} of {len(by_client)} clients' do not agree",
+            "they agree" if not missing else f"those of {missing} of {len(by_client)} clients differ",
             None,
             not missing,
         ),
         _reported(summary, max(costs, default=0.0), "of all that was trained"),
     ]
     if privacy.unit == "example":
-        said = ", ".join(bare) or "none"
-        found.append(Check("arrays trained without noise", "none", said, None, not bare))
+        found.append(Check("arrays trained without noise", "none", ", ".join(bare) or "none", None, not bare))
     return found
 
 
 def _reported(summary: Mapping[str, Any], truth: float, what: str) -> Check:
-    said = summary["privacy"]["epsilon"]["max"] or 0.0
-    return Check("epsilon in the summary", f"{truth:.6g}, {what}", f"{said:.6g}", None, said >= truth * (1 - 1e-9))
+    epsilon_ = summary["privacy"]["epsilon"]["max"] or 0.0
+    holds = epsilon_ >= truth * (1 - 1e-9)
+    return Check("epsilon in the summary", f"{truth:.6g}, {what}", f"{epsilon_:.6g}", None, holds)
 
 
 def _replayed(experiment: Experiment, out: Path, launch: Callable[..., Any]) -> Check:
-    """The last round made again, as after a crash: the same release, or another one that is charged."""
+    """Repeat the last round, as after a crash: its release must have the same bits."""
     before = RunFolder(out).summary() or {}
     entries = sum(path.read_text().count("\n") for path in (out / "state").rglob("client-*.ledger"))
     rounds = int(before["rounds"])
@@ -101,12 +102,12 @@ def _replayed(experiment: Experiment, out: Path, launch: Callable[..., Any]) -> 
     more = sum(path.read_text().count("\n") for path in (out / "state").rglob("client-*.ledger")) - entries
     same = after["model_sha256"] == before["model_sha256"] and after["personal_sha256"] == before["personal_sha256"]
     found = "the same bits" if same else f"other bits, {more} more entries"
-    return Check("a round made again", "the same release", found, None, same)
+    return Check("a repeated round", "the same release", found, None, same)
 
 
 @dataclass(frozen=True)
 class Release:
-    """One training of a client: what it cost, and the arrays that it moved without noise."""
+    """One training of a client: its cost, and the arrays that it changed without noise."""
 
     client: int
     part: Part
@@ -115,9 +116,9 @@ class Release:
 
 @dataclass(frozen=True)
 class Seen:
-    """Writes down what every client of a run does (`meadow.client.context.Observer`).
+    """Records every client's trainings in a run (`meadow.client.context.Observer`).
 
-    A training that the algorithm says leaves nothing (a personal model of its own, as Ditto's) is no release.
+    A training whose result never leaves the client (Ditto's personal model) is not a release.
     """
 
     releases: list[Release] = field(default_factory=list)
@@ -126,7 +127,7 @@ class Seen:
         before = {name: p.detach().clone() for name, p in context.model.named_parameters()}
 
         def ends(trained: Trained) -> None:
-            if not leaves and context.settings.name == "ditto":
+            if not leaves and algorithm(context.settings.name).own_model:
                 return
             parameters = dict(context.model.named_parameters())
             moved = {name for name, p in parameters.items() if not torch.equal(p, before[name])}

@@ -1,4 +1,4 @@
-"""What the audits have in common: how many canaries there are, how long they are, and experiments with other values."""
+"""Settings that the audits share: the number and size of canaries, and changed experiments."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from meadow.config.schema import Experiment
 
 CANARIES = 1000
 LONG = 100.0
-"""A canary's gradient or update before the clip, in clips."""
+"""Norm of a canary's gradient or update before clipping, in units of the clip."""
 MOST_STEPS = 600
-"""Steps of training that canaries go through at most."""
+"""The largest number of training steps with canaries."""
 
 
 def changed(experiment: Experiment, **settings: Any) -> Experiment:
-    """The experiment with other values, `section__key=value`."""
+    """The experiment with changed settings, `section__key=value`."""
     return resolve(apply(to_tree(experiment), [(key.replace("__", "."), value) for key, value in settings.items()]))
 
 

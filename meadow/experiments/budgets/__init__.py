@@ -1,1 +1,1 @@
-"""Privacy against utility: what each budget costs against no protection at all, and which of the clients pay for it."""
+"""Privacy against utility: what each budget costs compared with no protection, and which clients pay for it."""

@@ -1,4 +1,4 @@
-"""What a privacy budget costs: paired with the same run without protection, in all, by client, and by group of clients."""
+"""The cost of a privacy budget, paired with the same run without protection: in total, by client, by group of clients."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,35 +7,37 @@ from typing import Any
 
 import numpy as np
 
+from meadow.config.algorithms import ALGORITHMS
 from meadow.experiments.pairs import t_interval
 from meadow.experiments.results import Floats, RunResult, counted, higher_is_better, settings_of
+from meadow.strategies import algorithm
 
 UNITS = {
     "example": "One example of a client",
     "client": "A whole client",
     "local": "A whole client, also from the server",
 }
-"""What a budget protects, by `privacy.unit`."""
+"""`privacy.unit` -> what a budget protects."""
 
 PLACES = {"global": "shared model, global test set", "clients": "mean over the clients"}
-"""Where a model is measured, and what that is called above a picture."""
+"""Where a model is evaluated -> its name in a figure's title."""
 
 GROUPS: dict[str, tuple[str, str]] = {
     "size": ("smallest quarter", "largest quarter"),
     "rare labels": ("most rare labels", "fewest rare labels"),
     "unlike labels": ("labels most unlike all", "labels most like all"),
 }
-"""Kind -> the group that may be thought to pay more, and the other."""
+"""Kind -> the group that is expected to pay more, and the other."""
 
 DIFFERENCE = "difference"
-"""In the place of a group's name: what the first group of a kind pays more than the second."""
+"""In place of a group's name: the cost of the first group of a kind minus that of the second."""
 
 UNEVEN = 1.2
-"""Large clients have so many times the samples of small ones, or their sizes are not told apart."""
+"""Groups by size need at least this ratio between the samples of large and small clients."""
 RARE = 0.5
-"""A label is rare if it has less than this of an even share of all samples."""
+"""A label is rare if its share of all samples is below this fraction of an even share."""
 UNLIKE = 0.02
-"""Nats by which the labels of some clients must differ more from everyone's than those of others, to be told apart."""
+"""Groups by labels need at least this difference in mean divergence, in nats."""
 
 Group = tuple[str, str]
 """(kind, group's name) as in GROUPS."""
@@ -43,7 +45,7 @@ Group = tuple[str, str]
 
 @dataclass(frozen=True)
 class Cost:
-    """What something costs, one value a seed, positive: worse than without protection. `interval` as of `t_interval`."""
+    """A cost, one value for each seed; positive is worse than without protection. `interval` as in `t_interval`."""
 
     values: tuple[float, ...]
 
@@ -58,11 +60,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one budget costs in one metric. None and empty where it is not known.
+    """The costs of one budget in one metric; None or empty if unknown.
 
-    utility: by place, of the mean over the clients and of the shared model. worst: of the mean of the worst tenth of the
-    clients. clients: for each seed and fold with the same split in both (run without protection, client -> cost). groups:
-    (kind, group's name, or DIFFERENCE) -> the mean over the group's clients; only kinds that every seed's split tells apart.
+    utility: by place, for the mean over the clients and for the shared model. worst: for the mean of the worst tenth of
+    the clients. clients: (run without protection, client -> cost) for each seed and fold with the same split in both.
+    groups: (kind, group's name or DIFFERENCE) -> the mean over the group's clients; only kinds with groups in every seed.
     """
 
     utility: Mapping[str, Cost | None]
@@ -73,7 +75,7 @@ class Costs:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One way to train at several budgets: epsilon -> its runs, and `bare`, those of the same without protection."""
+    """A method at several budgets: epsilon -> its runs, and `bare`, the same method's runs without protection."""
 
     label: str
     unit: str
@@ -82,7 +84,7 @@ class Line:
     _found: dict[tuple[str, str], Mapping[float, Costs]] = field(default_factory=dict, repr=False)
 
     def costs(self, target: str, metric: str) -> Mapping[float, Costs]:
-        """Epsilon -> what it costs in a metric of a target; computed once."""
+        """Epsilon -> its costs in a metric of a target; computed once."""
         if (target, metric) not in self._found:
             self._found[target, metric] = {
                 epsilon: _costs(self._pairs(epsilon), target, metric) for epsilon in self.budgets
@@ -90,30 +92,25 @@ class Line:
         return self._found[target, metric]
 
     def place(self, target: str, metric: str) -> str:
-        """Where it is measured: on the clients, or, where their metrics do not leave them, on the global test set."""
+        """Where the line is evaluated: on the clients, or on the global test set if the clients do not report metrics."""
         shown = all(any(r.final("clients", target, metric) for r in group) for group in self.budgets.values())
         return "clients" if shown else "global"
-
-    def kinds(self, target: str, metric: str) -> list[str]:
-        """The kinds of groups (of GROUPS) that its costs tell apart at any budget."""
-        known = {kind for costs in self.costs(target, metric).values() for kind, _ in costs.groups}
-        return [kind for kind in GROUPS if kind in known]
 
     @cached_property
     def _open(self) -> Mapping[tuple[int, int], RunResult]:
         return {(run.seed, run.fold): run for run in counted(self.bare)}
 
     def _pairs(self, epsilon: float) -> list[tuple[RunResult, RunResult]]:
-        """(run at this budget, run without protection) of each seed and fold that both have, on the same split."""
+        """(run at this budget, run without protection) for each seed and fold that both have with the same split."""
         pairs = [(run, self._open.get((run.seed, run.fold))) for run in counted(self.budgets[epsilon])]
         return [(run, other) for run, other in pairs if other and other.split_sha256 == run.split_sha256]
 
 
 def lines_of(runs: Sequence[RunResult]) -> list[Line]:
-    """The lines that have two budgets, or one and the same without protection; each client's budget the same.
+    """The lines with at least two budgets, or one budget and runs without protection. All clients have the same budget.
 
-    Runs are on one line if all their settings but the seed, the fold, the name, the engine and `privacy.epsilon` are alike.
-    Those without protection have all settings but [privacy] alike.
+    Runs are on one line if they differ only in seed, fold, name, engine and `privacy.epsilon`; runs without protection may
+    also differ in [privacy].
     """
     found: dict[str, dict[float, list[RunResult]]] = {}
     bare: dict[str, list[RunResult]] = {}
@@ -135,13 +132,13 @@ def lines_of(runs: Sequence[RunResult]) -> list[Line]:
 
 
 def kinds_of(lines: Sequence[Line], target: str, metric: str) -> list[str]:
-    """The kinds of groups (of GROUPS) that any of the lines tells apart."""
-    known = {kind for line in lines for kind in line.kinds(target, metric)}
+    """The kinds of groups (of GROUPS) for which any line has costs."""
+    known = {kind for line in lines for costs in line.costs(target, metric).values() for kind, _ in costs.groups}
     return [kind for kind in GROUPS if kind in known]
 
 
 def reached(runs: Sequence[RunResult], place: str, target: str, metric: str, key: str = "mean") -> list[float]:
-    """The metric at the end of each seed, the mean over its folds; of the clients their `key` ("mean", "worst_decile")."""
+    """Each seed's final metric, the mean over its folds; for the clients their `key` ("mean", "worst_decile")."""
     by_seed: dict[int, list[float]] = {}
     for run in counted(runs):
         if (value := _end(run, place, target, metric, key)) is not None:
@@ -150,11 +147,10 @@ def reached(runs: Sequence[RunResult], place: str, target: str, metric: str, key
 
 
 def groups_of(split: Mapping[str, Any]) -> dict[str, tuple[list[int], list[int]]]:
-    """Kind (of GROUPS) -> two quarters of the clients, by a run's split.json; kinds that tell nobody apart are left out.
+    """Kind (of GROUPS) -> two quarters of the clients, from a run's split.json; without kinds whose quarters are too alike.
 
-    size: by training samples, at least UNEVEN times as many in the one as in the other. rare labels: by the share of
-    samples whose label has less than RARE of an even share of all samples; if no label is rare, unlike labels: by the
-    Kullback-Leibler divergence of the client's labels from everyone's, in nats.
+    size: by training samples (see UNEVEN). rare labels: by the share of samples with a rare label (see RARE). unlike
+    labels, only if no label is rare: by the Kullback-Leibler divergence of the client's labels from all labels, in nats.
     """
     found: dict[str, tuple[list[int], list[int]]] = {}
     sizes = np.array(split.get("sizes") or [], dtype=np.float64)
@@ -179,7 +175,7 @@ def groups_of(split: Mapping[str, Any]) -> dict[str, tuple[list[int], list[int]]
 
 
 def _costs(pairs: Sequence[tuple[RunResult, RunResult]], target: str, metric: str) -> Costs:
-    """What a budget costs, of its pairs (run, run without protection)."""
+    """The costs of a budget, from its pairs (run, run without protection)."""
     sign = 1.0 if higher_is_better(metric) else -1.0
 
     def utility(place: str, key: str = "mean") -> Cost | None:
@@ -213,7 +209,7 @@ def _group_costs(clients: Sequence[tuple[RunResult, Mapping[int, float]]]) -> di
 
 
 def _over_seeds(by_seed: Mapping[int, Sequence[float]]) -> tuple[float, ...]:
-    """Each seed's mean over its folds, by seed."""
+    """Each seed's mean over its folds, in order of seed."""
     return tuple(float(np.mean(values)) for _, values in sorted(by_seed.items()))
 
 
@@ -224,7 +220,7 @@ def _end(run: RunResult, place: str, target: str, metric: str, key: str) -> floa
 
 
 def _labels(settings: Sequence[Mapping[str, Any]], runs: Sequence[RunResult]) -> list[str]:
-    """What tells the lines of one unit apart: the settings in which they differ."""
+    """A label for each line: its method, and the settings in which it differs from the other lines of its unit."""
     labels = []
     for mine, run in zip(settings, runs, strict=True):
         others = [other for other in settings if other["privacy.unit"] == mine["privacy.unit"]]
@@ -237,13 +233,13 @@ def _labels(settings: Sequence[Mapping[str, Any]], runs: Sequence[RunResult]) ->
 
 
 def _method(name: str, share: str) -> str:
-    """FedAvg and FedPer by their names, others as their settings."""
-    known = {("fedavg", "all"): "FedAvg", ("fedavg", "body"): "FedPer"}
-    return known.get((name, share), name if share == "all" else f"{name}, share = {share}")
+    """The algorithm's title if it has one, else its settings."""
+    titles = algorithm(name).titles if name in ALGORITHMS else {}
+    return titles.get(share, name if share == "all" else f"{name}, share = {share}")
 
 
 def _quarters(score: Floats) -> tuple[list[int], list[int]]:
-    """The quarter of the clients with the highest score, and that with the lowest; ties by the clients' numbers."""
+    """The quarter of the clients with the highest score, and that with the lowest; ties in order of client."""
     order, size = np.argsort(-score, kind="stable"), max(1, round(len(score) / 4))
     return sorted(order[:size].tolist()), sorted(order[-size:].tolist())
 

@@ -1,4 +1,4 @@
-"""The pictures of budgets: the metric against epsilon, and what each client and each group of clients loses."""
+"""The figures of budgets: the metric against epsilon, and the loss of each client and each group of clients."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,7 +20,7 @@ TITLES = {"size": "Small and large clients", "rare labels": "Rare labels", "unli
 
 
 def utility(lines: Sequence[Line], target: str, metric: str) -> Figure:
-    """The metric against epsilon, a row of panels for each unit: the shared model's, and the clients' mean."""
+    """The metric against epsilon: a row of panels for each unit, with the shared model and with the clients' mean."""
     units = list(dict.fromkeys(line.unit for line in lines))
     colours = _colours(lines)
     places = [p for p in PLACES if any(reached(g, p, target, metric) for x in lines for g in x.budgets.values())]
@@ -43,7 +43,7 @@ def utility(lines: Sequence[Line], target: str, metric: str) -> Figure:
                 axes.set_title(f"{UNITS[what]}: {PLACES[place]}")
                 drawn.append((axes, ends))
                 axes.set_xlabel(f"epsilon ({terms(mine)})")
-        for at, (axes, ends) in enumerate(drawn):  # when all are drawn, whose common axis is known
+        for at, (axes, ends) in enumerate(drawn):  # only now is the range of the common axis known
             value_axis(axes, target, metric, "y")
             axes.set_ylabel(axes.get_ylabel() if at % len(places) == 0 else "")
             label_ends(axes, ends)
@@ -51,7 +51,7 @@ def utility(lines: Sequence[Line], target: str, metric: str) -> Figure:
 
 
 def who_pays(lines: Sequence[Line], target: str, metric: str) -> Figure:
-    """What each budget costs the clients: a row for each line, of each client, and of groups of them side by side."""
+    """The cost of each budget: a row for each line, with a panel of all clients and one for each kind of groups."""
     kinds = kinds_of(lines, target, metric)
     across, tall = 1 + len(kinds), 2.55
     scale = 100.0 if is_share(metric) else 1.0
@@ -83,7 +83,7 @@ def who_pays(lines: Sequence[Line], target: str, metric: str) -> Figure:
 def _draw_utility(
     axes: Axes, lines: Sequence[Line], place: str, target: str, metric: str, colours: Mapping[str, str]
 ) -> list[tuple[str, float, float, str]]:
-    """Draw one panel; the names for its right edge."""
+    """Draw one panel, and return the labels for its right edge."""
     at = _ticks(axes, [e for line in lines for e in line.budgets], bare=any(line.bare for line in lines))
     ends = []
     for number_, line in enumerate(lines):
@@ -108,7 +108,7 @@ def _draw_utility(
 
 
 def _draw_clients(axes: Axes, line: Line, target: str, metric: str, scale: float) -> None:
-    """A dot for each client and run, orange where it loses; bar: their mean; diamond: of the worst tenth of clients."""
+    """A dot for each client and run, orange if it loses; bar: the mean; diamond: the worst tenth of the clients."""
     at = _ticks(axes, list(line.budgets))
     for epsilon, x in at.items():
         dots = [
@@ -144,7 +144,7 @@ def _draw_groups(axes: Axes, line: Line, kind: str, target: str, metric: str, sc
 
 
 def _ticks(axes: Axes, budgets: Sequence[float], bare: bool = False) -> dict[float, float]:
-    """Epsilon -> its place on the axis, evenly by its logarithm; infinity stands for no protection, at the right."""
+    """Epsilon -> its place on a logarithmic axis; infinity, at the right, means no protection."""
     distinct = sorted(set(budgets))
     logs = np.log2(distinct)
     step = float(np.diff(logs).min()) if len(logs) > 1 else 1.0

@@ -1,4 +1,4 @@
-"""What budgets cost, in words and as a table."""
+"""The costs of budgets in sentences and as a table."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from meadow.privacy.plan import claim
 
 
 def answer(runs: Sequence[RunResult]) -> list[str]:
-    """What the smallest and the largest budget of each line cost, in sentences, for the first target; [] if unknown."""
+    """The costs of each line's smallest and largest budget in sentences, for the first target; [] if unknown."""
     target = targets_of(runs)[0]
     metric = primary_metric(runs, target)
     of = f"{unit(metric, target).strip()} of {metric_name(metric)}".removeprefix(" of ")
@@ -37,47 +37,50 @@ def answer(runs: Sequence[RunResult]) -> list[str]:
 
 
 def terms(lines: Sequence[Line]) -> str:
-    """What an epsilon of these lines means nothing without, beside the unit: delta, adjacency and accountant."""
+    """The terms of these lines' epsilons besides the unit: delta, adjacency and accountant."""
     claims = [claim(run.experiment, 0.0) for line in lines for runs in line.budgets.values() for run in runs]
     return "; or ".join(dict.fromkeys(f"delta = {c.delta:g}; {c.adjacency}; {c.accountant}" for c in claims))
 
 
 def about(lines: Sequence[Line]) -> str:
-    """How many seeds there are, and whether costs are known."""
-    seeds = len({run.seed for line in lines for group in line.budgets.values() for run in group})
-    said = f"Each budget over {seeds} seeds." if seeds > 1 else "One seed: three or more would give intervals."
+    """The number of seeds, and how to get the costs if they are unknown."""
+    seeds = _seeds(lines)
+    text = f"Each budget has {seeds} seeds." if seeds > 1 else "One seed; with three or more there are intervals."
     if not all(line.bare for line in lines):
-        said += (
-            " Without the same run under privacy.unit = none (privacy.epsilon=1,2,none in a sweep) costs are not known."
-        )
-    return said
+        text += " The cost needs the same run without privacy: write privacy.epsilon=1,2,none in a sweep."
+    return text
 
 
 def utility_caption(lines: Sequence[Line]) -> str:
-    seeds = len({run.seed for line in lines for group in line.budgets.values() for run in group})
     return (
-        "Epsilon is of the unit that stands above each picture: those of different units do not compare. Broken line: the "
-        "same without protection." + (" Bars: 95% t-intervals over the seeds." if seeds > 2 else "")
+        "Epsilon refers to the unit in each panel's title; do not compare different units. Broken line: the same method "
+        "without protection." + (" Bars: 95% t-intervals over the seeds." if _seeds(lines) > 2 else "")
     )
+
+
+def _seeds(lines: Sequence[Line]) -> int:
+    return len({run.seed for line in lines for group in line.budgets.values() for run in group})
 
 
 def payers_caption(lines: Sequence[Line], target: str, metric: str) -> str:
     kinds = kinds_of(lines, target, metric)
-    said = [
-        "Each client: a dot for each client and run, orange where it does worse than without protection. Bar: the mean. "
-        "Diamond: how much lower the worst tenth of the clients are, whoever they are."
-    ]
-    if "size" in kinds:
-        said.append("Quarters by number of training samples.")
-    if "rare labels" in kinds:
-        said.append("Rare labels have less than half of an even share of all samples.")
-    if "unlike labels" in kinds:
-        said.append("No label is rare; unlike: by the divergence of a client's labels from everyone's.")
-    return " ".join([*said, f"Epsilon: {terms(lines)}."])
+    notes = {
+        "size": "Size: quarters by number of training samples.",
+        "rare labels": "Rare labels have less than half of an even share of all samples.",
+        "unlike labels": "Unlike labels: quarters by the divergence of a client's labels from all labels; no label is rare.",
+    }
+    return " ".join(
+        [
+            "A dot for each client and run, orange if it does worse than without protection. Bar: the mean. Diamond: the "
+            "loss in the mean of the worst tenth, which may be other clients in each run.",
+            *(notes[kind] for kind in kinds),
+            f"Epsilon: {terms(lines)}.",
+        ]
+    )
 
 
 def table(lines: Sequence[Line], target: str, metric: str) -> Table:
-    """What each budget gives and costs: in all, for the worst tenth, and for the groups of clients."""
+    """Each budget's metrics and costs: in total, for the worst tenth, and for the groups of clients."""
     kinds = kinds_of(lines, target, metric)
     columns = [Column(""), Column("epsilon"), Column("global test", "shared model"), Column("lost", "shared model")]
     columns += [Column(name, "clients") for name in ("mean", "lost", "who lose", "worst tenth, lost")]
@@ -88,7 +91,7 @@ def table(lines: Sequence[Line], target: str, metric: str) -> Table:
     rows = [_row(line, epsilon, kinds, target, metric) for line, epsilon in points]
     note = [f"Epsilon: {terms(lines)}."]
     if any(line.bare for line in lines):
-        note.append("lost: against the same seeds, splits and clients without protection, positive is worse.")
+        note.append("lost: compared with the same seeds, splits and clients without protection; positive is worse.")
         if any(cell.small.startswith("[") for row in rows for cell in row):
             note.append("In brackets: the 95% paired t-interval over the seeds.")
     aside = frozenset(i for i, (_, epsilon) in enumerate(points) if epsilon is None)
@@ -123,7 +126,7 @@ def _interval(cost: Cost, metric: str, signed: bool = False) -> str:
 
 
 def _with_interval(cost: Cost, metric: str) -> str:
-    """A cost with its interval in brackets, where there is one: "4.2 [3.4, 5.0]"."""
+    """A cost, with its interval in brackets if there is one: "4.2 [3.4, 5.0]"."""
     return f"{number(cost.mean, metric)} {_interval(cost, metric)}".rstrip()
 
 

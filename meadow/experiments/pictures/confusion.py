@@ -6,17 +6,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH
+from meadow.experiments.pictures.style import COLOURS, SHADES, STYLE, WIDTH
 from meadow.experiments.results import Floats
 
 Confusion = Mapping[str, Any]
 """The `classes` and the `confusion` counts of a target, as in evaluation.json."""
 
 MOST_NUMBERS = 12
-"""With more classes a confusion matrix shows colours alone."""
+"""With more classes a confusion matrix shows only colours."""
 
 
 def confusion_matrices(panels: Mapping[str, Confusion]) -> Figure:
@@ -51,7 +50,7 @@ def confusion_matrices(panels: Mapping[str, Confusion]) -> Figure:
 
 
 def _heat(axes: Axes, counts: Floats, side: float) -> None:
-    """One matrix, `side` inches wide: blue by the share of the row, and the counts that are not zero."""
+    """One matrix, `side` inches wide: blue by the share of the row, with the non-zero counts."""
     size = len(counts)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     if size <= MOST_NUMBERS:
@@ -64,8 +63,7 @@ def _heat(axes: Axes, counts: Floats, side: float) -> None:
             text = f"{counts[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center_baseline", fontsize=font, color=colour)
     else:
-        ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
-        axes.imshow(shares, aspect="auto", cmap=ramp, vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(shares, aspect="auto", cmap=SHADES, vmin=0, vmax=1, interpolation="nearest")
     axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
     axes.tick_params(length=0)
     axes.grid(visible=False)

@@ -1,4 +1,4 @@
-"""The pictures that compare methods, drawn by matplotlib without its global state."""
+"""The figures that compare methods, drawn with matplotlib without its global state."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -17,13 +17,13 @@ from meadow.experiments.words import bytes_text, metric_label, seconds_text
 Methods = Mapping[str, Sequence[RunResult]]
 
 MOST_POINTS = 300
-"""Points of one curve; longer runs are thinned so that the page stays small."""
+"""The largest number of points of a curve; longer curves are thinned to keep the page small."""
 
 Dash = Literal["-", "--", "-.", ":"] | tuple[float, Sequence[float]]
 DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":")
 
 LONGEST = 23
-"""Characters of a method's name that a picture shows."""
+"""The largest number of characters of a method's name in a figure."""
 
 
 def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
@@ -53,7 +53,7 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
 
 
 def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str, Paired]) -> Figure:
-    """A dot for each client and run by method, with the mean and the worst tenth; `paired` says who lost to alone."""
+    """A dot for each client and run by method, with the mean and the worst tenth; `paired` has the comparison with local."""
     rows = {name: [r for r in runs if r.scores(target, metric)] for name, runs in methods.items()}
     rows = {name: runs for name, runs in rows.items() if runs}
     with matplotlib.rc_context(STYLE):
@@ -97,7 +97,7 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
 def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
     """The clients' mean (or the global metric) against bytes and against seconds, both cumulated over the rounds.
 
-    Methods that send nothing have no place on a logarithmic axis: they stand in a strip of their own, at their end.
+    Methods that send nothing do not fit on a logarithmic axis: a strip of its own shows their final values.
     """
     place = "clients" if any(_mean_curve(r, "clients", target, metric) for r in methods.values()) else "global"
     with matplotlib.rc_context(STYLE):
@@ -125,7 +125,7 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
                     free.plot([0], mean[-1:], "o", color=colour, markersize=5)
                     labels[free].append((name, 0.0, float(mean[-1]), colour))
                     continue
-                real = spent > 0  # the value before the first round has cost nothing, and a logarithm has no zero
+                real = spent > 0  # a logarithmic axis has no zero, the cost before the first round
                 if real.any():
                     axes.plot(spent[real], mean[real], color=colour, linestyle=dash, linewidth=1.8)
                     axes.plot(spent[real][-1:], mean[real][-1:], "o", color=colour, markersize=3.5)
@@ -154,7 +154,7 @@ def cost_curves(methods: Methods, target: str, metric: str) -> Figure:
 def _mean_curve(
     runs: Sequence[RunResult], place: str, target: str, metric: str
 ) -> tuple[Floats, Floats, Floats | None] | None:
-    """Rounds, mean over seeds and standard deviation (None for one seed), over the rounds that all the runs have."""
+    """Rounds that all runs have, mean over the runs and standard deviation (None for one run)."""
     curves: list[Curve] = [c for run in counted(runs) if len((c := run.curve(place, target, metric))[0])]
     if not curves:
         return None
@@ -168,7 +168,7 @@ def _mean_curve(
 
 
 def look(name: str, methods: Methods) -> tuple[str, Dash]:
-    """Colour and line of a method: grey and broken for the two references, else the palette in order."""
+    """Colour and line style of a method: grey and broken for the two references, else the palette in order."""
     if name == ALONE:
         return COLOURS["ink"][0], (0, (4, 2))
     others = [m for m, runs in methods.items() if m != ALONE and runs[0].experiment.run.placement != "pooled"]
@@ -179,19 +179,19 @@ def look(name: str, methods: Methods) -> tuple[str, Dash]:
 
 
 def jitter(client: int, seed: int, fold: int) -> float:
-    """A place within a row, -0.28..0.28: the golden ratio's multiples keep neighbours apart, always the same way."""
+    """A deterministic offset within a row, -0.28..0.28; multiples of the golden ratio keep neighbours apart."""
     return ((client * 0.6180339887 + seed * 0.3247179572 + fold * 0.2207440846) % 1 - 0.5) * 0.56
 
 
 def box(figure: Figure, at: int, of: int, right: float) -> tuple[float, float, float, float]:
-    """Place of panel `at` of `of`, in fractions of the figure; `right` inches stay free beside each for its labels."""
+    """The position of panel `at` of `of`, in fractions of the figure; `right` inches next to each stay free for labels."""
     wide, tall = figure.get_size_inches()
     each = float(wide) / of
     return (at * each + 0.6) / wide, 0.55 / tall, (each - 0.6 - right) / wide, 1 - 0.95 / tall
 
 
 def _label_room(methods: Methods) -> float:
-    """Inches that the longest of the methods' names needs beside an axis, at 9 points."""
+    """Width in inches of the longest method's name at 9 points."""
     return 0.25 + 0.07 * max((min(len(name), LONGEST) for name in methods), default=0)
 
 
@@ -206,22 +206,23 @@ def value_axis(axes: Axes, target: str, metric: str, which: str) -> None:
 
 
 def label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> None:
-    """Write each (name, x, y, colour) right of the axes at its height, moved apart where names would overlap."""
+    """Write each (name, x, y, colour) to the right of the axes at height y; names that would overlap are moved apart."""
     if not labels:
         return
     low, high = axes.get_ylim()
     figure = axes.get_figure(root=True)
     tall = axes.get_position().height * (figure.get_figheight() if figure else 1.0)
     gap = 0.165 / tall  # a line of text, as a fraction of the axes' height
+    right = 1.0 + 0.14 / (axes.get_position().width * WIDTH)
     order = sorted(range(len(labels)), key=lambda i: labels[i][2])
     wanted = np.array([(labels[i][2] - low) / (high - low) for i in order])
     places = spread_apart(wanted, gap)
-    places -= max(0.0, float(places[-1]) - 1.0)  # names that would stand above the picture's edge go down together
+    places -= max(0.0, float(places[-1]) - 1.0)  # if the highest name is above the figure's edge, all move down
     for i, place in zip(order, places, strict=True):
         name, _, y, colour = labels[i]
         axes.annotate(
             name if len(name) <= LONGEST else name[: LONGEST - 1] + "…",
-            (1, (y - low) / (high - low)), (1.0 + 0.14 / _inches_wide(axes), place), "axes fraction", "axes fraction",
+            (1, (y - low) / (high - low)), (right, place), "axes fraction", "axes fraction",
             va="center", color=colour, fontsize=9, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0,
                         "relpos": (0, 0.5)},
@@ -229,9 +230,9 @@ def label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> N
 
 
 def spread_apart(wanted: Floats, gap: float) -> Floats:
-    """Places as near to the ascending `wanted` as least squares allows, each at least `gap` above the one before.
+    """The places nearest to the ascending `wanted` by least squares, each at least `gap` above the one before.
 
-    Pool adjacent violators: with z_i = wanted_i - i * gap the places minus i * gap must not descend.
+    Pool adjacent violators on wanted_i - i * gap, which must not descend.
     """
     blocks: list[list[float]] = []
     for value in wanted - gap * np.arange(len(wanted)):
@@ -241,7 +242,3 @@ def spread_apart(wanted: Floats, gap: float) -> Floats:
             blocks[-2:] = [[(a * m + b * n) / (m + n), m + n]]
     level = np.concatenate([np.full(int(n), value) for value, n in blocks]) if blocks else np.zeros(0)
     return np.asarray(level + gap * np.arange(len(wanted)), dtype=np.float64)
-
-
-def _inches_wide(axes: Axes) -> float:
-    return axes.get_position().width * WIDTH

@@ -17,7 +17,7 @@ Roc = tuple[Floats, Floats, float]
 
 
 def mean_roc(curves: Sequence[Roc]) -> Roc:
-    """The curve whose true positive rate is the mean of the curves' at each false positive rate, and the mean area."""
+    """The mean true positive rate of the curves at each false positive rate, and the mean area."""
     grid = np.unique(np.concatenate([false for false, _, _ in curves]))
     grid = grid[np.unique(np.linspace(0, len(grid) - 1, min(len(grid), MOST_POINTS)).round().astype(int))]
     mean = np.mean([np.interp(grid, false, true) for false, true, _ in curves], axis=0)
@@ -25,7 +25,7 @@ def mean_roc(curves: Sequence[Roc]) -> Roc:
 
 
 def roc_curves(curves: Mapping[str, Roc], methods: Methods) -> Figure:
-    """ROC curves of methods, or of classes, with the areas under them; beside them the corner where good ones crowd."""
+    """ROC curves of methods or of classes, with the areas under them; if all are good, also their upper left corner."""
     looks = {
         name: look(name, methods) if name in methods else (COLOURS[f"m{i % 8}"][0], DASHES[i // 8 % 4])
         for i, name in enumerate(curves)

@@ -1,4 +1,4 @@
-"""The table and the picture of a split: who holds how much of what."""
+"""The table and the figure of a split: how many samples of each label each client has."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,6 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.console import Group
@@ -15,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from meadow.config.schema import Experiment
-from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH
+from meadow.experiments.pictures.style import COLOURS, SHADES, STYLE, WIDTH
 from meadow.experiments.results import Floats
 from meadow.server.session import split_table
 from meadow.tasks.data import Target
@@ -23,35 +22,35 @@ from meadow.tasks.splits.laws import Ints
 from meadow.tasks.task import Task
 
 MOST_BUBBLES = 80
-"""Clients of a split whose labels are drawn as bubbles; more are drawn as shades."""
+"""Labels are drawn as bubbles for up to this many clients, else as shades."""
 
 MOST_CLIENTS = 1000
-"""Clients that the picture of a split shows; a pixel or so each."""
+"""The largest number of clients in the figure, about a pixel for each."""
 
 MOST_ROWS = 40
-"""Clients that have a row each; of more, tenths by size have."""
+"""The table has a row for each of up to this many clients, else a row for each tenth by size."""
 
 MOST_LABELS = 20
-"""Labels that have a column each; of more, the table says how many each client has."""
+"""The table has a column for each of up to this many labels, else one column with each client's number of labels."""
 
 
 def facts(experiment: Experiment, task: Task) -> dict[str, Any]:
-    """The split as a run's split.json has it."""
+    """The split, in the format of split.json."""
     split = task.split
     return {"law": split.law, "tries": split.tries, "sha256": split.sha256, **split_table(experiment, task)}
 
 
 def label_names(target: Target) -> list[str]:
-    """What the labels that `meadow.tasks.splits.partition.strata` makes of a target are called."""
+    """The names of a target's strata (`meadow.tasks.splits.partition.strata`)."""
     if target.kind in ("value", "quantiles"):
         return [*(f"tenth {i}" for i in range(1, 11)), "missing"]
     return [*(target.names or map(str, range(target.size))), "missing"]
 
 
 def table(split: Mapping[str, Any], names: Sequence[str]) -> Group:
-    """A split.json to be printed. `names`: those of the labels.
+    """A split.json as a table for the terminal; `names`: the labels' names.
 
-    A row a client, of more than MOST_ROWS clients the smallest, the tenths by size with their means, and the largest.
+    A row for each client; with more than MOST_ROWS clients rows for the smallest, the means of tenths by size, the largest.
     """
     sizes, labels = np.array(split["sizes"]), np.array(split["labels"])
     clients = len(sizes)
@@ -89,10 +88,10 @@ def table(split: Mapping[str, Any], names: Sequence[str]) -> Group:
 
 
 def picture(split: Mapping[str, object]) -> Figure:
-    """The split of one seed: samples of each client by part, and below them by label, as `picture_caption` says.
+    """The figure of a split: samples of each client by part and, below, by label (see `picture_caption`).
 
-    `split` is a run's split.json: `labels` [clients x classes] may be missing, `sizes` is [clients x 3]. Of more than
-    MOST_CLIENTS clients, so many are shown, evenly spaced.
+    `split` is a run's split.json: `labels` [clients x classes] may be missing, `sizes` is [clients x 3]. At most
+    MOST_CLIENTS clients are shown, evenly spaced.
     """
     sizes = np.array(split["sizes"], dtype=np.float64)
     labels = np.array(split.get("labels") or np.zeros((len(sizes), 0)), dtype=np.float64)
@@ -136,7 +135,7 @@ def _draw_sizes(axes: Axes, sizes: Floats) -> None:
     def draw(top: Floats, colour: str, alpha: float) -> None:
         if clients <= MOST_BUBBLES:
             axes.bar(at, top - below, 0.66, bottom=below, color=colour, alpha=alpha, linewidth=0)
-        else:  # one shape for all: thousands of bars would make a heavy page
+        else:  # a single shape: thousands of bars would make the page large
             axes.stairs(top, edges, baseline=below, fill=True, color=colour, alpha=alpha, linewidth=0)
 
     draw(sizes.sum(axis=1), COLOURS["paper"][0], 1.0)  # hides the grid behind the tints
@@ -153,7 +152,7 @@ def _draw_sizes(axes: Axes, sizes: Floats) -> None:
 
 
 def _draw_labels(axes: Axes, labels: Floats, room: float) -> None:
-    """How many samples of each label each client has: bubbles, or shades for many; `room`: points across for a client."""
+    """Samples of each label and client, as bubbles or shades; `room`: a client's width in points."""
     clients, classes = labels.shape
     few = clients <= MOST_BUBBLES
     if few:
@@ -162,8 +161,7 @@ def _draw_labels(axes: Axes, labels: Floats, room: float) -> None:
         area = labels[client, label] / labels.max() * across**2
         axes.scatter(client, label, s=area, color=COLOURS["m0"][0], alpha=0.8, linewidths=0)
     else:
-        ramp = LinearSegmentedColormap.from_list("ramp", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
-        axes.imshow(labels.T, aspect="auto", cmap=ramp, interpolation="nearest", vmin=0)
+        axes.imshow(labels.T, aspect="auto", cmap=SHADES, interpolation="nearest", vmin=0)
     axes.set(xlim=(-0.7, clients - 0.3), ylim=(classes - 0.4, -0.6))
     axes.set_yticks(range(classes) if classes <= 20 else range(0, classes, 10))
     axes.tick_params(length=0)
@@ -171,7 +169,7 @@ def _draw_labels(axes: Axes, labels: Floats, room: float) -> None:
 
 
 def picture_caption(split: Mapping[str, Any]) -> str:
-    """What stands for the number of samples with a label in the picture; "" if it has no labels."""
+    """How to read the labels in the figure; "" if it has none."""
     if not split.get("labels"):
         return ""
     if len(split["sizes"]) <= MOST_BUBBLES:
@@ -180,7 +178,7 @@ def picture_caption(split: Mapping[str, Any]) -> str:
 
 
 def _tenths(sizes: Ints) -> list[tuple[str, npt.NDArray[np.intp]]]:
-    """The smallest client, the tenths by size, the largest client: (what a row is called, its clients)."""
+    """(row's name, its clients) for the smallest client, the tenths by size, and the largest client."""
     order = np.argsort(sizes, kind="stable")
     rows = [(f"tenth {i + 1} ({len(group):,})", group) for i, group in enumerate(np.array_split(order, 10))]
     return [(f"smallest: {order[0]}", order[:1]), *rows, (f"largest: {order[-1]}", order[-1:])]

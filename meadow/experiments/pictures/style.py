@@ -1,7 +1,7 @@
-"""How every picture looks, and its way into a file or, as inline SVG, into a page.
+"""The style of all figures, and how to write them to a file or, as inline SVG, to a page.
 
-Every colour is one of COLOURS. A Figure holds the light value; `to_svg` writes a CSS variable in its place, so that the
-same picture follows a page's light or dark look.
+Every colour is one of COLOURS. A Figure has the light value; `to_svg` replaces it with a CSS variable, so that the same
+figure works on a light and on a dark page.
 """
 
 import io
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from meadow.runtime.errors import UserError
@@ -33,8 +34,11 @@ COLOURS: dict[str, tuple[str, str]] = {
 }
 """Name -> (on a light page, on a dark page)."""
 
+SHADES = LinearSegmentedColormap.from_list("shades", [(0, 0.41, 0.67, 0), (0, 0.41, 0.67, 1)])
+"""From transparent to blue."""
+
 WIDTH = 10.4
-"""Inches; every picture is as wide as the page's column."""
+"""Width of every figure in inches, that of the page's column."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -65,19 +69,19 @@ STYLE: dict[Any, Any] = {
 
 
 def to_file(figure: Figure, path: Path) -> None:
-    """Write a figure on white, in the format that the file's name ends with. Raises UserError if that cannot be."""
+    """Write a figure on white, in the format of the file's suffix. Raises UserError for other suffixes or no folder."""
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UserError(f"--out {path}: give a name that ends with .png, .svg or .pdf")
+        raise UserError(f"--out {path}: this suffix is no figure format; write .png, .svg or .pdf")
     if not path.parent.is_dir():
-        raise UserError(f"--out {path}: there is no folder {path.parent}; make it first, or name another")
+        raise UserError(f"--out {path}: the folder {path.parent} does not exist; make it first, or name another")
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=150, facecolor="white")
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """A figure as one inline `<svg>` element without any address, coloured by the page's variables, one for each of COLOURS.
+    """A figure as one inline `<svg>` element without URLs, coloured by CSS variables named as in COLOURS.
 
-    `name` keeps the ids of one picture apart from those of the others.
+    `name` makes the element ids unique on a page.
     """
     file = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):

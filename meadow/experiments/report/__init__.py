@@ -1,4 +1,4 @@
-"""The report: what runs have shown, as one HTML file that opens offline."""
+"""The report of runs as one HTML file that opens offline."""
 
 from meadow.experiments.report.write import write_report
 

@@ -1,4 +1,4 @@
-"""The report's pictures, each with what it shows in words."""
+"""The report's figures, each with a caption and a description."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from meadow.experiments.results import ALONE, RunResult, counted
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture. `about`: what it shows, for who cannot see it; `svg`: one element, ready for a page."""
+    """A figure of the report. `about`: its description for screen readers; `svg`: one element, ready for a page."""
 
     id: str
     about: str
@@ -34,7 +34,7 @@ def drawn(figure: Figure, id_: str, about: str, caption: str) -> Picture:
 
 
 def of_target(learners: Methods, target: str, part: Sequence[Row]) -> list[Picture]:
-    """All pictures of a target: `learners` in the order of the experiments, `part` the ranking's rows of the target."""
+    """All figures of a target: `learners` in the order of the experiments, `part` the ranking's rows of the target."""
     metric = part[0]["metric"]
     ordered = {row["method"]: list(learners[row["method"]]) for row in part}
     paired = _against_alone(learners, target, metric)
@@ -49,17 +49,17 @@ def of_target(learners: Methods, target: str, part: Sequence[Row]) -> list[Pictu
         figure = plots.learning_curves(learners, target, metric)
         pictures.append(drawn(figure, f"{target}-curves", f"Learning curves of {target}", caption))
     if any(run.scores(target, metric) for run in runs):
-        lost = " Orange: the clients that do worse than under local, on the same split." if paired else ""
+        lost = " Orange: clients that do worse than under local, on the same split." if paired else ""
         caption = (
-            "A dot for each client and run: the metric of the model that it would use. Bar: the clients' mean. "
+            "A dot for each client and run: the metric of the model that the client uses. Bar: the clients' mean. "
             f"Diamond: the mean of the worst tenth.{lost}"
         )
         figure = plots.client_dots({n: list(counted(g)) for n, g in ordered.items()}, target, metric, paired)
         pictures.append(drawn(figure, f"{target}-dots", f"{target}: each client by method", caption))
     if curves:
         free = len({row["bytes_up"] > 0 for row in part}) > 1
-        caption = "The clients' mean against what has been spent until then." + (
-            " Methods at 0 B train without sending anything." if free else ""
+        caption = "The clients' mean against the bytes and the seconds spent so far." + (
+            " Methods at 0 B send nothing." if free else ""
         )
         figure = plots.cost_curves(learners, target, metric)
         pictures.append(drawn(figure, f"{target}-cost", f"{target} against bytes and seconds", caption))
@@ -68,7 +68,7 @@ def of_target(learners: Methods, target: str, part: Sequence[Row]) -> list[Pictu
 
 
 def of_budgets(lines: Sequence[Line], target: str, metric: str) -> list[Picture]:
-    """The pictures of what privacy costs in a target."""
+    """The figures of what privacy costs in a target."""
     figure, about = budgets.utility(lines, target, metric), f"Utility of {target} against the privacy budget"
     pictures = [drawn(figure, f"{target}-budgets", about, utility_caption(lines))]
     if paying := [line for line in lines if any(c.clients for c in line.costs(target, metric).values())]:
@@ -78,7 +78,7 @@ def of_budgets(lines: Sequence[Line], target: str, metric: str) -> list[Picture]
 
 
 def of_split(run: RunResult) -> Picture:
-    """Who holds what in a run; the caption stands above it."""
+    """The split of a run; its caption is above it on the page."""
     return drawn(splits.picture(run.split), "split", "Samples of each client by part and by label", "")
 
 
@@ -91,7 +91,7 @@ def _against_alone(learners: Methods, target: str, metric: str) -> dict[str, Pai
 
 
 def _evaluated(ordered: Methods) -> Methods:
-    """Of each method the first run that was evaluated thoroughly; of a cross-validation the first seed's folds."""
+    """Each method's first run with an evaluation.json; of a cross-validation all folds of that seed."""
     shown = {}
     for name, group in ordered.items():
         if ended := [run for run in group if run.evaluation]:
@@ -100,15 +100,15 @@ def _evaluated(ordered: Methods) -> Methods:
 
 
 def _confusion_matrices(shown: Methods, target: str) -> list[Picture]:
-    """A matrix for each method; of a single one that of the global test set and that of the clients."""
+    """A matrix for each method; for a single method one of the global test set and one of the clients."""
     folds = ", the folds added up" if any(len(runs) > 1 for runs in shown.values()) else ""
     panels = {name: found for name, runs in shown.items() if (found := _confusion(runs, "clients", target))}
-    where = " on the clients' own test samples, of the model that each would use"
+    where = " on the clients' own test samples, for the model that each client uses"
     if len(shown) == 1:
         (name,) = shown
-        alike = f", fold {shown[name][0].fold}" if folds else ""  # the same samples in each fold: not added up
+        fold = f", fold {shown[name][0].fold}" if folds else ""  # all folds share these samples: not added up
         both = {
-            f"Global test set{alike}": _confusion(shown[name][:1], "global", target),
+            f"Global test set{fold}": _confusion(shown[name][:1], "global", target),
             "Clients' test samples": panels.get(name),
         }
         panels, where = {title: found for title, found in both.items() if found}, ""
@@ -116,15 +116,15 @@ def _confusion_matrices(shown: Methods, target: str) -> list[Picture]:
         return []
     few = len(next(iter(panels.values()))["classes"]) <= confusion.MOST_NUMBERS
     caption = (
-        f"Seed {next(iter(shown.values()))[0].seed}{folds}. Rows are the true {target}, columns what was predicted{where}. "
-        f"The stronger the colour, the larger the share of its row{'; the numbers are counts' if few else ''}."
+        f"Seed {next(iter(shown.values()))[0].seed}{folds}. Rows: the true {target}; columns: the predicted one{where}. "
+        f"Colour: the share of its row{'; numbers: counts' if few else ''}."
     )
     about = f"Confusion matrices of {target}"
     return [drawn(confusion.confusion_matrices(panels), f"{target}-confusion", about, caption)]
 
 
 def _roc_curves(shown: Methods, methods: Methods, target: str) -> list[Picture]:
-    """A curve for each method; of a single one a curve for each class."""
+    """A curve for each method; for a single method a curve for each class."""
     curves: dict[str, roc.Roc] = {}
     about = "on the global test set."
     for name, runs in shown.items():
@@ -141,14 +141,14 @@ def _roc_curves(shown: Methods, methods: Methods, target: str) -> list[Picture]:
             about = "on the global test set: the mean over the classes, each against all others."
     if not curves:
         return []
-    absent = " Methods without a single shared model have none." if len(curves) < len(shown) > 1 else ""
+    absent = " Methods without a single shared model have no curve." if len(curves) < len(shown) > 1 else ""
     fold = f", fold {first.fold}" if (first := next(iter(shown.values()))[0]).fold else ""
     caption = f"Seed {first.seed}{fold}. ROC {about}{absent} The diagonal is chance."
     return [drawn(roc.roc_curves(curves, methods), f"{target}-roc", f"ROC curves of {target}", caption)]
 
 
 def _confusion(runs: Sequence[RunResult], place: str, target: str) -> confusion.Confusion | None:
-    """The confusion of a target over the runs, added up; None where none has any."""
+    """The confusion matrix of a target, summed over the runs; None if no run has one."""
     found: list[Mapping[str, Any]] = [
         one for run in runs if "confusion" in (one := (run.evaluation.get(place) or {}).get(target, {}))
     ]

@@ -1,4 +1,4 @@
-"""What the report says of each run: how it ended, what it was made with, and what left its clients."""
+"""The report's list of runs: how each ended, its versions and hashes, and what left its clients."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,13 @@ from meadow.experiments import words
 from meadow.experiments.report.sentences import count_text, seed_of
 from meadow.experiments.results import RunResult
 from meadow.privacy.releases import NOT_PROTECTED
+from meadow.runtime.errors import UserError
+from meadow.strategies import equal_weights
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A named fact. `code`: written as a computer wrote it; `more`: what follows on lines of its own."""
+    """A named fact. `code`: whether it is set in a fixed-width font; `more`: further lines."""
 
     name: str
     text: str
@@ -22,29 +24,28 @@ class Fact:
 
 @dataclass(frozen=True)
 class Release:
-    """One thing that left the clients, and what protects it."""
+    """One kind of value that left the clients, and the mechanism that protects it."""
 
     what: str
     mechanism: str
 
     @property
     def protected(self) -> bool:
-        """Whether anything protects it."""
         return self.mechanism != NOT_PROTECTED
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """What a run protects, in sentences, and what left its clients: `bare` where nothing is protected, else `releases`."""
+    """A run's privacy in sentences, and what left its clients: `bare` if nothing is protected, else `releases`."""
 
-    said: Sequence[str]
+    sentences: Sequence[str]
     bare: Sequence[str] = ()
     releases: Sequence[Release] = ()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of the report's list."""
+    """One run in the report's list."""
 
     name: str
     line: str
@@ -53,7 +54,7 @@ class Entry:
 
 
 def entry(name: str, run: RunResult) -> Entry:
-    """A run of the method `name`, for the list of runs."""
+    """The entry of a run of the method `name`."""
     failed: dict[tuple[int, str], list[int]] = {}
     for record in run.rounds:
         for fault in record.get("failed") or []:
@@ -89,27 +90,31 @@ def _facts(run: RunResult, failed: dict[tuple[int, str], list[int]]) -> list[Fac
 
 def privacy(run: RunResult) -> Privacy:
     """What a run protects, and what left its clients."""
-    told = {"unit": run.experiment.privacy.unit, **((run.summary or {}).get("privacy") or {})}
-    left = [Release(str(entry["what"]), str(entry["mechanism"])) for entry in told.get("releases") or []]
-    if told["unit"] == "none":
-        return Privacy(["No protection: no noise was added to anything."], [release.what for release in left])
-    said = []
-    if statement := told.get("statement"):
-        median = (told.get("epsilon") or {}).get("median")
-        said.append(f"The client that has spent most: {statement}; the median client's: {median:.4g}.")
-    if gone := told.get("exhausted"):
-        said.append(f"{gone} of the clients left because their budget was spent.")
-    if noise := told.get("noise"):
-        said.append(f"The noise is {noise}.")
-    return Privacy(said, releases=left)
+    reported = {"unit": run.experiment.privacy.unit, **((run.summary or {}).get("privacy") or {})}
+    left = [Release(str(entry["what"]), str(entry["mechanism"])) for entry in reported.get("releases") or []]
+    if reported["unit"] == "none":
+        return Privacy(["No protection: no noise was added."], [release.what for release in left])
+    sentences = []
+    if statement := reported.get("statement"):
+        median = (reported.get("epsilon") or {}).get("median")
+        sentences.append(f"The client with the largest epsilon: {statement}; the median epsilon: {median:.4g}.")
+    if exhausted := reported.get("exhausted"):
+        sentences.append(f"{exhausted} of the clients left because their budget was spent.")
+    if noise := reported.get("noise"):
+        sentences.append(f"The noise is {noise}.")
+    return Privacy(sentences, releases=left)
 
 
 def _admission(experiment: Experiment) -> str:
-    """What a reply must be to count, and how much it counts."""
-    counts = "each client counts 1" if experiment.equal_weights else "a client counts its training samples"
+    """How replies are weighted, and which ones are refused."""
+    try:
+        equal = equal_weights(experiment)
+    except UserError:  # a strategy of the user's own that is no longer on the path
+        equal = False
+    weights = "all clients have equal weight" if equal else "a client's weight is its number of training samples"
     longest = experiment.cohort.max_norm
-    return f"{counts}, with no more samples than it declared at roll call" + (
-        f"; updates longer than {longest:g} are refused" if longest else ""
+    return f"{weights}, at most what it declared at roll call" + (
+        f"; updates with a norm above {longest:g} are refused" if longest else ""
     )
 
 
@@ -118,7 +123,7 @@ def _never_sampled(count: int, run: RunResult) -> str:
     if count and run.experiment.share not in ("all", "none"):
         own = "trunk" if run.experiment.share == "head" else "head"
         shared = "head" if own == "trunk" else "trunk"
-        return f"{clients}; they are evaluated with the shared {shared} and their own untrained {own}."
+        return f"{clients}; they were evaluated with the shared {shared} and their own untrained {own}."
     return f"{clients}."
 
 

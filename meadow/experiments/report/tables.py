@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from meadow.config import load
 from meadow.experiments import words
-from meadow.experiments.ranking import Methods, Row, cell, flag, is_aside, mean_of, number
-from meadow.experiments.results import RunResult, counted, is_share, metrics_of
+from meadow.experiments.ranking import Methods, Row, cell, flagged, is_aside, mean_of, number
+from meadow.experiments.results import RunResult, counted, is_share, metrics_of, settings_of
 from meadow.experiments.tables import Cell, Column, Table
 from meadow.experiments.words import metric_name
 
@@ -31,23 +30,23 @@ RANKING: dict[str, Column] = {
     "trained_parameters": Column("trained", ONE_RUN),
     "seconds": Column("time", ONE_RUN),
 }
-"""Value of a row of the ranking -> its column."""
+"""Key of the ranking's rows -> its column."""
 
 NOTES = {
-    "gain": "gain: mean difference to local on the same clients, positive is better. "
-    "lost: clients, counted once a run, that do worse than under local.",
-    "bytes_saved": "saved: bytes that did not travel, against sharing the whole model with the same clients.",
-    "trained_parameters": "trained: parameters that local training changes.",
+    "gain": "gain: mean difference from local on the same clients, positive is better. "
+    "lost: clients (counted once in each run) that do worse than under local.",
+    "bytes_saved": "saved: bytes not sent, compared with sharing the whole model with the same clients.",
+    "trained_parameters": "trained: trainable parameters.",
     "gain_low": "In brackets: the 95% paired t-interval over the seeds.",
 }
-"""Value of a row of the ranking -> what to say of it, where any row has it."""
+"""Key of the ranking's rows -> its explanation below the table, if any row has a value."""
 
 
 def ranking_of(part: Sequence[Row]) -> Table:
-    """The ranking's rows of one target; columns that nobody has are left out."""
+    """The ranking's rows of one target, without empty columns."""
     known = {key for row in part for key, value in row.items() if value is not None}
     keys = [key for key in RANKING if key in known]
-    rows = [[Cell(flag(row)), *(cell(row, part, key) for key in keys)] for row in part]
+    rows = [[Cell(flagged(row)), *(cell(row, part, key) for key in keys)] for row in part]
     aside = frozenset(i for i, row in enumerate(part) if is_aside(row, part))
     note = ["std: over the clients. last 10: mean of the last ten evaluated rounds."]
     note += [text for key, text in NOTES.items() if key in known]
@@ -56,7 +55,7 @@ def ranking_of(part: Sequence[Row]) -> Table:
 
 
 def metrics_table(learners: Methods, target: str, part: Sequence[Row]) -> Table | None:
-    """Every metric that was measured: the clients' mean, and the shared model's; None where there is none."""
+    """Every metric of a target: the clients' mean and the shared model's value; None if there is none."""
     runs = {row["method"]: counted(learners[row["method"]]) for row in part}
     names = metrics_of([run for group in runs.values() for run in group], target)
     places = {"clients": "clients' mean", "global": "shared model on the global test set"}
@@ -80,7 +79,7 @@ def metrics_table(learners: Methods, target: str, part: Sequence[Row]) -> Table 
 
 
 def splits_table(runs: Sequence[RunResult]) -> Table:
-    """The split of each seed and fold, of one run each."""
+    """The split of each seed and fold; `runs` has one run of each."""
     columns = [
         Column("seed", left=True),
         Column("law", left=True),
@@ -98,18 +97,12 @@ def splits_table(runs: Sequence[RunResult]) -> Table:
 
 
 def settings_table(methods: Methods) -> Table | None:
-    """The settings in which the methods differ; the rest stands in each run's experiment.toml. None if they do not."""
-    flat = {name: dict(load.flatten(load.to_tree(group[0].experiment))) for name, group in methods.items()}
+    """The settings in which the methods differ; None if they do not."""
+    flat = {name: settings_of(group[0]) for name, group in methods.items()}
     for name, group in methods.items():
-        flat[name]["strategy.share"] = group[0].experiment.share  # what really travels: nothing when each is alone
-    own = ("run.name", "run.seed", "evaluate.fold")
-    keys = [
-        key
-        for key in next(iter(flat.values()))
-        if len({str(settings[key]) for settings in flat.values()}) > 1
-        and key not in own
-        and not key.startswith("engine.")
-    ]
+        flat[name]["strategy.share"] = group[0].experiment.share  # what is really shared: nothing if each trains alone
+    differ = (key for key in next(iter(flat.values())) if len({str(settings[key]) for settings in flat.values()}) > 1)
+    keys = [key for key in differ if key != "run.name"]
     if not keys:
         return None
     columns = [Column("method", left=True), *(Column(key, left=True) for key in keys)]

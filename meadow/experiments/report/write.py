@@ -1,4 +1,4 @@
-"""The report as one page: its parts as plain values, and the template that lays them out."""
+"""Write the report: gather its parts as plain values and render the template."""
 
 import os
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from meadow.experiments.words import metric_name
 def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Write the report of the runs under `paths` to `out` (or to report.html in the folder `out`) and return its path.
 
-    The file needs nothing outside itself. It appears complete or not at all. Raises UserError as `find_runs` does.
+    The file is self-contained and is written atomically. Raises UserError as `find_runs` does.
     """
     page = render(find_runs(paths))
     path = out / "report.html" if out.is_dir() else out
@@ -45,7 +45,7 @@ def render(found: Sequence[RunResult]) -> str:
 
 
 def contents(found: Sequence[RunResult]) -> dict[str, Any]:
-    """What the page says, part by part, as the template takes it."""
+    """The parts of the page, as the template expects them."""
     methods, rows = by_method(found), ranking(found)
     names = list(methods)
     several = len(names) > 1
@@ -87,7 +87,7 @@ def _facts(found: Sequence[RunResult]) -> list[str]:
 
 
 def _budgets(found: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """What privacy costs in each target; [] where no runs tell."""
+    """The cost of privacy in each target; [] if the runs have no budgets to compare."""
     lines = lines_of(found)
     return [
         {
@@ -102,7 +102,7 @@ def _budgets(found: Sequence[RunResult]) -> list[dict[str, Any]]:
 
 
 def _split(found: Sequence[RunResult]) -> dict[str, Any] | None:
-    """Who holds what in the first seed, and the splits of all; None where no run says."""
+    """The split of the first seed as a figure, and those of all seeds as a table; None if no run has one."""
     by_seed = {(run.seed, run.fold): run for run in found if run.split.get("sizes")}
     if not by_seed:
         return None

@@ -1,2 +1,2 @@
-"""Example-level DP-SGD: `step` says what is done and guaranteed, `mechanism` by which constants, and `book`, `hooks` and
-`loop` how single examples' gradients are seen, of which `choose` takes one."""
+"""Example-level DP-SGD: `step` has the private step and its guarantee, `mechanism` its constants, and `choose` picks the way
+to clip per-example gradients: `book`, `hooks` or `loop`."""

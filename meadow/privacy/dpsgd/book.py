@@ -1,13 +1,13 @@
-"""Book-keeping (Bu et al. 2023): the norms of single samples' gradients, and their clipped sum, from one backward pass.
+"""Book-keeping (Bu et al. 2023): compute per-example gradient norms and the clipped sum in one backward pass.
 
     book = Book(model)                  # until book.close()
-    values = losses(index)              # each learning layer's inputs are written down
-    norms = book.norms(values)          # backward as far as the layers' outputs; no weight's gradient is made
+    values = losses(index)              # records each learning layer's inputs
+    norms = book.norms(values)          # backward to the layers' outputs, without gradients of weights
     book.add(factors, gradients)        # gradients[name] += sum over samples of factor times the sample's gradient
 
-A layer's gradient for one sample is a product of what went in and what came back. Its norm needs no such gradient where
-two small products do (Goodfellow 2015; Li et al. 2022, "ghost"); where the gradient is smaller than those, as a
-convolution's over many places is, it is made once and used for both norm and sum.
+A layer's gradient for a sample is a product of its input and the gradient of its output. The norm follows from two small
+products without the gradient itself (Goodfellow 2015; Li et al. 2022, "ghost"). Where the gradient is the smaller one, as
+in convolutions over many places, it is computed once for both norm and sum.
 """
 
 import math
@@ -25,12 +25,12 @@ from meadow.privacy.dpsgd.mechanism import ClippedSum, Mechanism, Sums
 from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import once
 
-_HELD: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
-"""Models that have been seen to keep samples apart, each with the layers that learned then."""
+_CHECKED: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
+"""Models checked to keep samples apart, with the sets of learning layers for which this was checked."""
 
 
 def covers(model: nn.Module) -> bool:
-    """Whether every parameter that learns belongs to one layer of a covered kind, and to no other."""
+    """Whether every parameter that learns belongs to exactly one layer, of a covered kind."""
     learning = [(module, name, p) for module in model.modules() for name, p in own(module).items()]
     if len({id(p) for _, _, p in learning}) < len(learning):
         return False
@@ -42,12 +42,12 @@ def covers(model: nn.Module) -> bool:
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules by their place in it."""
+    """The model's modules by name."""
     return once(model, "modules by place", lambda: dict(model.named_modules()))
 
 
 class _Call(NamedTuple):
-    """One use of a layer: its input, the input's version then, and where the gradient of its output will appear."""
+    """One use of a layer: its input, the input's version at that time, and the graph's edge at its output."""
 
     input: Tensor
     version: int
@@ -55,7 +55,7 @@ class _Call(NamedTuple):
 
 
 def _writing(forward: Callable[[Tensor], Tensor], calls: list[_Call]) -> Callable[[Tensor], Tensor]:
-    """A layer's forward, which writes down every use through which a gradient may come back."""
+    """Wrap a layer's forward so that it records every call with an output that requires a gradient."""
 
     def written(input: Tensor) -> Tensor:
         output = forward(input)
@@ -71,69 +71,71 @@ def _path(place: str, name: str) -> str:
 
 
 def _unusual(layer: nn.Embedding) -> bool:
-    """Whether it changes its own weight, or its gradient depends on how often a token occurs in the batch."""
+    """Whether the layer changes its own weight, or its gradient is sparse or depends on token counts of the batch."""
     return layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse
 
 
 class Book:
-    """Keeps the books of a model that `covers` accepts, until `close`. Its `requires_grad` flags must stay as they are."""
+    """The books of a model that `covers` accepts, until `close`. Its `requires_grad` flags must not change meanwhile."""
 
     def __init__(self, model: nn.Module) -> None:
         some = once(model, "layers", lambda: {place: m for place, m in modules_of(model).items() if m._parameters})
         self._layers = {place: layer for place, layer in some.items() if own(layer)}
         self._kind = tuple(self._layers)
-        self._held = self._kind in _HELD.setdefault(model, set())
+        self._checked = self._kind in _CHECKED.setdefault(model, set())
         self._model = model
         self._calls: dict[str, list[_Call]] = {place: [] for place in self._layers}
         self._parts: dict[str, Part] = {}
-        # Ahead of hooks that add to a layer's output (LoRA, adapters): what is written down is the layer's own. A hook for
-        # it would cost several times as much.
+        # `forward` runs before hooks that add to the layer's output (LoRA, adapters), so the layer's own output is recorded;
+        # a hook for this would cost several times as much.
         self._before = {place: layer.__dict__.get("forward") for place, layer in self._layers.items()}
         for place, layer in self._layers.items():
             layer.__dict__["forward"] = _writing(layer.forward, self._calls[place])
 
     def close(self) -> None:
-        """Let the layers be as they were."""
+        """Restore the layers."""
         for place, layer in self._layers.items():
             del layer.__dict__["forward"]
             if (before := self._before[place]) is not None:
                 layer.__dict__["forward"] = before
 
     def forget(self) -> None:
-        """Let go of what the last pass left."""
+        """Drop the records of the last pass."""
         for calls in self._calls.values():
             calls.clear()
         self._parts.clear()
 
     def norms(self, values: Tensor) -> Tensor:
-        """The norm of each sample's gradient, float (n,), of losses (n,) that the model has just made.
+        """The norm of each sample's gradient, float (n,), of losses (n,) that the model has just computed.
 
-        The first time that these layers of the model learn it is checked that every use of a parameter was by its own
-        layer, and that no sample's loss touches what another sample's went through. Raises UserError if not.
+        The first pass for a set of learning layers checks that only its own layer uses a parameter, and that no sample's
+        loss depends on another sample's activations. Raises UserError if not.
         """
         n = len(values)
         if values.grad_fn is None:
             return values.new_zeros(n)
-        if not self._held:
-            self._hold_uses(values.grad_fn)
+        if not self._checked:
+            self._check_uses(values.grad_fn)
         calls = [call for some in self._calls.values() for call in some]
         if not calls:
             return values.new_zeros(n)
         for call in calls:
             if call.input._version != call.version:
-                raise UserError("task.model: the input of a layer is changed in place after its use; leave that out")
+                raise UserError(
+                    "task.model: a layer's input is changed in place after its use; make a new tensor instead"
+                )
             if call.input.shape[0] != n:
                 raise UserError(
                     f"task.model: a layer sees {call.input.shape[0]} rows of a batch of {n}, so that single samples "
                     'cannot be told apart: keep the samples first, or write privacy.grad_sample = "hooks"'
                 )
         edges = [call.edge for call in calls]
-        hold = not self._held and n > 1
-        # torch.autograd.grad but for its checks, which take as long as going back through a small network.
+        check = not self._checked and n > 1
+        # torch.autograd.grad without its checks, which take as long as the backward pass of a small network.
         whole, unused = (torch.ones_like(values),), True
-        backs = _engine_run_backward((values,), whole, hold, False, tuple(edges), unused, accumulate_grad=False)
-        if hold:
-            self._hold_samples_apart(values, edges)
+        backs = _engine_run_backward((values,), whole, check, False, tuple(edges), unused, accumulate_grad=False)
+        if check:
+            self._check_independence(values, edges)
         squares, back_of = list[Tensor](), iter(backs)
         for place, layer in self._layers.items():
             seen = [(call.input, next(back_of)) for call in self._calls[place]]
@@ -144,11 +146,11 @@ class Book:
         return sum(squares[1:], start=squares[0]).sqrt() if squares else values.new_zeros(n)
 
     def add(self, factors: Tensor, gradients: Mapping[str, Tensor]) -> None:
-        """Add to each gradient, by parameter name, the sum over the samples of their factors, float (n,), times theirs."""
+        """Add to each gradient, by parameter name, the samples' gradients weighted by factors, float (n,)."""
         for name, part in self._parts.items():
             part.add(factors, gradients[name])
 
-    def _hold_uses(self, loss: Node) -> None:
+    def _check_uses(self, loss: Node) -> None:
         nodes, found = _uses(loss)
         for place, layer in self._layers.items():
             for name, parameter in own(layer).items():
@@ -159,37 +161,35 @@ class Book:
                         "nowhere else"
                     )
 
-    def _hold_samples_apart(self, values: Tensor, edges: list[GradientEdge]) -> None:
-        """From the losses of every other sample nothing may come back to the others' rows."""
+    def _check_independence(self, values: Tensor, edges: list[GradientEdge]) -> None:
+        """Raise UserError if the losses of even samples have gradients in the rows of odd samples."""
         some = torch.zeros_like(values)
         some[::2] = 1
         backs = torch.autograd.grad(values, edges, some, allow_unused=True)
-        size = sum(
-            float(back[1::2].abs().sum()) for back in backs if back is not None
-        )  # not a number if a loss is not finite
+        # Not a number if a loss is not finite.
+        size = sum(float(back[1::2].abs().sum()) for back in backs if back is not None)
         if size > 0:
             raise UserError(
                 "task.model: what the model computes for one sample depends on the other samples of its batch, so that "
                 "clipping bounds nothing: keep the samples apart, in the first dimension of every layer"
             )
         if size == 0:
-            self._held = True
-            _HELD[self._model].add(self._kind)
+            self._checked = True
+            _CHECKED[self._model].add(self._kind)
 
 
 class BookSum(ClippedSum):
-    """The clipped sum by book-keeping: fastest by far, for the layers that `covers` names."""
+    """The clipped sum by book-keeping: by far the fastest, for the layers that `covers` accepts."""
 
     def __init__(self, model: nn.Module, learning: Mapping[str, nn.Parameter], mechanism: Mechanism) -> None:
         super().__init__(model, learning, mechanism)
-        # Gradients of linear layers and embeddings are never made.
+        # Per-example gradients of linear layers and embeddings are never computed.
         free = once(model, ("free", frozenset(learning)), lambda: _in_linear_layers(model))
-        self.held -= free
+        self.numbers_per_sample -= free
         self._book = Book(model)
         self.undo.callback(self._book.close)
 
     def add(self, values: Tensor, into: Sums) -> Tensor | None:
-        """As `meadow.privacy.dpsgd.mechanism.ClippedSum.add`."""
         norms = self._book.norms(values)
         if math.isfinite(norms.sum()):
             self._book.add(self.weights(norms), into())
@@ -197,18 +197,17 @@ class BookSum(ClippedSum):
         return torch.isfinite(norms)
 
     def forget(self) -> None:
-        """As `meadow.privacy.dpsgd.mechanism.ClippedSum.forget`."""
         self._book.forget()
 
 
 def _in_linear_layers(model: nn.Module) -> int:
-    """How many learning numbers are in layers whose per-sample norms cost no per-sample gradients."""
+    """Number of learning parameters in layers that need no per-example gradients."""
     layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Embedding)]
     return sum(p.numel() for m in layers for p in m.parameters(recurse=False) if p.requires_grad)
 
 
 def _uses(loss: Node) -> tuple[set[Node], Counter[int]]:
-    """All nodes of the graph that ends in a loss, and how often it uses each parameter, by id."""
+    """All nodes of a loss's graph, and how often it uses each parameter, by id."""
     nodes, todo, found = {loss}, [loss], Counter[int]()
     while todo:
         for node, _ in todo.pop().next_functions:

@@ -1,4 +1,4 @@
-"""Which clipped sum serves a model: what shows the gradients of its single samples."""
+"""Choose how a model's per-example gradients are clipped and summed."""
 
 from typing import Literal
 
@@ -17,12 +17,12 @@ SUMS: dict[Mode, type[ClippedSum]] = {"book": BookSum, "hooks": HooksSum, "loop"
 
 
 def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Mode:
-    """How per-example gradients are clipped and summed: "book", one pass with our own book-keeping, the fastest by far;
-    "hooks", Opacus, every sample's gradient; "loop", a pass for each sample, slow and right for any model.
+    """The way to clip and sum per-example gradients: "book", one pass with our book-keeping, by far the fastest; "hooks",
+    Opacus; "loop", one pass per example, slow and correct for any model.
 
-    "auto": book-keeping where it covers all that learns. Else the loop if a module that has modules in it learns itself, as
-    in attention and vision transformers: nothing shows what one sample did there. Else hooks. Raises UserError for book
-    where it cannot be.
+    "auto": "book" if it covers every parameter that learns. Else "loop" if a module with submodules has learning parameters
+    of its own, as in attention and vision transformers, where Opacus cannot separate examples. Else "hooks". Raises
+    UserError if "book" is set and does not cover the model.
     """
     if mode in ("hooks", "loop"):
         return mode
@@ -30,8 +30,9 @@ def chosen_mode(model: nn.Module, mode: GradSample = "auto") -> Mode:
         return "book"
     if mode == "book":
         raise UserError(
-            'privacy.grad_sample = "book": something that learns is no parameter of a linear layer, a convolution, an '
-            'embedding, a group or a layer normalisation, or is shared between two: write privacy.grad_sample = "auto"'
+            'privacy.grad_sample = "book": it covers linear layers, convolutions, embeddings, group and layer '
+            "normalisations without shared parameters, and something else learns in this model: write "
+            'privacy.grad_sample = "auto"'
         )
     return "loop" if any(_learns_itself(m) and any(True for _ in m.children()) for m in model.modules()) else "hooks"
 

@@ -1,5 +1,5 @@
-"""The clipped sum by Opacus's hooks, which show every sample's gradient; for any model whose parameters are each used by
-the forward() of their own module."""
+"""The clipped sum by Opacus's hooks, which compute per-example gradients, for any model in which only a module's own
+forward() uses its parameters."""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,9 +13,9 @@ from meadow.runtime.errors import UserError
 
 
 class HooksSum(ClippedSum):
-    """Every sample's gradient is made; the first sample of all goes alone, because of one sample autograd knows the truth.
+    """Computes every sample's gradient. The first sample goes alone, to compare its gradient with autograd's.
 
-    Raises UserError for a model that Opacus cannot take apart, and where its hooks see only a part of a gradient.
+    Raises UserError for a model that Opacus does not support, and if its hooks miss a part of a gradient.
     """
 
     def __init__(self, model: nn.Module, learning: Mapping[str, nn.Parameter], mechanism: Mechanism) -> None:
@@ -31,17 +31,16 @@ class HooksSum(ClippedSum):
 
     @property
     def begins_alone(self) -> bool:
-        """Until the first sample was held against autograd."""
+        """True until the first sample's gradient was compared with autograd's."""
         return not self._checked
 
     def add(self, values: Tensor, into: Sums) -> Tensor | None:
-        """As `meadow.privacy.dpsgd.mechanism.ClippedSum.add`."""
         try:
             values.sum().backward()  # type: ignore[no-untyped-call]
         except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"task.model: Opacus cannot take it apart into single samples ({type(error).__name__}: {error}): write "
-                'privacy.grad_sample = "loop", which is slow and right'
+                'privacy.grad_sample = "loop", which is slow and always works'
             ) from None
         samples = {}
         for name, parameter in self._taking_part():
@@ -52,7 +51,7 @@ class HooksSum(ClippedSum):
                 samples[name][:, self._padding[parameter]] = 0  # Opacus gives padding a gradient, autograd none
         if not samples:
             return None
-        self._hold_against_autograd({name: s[0] for name, s in samples.items()}, len(next(iter(samples.values()))))
+        self._compare_with_autograd({name: s[0] for name, s in samples.items()}, len(next(iter(samples.values()))))
         norms = torch.stack([s.reshape(len(s), -1).norm(2, dim=-1) for s in samples.values()], dim=1).norm(2, dim=1)
         finite = torch.isfinite(norms)
         factors = self.weights(norms)
@@ -63,7 +62,6 @@ class HooksSum(ClippedSum):
         return None
 
     def forget(self) -> None:
-        """As `meadow.privacy.dpsgd.mechanism.ClippedSum.forget`."""
         self._order.clear()
         self._passed.clear()
         for module in self.model.modules():
@@ -78,14 +76,14 @@ class HooksSum(ClippedSum):
                 del parameter._current_grad_sample
 
     def _taking_part(self) -> Iterator[tuple[str, Any]]:
-        """The learning parameters that had a part in the loss, each with what the hooks left on it."""
+        """The learning parameters on which the loss depends, with the attributes that the hooks set."""
         for name, parameter in self.learning.items():
             if getattr(parameter, "grad_sample", None) is not None:
                 yield name, parameter
             elif parameter.grad is not None:
                 self._refuse_unless(False, name)
 
-    def _hold_against_autograd(self, first: dict[str, Tensor], n: int) -> None:
+    def _compare_with_autograd(self, first: dict[str, Tensor], n: int) -> None:
         if self._checked or n != 1:
             return
         true = {name: p.grad for name, p in self.learning.items() if p.grad is not None}
@@ -108,7 +106,7 @@ class HooksSum(ClippedSum):
         from opacus.grad_sample import GradSampleHooks  # half a second to import
 
         self.undo.enter_context(warnings.catch_warnings())
-        # The first layer's input needs no gradient; its parameters' are right all the same, as the tests hold.
+        # The first layer's input needs no gradient; the gradients of its parameters are right, as tests show.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         for parent, name, layer in list(_recurrent(self.model)):
             new = _opacus_recurrent(layer)
@@ -118,7 +116,7 @@ class HooksSum(ClippedSum):
         for name, module in self.model.named_modules():
             if isinstance(module, nn.MultiheadAttention) and any(p.requires_grad for p in module.parameters()):
                 raise UserError(
-                    f'task.model: "{name}" is an nn.MultiheadAttention, which shows no gradients of single samples: '
+                    f'task.model: "{name}" is an nn.MultiheadAttention, for which Opacus has no per-example gradients: '
                     'write privacy.grad_sample = "loop", or freeze it'
                 )
         self._padding = {
@@ -139,17 +137,17 @@ class HooksSum(ClippedSum):
         self.undo.callback(hooks.cleanup)
 
     def _note_order(self, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Opacus leaves the samples of a packed sequence in the order of their lengths, all other layers in the batch's.
+        """Note how to restore the batch's order: Opacus sorts the samples of a packed sequence by length.
 
-        Left so, a sample would be clipped by parts of other samples' norms, and one record more would move all of them.
+        Otherwise a sample would be clipped by parts of other samples' norms.
         """
         order = getattr(inputs[0], "unsorted_indices", None)
         for parameter in layer.parameters():
             known = self._order.get(parameter)
             if parameter in self._passed and not _same(known, order):
                 raise UserError(
-                    "task.model: a recurrent layer is used twice with samples in another order, so Opacus would mix them "
-                    "up: pack once, or use a layer for each"
+                    "task.model: a recurrent layer is used twice with samples in different orders, which Opacus would "
+                    "mix up: pack once, or use two layers"
                 )
             self._passed.add(parameter)
             if order is not None:
@@ -157,7 +155,7 @@ class HooksSum(ClippedSum):
 
 
 def _recurrent(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.RNNBase]]:
-    """Every recurrent layer that learns, with its parent and its name there."""
+    """Yield (parent, name, layer) of every recurrent layer that learns."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.RNNBase) and any(p.requires_grad for p in child.parameters()):
@@ -169,7 +167,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _opacus_recurrent(layer: nn.RNNBase) -> nn.Module:
-    """Opacus's layer of the same kind that holds the same parameters."""
+    """Opacus's layer of the same kind with the same parameter objects."""
     from opacus.layers import DPGRU, DPLSTM, DPRNN
 
     if layer.proj_size:

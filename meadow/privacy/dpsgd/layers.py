@@ -1,4 +1,4 @@
-"""What one layer's inputs and backs say of single samples' gradients: their squared norms, and their weighted sum."""
+"""Squared norms and weighted sums of per-example gradients, from a layer's inputs and the gradients of its outputs."""
 
 import math
 from collections.abc import Callable
@@ -10,24 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 AT_ONCE = 2**20
-"""Numbers of a convolution's columns that are made at once; more are taken in pieces."""
+"""Scalars of a convolution's im2col columns computed at once; more are computed in pieces."""
 
 
 def own(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The module's own parameters that learn, by name; `named_parameters` takes several times as long."""
+    """The module's own learning parameters by name; `named_parameters` takes several times as long."""
     return {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
 
 
 Pairs = list[tuple[Tensor, Tensor]]
-"""For each use of a layer: its input, and the gradient with respect to its output."""
+"""(input, gradient of the output) of each use of a layer."""
 
 Add = Callable[[Tensor, Tensor], None]
-"""Adds to a gradient (second, of the parameter's shape) the sum over samples of factors (first, (n,)) times theirs."""
+"""(factors (n,), gradient of the parameter's shape): adds to it the samples' gradients weighted by the factors."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One parameter of a layer: the squared norm of each sample's gradient, (n,), and what adds to the gradient."""
+    """One parameter of a layer: each sample's squared gradient norm, (n,), and the function of the weighted sum."""
 
     squares: Tensor
     add: Add
@@ -42,26 +42,26 @@ def _linear(layer: nn.Linear, pairs: Pairs) -> dict[str, Part]:
             gradient.addmm_((factors[:, None] * back).T, x)
 
         return _learning(layer, lambda: Part(_squares(x).mul_(bias.squares), add), lambda: bias)
-    inputs = _one([x.reshape(len(x), -1, layer.in_features) for x, _ in pairs])
-    backs = _one([back.reshape(len(back), -1, layer.out_features) for _, back in pairs])
+    inputs = _concatenated([x.reshape(len(x), -1, layer.in_features) for x, _ in pairs])
+    backs = _concatenated([back.reshape(len(back), -1, layer.out_features) for _, back in pairs])
     return _learning(layer, lambda: _products(lambda some: inputs[some], backs), lambda: _rows(backs.sum(1)))
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d, pairs: Pairs) -> dict[str, Part]:
-    """A linear layer at each place of the output, of what that place sees of the input (im2col)."""
+    """A convolution as a linear layer at each place of the output, applied to its input patch (im2col)."""
     groups, kernel = layer.groups, (1, *layer.kernel_size)[-2:]
-    # What is copied goes by runs of numbers that lie side by side: along a row of places where there are few channels.
+    # Copies are fast along contiguous runs: choose rows of places if there are few channels.
     by_rows = kernel[1] * layer.in_channels // groups < pairs[0][1].shape[-1]
-    views = [_seen(layer, x, by_rows) for x, _ in pairs]
-    # (n, out, *places) -> (n, places, out), which is no copy where the channels are last already
-    backs = _one([back.flatten(2).transpose(1, 2) for _, back in pairs])
+    views = [_patches(layer, x, by_rows) for x, _ in pairs]
+    # (n, out, *places) -> (n, places, out); no copy for channels_last
+    backs = _concatenated([back.flatten(2).transpose(1, 2) for _, back in pairs])
 
     def columns(some: slice) -> Tensor:
         parts = [view[some].flatten(0, 1) for view in views]
         width = math.prod(kernel) * layer.in_channels // groups
         if by_rows:
-            return _one([part.permute(0, 3, 4, 5, 1, 2).reshape(len(part), width, -1) for part in parts], 2).mT
-        return _one([part.reshape(len(part), -1, width) for part in parts])
+            return _concatenated([part.permute(0, 3, 4, 5, 1, 2).reshape(len(part), width, -1) for part in parts], 2).mT
+        return _concatenated([part.reshape(len(part), -1, width) for part in parts])
 
     def weight() -> Part:
         grouped = backs.reshape(*backs.shape[:2], groups, -1).transpose(1, 2).flatten(0, 1)
@@ -78,8 +78,8 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d, pairs: Pairs) -> dict[str, Part]:
 
 
 def _embedding(layer: nn.Embedding, pairs: Pairs) -> dict[str, Part]:
-    tokens = _one([ids.reshape(len(ids), -1) for ids, _ in pairs])
-    backs = _one([back.reshape(len(back), -1, layer.embedding_dim) for _, back in pairs])
+    tokens = _concatenated([ids.reshape(len(ids), -1) for ids, _ in pairs])
+    backs = _concatenated([back.reshape(len(back), -1, layer.embedding_dim) for _, back in pairs])
     if layer.padding_idx is not None:  # it learns nothing
         backs = backs * (tokens != layer.padding_idx)[..., None]
     same = tokens[:, :, None] == tokens[:, None, :]
@@ -92,7 +92,7 @@ def _embedding(layer: nn.Embedding, pairs: Pairs) -> dict[str, Part]:
 
 def _norm(layer: nn.GroupNorm | nn.LayerNorm, pairs: Pairs) -> dict[str, Part]:
     def summed(values: Tensor) -> Tensor:
-        """Over the places of each sample: (n, numbers of the weight)."""
+        """Sum over the places of each sample: (n, size of the weight)."""
         if isinstance(layer, nn.GroupNorm):
             return values.reshape(*values.shape[:2], -1).sum(2)
         return values.reshape(len(values), -1, layer.weight.numel()).sum(1)
@@ -120,13 +120,13 @@ LAYERS: dict[type[nn.Module], Callable[[Any, Pairs], dict[str, Part]]] = {
 
 
 def _learning(layer: nn.Module, weight: Callable[[], Part], bias: Callable[[], Part]) -> dict[str, Part]:
-    """The parts of the parameters that learn."""
+    """The parts of those parameters that learn."""
     parts, learning = {"weight": weight, "bias": bias}, own(layer)
     return {name: part() for name, part in parts.items() if name in learning}
 
 
 def _rows(rows: Tensor) -> Part:
-    """Of single samples' gradients themselves, (n, numbers of the parameter)."""
+    """The part of a parameter whose per-example gradients are given, (n, size of the parameter)."""
 
     def add(factors: Tensor, gradient: Tensor) -> None:
         gradient.view(1, -1).addmm_(factors[None], rows)
@@ -135,8 +135,11 @@ def _rows(rows: Tensor) -> Part:
 
 
 def _products(columns: Callable[[slice], Tensor], backs: Tensor, groups: int = 1) -> Part:
-    """Of gradients that are sums over places of backs x columns: backs (n groups, places, out); columns of some samples,
-    (their number x groups, places, in). By Gram matrices over places (ghost norms) where those are the smaller."""
+    """The part of a parameter whose gradients are sums over places of backs x columns; backs: (n groups, places, out).
+
+    columns(slice of samples): (samples x groups, places, in). Uses Gram matrices over places (ghost norms) if they are
+    smaller than the gradients.
+    """
     n, places, out = len(backs) // groups, *backs.shape[1:]
     width = columns(slice(0, 1)).shape[-1]
     each = max(1, AT_ONCE // (groups * places * width))
@@ -157,9 +160,9 @@ def _products(columns: Callable[[slice], Tensor], backs: Tensor, groups: int = 1
     return _rows(made.view(n, -1))
 
 
-def _seen(layer: nn.Conv1d | nn.Conv2d, x: Tensor, by_rows: bool) -> Tensor:
-    """What each place of a convolution's output sees, a view: (n, groups, height, width, *kernel, channels of a group);
-    height and the kernel's first side are 1 if there is one dimension. In memory the rows come last, or the channels."""
+def _patches(layer: nn.Conv1d | nn.Conv2d, x: Tensor, by_rows: bool) -> Tensor:
+    """The input patch of each place of a convolution's output, a view: (n, groups, height, width, *kernel, channels of a
+    group); in 1-D height and the kernel's first side are 1. In memory the rows are contiguous, or the channels."""
     one = isinstance(layer, nn.Conv1d)
     around = layer._reversed_padding_repeated_twice
     if any(around):
@@ -174,7 +177,7 @@ def _seen(layer: nn.Conv1d | nn.Conv2d, x: Tensor, by_rows: bool) -> Tensor:
     return seen
 
 
-def _one(parts: list[Tensor], dim: int = 1) -> Tensor:
+def _concatenated(parts: list[Tensor], dim: int = 1) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 

@@ -1,4 +1,4 @@
-"""The clipped sum by a pass for each sample: slow, and right for any model."""
+"""The clipped sum by one pass per example: slow, and correct for any model."""
 
 import math
 
@@ -9,12 +9,11 @@ from meadow.privacy.dpsgd.mechanism import ClippedSum, Sums
 
 
 class LoopSum(ClippedSum):
-    """One sample at a time, of which autograd knows the gradient."""
+    """Takes one example at a time, so autograd's gradient is the example's."""
 
     at_once = 1
 
     def add(self, values: Tensor, into: Sums) -> Tensor | None:
-        """As `meadow.privacy.dpsgd.mechanism.ClippedSum.add`."""
         if not values.requires_grad:
             return None
         values.sum().backward()  # type: ignore[no-untyped-call]
@@ -27,6 +26,5 @@ class LoopSum(ClippedSum):
         return None
 
     def forget(self) -> None:
-        """As `meadow.privacy.dpsgd.mechanism.ClippedSum.forget`."""
         for parameter in self.learning.values():
             parameter.grad = None

@@ -1,4 +1,4 @@
-"""Example-level DP-SGD (Abadi et al. 2016, algorithm 1) for one training loop: it asks for indices and for gradients.
+"""Example-level DP-SGD (Abadi et al. 2016, algorithm 1): gives the training loop Poisson samples and private gradients.
 
     with Privatiser(model, mechanism, sampling, noise) as private:
         for _ in range(mechanism.steps):
@@ -9,18 +9,17 @@
 
 Formal guarantee
 ----------------
-Let an example's loss depend on no other example. Then two data sets, of which one has one example more, have clipped sums at
-most `ClippedSum.sensitivity("add-remove")` = `clip` apart. The Gaussian noise on a sum has `noise_multiplier` times that as
-its standard deviation, and each example is in a step's sample with probability `sample_rate`, independently of the others.
-So `steps` steps are the composition of as many Poisson-sampled Gaussian mechanisms, whose history
-[(sample_rate, noise_multiplier, steps)] `meadow.privacy.accounting.epsilon` turns into epsilon at a delta, for whoever sees
-every noisy gradient but neither the samples drawn nor the noise. Hence both streams must be secret where the privacy is to
-be real: amplification by sampling holds only against those who do not know who was drawn. What is computed in floating point
-is taken for real numbers here.
+Let an example's loss depend on no other example. Then the clipped sums of two data sets that differ by one added example are
+at most `ClippedSum.sensitivity("add-remove")` = `clip` apart. The Gaussian noise on a sum has a standard deviation of
+`noise_multiplier` times that, and each example is in a step's sample independently with probability `sample_rate`. So the
+`steps` steps compose as many Poisson-sampled Gaussian mechanisms, and `meadow.privacy.accounting.epsilon` of
+[(sample_rate, noise_multiplier, steps)] holds against anyone who sees every noisy gradient, but neither the samples drawn
+nor the noise. Both streams must therefore be secret: amplification by sampling holds only against those who do not know
+who was drawn. Floating-point numbers are treated as real numbers.
 
-Held on every entry and every step, because the guarantee rests on it: no module computes statistics over a batch, no buffer
-changes, no sample's loss touches another sample's inputs (`book`), the first sample's gradient is autograd's (`hooks`), and
-no more steps are taken than were charged (`Permit`).
+The code checks what the guarantee needs: no module computes statistics over a batch, no buffer changes, no sample's loss
+depends on another sample's inputs (`book`), the first sample's gradient is autograd's (`hooks`), and no more steps are taken
+than were charged (`Permit`).
 """
 
 from collections.abc import Callable
@@ -41,17 +40,17 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import once
 
 Losses = Callable[[Tensor], Tensor]
-"""The losses, float (k,), of the samples at the indices int64 (k,). Each may depend on its own sample only."""
+"""Indices, int64 (k,) -> losses, float (k,). Each loss may depend only on its own sample."""
 
 VALUES_AT_ONCE = 2**26
-"""Per-sample gradients held at once, in numbers; a larger batch is taken in pieces."""
+"""Scalars of per-example gradients kept at once; a larger batch is processed in pieces."""
 
 
 def refuse_what_mixes_samples(model: nn.Module) -> None:
-    """Raise UserError if a module would compute statistics over the batch, or keep such statistics.
+    """Raise UserError if a module computes or keeps statistics over the batch.
 
-    That is every batch normalisation that is not in `eval()` with stored statistics, frozen or not (its output for one
-    sample depends on the others, and its running statistics are released), and instance normalisation that tracks.
+    These are batch normalisations, frozen or not, unless in `eval()` with stored statistics (a sample's output depends on
+    the others, and running statistics are released), and instance normalisations that track statistics.
     """
     for name, module in once(model, "normalising", lambda: _normalising(model)).items():
         tracks = bool(getattr(module, "track_running_stats", True))
@@ -60,20 +59,20 @@ def refuse_what_mixes_samples(model: nn.Module) -> None:
         if batch or instance:
             raise UserError(
                 f'task.model: "{name}" ({type(module).__name__}) mixes the samples of a batch, so that clipping bounds '
-                'nothing and its statistics leave unprotected: write task.norm = "group", or keep it frozen in eval mode'
+                'nothing, and its statistics would leave unprotected: write task.norm = "group", or freeze it in eval mode'
             )
 
 
 @dataclass
 class Privatiser:
-    """Gives the loop its samples and its private gradients, for one round of one client. A context manager.
+    """A context manager that makes samples and private gradients, for one round of one client.
 
-    While it is open, hooks hang on the model. For Opacus's recurrent layers are replaced by Opacus's (which hold the very
-    same parameters: an `nn.LSTM` shows no gradients of single samples), and no activation works in place; all that is
-    undone at its end. What learns (`requires_grad`) and which modules are in `eval()` must be set before and stay so.
+    Inside it the model has hooks, no activation works in place and, with Opacus, recurrent layers are replaced by Opacus's,
+    which have the same parameters; the exit restores the model. Set `requires_grad` and the modes of modules before, and
+    do not change them inside.
 
-    `sampling` and `noise` are consumed step by step. Raises UserError on entry for a model that mixes samples, and
-    at the end if a buffer has changed, because a buffer that follows the data would leave unprotected.
+    Consumes `sampling` and `noise` step by step. Raises UserError on entry for a model that mixes samples, and on exit if
+    a buffer changed, because a buffer that depends on the data would leave unprotected.
     """
 
     model: nn.Module
@@ -89,18 +88,18 @@ class Privatiser:
         parameters = once(self.model, "parameters", lambda: dict(self.model.named_parameters()))
         self._learning = {name: p for name, p in parameters.items() if p.requires_grad}
         if not self._learning:
-            raise UserError("local.trainable: nothing of the model learns, so there is nothing to make private")
+            raise UserError("local.trainable: no parameter of the model learns, so there is nothing to make private")
         self._buffers = {name: buffer.clone() for name, buffer in _buffers(self.model).items()}
         learning, wanted = frozenset(self._learning), self.grad_sample
         mode = once(self.model, ("private mode", learning, wanted), lambda: chosen_mode(self.model, wanted))
-        # Made once, as fresh memory for every step would cost more than the noise.
+        # Allocated once: new memory in every step would cost more than the noise.
         self._drawing, self._shares = once(self.model, ("shares", learning), lambda: _shares(self._learning))
         with self._opened as opened:
-            self._let_nothing_work_in_place(opened)
+            self._disable_in_place(opened)
             self._sum = SUMS[mode](self.model, self._learning, self.mechanism)
             opened.callback(self._sum.close)
             self._opened = opened.pop_all()
-        most = self.values_at_once // max(1, self._sum.held)
+        most = self.values_at_once // max(1, self._sum.numbers_per_sample)
         self._piece = self._sum.at_once or max(1, min(4096, most))
         return self
 
@@ -113,20 +112,20 @@ class Privatiser:
                 if not torch.equal(buffer, self._buffers[name]):
                     raise UserError(
                         f'task.model: the buffer "{name}" changed in private training, so it holds statistics of private '
-                        'data: write task.norm = "group", or freeze the module that has it'
+                        'data: write task.norm = "group", or freeze its module'
                     )
 
     def sample(self, n: int) -> Tensor:
-        """The indices of the next step's Poisson sample of the client's n samples, int64 and rising; may be empty."""
+        """The next step's Poisson sample of n samples: ascending indices, int64; may be empty."""
         return poisson(n, self.mechanism.sample_rate, self.sampling)
 
     def gradients(self, index: Tensor, losses: Losses) -> None:
-        """Set every learning parameter's `grad` to (sum of clipped gradients of the samples + noise) / denominator.
+        """Set every learning parameter's `grad` to (sum of the samples' clipped gradients + noise) / denominator.
 
-        An empty sample gives noise alone; so does a sample whose gradient is not finite. A parameter that had no part in
-        the loss gets noise too. `losses` is called with pieces of the index, each sample once or, where another sample
-        of its piece is not finite, twice. Raises TypeError if it does not give one loss for each sample, and UserError
-        if the hooks miss a part of the gradient, because a parameter is used outside of its own module.
+        An empty index gives noise alone; a gradient that is not finite counts as zero. A parameter on which the loss does
+        not depend gets noise too. Calls `losses` with pieces of the index, and again with the rest of a piece if a gradient
+        in it is not finite. Raises TypeError unless it returns one loss per sample, and UserError if a parameter is used
+        outside its own module, so that a part of its gradient is missing.
         """
         self._drawn = False
         first = int(self._sum.begins_alone)
@@ -137,7 +136,7 @@ class Privatiser:
             self._learning[name].grad = share
 
     def _noisy(self) -> dict[str, Tensor]:
-        """What becomes of the gradients, with this step's noise in it: drawn late, so that it is still in the cache."""
+        """The tensors that become the gradients, filled with this step's noise; drawn late, so it is still in the cache."""
         plan = self.mechanism
         deviation = plan.noise_multiplier * self._sum.sensitivity("add-remove") / plan.denominator
         for flat in () if self._drawn else self._drawing:
@@ -160,7 +159,7 @@ class Privatiser:
             self._add(piece[again.to(piece.device)], losses)
         self._sum.forget()
 
-    def _let_nothing_work_in_place(self, opened: ExitStack) -> None:
+    def _disable_in_place(self, opened: ExitStack) -> None:
         modules = modules_of(self.model).values()
         for module in once(self.model, "may work in place", lambda: [m for m in modules if hasattr(m, "inplace")]):
             if getattr(module, "inplace", None) is True:
@@ -170,9 +169,9 @@ class Privatiser:
 
 @dataclass
 class Permit:
-    """The right to so many private steps as were charged for one release. `on` gives what makes the gradients of a model.
+    """The right to take the private steps that were charged for one release.
 
-    Several models, or several stretches of training, may share a permit; together they get no more than its steps.
+    Several models or phases of training may share a permit; together they take at most its steps.
     """
 
     mechanism: Mechanism
@@ -182,23 +181,23 @@ class Permit:
     _taken: int = 0
 
     def on(self, model: nn.Module) -> Privatiser:
-        """What makes private gradients of this model."""
+        """The context manager that makes private gradients of this model."""
         return Privatiser(model, self.mechanism, self.sampling, self.noise, self.grad_sample)
 
     def sample(self, n: int) -> Tensor:
-        """The next step's Poisson sample of n samples. Raises UserError if all steps that were charged are taken."""
+        """The next step's Poisson sample of n samples. Raises UserError if no charged step is left."""
         if self._taken >= self.mechanism.steps:
             raise UserError(
-                f'privacy.unit = "example": training wants more than the {self.mechanism.steps} steps a round that are '
-                "charged for; use a strategy that trains body and head together, once a round"
+                f'privacy.unit = "example": training needs more than the {self.mechanism.steps} steps a round that are '
+                "charged; use a strategy that trains body and head together, once a round"
             )
         self._taken += 1
         return poisson(n, self.mechanism.sample_rate, self.sampling)
 
 
 def _shares(learning: dict[str, nn.Parameter]) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Room for what becomes of the gradients, by name; and the pieces, each drawn at once, of which those are parts: one
-    piece if all parameters are of one kind."""
+    """Allocate tensors for the gradients. Returns flat tensors, each filled in one draw, and views of them by name; there is
+    one flat tensor if all parameters have the same dtype and device."""
     kinds = {(p.dtype, p.device) for p in learning.values()}
     whole = [list(learning.values())] if len(kinds) == 1 else [[p] for p in learning.values()]
     pieces = [torch.empty(sum(p.numel() for p in some), dtype=some[0].dtype, device=some[0].device) for some in whole]

@@ -1,1 +1,1 @@
-"""Models: backbones, heads, and the small modules that can be put into them."""
+"""Models: trunks, heads, and modules for parameter-efficient fine-tuning."""

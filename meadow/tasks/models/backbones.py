@@ -1,4 +1,4 @@
-"""Other people's models as trunks: torchvision's classification models by name, and encoders of `transformers`."""
+"""Third-party trunks: torchvision's classification models by name, and encoders of `transformers`."""
 
 import functools
 from collections.abc import Callable
@@ -17,17 +17,17 @@ TRANSFORMERS = "transformers:"
 
 @functools.cache
 def torchvision_names() -> tuple[str, ...]:
-    """The classification models that this torchvision has."""
+    """The classification models of the installed torchvision."""
     models = torchvision().models
     return tuple(models.list_models(module=models))
 
 
 def torchvision_trunk(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
-    """The model of that name, randomly initialised, without its classifier: its last linear layer is made the identity,
-    and all else keeps torchvision's names. SqueezeNet, which classifies by a convolution, gives its pooled features.
+    """Build a torchvision model with random weights and without its classifier: the identity replaces its last linear
+    layer, and names are torchvision's. SqueezeNet, whose classifier is a convolution, returns its pooled features.
 
-    Batches are not counted (`num_batches_tracked`): only a cumulative average would ask for it, and the state is to be of
-    numbers that can be averaged. With task.norm = "group" each batch normalisation is made a GroupNorm by Opacus.
+    Batch normalisations do not count batches (`num_batches_tracked`), because the state must be possible to average. With
+    task.norm = "group" Opacus replaces each batch normalisation with a GroupNorm.
     """
     if len(inputs.shape) != 3 or inputs.shape[0] != 3 or inputs.tokens:
         raise UserError(
@@ -45,23 +45,23 @@ def torchvision_trunk(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
         width = last.in_features
     model = without_counters(model)
     if task.norm == "group":
-        from opacus.validators import ModuleValidator  # takes a second to import
+        from opacus.validators import ModuleValidator  # takes 1 s to import
 
         model = cast(nn.Module, ModuleValidator.fix(model))
-    _takes(model, task, inputs)
+    _check_size(model, task, inputs)
     return model, width
 
 
 def without_counters(model: nn.Module) -> nn.Module:
-    """The model, whose batch normalisations no longer count batches."""
+    """Make the model's batch normalisations not count batches, in place."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.num_batches_tracked = None
     return model
 
 
-def _takes(model: nn.Module, task: Task, inputs: Inputs) -> None:
-    """Raise UserError unless a sample of this shape goes through; in `eval()`, so that nothing in the model changes."""
+def _check_size(model: nn.Module, task: Task, inputs: Inputs) -> None:
+    """Raise UserError unless the model accepts this shape; tried in `eval()`, so that the model does not change."""
     model.eval()
     try:
         with torch.no_grad():
@@ -69,15 +69,15 @@ def _takes(model: nn.Module, task: Task, inputs: Inputs) -> None:
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f'task.model = "{task.model}" cannot take images of {inputs.shape[1]}x{inputs.shape[2]} pixels '
-            f"({str(error).splitlines()[0]}): set task.image_size larger, 224 is what it was made for"
+            f"({str(error).splitlines()[0]}): write a larger task.image_size; it was made for 224"
         ) from None
     finally:
         model.train()
 
 
 class Encoder(nn.Module):
-    """A BERT-like encoder: tokens int64 (n, length), 0 where there is none -> the last state of the first token
-    ([CLS]), (n, width)."""
+    """A BERT-like encoder: tokens int64 (n, length), padded with 0 -> the last state of the first token ([CLS]),
+    (n, width)."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class Encoder(nn.Module):
                 module.register_forward_pre_hook(self._for_each_sample)
 
     def _for_each_sample(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Positions are the same in all samples, so the library looks them up once a batch, as one row: then no sample's
-        share of their gradient could be told (`meadow.privacy.dpsgd.book`). Here every sample looks up its own."""
+        """Look up positions for every sample. The library does it once per batch, because they are the same in all samples,
+        but then there is no per-example gradient (`meadow.privacy.dpsgd.book`)."""
         ids, *others = inputs
         return (ids.expand(self._samples, -1), *others) if ids.ndim == 2 and len(ids) == 1 else inputs
 
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
 
 def transformers_trunk(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
-    """The encoder in a local folder or on the Hugging Face hub, `transformers:NAME`, with random weights."""
+    """Build the encoder `transformers:NAME`, from a local folder or the Hugging Face hub, with random weights."""
     config = _of_transformers(task, lambda library, name: library.AutoConfig.from_pretrained(name))
     if not inputs.tokens:
         raise UserError(f'task.model = "{task.model}" needs tokens: use it with text')
@@ -116,19 +116,19 @@ def transformers_trunk(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
 
 
 def transformers_weights(task: Task) -> dict[str, Tensor]:
-    """The published weights of that encoder, by our names."""
+    """The published weights of that encoder, by the names in `Encoder`."""
     model = _of_transformers(task, lambda library, name: library.AutoModel.from_pretrained(name))
     return {f"encoder.{name}": tensor for name, tensor in _plain(model).state_dict().items()}
 
 
 def _plain(model: Any) -> nn.Module:
     if hasattr(model, "pooler"):
-        model.pooler = None  # a second head that nothing here uses
+        model.pooler = None  # an unused head
     return cast(nn.Module, model)
 
 
 def _of_transformers(task: Task, get: Callable[[Any, str], Any]) -> Any:
-    torchvision()  # transformers imports it in its own way, which fails beside some builds of torch
+    torchvision()  # transformers' own import of it fails with some builds of torch
     try:
         import transformers
     except ImportError:

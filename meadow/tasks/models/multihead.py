@@ -1,7 +1,7 @@
-"""The models: a trunk that turns a sample into features, and a head for each target.
+"""Models: a trunk that turns a sample into features, and a head for each target.
 
-State names are `trunk.*` and `heads.<target>.*`; everything that shares, freezes or personalises goes by them. The trunks
-are in `meadow/tasks/models/networks.py` (our own) and `meadow/tasks/models/backbones.py` (torchvision's and transformers').
+State names are `trunk.*` and `heads.<target>.*`; sharing, freezing and personalisation use them. The trunks are in
+`meadow/tasks/models/networks.py` (Meadow's) and `meadow/tasks/models/backbones.py` (torchvision's and transformers').
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +22,17 @@ from meadow.tasks.models.stitch import couple
 
 
 def inputs(dataset: Dataset) -> Inputs:
-    """What a model for this data set takes."""
+    """The inputs of a model for this data set."""
     return Inputs(tuple(dataset.train.x.shape[1:]), dataset.tokens)
 
 
 def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) -> nn.Module:
-    """The model of `task.model` and `task.hidden` for samples of this form, with a head for each target, in order.
+    """Build `task.model` for these inputs, with a head for each target, in order.
 
-    Initial weights (torch's defaults: He et al. 2015, uniform with bound 1/sqrt(fan-in)) are a function of `seed`: the
-    trunk's of (seed, "init", "trunk"), a head's of (seed, "init", "heads", name), so that methods with more or fewer
-    heads start from the same trunk; coupled trunks' of (seed, "init", "trunk", name). Raises UserError if the model
-    cannot take samples of this shape.
+    Initial weights (torch's defaults: He et al. 2015, uniform with bound 1/sqrt(fan-in)) depend on `seed`: the trunk's on
+    (seed, "init", "trunk"), a head's on (seed, "init", "heads", name), so that methods with different heads start from
+    the same trunk; coupled trunks' on (seed, "init", "trunk", name). Raises UserError if the model cannot take samples of
+    this shape.
     """
     with torch_seeded(seed, "init", "trunk"):
         trunk, features = _trunk(task)(task, inputs)
@@ -54,9 +54,8 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
 class Multihead(nn.Module):
     """A trunk and its heads. `forward`: x (n, *shape) as `Task.prepare` gives it -> {target: output}.
 
-    Outputs: logits (n, classes) or (n, labels); (n,) of a value; (n, quantiles). Of a trunk that gives features for
-    each token, (n, length, features), logits are (n, classes, length), as `torch.nn.functional.cross_entropy` takes
-    them. `on_features` is the second half of `forward` alone.
+    Outputs: logits (n, classes) or (n, labels); (n,) for a value; (n, quantiles). If the trunk returns features per token,
+    (n, length, features), logits are (n, classes, length), as `torch.nn.functional.cross_entropy` expects.
     """
 
     def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module], is_value: Mapping[str, bool]) -> None:
@@ -77,7 +76,7 @@ class Multihead(nn.Module):
 
 
 class Gated(nn.Module):
-    """A head that looks at what it needs of the features h: linear(h * sigmoid(gate(h))), elementwise."""
+    """A head with a gate on the features h: linear(h * sigmoid(gate(h)))."""
 
     def __init__(self, features: int, linear: nn.Linear) -> None:
         super().__init__()
@@ -89,10 +88,10 @@ class Gated(nn.Module):
 
 
 class TwoDomains(nn.Linear):
-    """A head on augmented features (Daume 2007): (h, h, 0) of a source sample h, (h, 0, h) of a target one.
+    """A head on augmented features (Daume 2007): (h, h, 0) for source features h, (h, 0, h) for target features.
 
-    It takes features (n, width) of target samples, as evaluation has them, or augmented ones, (n, 3 width). It starts as
-    the plain head: what it shares is that, what is each domain's own is 0.
+    It takes features (n, width) of target samples, as in evaluation, or augmented ones, (n, 3 width). The shared weights
+    start as those of the plain head, the domains' own weights at 0.
     """
 
     def __init__(self, plain: nn.Linear) -> None:
@@ -107,7 +106,7 @@ class TwoDomains(nn.Linear):
 
 
 def with_domains(model: nn.Module) -> nn.Module:
-    """The model with each of its linear heads made `TwoDomains`, in place."""
+    """Replace each linear head of the model with `TwoDomains`, in place."""
     heads = cast(nn.ModuleDict, model.heads)
     for name, head in list(heads.items()):
         heads[name] = TwoDomains(cast(nn.Linear, head))
@@ -115,13 +114,13 @@ def with_domains(model: nn.Module) -> nn.Module:
 
 
 def augmented(h: Tensor, source: bool) -> Tensor:
-    """(h, h, 0) or (h, 0, h): features (n, width) -> (n, 3 width)."""
+    """Augment features (n, width) to (n, 3 width): (h, h, 0) or (h, 0, h)."""
     none = torch.zeros_like(h)
     return torch.cat([h, h, none] if source else [h, none, h], -1)
 
 
 Trunk = Callable[[Task, Inputs], tuple[nn.Module, int]]
-"""Makes a trunk: of the settings and of what it is built for, the module and how many features it gives."""
+"""Builds a trunk: (settings, inputs) -> (module, number of features)."""
 
 OWN: dict[str, Trunk] = {
     "mlp": networks.mlp,
@@ -142,11 +141,11 @@ def _trunk(task: Task) -> Trunk:
     if ":" in task.model:
         found = user_object("task.model", task.model)
         if not callable(found):
-            raise UserError(f'task.model = "{task.model}": it is no function; docs/models.md says what it must be')
+            raise UserError(f'task.model = "{task.model}": it is not a function; docs/models.md says what it must be')
         return found
     if task.model in torchvision_names():
         return torchvision_trunk
     raise UserError(
-        f'task.model = "{task.model}": there is no such model{nearest(task.model, [*OWN, *torchvision_names()])}; there are '
-        f"{', '.join(OWN)}, torchvision's classification models by name, transformers:NAME, or your own module:object"
+        f'task.model = "{task.model}": there is no such model{nearest(task.model, [*OWN, *torchvision_names()])}; write '
+        f"{', '.join(OWN)}, a torchvision classification model, transformers:NAME, or your own module:object"
     )

@@ -1,8 +1,8 @@
-"""Small trunks of our own: for images, sensor windows and text. Each is a function of what it is built for.
+"""Meadow's own small trunks, for tables, images, sensor windows and text.
 
-A trunk takes prepared samples (n, *shape) and gives features (n, width); the character LSTM gives them for each token,
-(n, length, width). None has batch statistics (GroupNorm, Wu and He 2018), so none has a buffer that would travel or leak.
-Pooling comes before the ReLU behind it: the maximum of ReLUs is the ReLU of the maximum, at a quarter of the work.
+A trunk maps prepared samples (n, *shape) to features (n, width); the character LSTM to features per token,
+(n, length, width). Normalisation is GroupNorm (Wu and He 2018), so there are no running statistics to share or leak.
+Pooling comes before ReLU: the maximum of ReLUs is the ReLU of the maximum, at a quarter of the cost.
 """
 
 import math
@@ -25,9 +25,9 @@ class BoundedFeatures(nn.Module):
     """Centre each sample's features (n, hidden) and scale them to squared length 8: layer normalisation (Ba et al.
     2016) without parameters, times sqrt(8 / hidden).
 
-    A head's loss has curvature at most 2 (8 + 1) then, whatever the trunk has learned: gradient descent on a value
-    head is stable for lr < 2 / 18, and with momentum 0.9 for lr < 3.8 / 18. A trunk of a source task gives features of
-    squared length 300 without it, on which a value head at lr = 0.05 goes to infinity.
+    This bounds the curvature of a head's loss by 2 (8 + 1) for any trunk: gradient descent on a value head is stable for
+    lr < 2 / 18, and with momentum 0.9 for lr < 3.8 / 18. Without it a source model's features have squared length 300,
+    and a value head diverges at lr = 0.05.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ class BoundedFeatures(nn.Module):
 
 def mlp(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
     """Flatten, two hidden layers of `hidden` units with ReLU, `BoundedFeatures`."""
-    _numbers(task, inputs)
+    _refuse_tokens(task, inputs)
     hidden = task.hidden
     trunk = nn.Sequential(
         OrderedDict[str, nn.Module](
@@ -55,8 +55,8 @@ def mlp(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
 def cnn(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
     """Twice 3x3 convolution, GroupNorm, ReLU and 2x2 pooling, then a linear layer with ReLU, and `BoundedFeatures`.
 
-    The convolutions have hidden // 2 (at least 1) and `hidden` channels. Not adaptive pooling: its gradient has no
-    deterministic kernel on a GPU.
+    The convolutions have hidden // 2 (at least 1) and `hidden` channels. Pooling is not adaptive, because the gradient of
+    adaptive pooling has no deterministic GPU kernel.
     """
     channels, height, width = _image(task, inputs, smallest=2)
     hidden = task.hidden
@@ -127,7 +127,7 @@ def cnn1d(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
     two with pooling, then the mean and the maximum over time: 2 x hidden features."""
     if len(inputs.shape) != 2 or inputs.shape[1] < 4 or inputs.tokens:
         raise UserError(
-            f'task.model = "cnn1d" needs windows (channels, steps) of 4 steps or more, not {_form(inputs)}: '
+            f'task.model = "cnn1d" needs windows (channels, steps) of at least 4 steps, not {_form(inputs)}: '
             'use "cnn" for images, "bilstm" for text, "mlp" for tables'
         )
     hidden, groups = task.hidden, math.gcd(8, task.hidden)
@@ -145,15 +145,15 @@ def cnn1d(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
 
 
 class HalfOfTime(nn.Module):
-    """(n, channels, steps) -> (n, channels, steps // 2): the maximum of every two steps, as `nn.MaxPool1d(2)` has it. That
-    goes one channel at a time; with the channels side by side, as here, it takes a third of the time."""
+    """(n, channels, steps) -> (n, channels, steps // 2): the maximum of every two steps, as `nn.MaxPool1d(2)`, but
+    three times as fast, because channels are the innermost dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(x.unsqueeze(2).contiguous(memory_format=torch.channels_last), (1, 2)).squeeze(2)
 
 
 class MeanAndMaximum(nn.Module):
-    """(n, channels, steps) -> (n, 2 channels): the mean over time beside the maximum."""
+    """(n, channels, steps) -> (n, 2 channels): the mean and the maximum over time."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x.mean(-1), x.amax(-1)], 1)
@@ -163,8 +163,8 @@ EMBEDDING = 64
 
 
 class BiLSTM(nn.Module):
-    """Tokens int64 (n, length), 0 where there is none, at the end -> the maximum over time of both directions'
-    states, (n, 2 hidden). Padding changes nothing. A text without tokens counts as one padding."""
+    """Tokens int64 (n, length), padded with 0 at the end -> the maximum over time of both directions' states,
+    (n, 2 hidden). Padding has no effect. A text without tokens counts as one padding token."""
 
     def __init__(self, tokens: int, hidden: int) -> None:
         super().__init__()
@@ -179,9 +179,8 @@ class BiLSTM(nn.Module):
         return states.masked_fill(beyond, -math.inf).amax(1)
 
     def _both_ways(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """The states of a padded batch, each direction by itself, the second over the texts turned round within their
-        lengths: what comes after a state does not change it. oneDNN's LSTM takes such a batch whole, forward and back, where
-        a packed one goes through torch step by step."""
+        """The states of a padded batch: each direction separately, the second over the reversed texts, so that padding
+        comes last and does not affect them. oneDNN's LSTM runs such a batch at once; torch runs packed ones stepwise."""
         step = torch.arange(x.shape[1], device=x.device)
         back = lengths[:, None] - 1 - step
         turned = torch.where(back >= 0, back, step)
@@ -197,19 +196,19 @@ class BiLSTM(nn.Module):
         return torch.cat([ahead, behind.gather(1, turned[:, :, None].expand_as(behind))], -1)
 
     def _packed(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """The same by what stands in the LSTM's place, as Opacus's does."""
+        """The same with a module that replaces the LSTM, as Opacus's does."""
         packed = pack_padded_sequence(self.embedding(x), lengths.cpu(), batch_first=True, enforce_sorted=False)
         states: Tensor = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
         return states
 
 
 def bilstm(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
-    """`BiLSTM` for texts, 64 numbers a token: 2 x hidden features."""
+    """`BiLSTM` with 64-dimensional embeddings: 2 x hidden features."""
     return BiLSTM(_tokens(task, inputs), task.hidden), 2 * task.hidden
 
 
 class CharacterLSTM(nn.Module):
-    """Tokens int64 (n, length) -> the states of a two-layer LSTM at each of them, (n, length, hidden)."""
+    """Tokens int64 (n, length) -> the states of a two-layer LSTM at each token, (n, length, hidden)."""
 
     def __init__(self, tokens: int, hidden: int) -> None:
         super().__init__()
@@ -221,14 +220,14 @@ class CharacterLSTM(nn.Module):
 
 
 def charlstm(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
-    """`CharacterLSTM`, the shape of McMahan et al. 2017's: 8 numbers a character, two layers (theirs have 256 units)."""
+    """`CharacterLSTM`, as in McMahan et al. 2017: 8-dimensional embeddings, two layers (theirs have 256 units)."""
     return CharacterLSTM(_tokens(task, inputs), task.hidden), task.hidden
 
 
 def _image(task: Task, inputs: Inputs, smallest: int) -> tuple[int, int, int]:
     if len(inputs.shape) != 3 or min(inputs.shape[1:]) < smallest or inputs.tokens:
         raise UserError(
-            f'task.model = "{task.model}" needs images (channels, height, width) of {smallest} pixels or more a side, not '
+            f'task.model = "{task.model}" needs images (channels, height, width) of at least {smallest} pixels a side, not '
             f'{_form(inputs)}: use "mlp", or set task.image_size'
         )
     channels, height, width = inputs.shape
@@ -244,7 +243,7 @@ def _tokens(task: Task, inputs: Inputs) -> int:
     return inputs.tokens
 
 
-def _numbers(task: Task, inputs: Inputs) -> None:
+def _refuse_tokens(task: Task, inputs: Inputs) -> None:
     if inputs.tokens:
         raise UserError(f'task.model = "{task.model}" cannot take tokens: use "bilstm", or "charlstm" for characters')
 

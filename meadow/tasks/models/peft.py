@@ -1,9 +1,8 @@
-"""Small modules added to a model's layers, so that little is trained and little travels: LoRA and adapters.
+"""Parameter-efficient fine-tuning: LoRA and adapters, small modules added to a model's layers.
 
-They are children of the layer that they change, and a forward hook adds what they compute to its output. So the state
-names of the layer stay those of a pretrained file, and linear layers and convolutions go the same way. The peft library
-does this by wrapping layers of transformers' models, which changes their names; it would carry two large packages for
-the thirty lines that stand here.
+They are children of the layer, and a forward hook adds their output to the layer's. So the layer's state names remain
+those of pretrained files, and linear layers and convolutions work alike. The peft library would wrap layers, which changes
+their names.
 """
 
 from collections import OrderedDict
@@ -20,12 +19,12 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
-"""The layers that something can be added to."""
+"""The layers that modules can be added to."""
 
 
 @dataclass(frozen=True)
 class Added:
-    """What is added to each layer of the trunk: nothing, low-rank factors, or adapters; `size`: rank or bottleneck."""
+    """The modules added to each layer of the trunk: none, low-rank factors, or adapters; `size`: rank or bottleneck."""
 
     kind: Literal["", "lora", "series", "parallel"] = ""
     size: int = 1
@@ -33,7 +32,7 @@ class Added:
 
 
 def added(local: schema.Local) -> Added:
-    """What `local.trainable` adds to a model."""
+    """The modules that `local.trainable` adds to a model."""
     if local.trainable == "lora":
         return Added("lora", local.lora_rank, local.lora_alpha / local.lora_rank)
     if local.trainable == "adapters":
@@ -42,14 +41,14 @@ def added(local: schema.Local) -> Added:
 
 
 def extend(model: nn.Module, what: Added, seed: int) -> nn.Module:
-    """Add to each linear layer and convolution of the model's trunk, in place; the model computes what it did before.
+    """Add modules to each linear layer and convolution of the model's trunk, in place; outputs are unchanged at first.
 
-    lora (Hu et al. 2022, equation 3): W x + scale B A x, with A as torch draws a layer's weights and B = 0; of a
-    convolution A is one of the same kernel, stride and groups with `size` channels a group, B a 1x1 convolution.
-    Adapters: a bottleneck down, ReLU, up with `size` units, `up` = 0, added to the layer's output h. series (Houlsby et
-    al. 2019; for convolutions Rebuffi et al. 2017): h + up(relu(down(h))); parallel (He et al. 2022): h +
-    up(relu(down(x))) of the layer's input x. Draws are a function of (seed, "init", kind, layer). A layer that has no
-    more numbers than would be added (a depthwise convolution) is left alone. Raises UserError if all are.
+    lora (Hu et al. 2022, equation 3): W x + scale B A x, with A from torch's default initialisation and B = 0; for
+    convolutions A has the same kernel, stride and groups and `size` channels per group, and B is a 1x1 convolution.
+    Adapters: a bottleneck of `size` units with `up` = 0, added to the layer's output h. series (Houlsby et al. 2019; for
+    convolutions Rebuffi et al. 2017): h + up(relu(down(h))); parallel (He et al. 2022): h + up(relu(down(x))) of the
+    layer's input x. Weights depend on (seed, "init", kind, layer). Layers with no more weights than the module (depthwise
+    convolutions) are skipped. Raises UserError if all are.
     """
     if not what.kind:
         return model
@@ -57,7 +56,7 @@ def extend(model: nn.Module, what: Added, seed: int) -> nn.Module:
     if not layers:
         raise UserError(
             f'local.trainable = "{"lora" if what.kind == "lora" else "adapters"}": the trunk of this model has no linear '
-            'layer and no convolution to add to; write local.trainable = "all", "last:1" or "head"'
+            'layer or convolution to add modules to; write local.trainable = "all", "last:1" or "head"'
         )
     for name, layer in layers:
         with torch_seeded(seed, "init", what.kind, name):
@@ -71,16 +70,16 @@ def extend(model: nn.Module, what: Added, seed: int) -> nn.Module:
     if not changed:
         setting = "local.lora_rank" if what.kind == "lora" else "local.adapter_size"
         raise UserError(
-            f"{setting} = {what.size}: no layer of this model has more numbers than that would add to it; "
-            f'write a smaller one, or local.trainable = "all"'
+            f"{setting} = {what.size}: no layer of this model has more weights than the added module; "
+            f'write a smaller number, or local.trainable = "all"'
         )
     return model
 
 
 def merged(state: Arrays, scale: float) -> Arrays:
-    """A state with its low-rank factors multiplied into the weights, W + scale B A, and without them.
+    """Merge the low-rank factors of a state into the weights, W + scale B A.
 
-    What `extend` made of a model then computes what the plain model does with this state.
+    The plain model with the result computes the same as the extended model with `state`.
     """
     result = {}
     for name, value in state.items():
@@ -89,7 +88,7 @@ def merged(state: Arrays, scale: float) -> Arrays:
         place = name.removesuffix("weight")
         if name.endswith("weight") and f"{place}lora_a.weight" in state:
             a, b = (torch.from_numpy(state[f"{place}lora_{part}.weight"]).double() for part in "ab")
-            groups = a.shape[0] // b.shape[1]  # B of a grouped convolution sees its own group's rank alone
+            groups = a.shape[0] // b.shape[1]  # B of a grouped convolution is per group
             rows = torch.stack(
                 [x @ y for x, y in zip(b.flatten(1).chunk(groups), a.flatten(1).chunk(groups), strict=True)]
             )
@@ -121,7 +120,7 @@ class _Adapted:
 
 def _layers(trunk: nn.Module) -> Iterator[tuple[str, Layer]]:
     for name, module in trunk.named_modules():
-        # Attention reads the weights of its output layer without calling it, so that a hook would change nothing.
+        # Attention reads its output layer's weights without calling the layer, so a hook would have no effect.
         if isinstance(module, Layer) and type(module).__name__ != "NonDynamicallyQuantizableLinear":
             yield name, module
 

@@ -1,4 +1,4 @@
-"""Cross-stitch networks (Misra et al. 2016): a trunk for each target, which mix what they have after each layer."""
+"""Cross-stitch networks (Misra et al. 2016): one trunk per target, whose feature maps are mixed after each layer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
@@ -11,10 +11,10 @@ from meadow.tasks.data import Target
 from meadow.tasks.models.peft import Layer
 
 OWN, OTHERS = 0.9, 0.1
-"""How much of itself a trunk keeps at first, and how much it takes from all others together (section 4.2)."""
+"""Initial weights of a trunk's own feature map, and of all others together (section 4.2)."""
 
 COLUMNS = "trunk.columns."
-"""State names of the coupled trunks start with this, their number and the plain trunk's own name."""
+"""Prefix of the coupled trunks' state names; the trunk's number and its own state name follow."""
 
 
 class Unit(nn.Module):
@@ -27,12 +27,12 @@ class Unit(nn.Module):
         self.alpha = nn.Parameter(alpha)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """maps (n, K, channels, ...) -> the same shape. Samples come first, as Opacus has it."""
+        """maps (n, K, channels, ...) -> the same shape; samples first, as Opacus expects."""
         return torch.einsum("ijc,njc...->nic...", self.alpha, maps)
 
 
 class Coupled(nn.Module):
-    """K trunks of the same form and a unit after each of their stages: x (n, *shape) -> features (n, K * width)."""
+    """K equal trunks with a unit after each stage: x (n, *shape) -> features (n, K * width)."""
 
     def __init__(self, columns: Sequence[nn.Sequential], stages: Sequence[tuple[int, int, int]]) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Coupled(nn.Module):
 
 
 class Own(nn.Module):
-    """A head that sees its own trunk's part of the features, beginning at `first`."""
+    """A head on its own trunk's features, `first` to first + width."""
 
     def __init__(self, head: nn.Module, first: int, width: int) -> None:
         super().__init__()
@@ -65,18 +65,18 @@ class Own(nn.Module):
 def couple(
     make: Callable[[str], nn.Module], width: int, heads: Mapping[str, nn.Module], targets: Sequence[Target], model: str
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """Coupled trunks, made by `make` of a target's name, and the heads (of `width` features) that each see their own.
+    """Couple one trunk per target, `make(target name)`, and give each head (of `width` features) its own.
 
-    A stage is a linear layer or convolution with the norm, activation, pooling and dropout that follow. Raises UserError
-    for a trunk that is not such a sequence (`model` is its name).
+    A stage is a linear layer or convolution with the norm, activation, pooling and dropout after it. Raises UserError if
+    the trunk of `model` is not a sequence of these.
     """
     columns = []
     for target in targets:
         column = make(target.name)
         if not isinstance(column, nn.Sequential) or not any(isinstance(m, Layer) for m in column):
             raise UserError(
-                f'task.trunks = "cross-stitch" with task.model = "{model}": it is no sequence of layers, between which '
-                'trunks could be coupled; use "mlp", "cnn", "lenet", "mcmahan-cnn" or "cnn1d", or task.trunks = "shared"'
+                f'task.trunks = "cross-stitch" with task.model = "{model}": this model is not a sequence of layers, so '
+                'trunks cannot be coupled; use "mlp", "cnn", "lenet", "mcmahan-cnn" or "cnn1d", or task.trunks = "shared"'
             )
         columns.append(column)
     return Coupled(columns, _stages(columns[0])), {
@@ -85,7 +85,7 @@ def couple(
 
 
 def _stages(column: nn.Sequential) -> list[tuple[int, int, int]]:
-    """(first, last, channels) of each stage: the modules first to last - 1."""
+    """(first, last, channels) of each stage, which has the modules first to last - 1."""
     modules = list(column)
     at = [i for i, m in enumerate(modules) if isinstance(m, Layer)]
     stages, first = [], 0

@@ -1,9 +1,8 @@
-"""torchvision, also beside a CPU build of torch.
+"""Imports torchvision, also with a CPU build of torch.
 
-PyPI's torchvision is built for CUDA. Beside a CPU torch its compiled part cannot be loaded, and its import then fails,
-because it describes two detection operators, `nms` and `qnms`, that nobody has declared. Once they are declared, without
-an implementation, the rest works: models and transforms are plain Python. Where the compiled part loads (a matched pair,
-with CUDA or without), nothing is declared.
+PyPI's torchvision is built for CUDA. With a CPU torch its compiled part cannot be loaded, and the import fails at two
+undeclared detection operators, `nms` and `qnms`. Declared without an implementation, they let the rest work, because models
+and transforms are plain Python. If the compiled part loads, nothing is declared.
 """
 
 import functools
@@ -12,13 +11,13 @@ from types import ModuleType
 
 import torch
 
-# Declarations last as long as this object.
+# Declarations live as long as this object.
 _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @functools.cache
 def torchvision() -> ModuleType:
-    """The module `torchvision` with all of `torchvision.transforms.v2`; imported at the first call (about a second)."""
+    """The module `torchvision` with all of `torchvision.transforms.v2`; imported at the first call (1 s)."""
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:

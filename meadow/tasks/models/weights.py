@@ -1,4 +1,4 @@
-"""Pretrained trunks: published weights, or a .safetensors file with our names or the model's own."""
+"""Reads pretrained trunks: published weights, or a .safetensors file."""
 
 import os
 from collections.abc import Mapping
@@ -21,47 +21,47 @@ PUBLISHED = "DEFAULT"
 
 
 def pretrained_trunk(task: Task, trunk: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The arrays named by `task.pretrained` for a trunk's state (names with "trunk."), float32.
+    """Read the weights `task.pretrained` for a trunk's state (names "trunk.*"), as float32.
 
-    "DEFAULT": the model's published weights, which torchvision or transformers downloads where they are not there yet. Else
-    a .safetensors file: its arrays have our names ("trunk.*", others are passed over), or those of the model itself,
-    of which the classifier's, which our heads replace, and counters of batches are passed over. Half precision is read
-    as float32. Raises UserError for what is missing, unreadable or does not fit.
+    "DEFAULT": the model's published weights, downloaded by torchvision or transformers if necessary. Else a .safetensors
+    file, whose names are Meadow's ("trunk.*"; others are ignored) or the model's own; then the classifier and batch
+    counters are ignored. Half precision is read as float32. Raises UserError for arrays that are missing, unreadable or
+    do not fit.
     """
     if task.pretrained == PUBLISHED:
-        arrays, whence = {TRUNK + n: t for n, t in _published(task).items()}, f'the published weights of "{task.model}"'
+        arrays, origin = {TRUNK + n: t for n, t in _published(task).items()}, f'the published weights of "{task.model}"'
     else:
-        arrays, whence = _from_file(task.pretrained), f'task.pretrained = "{task.pretrained}"'
+        arrays, origin = _from_file(task.pretrained), f'task.pretrained = "{task.pretrained}"'
     if not any(name.startswith(TRUNK) for name in arrays):
         arrays = {TRUNK + name: tensor for name, tensor in arrays.items()}
     arrays = {n: t for n, t in arrays.items() if n.startswith(TRUNK) and not n.endswith("num_batches_tracked")}
     for part in ("classifier.", "fc.", "head.", "heads.", "aux1.", "aux2.", "AuxLogits."):
         if not any(name.startswith(TRUNK + part) for name in trunk):
             arrays = {n: t for n, t in arrays.items() if not n.startswith(TRUNK + part)}
-    return {name: _fitting(name, arrays, trunk, whence) for name in sorted(trunk.keys() | _needed(arrays, trunk))}
+    return {name: _fitting(name, arrays, trunk, origin) for name in sorted(trunk.keys() | _needed(arrays, trunk))}
 
 
 def _needed(arrays: Mapping[str, Tensor], trunk: Mapping[str, Tensor]) -> set[str]:
-    """The arrays that must be the trunk's: all but those of layers that the trunk has in part (VGG's classifier)."""
+    """The arrays that the trunk must have: all but those of layers that it has in part (VGG's classifier)."""
     partly = {name.split(".")[1] for name in trunk} & {"classifier", "head", "heads", "fc"}
     return {name for name in arrays if name in trunk or name.split(".")[1] not in partly}
 
 
-def _fitting(name: str, arrays: Mapping[str, Tensor], trunk: Mapping[str, Tensor], whence: str) -> Tensor:
+def _fitting(name: str, arrays: Mapping[str, Tensor], trunk: Mapping[str, Tensor], origin: str) -> Tensor:
     way_out = "set task.model, task.hidden and task.norm as they were when the weights were made"
     if name not in arrays:
-        raise UserError(f'{whence} has no array "{name}", which the trunk needs: {way_out}')
+        raise UserError(f'{origin} has no array "{name}", which the trunk needs: {way_out}')
     if name not in trunk:
-        raise UserError(f'{whence} has an array "{name}", which the trunk has not: {way_out}')
+        raise UserError(f'{origin} has an array "{name}", which the trunk does not have: {way_out}')
     array = arrays[name]
     if array.shape != trunk[name].shape:
         raise UserError(
-            f'{whence}: array "{name}" has shape {tuple(array.shape)}, the trunk\'s has {tuple(trunk[name].shape)}: '
+            f'{origin}: array "{name}" has shape {tuple(array.shape)}, the trunk\'s has {tuple(trunk[name].shape)}: '
             f"{way_out}"
         )
     if not array.is_floating_point() or not array.isfinite().all():
         raise UserError(
-            f'{whence}: array "{name}" is not of finite floating-point numbers: use a file that holds a trained model'
+            f'{origin}: array "{name}" has no finite floating-point numbers: use the file of a trained model'
         )
     return array.to(torch.float32)
 
@@ -80,7 +80,7 @@ def _from_file(place: str) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The arrays of a run's checkpoint, or of any .safetensors file. Raises SafetensorError or OSError."""
+    """Read a run's checkpoint or any .safetensors file. Raises SafetensorError or OSError."""
     try:
         return {name: torch.from_numpy(value) for name, value in read_arrays(path).items()}
     except DamagedFile:
@@ -100,6 +100,6 @@ def _published(task: Task) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], weights.get_state_dict(progress=False, check_hash=True))
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f'task.pretrained = "{PUBLISHED}": {weights.url} could not be fetched ({error}); put that file in '
+            f'task.pretrained = "{PUBLISHED}": {weights.url} cannot be downloaded ({error}); put that file in '
             f"{torch.hub.get_dir()}/checkpoints, or write the path of a .safetensors file"
         ) from None

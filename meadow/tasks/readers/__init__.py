@@ -1,1 +1,1 @@
-"""Readers: one module for each format that data comes in."""
+"""Readers of data sets, one module per format."""

@@ -1,4 +1,4 @@
-"""Arrays in an .npz file: x, one or more targets, optionally whose each sample is. Never pickled."""
+"""Reads arrays from an .npz file, never pickles: x, one or more targets, and optionally the clients."""
 
 import zipfile
 import zlib
@@ -21,12 +21,12 @@ _TRAIN, _TEST = "_train", "_test"
 
 
 def arrays(task: Task, folder: Path) -> Raw:
-    """The arrays of `task.train` (default: the only .npz file of the folder).
+    """Read the arrays of `task.train` (default: the only .npz file of the folder).
 
-    `x_train`, `y_train`, ... and `x_test`, `y_test`, ...; or `x`, `y`, ... without a test set. x: (n, *shape) of numbers,
-    read as float32; bytes (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w) are images, of `task.image_size` and
-    `task.channels`. Every other array with n rows may be a target; `task.client` names the one that says whose each
-    sample is. Raises UserError for what does not fit.
+    `x_train`, `y_train`, ... and `x_test`, `y_test`, ...; or `x`, `y`, ... without a test set. x: numbers (n, *shape), read
+    as float32, or images: uint8 (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w), converted to `task.image_size` and
+    `task.channels`. Every other array with n rows may be a target; `task.client` names the array of clients. Raises
+    UserError for shapes and types that do not fit.
     """
     path = _file(task, folder)
     found = _load(path)
@@ -54,7 +54,7 @@ def _file(task: Task, folder: Path) -> Path:
 def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not zipfile.is_zipfile(path):
         raise UserError(
-            f"{path}: this is not an .npz file, or it is cut short; write one by numpy.savez(path, x=..., y=...)"
+            f"{path}: this is not an .npz file, or it is truncated; write one by numpy.savez(path, x=..., y=...)"
         )
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -62,7 +62,7 @@ def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise UserError(
-                f"{path}: an array holds Python objects, which are never unpickled; save it as numbers or text "
+                f"{path}: an array contains Python objects, which are not unpickled; save it as numbers or text "
                 '(array.astype("U"))'
             ) from None
         raise UserError(f"{path}: the .npz file is damaged ({error})") from None
@@ -119,18 +119,18 @@ def _samples(task: Task, path: Path, name: str, array: npt.NDArray[Any]) -> Tens
             raise UserError(f'{path}: "{name}": bytes are images of 1 or 3 channels, not of shape {shape}')
         return resize_arrays(array, task.image_size, task.channels)
     if array.dtype.kind not in "fiub":
-        raise UserError(f'{path}: "{name}" is of {array.dtype}; expected numbers')
+        raise UserError(f'{path}: "{name}" is of type {array.dtype}; expected numbers')
     for setting in ("image_size", "channels"):
         if value := getattr(task, setting):
             raise UserError(
-                f'task.{setting} = {value!r}: "{name}" of {path} is {array.dtype} of shape {array.shape}, where images are '
+                f'task.{setting} = {value!r}: "{name}" of {path} is {array.dtype} of shape {array.shape}, but images are '
                 "uint8 of shape (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w)"
             )
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is told below
+    with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused below
         samples = array.astype(np.float32)
     if not np.isfinite(samples).all():
         row = int(np.flatnonzero(~np.isfinite(samples.reshape(len(samples), -1)).all(1))[0]) + 1
-        raise UserError(f'{path}: "{name}", row {row}, has a number that is not finite; fill or leave out such samples')
+        raise UserError(f'{path}: "{name}", row {row}, has a number that is not finite; fill in or remove such samples')
     return torch.from_numpy(samples)
 
 

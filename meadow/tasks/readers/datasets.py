@@ -1,8 +1,7 @@
-"""Opening a data set by what `task.dataset` names: one reader a format, each in a module of its own.
+"""Opens the data set that `task.dataset` names, with one reader per format.
 
-A reader takes the settings of `[task]` and gives a `meadow.tasks.data.Raw`; what is the same for all formats stands
-here: the targets and their kinds, the global test set held out where the data brings none, the natural clients. What a
-user's own `module:object` must be is told in docs/data.md: a reader like these.
+A reader takes the settings of `[task]` and returns a `meadow.tasks.data.Raw`. This module does what all formats share:
+encoding targets, holding out a global test set, and natural clients. A user's `module:object` is a reader (docs/data.md).
 """
 
 import functools
@@ -30,7 +29,7 @@ from meadow.tasks.readers.tabular import tabular
 from meadow.tasks.readers.text import characters, text
 from meadow.tasks.targets import encode
 
-_DATA_SEED = 0  # The held-out test set belongs to the data: it does not depend on the experiment's seed.
+_DATA_SEED = 0  # The held-out test set is part of the data: it does not depend on the experiment's seed.
 
 Reader = Callable[[schema.Task], Raw]
 _READERS: dict[str, Reader] = {
@@ -48,7 +47,7 @@ _READERS: dict[str, Reader] = {
 }
 
 
-# What of [task] decides the data; a data set is opened once a process for each of their values.
+# The settings of [task] on which the data depends; a process caches data sets by them.
 _DATA_KEYS = (
     "dataset", "root", "download", "train", "test", "test_fraction", "inputs", "targets", "kinds", "client", "public",
     "image_size", "channels", "tokens", "vocabulary", "vocabulary_size", "length", "source_samples",
@@ -58,20 +57,20 @@ _DATA_KEYS = (
 def open_dataset(task: schema.Task) -> Dataset:
     """The data set that `task.dataset` names, with `task.targets`; the same object for the same settings.
 
-    Raises UserError for an unknown data set, files that are missing or malformed, and targets that it has not.
+    Raises UserError for an unknown data set, missing or malformed files, and unknown targets.
     """
     own = data_settings(task)
     return memory.common(own, lambda: _open(own))
 
 
 def data_settings(task: schema.Task) -> schema.Task:
-    """The settings with those at their defaults that do not decide the data."""
+    """The settings, with those that do not affect the data at their defaults."""
     defaults = schema.Task().model_dump()
     return task.model_copy(update={key: v for key, v in defaults.items() if key not in _DATA_KEYS})
 
 
 def forget_datasets() -> None:
-    """Keep no data set but for those in common memory."""
+    """Drop all cached data sets that are not in shared memory."""
     _open.cache_clear()
 
 
@@ -94,10 +93,10 @@ def _open(task: schema.Task) -> Dataset:
 
 
 def folder(task: schema.Task) -> Path:
-    """`task.root` as a folder that exists; "~" and "$NAME" in it are filled in. Raises UserError if it does not."""
+    """The folder `task.root`, with "~" and "$NAME" expanded. Raises UserError if it does not exist."""
     if not task.root:
         raise UserError(
-            f'task.root is empty: task.dataset = "{task.dataset}" reads files; write the folder that they are in '
+            f'task.root is empty: task.dataset = "{task.dataset}" reads files; write their folder '
             '(for example root = "$MEADOW_DATA/heart")'
         )
     path = Path(os.path.expandvars(task.root)).expanduser()
@@ -110,19 +109,19 @@ def _reader(task: schema.Task) -> Reader:
     if ":" in task.dataset and task.dataset.partition(":")[0] not in _READERS:
         found = user_object("task.dataset", task.dataset)
         if not callable(found):
-            raise UserError(f'task.dataset = "{task.dataset}": it is no function; docs/data.md says what it must be')
+            raise UserError(f'task.dataset = "{task.dataset}": it is not a function; docs/data.md says what it must be')
         return found
     reader = _READERS.get(task.dataset.partition(":")[0])
     if reader is None:
         raise UserError(
-            f'task.dataset = "{task.dataset}": there is no such data set{nearest(task.dataset, _READERS)}; there are '
+            f'task.dataset = "{task.dataset}": there is no such data set{nearest(task.dataset, _READERS)}; write one of '
             f"{', '.join(_READERS)}, or your own module:object"
         )
     return reader
 
 
 def _hold_out(raw: Raw, fraction: float) -> Raw:
-    """A random share of the training pool as the global test set, at least one sample."""
+    """Move a random share of the training pool, at least one sample, to the global test set."""
     n = len(raw.train.x)
     order = numpy_generator(_DATA_SEED, "hold-out").permutation(n)
     count = min(max(1, round(fraction * n)), max(n - 1, 0))

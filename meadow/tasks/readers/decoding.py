@@ -1,8 +1,8 @@
-"""Images as uint8 tensors: decoded by Pillow, resized, and kept decoded in a memory-mapped file.
+"""Decodes and resizes images with Pillow, and caches the uint8 tensors in memory-mapped files.
 
-Decoding a JPEG costs milliseconds, a slice of a mapped file microseconds, and all processes of a machine share its pages.
-The files lie in $MEADOW_CACHE, else in ~/.cache/meadow, and may be deleted at any time. Where there is no room for one,
-or the folder cannot be written to, the images are kept in memory: the values are the same.
+Decoding a JPEG takes milliseconds, a slice of a mapped file microseconds, and all processes of a machine share its pages.
+The files are in $MEADOW_CACHE, else in ~/.cache/meadow, and may be deleted at any time. If a file cannot be written, the
+same images are kept in memory.
 """
 
 import hashlib
@@ -26,19 +26,19 @@ from meadow.tasks.models.vision import torchvision
 
 Pixels = npt.NDArray[np.uint8]
 
-_LAYOUT = "1"  # of a kept file and of how its pixels are made: raise it when either changes
-_SPARE = 2**30  # bytes that stay free on the disk beside a new file
-_AT_ONCE = 64  # images that are decoded in parallel and wait in memory to be written
+_LAYOUT = "1"  # version of the cache files and of their pixels: increase it when either changes
+_SPARE = 2**30  # bytes of disk space that a new file must leave free
+_AT_ONCE = 64  # images decoded in parallel before they are written
 
 
 def decode_files(paths: Sequence[Path], where: Callable[[int], str], size: int, channels: str) -> Tensor:
-    """The images of these files: uint8 (n, channels, height, width), mapped from a kept file where there is room.
+    """The images of these files: uint8 (n, channels, height, width), mapped from a cache file where possible.
 
-    `size` > 0: resized so that the short side is `size` (bilinear with antialiasing), and the square in the middle cut
-    out; 0: as they are, and all must be of one size. `channels`: "grey" (0.299 red + 0.587 green + 0.114 blue), "rgb",
-    "bgr", or "": as they are, grey or red, green and blue. `where(i)` says where the i-th path comes from, in errors.
-    A kept file belongs to the paths, sizes and times of change of these files, to `size` and `channels`, and to the
-    version of Pillow. Raises UserError for a file that is missing or cannot be decoded, and images of different sizes.
+    `size` > 0: resized so that the short side is `size` (bilinear with antialiasing), then centre-cropped to a square;
+    0: unchanged, and all must have one size. `channels`: "grey" (0.299 red + 0.587 green + 0.114 blue), "rgb", "bgr",
+    or "": unchanged, grey or RGB. `where(i)`: the location of the i-th path, for errors. The cache key: the files' paths,
+    sizes and modification times, `size`, `channels`, and Pillow's version. Raises UserError for files that are missing or
+    cannot be decoded, and for images of different sizes.
     """
     digest = _digest(size, channels)
     for i, path in enumerate(paths):
@@ -53,29 +53,29 @@ def decode_files(paths: Sequence[Path], where: Callable[[int], str], size: int, 
             with Image.open(paths[i]) as image:
                 return pixels(image, size, channels)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{where(i)}: {paths[i]} cannot be taken as an image: {error}") from None
+            raise UserError(f"{where(i)}: {paths[i]} cannot be read as an image: {error}") from None
 
     def differs(i: int, found: tuple[int, ...], first: tuple[int, ...]) -> UserError:
         return _differs(f"{where(i)}: {paths[i]}", found, str(paths[0]), first)
 
-    return _kept(digest.hexdigest(), len(paths), decode, differs)
+    return _cached(digest.hexdigest(), len(paths), decode, differs)
 
 
 def convert_images(images: Iterable[Image.Image], where: Callable[[int], str], size: int, channels: str) -> Tensor:
-    """Images that are decoded already, as `decode_files` would give them, kept in memory. Raises UserError likewise."""
+    """Convert decoded images as `decode_files` does, in memory. Raises UserError as it does."""
     made: list[Pixels] = []
     for i, image in enumerate(images):
         try:
             made.append(pixels(image, size, channels))
         except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{where(i)}: it cannot be taken as an image: {error}") from None
+            raise UserError(f"{where(i)}: it cannot be read as an image: {error}") from None
         if made[-1].shape != made[0].shape:
             raise _differs(where(i), made[-1].shape, "the first", made[0].shape)
     return torch.from_numpy(np.stack(made))
 
 
 def resize_arrays(images: Pixels, size: int, channels: str) -> Tensor:
-    """Images (n, 1 or 3, height, width) of one array, as `decode_files` would give them; itself if nothing changes."""
+    """Convert images (n, 1 or 3, height, width) as `decode_files` does; the same array if nothing changes."""
     now = "grey" if images.shape[1] == 1 else "rgb"
     if channels in ("", now) and (size == 0 or images.shape[2:] == (size, size)):
         return torch.from_numpy(np.ascontiguousarray(images))
@@ -88,9 +88,9 @@ def resize_arrays(images: Pixels, size: int, channels: str) -> Tensor:
         return pixels(Image.fromarray(np.ascontiguousarray(image)), size, channels)
 
     def differs(i: int, found: tuple[int, ...], first: tuple[int, ...]) -> UserError:
-        raise AssertionError("images of one array are of one size")
+        raise AssertionError("images of one array have one size")
 
-    return _kept(digest.hexdigest(), len(images), resize, differs)
+    return _cached(digest.hexdigest(), len(images), resize, differs)
 
 
 def _digest(size: int, channels: str) -> "hashlib._Hash":
@@ -98,16 +98,14 @@ def _digest(size: int, channels: str) -> "hashlib._Hash":
 
 
 def pixels(image: Image.Image, size: int, channels: str) -> Pixels:
-    """One image as `decode_files` gives it, uint8 (channels, height, width). Raises ValueError for a colour mode that
-    would lose by it."""
+    """Convert one image as `decode_files` does, to uint8 (channels, height, width). Raises ValueError for colour modes that
+    this would degrade."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"it has more than 8 bits a channel (mode {image.mode}): store it with 8 bits a channel")
     if channels:
         image = image.convert("L" if channels == "grey" else "RGB")
     elif image.mode not in ("L", "RGB"):
-        raise ValueError(
-            f'it is neither grey nor of three colours (mode {image.mode}): set task.channels to "rgb" or "grey"'
-        )
+        raise ValueError(f'it is neither grey nor RGB (mode {image.mode}): set task.channels to "rgb" or "grey"')
     if size:
         function = torchvision().transforms.v2.functional
         image = function.center_crop(function.resize(image, [size]), [size])
@@ -131,8 +129,8 @@ def _form(shape: tuple[int, ...]) -> str:
 Differs = Callable[[int, tuple[int, ...], tuple[int, ...]], UserError]
 
 
-def _kept(key: str, n: int, make: Callable[[int], Pixels], differs: Differs) -> Tensor:
-    """The images make(0), ..., make(n - 1), from the kept file of this key, which is written if it is not there."""
+def _cached(key: str, n: int, make: Callable[[int], Pixels], differs: Differs) -> Tensor:
+    """The images make(0), ..., make(n - 1), from the cache file of this key, which is written if missing."""
     if n == 0:
         return torch.empty((0, 1, 1, 1), dtype=torch.uint8)
     try:
@@ -143,15 +141,15 @@ def _kept(key: str, n: int, make: Callable[[int], Pixels], differs: Differs) -> 
         shape = (n, *make(0).shape)
         place.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(place.parent).free - int(np.prod(shape)) >= _SPARE:
-            _write(place, shape, _all(n, make, differs))
+            _write(place, shape, _make_all(n, make, differs))
             found = _open(place, n)
             if found is not None:
                 return torch.from_numpy(found)
-    except (OSError, RuntimeError):  # no home, no right to write, or no room after all
+    except (OSError, RuntimeError):  # no home folder, no write permission, or a full disk
         pass
     shape = (n, *make(0).shape)
     images = np.empty(shape, dtype=np.uint8)
-    for i, image in enumerate(_all(n, make, differs)):
+    for i, image in enumerate(_make_all(n, make, differs)):
         images[i] = image
     return torch.from_numpy(images)
 
@@ -161,8 +159,8 @@ def _folder() -> Path:
     return (Path(place) if place else Path.home() / ".cache" / "meadow") / "images"
 
 
-def _all(n: int, make: Callable[[int], Pixels], differs: Differs) -> Iterator[Pixels]:
-    """make(0), ..., make(n - 1), in order, made by all cores."""
+def _make_all(n: int, make: Callable[[int], Pixels], differs: Differs) -> Iterator[Pixels]:
+    """Yield make(0), ..., make(n - 1), computed on all cores."""
     first: tuple[int, ...] = ()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for start in range(0, n, _AT_ONCE):
@@ -175,8 +173,8 @@ def _all(n: int, make: Callable[[int], Pixels], differs: Differs) -> Iterator[Pi
 
 
 def _open(place: Path, n: int) -> Pixels | None:
-    """The kept file, mapped; None if it is not there or not whole. Writes to the array change no file: torch, which
-    knows no read-only tensors, need not warn."""
+    """Map a cache file; None if it is missing or incomplete. Mapped copy-on-write, because torch warns of read-only
+    arrays."""
     try:
         found = np.load(place, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -188,7 +186,7 @@ def _open(place: Path, n: int) -> Pixels | None:
 
 
 def _write(place: Path, shape: tuple[int, ...], images: Iterator[Pixels]) -> None:
-    """Write a .npy file, whole or not at all. By plain writes: a full disk is an error then, and no bus error."""
+    """Write a .npy file atomically; with plain writes, so that a full disk is an OSError and not a bus error."""
     handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

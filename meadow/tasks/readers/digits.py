@@ -1,6 +1,6 @@
-"""The default task and its source: handwritten digits (real, 1,797 images) and printed ones (made, as many as wanted).
+"""The default task and its source task: 1,797 real handwritten digits, and any number of generated printed ones.
 
-Both are 8x8 grey images in 0..1 made the same way: a 32x32 bitmap, and the share of ink in each 4x4 block (Alpaydin and
+Both are 8x8 grey images in 0..1: the share of ink in each 4x4 block of a 32x32 bitmap (Alpaydin and
 Kaynak 1998, "Optical Recognition of Handwritten Digits", UCI). Both have two targets: the digit, and its slant.
 """
 
@@ -21,7 +21,7 @@ from meadow.tasks.data import Data, Part, Raw
 KINDS = {"digit": "class 10", "slant": "value scale 0.25"}
 """The digit 0..9, and its slant in radians. The slant's scale is a public constant: twice its spread in both."""
 
-_DATA_SEED = 0  # The data are the data: neither depends on the experiment's seed.
+_DATA_SEED = 0  # The data do not depend on the experiment's seed.
 _TEST_A_DIGIT = 27
 _PRINTED_TEST = 1000
 
@@ -30,9 +30,9 @@ _PRINTED_TEST = 1000
 def digits() -> Raw:
     """scikit-learn's handwritten digits: x float32 (n, 1, 8, 8) in 0..1; digit int64; slant float32, radians.
 
-    The global test set has 270 images, 27 of each digit, drawn once and for all; the other 1,527 are for the clients.
+    The global test set has 270 images, 27 of each digit, always the same; the clients have the other 1,527.
     """
-    # scikit-learn's own file, without importing all of scikit-learn (a large half of a second in each process).
+    # Reads scikit-learn's file without importing scikit-learn, which takes 0.6 s in each process.
     package = importlib.util.find_spec("sklearn")
     assert package is not None and package.origin is not None
     with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", "rt") as file:
@@ -49,7 +49,7 @@ def digits() -> Raw:
 
 @functools.lru_cache(maxsize=2)
 def printed_dataset(samples: int) -> Raw:
-    """Printed digits as a data set of its own: a training pool of `samples` and a global test set of 1,000."""
+    """Printed digits as a data set: a training pool of `samples` and a global test set of 1,000."""
     everything = printed_digits(samples + _PRINTED_TEST, _DATA_SEED)
     train, test = torch.arange(samples), torch.arange(samples, samples + _PRINTED_TEST)
     return Raw("printed-digits", _part(everything.take(train)), _part(everything.take(test)), KINDS)
@@ -60,14 +60,14 @@ def slant(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
     images: (n, height, width) of ink >= 0. With x to the right and y *upwards*, m the total ink and (X, Y) its centre,
     the second central moments are mu11 = sum ink (x - X)(y - Y) and mu02 = sum ink (y - Y)^2, and
-    slant = arctan(mu11 / mu02). A shear x' = x + t y turns mu11 into mu11 + t mu02 and leaves mu02, so a figure whose
-    mu11 is 0 has slant arctan(t) after it: this is the angle that deslanting takes away (LeCun et al. 1998, section
-    III.A). An image without ink, or with all its ink in one row, has slant 0. Result: float32 (n,), in -pi/2..pi/2.
+    slant = arctan(mu11 / mu02). A shear x' = x + t y turns mu11 into mu11 + t mu02 and leaves mu02 unchanged, so it gives
+    a figure with mu11 = 0 the slant arctan(t): the angle that deslanting removes (LeCun et al. 1998, section III.A). An
+    image without ink, or with all its ink in one row, has slant 0. Result: float32 (n,), in -pi/2..pi/2.
     """
     ink = images.astype(np.float64)
     height, width = ink.shape[1:]
     x, y = np.arange(width) - (width - 1) / 2, (height - 1) / 2 - np.arange(height)
-    # Sums, not matrix products: the order in which those add depends on the processor's kernel.
+    # Sums, because the summation order of matrix products depends on the processor.
     rows, columns = ink.sum(2), ink.sum(1)
     mass = rows.sum(1)
     safe = np.where(mass > 0, mass, 1)
@@ -79,29 +79,28 @@ def slant(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def printed_digits(samples: int, seed: int) -> Data:
-    """Printed digits under random distortion and noise: `samples` of them, as many of each digit (within 1).
+    """Generate `samples` printed digits with random distortion and noise, equally many of each digit (within 1).
 
-    Pillow bundles two fonts, Aileron and a small bitmap one; a digit of either is drawn once, large. For each sample
-    one of them is scaled, sheared, rotated, shifted (an affine map), bent a little (offsets drawn on a 5x5 grid,
-    interpolated between), printed bolder or lighter on a 32x32 bitmap of which some pixels flip, and averaged to 8x8.
-    The draws, all uniform, stand in the code. The same (samples, seed) gives the same bits: beside Pillow's raster only
-    elementwise arithmetic in float64 decides a pixel. x: float32 (n, 1, 8, 8) in multiples of 1/16; digit int64; slant
-    float32, radians, measured on the finished image. 4,000 take a quarter of a second.
+    Pillow bundles two fonts, Aileron and a small bitmap font. For each sample a large digit of either is scaled, sheared,
+    rotated and shifted (an affine map), bent (offsets drawn on a 5x5 grid and interpolated), thresholded to a bolder or
+    lighter 32x32 bitmap in which some pixels flip, and averaged to 8x8. All draws are uniform. The same (samples, seed)
+    gives the same bits: after Pillow's raster all arithmetic is elementwise, in float64. x: float32 (n, 1, 8, 8) in
+    multiples of 1/16; digit int64; slant float32, radians, measured on the final image. 4,000 take 0.25 s.
     """
     draw = numpy_generator(seed, "printed-digits")
     digit = draw.permutation(np.arange(samples, dtype=np.int64) % 10)
     glyphs = _glyphs()
-    images = np.concatenate([_print(glyphs, digit[i : i + 1000], draw) for i in range(0, samples, 1000)])
+    images = np.concatenate([_render(glyphs, digit[i : i + 1000], draw) for i in range(0, samples, 1000)])
     return _data(images, digit)
 
 
-_SIDE = 32  # of the bitmap, in pixels
-_GLYPH = 128  # side of a glyph's raster, whose middle half its ink fills in height
-_BLUR = 3  # half width of the blur, in pixels of that raster: how much bolder or lighter a print may be
-_NODES = 5  # side of the grid on which the bending is drawn
+_SIDE = 32  # side of the bitmap, in pixels
+_GLYPH = 128  # side of a glyph's raster; the ink has half this height
+_BLUR = 3  # half width of the blur, in pixels of that raster: limits how bold or light a print can be
+_NODES = 5  # side of the grid of bending offsets
 
 
-def _print(
+def _render(
     glyphs: npt.NDArray[np.float64], digit: npt.NDArray[np.int64], draw: np.random.Generator
 ) -> npt.NDArray[np.float32]:
     n = len(digit)
@@ -109,15 +108,15 @@ def _print(
     def uniform(low: float, high: float) -> npt.NDArray[np.float64]:
         return draw.uniform(low, high, n)[:, None, None]
 
-    # Lengths are in half sides of the bitmap. The ranges were chosen for what a client of 45 handwritten digits gains.
+    # Lengths are in half sides of the bitmap. The ranges were tuned for transfer to a client with 45 handwritten digits.
     wide, tall = uniform(0.6, 1.05), uniform(0.9, 1.05)
     shear, half_turn = uniform(-0.15, 0.15), uniform(-0.04, 0.04)
     right, up = uniform(-0.15, 0.15), uniform(-0.1, 0.1)
     lightness, flips = uniform(0.2, 0.55), uniform(0.0, 0.01)
     bend_x, bend_y = (_between_nodes(draw.uniform(-0.2, 0.2, (n, _NODES, _NODES))) for _ in range(2))
-    # The rotation by 2 arctan(half_turn), without a sine: those differ in the last bit between machines.
+    # The rotation by 2 arctan(half_turn), without sines, whose last bits differ between machines.
     cosine, sine = (1 - half_turn**2) / (1 + half_turn**2), 2 * half_turn / (1 + half_turn**2)
-    # Each bitmap pixel's middle in -1..1, y upwards; then back through shift, rotation, bend, shear and scale.
+    # Each bitmap pixel's centre in -1..1, y upwards, mapped back through shift, rotation, bend, shear and scale.
     grid = (2 * np.arange(_SIDE) + 1 - _SIDE) / _SIDE
     x, y = grid[None, None, :] - right, -grid[None, :, None] - up
     x, y = cosine * x + sine * y + bend_x, cosine * y - sine * x + bend_y
@@ -133,7 +132,7 @@ def _print(
 
 
 def _between_nodes(nodes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Values on an even grid (n, 5, 5), interpolated linearly in both directions to (n, 32, 32)."""
+    """Bilinear interpolation of values on an even grid (n, 5, 5) to (n, 32, 32)."""
     place = np.arange(_SIDE) * ((_NODES - 1) / (_SIDE - 1))
     low = np.minimum(place.astype(np.int64), _NODES - 2)
     part = place - low

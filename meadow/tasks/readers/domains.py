@@ -1,4 +1,4 @@
-"""The source domain of `[adapt]`: labelled samples of another domain, of the same form and with the same targets."""
+"""The source domain of `[adapt]`: labelled samples of another domain, with the same shape and targets."""
 
 import functools
 import re
@@ -17,11 +17,11 @@ from meadow.tasks.task import Task, open_task
 
 
 def source_samples(experiment: Experiment, client: int | None) -> Data:
-    """The labelled source samples that training at a client uses; `client` None: where all data is in one place.
+    """The labelled source samples that a client trains with; `client` None: pooled training.
 
-    adapt.where = "public": all of them, everywhere. "clients": a share each, drawn from the seed; in one place, all. With
-    method = "match" instead those that are paired with the client's training samples, in their order. Raises UserError as
-    `open_dataset`, and for samples or targets that are not of the task's form.
+    adapt.where = "public": all samples. "clients": a share for each client, drawn from the seed; all if pooled. With
+    method = "match": those paired with the client's training samples, in the same order. Raises UserError as
+    `open_dataset`, and for samples or targets that do not match the task's.
     """
     source, clients = _source(experiment), experiment.partition.clients
     task = open_task(experiment)
@@ -44,8 +44,8 @@ def _partners(task: Task, client: int | None, sources: int) -> npt.NDArray[np.in
     index = np.concatenate([own.train for own in splits])
     if sources != len(task.dataset.train) or index.min(initial=0) < 0:
         raise UserError(
-            f'adapt.method = "match" pairs the i-th source sample with the i-th sample of the training pool: there are '
-            f"{sources} of the one and {len(task.dataset.train)} of the other here; use data in pairs, or another method"
+            f'adapt.method = "match" pairs the i-th source sample with the i-th sample of the training pool, but these '
+            f"have {sources} and {len(task.dataset.train)} samples; use paired data, or another method"
         )
     return index.astype(np.int64)
 
@@ -67,7 +67,7 @@ def _source(experiment: Experiment) -> Data:
         settings = experiment.task.model_copy(update={**other, "targets": names})
         try:
             dataset = open_dataset(settings)
-        except UserError as error:  # where the clients' data has the same setting, it is [adapt] that is meant here
+        except UserError as error:  # the reader names [task], the settings are those of [adapt]
             raise UserError(re.sub(r"task\.(dataset|root|train|targets)\b", r"adapt.\1", str(error))) from None
         data = dataset.train
         renamed = dict(zip(experiment.task.targets, names, strict=True))
@@ -79,7 +79,7 @@ def _source(experiment: Experiment) -> Data:
     if data.x.shape[1:] != x.shape[1:] or data.x.dtype != x.dtype or sizes != wanted:
         raise UserError(
             f'adapt.dataset = "{adapt.dataset}": its samples are {tuple(data.x.shape[1:])} {data.x.dtype} with {sizes}, '
-            f"the clients' {tuple(x.shape[1:])} {x.dtype} with {wanted}: write task.image_size and task.channels, which "
-            "hold for both, task.kinds and adapt.targets so that they agree"
+            f"the clients' {tuple(x.shape[1:])} {x.dtype} with {wanted}: make them agree by task.image_size and "
+            "task.channels (used for both), task.kinds and adapt.targets"
         )
     return Data(data.x, {t.name: data.y[t.name] for t in task.targets})

@@ -1,4 +1,4 @@
-"""Data of the Hugging Face hub, or in its form in a local folder, through flwr-datasets (the optional extra `hub`)."""
+"""Reads data sets from the Hugging Face hub, or a local folder in its format, with flwr-datasets (extra `hub`)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +17,13 @@ from meadow.tasks.readers.text import text_raw
 
 
 def hub(task: Task) -> Raw:
-    """The data set `hub:NAME` or `hub:NAME:SUBSET`; NAME may be a local folder. `task.train` and `task.test` name its splits
-    (default: train, and test if there is one), `task.public` a split that is public.
+    """Read `hub:NAME` or `hub:NAME:SUBSET`; NAME may be a local folder. `task.train` and `task.test` name its splits
+    (default: train, and test if there is one), `task.public` a public split.
 
-    What `task.inputs` names decides what it is: one column of images gives bytes (n, channels, height, width), of
-    `task.image_size` and `task.channels`; one column of texts tokens (`meadow.tasks.readers.text`); other columns
-    inputs as in a table (`meadow.tasks.readers.tabular`). A column of class labels has as many classes as the data set
-    says, and -1 is missing. Raises UserError for a package, a data set, a split or a column that is not there.
+    `task.inputs`: one column of images gives uint8 (n, channels, height, width), of `task.image_size` and
+    `task.channels`; one column of texts gives tokens (`meadow.tasks.readers.text`); other columns are read as a table
+    (`meadow.tasks.readers.tabular`). A ClassLabel column has the data set's number of classes, and -1 is missing. Raises
+    UserError for a missing package, data set, split or column.
     """
     name = task.dataset.partition(":")[2]
     splits = _load(name)
@@ -47,7 +47,7 @@ def hub(task: Task) -> Raw:
 
 
 def _load(name: str) -> dict[str, Any]:
-    """The splits of the data set, in its own order."""
+    """The splits of the data set by name, in its order."""
     try:
         import datasets
         from flwr_datasets import FederatedDataset
@@ -64,9 +64,9 @@ def _load(name: str) -> dict[str, Any]:
         federated = FederatedDataset(dataset=place, subset=subset or None, shuffle=False, partitioners={})
         return {split: federated.load_split(split) for split in splits}
     except Exception as error:
-        # What the hub's library raises is not documented; whatever it is, the data set could not be opened.
+        # The library does not document what it raises; any error means that the data set cannot be opened.
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f'task.dataset = "hub:{name}" could not be opened: {why}') from None
+        raise UserError(f'task.dataset = "hub:{name}" cannot be opened: {why}') from None
 
 
 def _split(name: str, splits: dict[str, Any], setting: str, split: str) -> Any:
@@ -81,7 +81,7 @@ def _split(name: str, splits: dict[str, Any], setting: str, split: str) -> Any:
 
 
 def _feature(split: Any, inputs: tuple[str, ...]) -> str:
-    """What the one input column is: "Image", "string", or something else."""
+    """The type of the only input column: "Image", "string" or another."""
     feature: Any = split.features.get(inputs[0]) if len(inputs) == 1 else None
     if type(feature).__name__ == "Value":
         return "string" if feature.dtype in ("string", "large_string") else str(feature.dtype)
@@ -89,7 +89,7 @@ def _feature(split: Any, inputs: tuple[str, ...]) -> str:
 
 
 def _table(name: str, split_name: str, split: Any) -> Table:
-    """The split's columns of texts and numbers as text, "" where there is none."""
+    """The split's columns of texts, numbers and class labels, as text; "" if missing."""
     kinds = {column: type(feature).__name__ for column, feature in split.features.items()}
     columns = {
         column: np.array([_cell(value, kind) for value in split.with_format(None)[column]], dtype=object)
@@ -115,7 +115,7 @@ def _images(task: Task, split: Any, table: Table, clients: bool) -> Part:
     def images() -> Iterator[Any]:
         for i, image in enumerate(split[column]):
             if image is None:
-                raise UserError(f"{table.cell(i, column)}: it is empty, where an image was expected")
+                raise UserError(f"{table.cell(i, column)}: this cell is empty; expected an image")
             yield image
 
     x = convert_images(images(), lambda i: table.cell(i, column), task.image_size, task.channels)

@@ -1,17 +1,17 @@
-"""Stars: made images with two things to tell at once, how many points a star has and how large it is.
+"""Stars: generated images with two targets, the number of points of a star and its size.
 
-One star an image, 32x32, grey, white on dark. Its law, all draws independent and uniform unless said otherwise:
+Each image, 32x32 and grey, has one light star on a dark background. All draws are independent and uniform:
 
-- points p: one of 3, 4, ..., 8. Target "points", a class of 6.
-- size R in 6..14 pixels: the distance of its tips from its centre. Target "size", a value in pixels, of scale 4 and
-  offset 10, so that it lies in -1..1 for a model.
-- its centre, wherever the whole star fits: each coordinate in R + 1 .. 31 - R.
-- its turn, in 0..2 pi.
-- the star is the polygon of 2p corners at even angles, in turn R and 0.45 R from the centre; its area is
+- points p: one of 3, 4, ..., 8. Target "points", 6 classes.
+- size R in 6..14 pixels: the distance of the tips from the centre. Target "size", a value in pixels, with scale 4 and
+  offset 10, so that models see -1..1.
+- centre: each coordinate in R + 1 .. 31 - R, so that the whole star fits.
+- rotation: in 0..2 pi.
+- shape: the polygon of 2p corners at even angles, alternately R and 0.45 R from the centre; its area is
   0.45 p R^2 sin(pi / p).
-- noise: to each pixel, -24..24 of 255 levels is added; the dark is at level 28, the star at 228.
+- noise: -24..24 of 255 levels for each pixel; the background has level 28, the star 228.
 
-4,000 of them are the training pool and 1,000 the global test set, always the same ones.
+The training pool has 4,000 stars and the global test set 1,000, always the same.
 """
 
 import functools
@@ -29,11 +29,11 @@ from meadow.tasks.readers.decoding import resize_arrays
 KINDS = {"points": "class 3 4 5 6 7 8", "size": "value scale 4 offset 10"}
 SIDE = 32
 INNER = 0.45
-"""The inner corners' distance from the centre, as a share of the tips'."""
+"""The inner corners' distance from the centre divided by the tips'."""
 
-_DATA_SEED = 0  # The data are the data: they do not depend on the experiment's seed.
+_DATA_SEED = 0  # The data do not depend on the experiment's seed.
 _TRAIN, _TEST = 4000, 1000
-_FINE = 8  # the polygon is drawn so many times as large, and each pixel is the share of ink in its square
+_FINE = 8  # oversampling: each pixel is the share of ink in a square of 8x8
 _DARK, _BRIGHT, _NOISE = 28, 200, 24
 
 
@@ -41,7 +41,7 @@ _DARK, _BRIGHT, _NOISE = 28, 200, 24
 def stars(image_size: int = 0, channels: str = "") -> Raw:
     """The data set: x uint8 (n, 1, 32, 32); columns points (int64, 3..8) and size (float64, pixels of 32, 6..14).
 
-    `image_size` and `channels` resize and colour the images (`meadow.tasks.readers.decoding.resize_arrays`); the sizes stay.
+    `image_size` and `channels` convert the images (`meadow.tasks.readers.decoding.resize_arrays`) but not the sizes.
     """
     parts = (_part(_TRAIN, "train"), _part(_TEST, "test"))
     train, test = (Part(resize_arrays(x, image_size, channels), columns) for x, columns in parts)
@@ -49,15 +49,15 @@ def stars(image_size: int = 0, channels: str = "") -> Raw:
 
 
 def star(points: int, size: float, x: float, y: float, turn: float, side: int = SIDE) -> npt.NDArray[np.uint8]:
-    """A clean star on (side, side) pixels: 255 times the share of each pixel that is ink.
+    """Draw a star without noise, uint8 (side, side): 255 times the share of ink in each pixel.
 
-    `size`, the tips' distance from the centre (x, y), in pixels; (0, 0) is the corner at the top left. `turn`, radians
-    clockwise, is the angle of a tip from the direction to the right.
+    `size`: the tips' distance from the centre (x, y), in pixels; (0, 0) is the top left corner. `turn`: the angle of a
+    tip, in radians clockwise from the right.
     """
     corners = []
     for k in range(2 * points):
         radius, angle = size * (INNER if k % 2 else 1.0), turn + math.pi * k / points
-        # Whole numbers: a cosine's last bit, which differs between machines, does not move a corner.
+        # Rounded, because a cosine's last bit differs between machines.
         corners.append((round(_FINE * (x + radius * math.cos(angle))), round(_FINE * (y + radius * math.sin(angle)))))
     canvas = Image.new("1", (_FINE * side, _FINE * side))
     ImageDraw.Draw(canvas).polygon(corners, fill=1)
@@ -67,13 +67,13 @@ def star(points: int, size: float, x: float, y: float, turn: float, side: int = 
 
 
 def _part(n: int, purpose: str) -> tuple[npt.NDArray[np.uint8], dict[str, npt.NDArray[Any]]]:
-    """n stars of their own draw: images (n, 1, 32, 32) and the two columns."""
+    """Generate n stars: images (n, 1, 32, 32) and the two columns."""
     draw = numpy_generator(_DATA_SEED, "stars", purpose)
     points = draw.integers(3, 9, size=n)
     size = draw.uniform(6, 14, n)
     x, y = (draw.uniform(size + 1, SIDE - 1 - size) for _ in range(2))
     turn = draw.uniform(0, 2 * math.pi, n)
     noise = draw.integers(-_NOISE, _NOISE + 1, size=(n, SIDE, SIDE))
-    ink = np.stack([star(*law) for law in zip(points.tolist(), size, x, y, turn, strict=True)]).astype(np.int64)
+    ink = np.stack([star(*values) for values in zip(points.tolist(), size, x, y, turn, strict=True)]).astype(np.int64)
     images = (_DARK + ink * _BRIGHT // 255 + noise).astype(np.uint8)
     return images[:, None], {"points": points, "size": size}

@@ -1,6 +1,6 @@
-"""Tables in files: CSV, TSV and JSON lines, also compressed by xz or gzip, as columns of text.
+"""Reads tables as columns of text: CSV, TSV and JSON lines, optionally compressed with xz or gzip.
 
-What is wrong with a file is told with its path, the line as a text editor counts, the column, and what was expected.
+Errors name the file, the line (as a text editor counts), the column, and what was expected.
 """
 
 import csv
@@ -25,12 +25,12 @@ Text = npt.NDArray[np.object_]
 FORMATS = (".csv", ".tsv", ".jsonl")
 PACKED = (".xz", ".gz")
 GAPS = ("", "?", "NA", "nan", "NaN")
-"""The cells of a column of numbers or categories that say that there is none."""
+"""Cells of a column of numbers or categories that mean a missing value."""
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A table: text columns (n,) by name, "" where empty; `lines`: where each row stands in the file, int64 (n,)."""
+    """A table: text columns (n,) by name, "" if empty; `lines`: the line of each row in the file, int64 (n,)."""
 
     source: str
     columns: dict[str, Text]
@@ -40,7 +40,7 @@ class Table:
         return len(self.lines)
 
     def column(self, name: str, setting: str) -> Text:
-        """The column of that name, which `setting` asks for. Raises UserError that lists the columns if it is not there."""
+        """The column with this name. Raises UserError that names `setting` and lists the columns if there is none."""
         if name not in self.columns:
             raise UserError(
                 f'{setting}: {self.source} has no column "{name}"{nearest(name, self.columns)}; it has '
@@ -49,20 +49,20 @@ class Table:
         return self.columns[name]
 
     def joined(self, names: str, setting: str) -> Text:
-        """The column of that name; of several, "play+role", their values joined by "+". Raises UserError for a gap."""
+        """A column, or several ("play+role") with their values joined by "+". Raises UserError for an empty cell."""
         several = names.split("+") if names not in self.columns else [names]
         parts = [self.column(name, setting) for name in several]
         for name, part in zip(several, parts, strict=True):
             if (gaps := np.flatnonzero(part == "")).size:
-                raise UserError(f"{setting}: {self.cell(int(gaps[0]), name)}: it is empty")
+                raise UserError(f"{setting}: {self.cell(int(gaps[0]), name)}: this cell is empty")
         return np.array(["+".join(values) for values in zip(*parts, strict=True)], dtype=object)
 
     def cell(self, row: int, name: str) -> str:
-        """Where a cell is, for errors: file, line as a text editor counts, and column."""
+        """The location of a cell, for errors: file, line and column."""
         return f'{self.source}, line {self.lines[row]}, column "{name}"'
 
     def numbers(self, name: str, setting: str) -> npt.NDArray[np.float64]:
-        """The column as numbers, NaN where it is a gap (`GAPS`). Raises UserError for the first value that is none."""
+        """The column as numbers, NaN if missing (`GAPS`). Raises UserError for the first value that is not a number."""
         values = self.column(name, setting)
         result = np.full(len(values), np.nan)
         for i, value in enumerate(values):
@@ -72,35 +72,33 @@ class Table:
                 result[i] = float(value)
             if not np.isfinite(result[i]):
                 raise UserError(
-                    f'{self.cell(i, name)}: "{value}" is not a finite number (a gap is an empty cell); a column of names '
-                    'is written "NAME category" or "NAME among ..." in task.inputs'
+                    f'{self.cell(i, name)}: "{value}" is not a finite number (leave missing cells empty); for a column of '
+                    'categories write "NAME category" or "NAME among ..." in task.inputs'
                 )
         return result
 
 
 def read_table(path: Path) -> Table:
-    """The table in a file, by its name: .csv, .tsv, .jsonl, each also with .xz or .gz behind.
+    """Read the table in a file named .csv, .tsv or .jsonl, optionally followed by .xz or .gz.
 
-    CSV and TSV have a header; empty lines are passed over. JSON lines have an object a line; all have the keys of the first
-    one, whose values are texts, numbers, booleans, null, or lists of them (joined by "|"). Raises UserError for what is
-    missing or malformed.
+    CSV and TSV have a header; empty lines are ignored. JSON lines have one object per line, all with the same keys; values
+    are texts, numbers, booleans, null, or lists of them (joined by "|"). Raises UserError for a missing or malformed
+    file.
     """
     kind = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     if kind not in FORMATS:
-        raise UserError(f"{path}: a table is a file named *.csv, *.tsv or *.jsonl, also with .xz or .gz behind")
+        raise UserError(f"{path}: a table is a file named *.csv, *.tsv or *.jsonl, optionally followed by .xz or .gz")
     text = _text(path)
     rows = list(_json_rows(path, text) if kind == ".jsonl" else _rows(path, text, kind))
     if not rows:
-        raise UserError(
-            f"{path}: it has no rows; {'' if kind == '.jsonl' else 'a header and '}at least one was expected"
-        )
+        raise UserError(f"{path}: it has no rows; expected {'' if kind == '.jsonl' else 'a header and '}at least one")
     names = list(rows[0][1])
     columns = {name: np.array([row[name] for _, row in rows], dtype=object) for name in names}
     return Table(str(path), columns, np.array([line for line, _ in rows], dtype=np.int64))
 
 
 def find_file(folder: Path, name: str, setting: str, candidates: Sequence[str]) -> Path:
-    """The file `name` in the folder; if it is empty, the first candidate that exists. Raises UserError if there is none."""
+    """The file `name` in the folder or, if name is "", the first candidate that exists. Raises UserError if none does."""
     for candidate in [name] if name else candidates:
         if (folder / candidate).is_file():
             return folder / candidate
@@ -113,7 +111,7 @@ def find_file(folder: Path, name: str, setting: str, candidates: Sequence[str]) 
 
 
 def candidates(stem: str) -> list[str]:
-    """The names that a table called `stem` may have."""
+    """The possible file names of a table called `stem`."""
     return [f"{stem}{kind}{packed}" for kind in FORMATS for packed in ("", *PACKED)]
 
 
@@ -125,7 +123,7 @@ def _text(path: Path) -> str:
         elif path.suffix == ".gz":
             raw = gzip.decompress(raw)
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: the compressed file is damaged or cut short ({error})") from None
+        raise UserError(f"{path}: the compressed file is damaged or truncated ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     try:
@@ -136,7 +134,7 @@ def _text(path: Path) -> str:
 
 
 def _rows(path: Path, text: str, kind: str) -> Iterator[tuple[int, dict[str, str]]]:
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # by itself it refuses texts above 128 KiB
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # the default refuses texts above 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="," if kind == ".csv" else "\t", strict=True)
     header: list[str] = []
     begin = 1
@@ -148,15 +146,15 @@ def _rows(path: Path, text: str, kind: str) -> Iterator[tuple[int, dict[str, str
             if not header:
                 header = [name.strip() for name in row]
                 if "" in header or len(set(header)) < len(header):
-                    raise UserError(f"{path}, line {line}: the header {header} has an empty or a double name")
+                    raise UserError(f"{path}, line {line}: the header {header} has an empty or repeated name")
             elif len(row) != len(header):
                 raise UserError(
-                    f"{path}, line {line}: it has {len(row)} cells, where the header has {len(header)}: {', '.join(header)}"
+                    f"{path}, line {line}: it has {len(row)} cells, but the header has {len(header)}: {', '.join(header)}"
                 )
             else:
                 yield line, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}, line {begin}: {error}, in the row that begins here") from None
+        raise UserError(f"{path}, line {begin}: {error} (in the row that begins here)") from None
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -167,7 +165,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: this is not JSON, an object a line ({error})") from None
+            raise UserError(f"{path}, line {number}: this is not a JSON object on one line ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         names = names or list(row)

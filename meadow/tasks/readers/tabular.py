@@ -1,12 +1,12 @@
-"""Tables of numbers and categories, with gaps, as samples.
+"""Reads tables of numbers and categories, with missing values, as samples.
 
-Each entry of `task.inputs` is a column and how it is read:
+Each entry of `task.inputs` is a column and its encoding:
 
-    NAME [scaled | mean M std S] [gaps]      a number; (value - mean) / std; a gap is the mean, 0 after scaling
-    NAME [category | among VALUE ...]        one input for each category and one for a gap, 0 or 1
+    NAME [scaled | mean M std S] [gaps]      a number; (value - mean) / std; 0 if missing
+    NAME [category | among VALUE ...]        one input of 0 or 1 for each category, and one for a missing value
 
-The constants stand in the entry, or come from the public file `task.public` (`scaled`, `category`). They are never taken
-silently from the clients' private rows. `gaps` adds an input that is 1 where the number is missing.
+The constants are in the entry or come from the public file `task.public` (`scaled`, `category`), never from the clients'
+private rows. `gaps` adds an input that is 1 if the number is missing.
 """
 
 import shlex
@@ -27,13 +27,13 @@ Floats = npt.NDArray[np.float32]
 
 
 def tabular(task: Task, folder: Path) -> Raw:
-    """The rows of `task.train` (default train.csv) and, if given or there, `task.test` (test.csv) as float32 (n, inputs)."""
+    """Read the rows of `task.train` (default train.csv) and `task.test` (test.csv, if any): float32 (n, inputs)."""
     train, test = read_train_and_test(task, folder)
     return tabular_raw(task, train, test, read_public(task, folder, train))
 
 
 def tabular_raw(task: Task, train: Table, test: Table | None, public: Table | None) -> Raw:
-    """The same of tables that are read already."""
+    """`tabular` for tables in memory."""
     readers = [_constants(column, public) for column in read_inputs(task, train)]
 
     def part(table: Table, clients: bool) -> Part:
@@ -44,7 +44,7 @@ def tabular_raw(task: Task, train: Table, test: Table | None, public: Table | No
 
 
 def read_train_and_test(task: Task, folder: Path) -> tuple[Table, Table | None]:
-    """The tables of the training pool and of the global test set; None if a share is to be held out for it."""
+    """The tables of the training pool and of the global test set; None if that is to be held out."""
     train = read_table(find_file(folder, task.train, "task.train", candidates("train")))
     if task.test:
         return train, read_table(find_file(folder, task.test, "task.test", []))
@@ -53,7 +53,7 @@ def read_train_and_test(task: Task, folder: Path) -> tuple[Table, Table | None]:
 
 
 def read_public(task: Task, folder: Path, train: Table) -> Table | None:
-    """The table that `task.public` names: public rows, or the training pool if that is declared public."""
+    """The table that `task.public` names: a public file, or the training pool if "train"; None if empty."""
     if task.public == "train":
         return train
     if not task.public:
@@ -62,14 +62,14 @@ def read_public(task: Task, folder: Path, train: Table) -> Table | None:
 
 
 def labelled(task: Task, table: Table, x: torch.Tensor, clients: bool) -> Part:
-    """Samples with the table's columns as possible targets and, if asked for, its client column."""
+    """Samples with the table's columns as possible targets and, if `clients`, its client column."""
     client = table.joined(task.client, f'task.client = "{task.client}"') if clients and task.client else None
     return Part(x, table.columns, client, table.source, table.lines)
 
 
 @dataclass(frozen=True)
 class _Column:
-    """One entry of task.inputs, read."""
+    """A parsed entry of task.inputs."""
 
     text: str
     name: str
@@ -80,14 +80,14 @@ class _Column:
     gaps: bool = False
 
     def read(self, table: Table) -> Floats:
-        """The inputs that this column becomes: float32 (n, 1 or more)."""
+        """Encode the column as inputs: float32 (n, 1 or more)."""
         setting = f'task.inputs = "{self.text}"'
         if self.how == "category":
             values = table.column(self.name, setting)
             rows = np.zeros((len(values), len(self.categories) + 1), dtype=np.float32)
             place = {category: i for i, category in enumerate(self.categories)} | {"": len(self.categories)}
             for i, value in enumerate(values):
-                if (at := place.get(_plain(value))) is not None:
+                if (at := place.get(_category(value))) is not None:
                     rows[i, at] = 1
             return rows
         numbers = table.numbers(self.name, setting)
@@ -98,7 +98,7 @@ class _Column:
 
 
 def read_inputs(task: Task, train: Table) -> list[_Column]:
-    """The entries of `task.inputs`; if it is empty, every column that is no target and no client, a number as it is."""
+    """The parsed `task.inputs`; if empty, every column that is neither a target nor the client, as a plain number."""
     used = {*task.targets, *task.client.split("+")}
     entries = task.inputs or tuple(shlex.quote(name) for name in train.columns if name not in used)
     if not entries:
@@ -128,21 +128,21 @@ def _entry(text: str) -> _Column:
         try:
             mean, std = float(words[1]), float(words[3])
         except ValueError:
-            raise _wrong(text, "mean and std are numbers") from None
+            raise _wrong(text, "mean and std must be numbers") from None
         if not (np.isfinite(mean) and 0 < std < np.inf):
-            raise _wrong(text, "the mean is a finite number and the std a positive one")
+            raise _wrong(text, "mean must be a finite number, and std a positive one")
         return _Column(text, name, "number", mean, std, gaps=gaps)
     if gaps:
-        raise _wrong(text, "a category has an input for gaps already")
+        raise _wrong(text, "categories have an input for missing values already")
     if words == ["category"]:
         return _Column(text, name, "category")
     if words[0] == "among" and len(words) > 1:
-        return _Column(text, name, "category", categories=tuple(_plain(w) for w in words[1:]))
-    raise _wrong(text, f'"{" ".join(words)}" is not understood')
+        return _Column(text, name, "category", categories=tuple(_category(w) for w in words[1:]))
+    raise _wrong(text, f'"{" ".join(words)}" is unknown')
 
 
 def _constants(column: _Column, public: Table | None) -> _Column:
-    """The column with the constants that it takes from public data."""
+    """The column with its constants, from public data if the entry has none."""
     wanted = column.how == "scaled" or (column.how == "category" and not column.categories)
     if not wanted:
         return column
@@ -154,17 +154,17 @@ def _constants(column: _Column, public: Table | None) -> _Column:
             'the training rows public (task.public = "train")',
         )
     if column.how == "category":
-        found = {_plain(v) for v in public.column(column.name, "task.public")} - {""}
+        found = {_category(v) for v in public.column(column.name, "task.public")} - {""}
         return _Column(column.text, column.name, "category", categories=tuple(_sorted(found)))
     numbers = public.numbers(column.name, "task.public")
     known = numbers[~np.isnan(numbers)]
     if len(known) == 0 or known.std() == 0:
-        raise _wrong(column.text, f"the column has no spread in {public.source}: write its mean and std")
+        raise _wrong(column.text, f"the column is constant or empty in {public.source}: write its mean and std")
     return _Column(column.text, column.name, "number", float(known.mean()), float(known.std()), gaps=column.gaps)
 
 
-def _plain(value: str) -> str:
-    """A category as it is compared: 3.0 and 3 are the same; "?" and "NA" are gaps."""
+def _category(value: str) -> str:
+    """A category in canonical form: 3.0 is "3", and missing values (`GAPS`) are ""."""
     value = value.strip()
     if value in GAPS:
         return ""

@@ -1,6 +1,6 @@
-"""Texts as tokens: tables with a text column, and characters for next-character prediction.
+"""Reads texts as tokens: tables with a text column, and windows of characters for next-character prediction.
 
-Token 0 is padding, at the end of a text; token 1 is whatever the vocabulary does not know.
+Token 0 is padding, at the end of a text; token 1 is the unknown token.
 """
 
 import functools
@@ -22,7 +22,7 @@ from meadow.tasks.readers.tabular import labelled, read_public, read_train_and_t
 
 UNKNOWN = 1
 CHARACTERS = "".join(chr(i) for i in range(32, 127)) + "\n"
-"""The characters of tokens = chars where no vocabulary is given: printable ASCII and the line's end."""
+"""The default characters of tokens = chars: printable ASCII and the newline."""
 
 _WORD = re.compile(r"[^\W_]+|[^\w\s]")
 _TRANSFORMERS = "transformers:"
@@ -32,17 +32,17 @@ Tokenise = Callable[[str], Sequence[int]]
 
 
 def text(task: Task, folder: Path) -> Raw:
-    """The texts of `task.inputs` (one column, default "text") in the tables `task.train` and `task.test`.
+    """Read the texts in the column `task.inputs` (default "text") of the tables `task.train` and `task.test`.
 
-    x int64 (n, task.length): the first tokens of each text, 0 behind its end. Every other column may be a target.
+    x int64 (n, task.length): the first tokens of each text, padded with 0. Every other column may be a target.
     """
     train, test = read_train_and_test(task, folder)
     return text_raw(task, folder, train, test, read_public(task, folder, train))
 
 
 def text_raw(task: Task, folder: Path | None, train: Table, test: Table | None, public: Table | None) -> Raw:
-    """The same of tables that are read already; `folder`: where `task.vocabulary` is (None: the current one)."""
-    column = _one(task)
+    """`text` for tables in memory; `folder`: that of `task.vocabulary` (None: the current one)."""
+    column = _text_column(task)
     tokenise, tokens = tokeniser(task, folder, None if public is None else public.column(column, "task.public"))
 
     def part(table: Table, clients: bool) -> Part:
@@ -56,19 +56,17 @@ def text_raw(task: Task, folder: Path | None, train: Table, test: Table | None, 
 
 
 def characters(task: Task, folder: Path) -> Raw:
-    """The texts of a table cut into windows of `task.length` characters, each of which predicts its next.
+    """Read the texts of a table as windows of `task.length` characters, to predict the character after each one.
 
-    x int64 (n, length), 0 behind a text's end; target "next" int64 (n, length): the character after each one, missing
-    behind a text's end (Reddi et al. 2021, appendix C: the sequence version of Shakespeare). The last window of a text is
-    shorter. The windows of one text follow each other and have one owner, by `task.client`; a global test set that is
-    held out takes windows, so that one text may be on both sides: give a test file where that matters.
+    x int64 (n, length), padded with 0; target "next" int64 (n, length): the next character, missing beyond a text's end
+    (Reddi et al. 2021, appendix C: the sequence version of Shakespeare). The last window of a text may be shorter. A text's
+    windows are consecutive and belong to its client (`task.client`). A held-out test set consists of windows, so one text
+    may be in both: give a test file where that matters.
     """
-    if task.tokens not in ("hash", "chars"):  # hash is what stands there by itself
-        raise UserError(
-            f'task.tokens = "{task.tokens}": task.dataset = "characters" reads chars; write that, or dataset text'
-        )
+    if task.tokens not in ("hash", "chars"):  # hash is the default
+        raise UserError(f'task.tokens = "{task.tokens}": task.dataset = "characters" needs tokens = "chars"')
     task = task.model_copy(update={"tokens": "chars"})
-    column = _one(task)
+    column = _text_column(task)
     train, test = read_train_and_test(task, folder)
     tokenise, tokens = tokeniser(task, folder, None)
 
@@ -87,24 +85,24 @@ def characters(task: Task, folder: Path) -> Raw:
 
 
 def tokeniser(task: Task, folder: Path | None, public: Iterable[str] | None) -> tuple[Tokenise, int]:
-    """How `task.tokens` makes numbers of a text, and how many different ones there are.
+    """The tokeniser that `task.tokens` names, and its vocabulary size.
 
-    hash: lower-cased words by CRC-32 into vocabulary_size - 2 buckets (feature hashing, Weinberger et al. 2009); needs
-    nothing. words: the most frequent words of the public texts, or those of the file `task.vocabulary`. chars: the
-    characters of that file, or `CHARACTERS`. transformers:NAME: that model's own tokeniser. Raises UserError for words
-    without a public vocabulary: one learnt on private texts would tell what is in them.
+    hash: lower-cased words by CRC-32 into vocabulary_size - 2 buckets (feature hashing, Weinberger et al. 2009). words: the
+    most frequent words of the public texts, or those of the file `task.vocabulary`. chars: the characters of that file,
+    or `CHARACTERS`. transformers:NAME: that model's tokeniser. Raises UserError for words without a public vocabulary,
+    because one from private texts would reveal their words.
     """
     kind = task.tokens
     if kind.startswith(_TRANSFORMERS):
-        return _of_transformers(task)
+        return _transformers_tokeniser(task)
     if kind not in ("hash", "words", "chars"):
         raise UserError(f'task.tokens = "{kind}": write hash, words, chars or transformers:NAME')
     given = _vocabulary(task, folder)
     if kind == "hash":
         if given is not None:
             raise UserError(
-                f'task.vocabulary = "{task.vocabulary}": task.tokens = "hash" uses none; write tokens = "words", or leave '
-                "the vocabulary out"
+                f'task.vocabulary = "{task.vocabulary}": task.tokens = "hash" has no vocabulary; write '
+                'task.tokens = "words", or leave task.vocabulary out'
             )
         buckets = task.vocabulary_size - 2
         bucket = functools.cache(lambda word: 2 + zlib.crc32(word.encode(errors="surrogatepass")) % buckets)
@@ -112,8 +110,8 @@ def tokeniser(task: Task, folder: Path | None, public: Iterable[str] | None) -> 
     if kind == "chars":
         if longer := [word for word in given or () if len(word) > 1]:
             raise UserError(
-                f'task.vocabulary = "{task.vocabulary}": "{longer[0]}" is more than one character; for tokens = "chars" '
-                "each line is one"
+                f'task.vocabulary = "{task.vocabulary}": "{longer[0]}" is more than one character; '
+                'for task.tokens = "chars" write one per line'
             )
         return _lookup(list, given or list(CHARACTERS))
     if given is None:
@@ -145,15 +143,15 @@ def _vocabulary(task: Task, folder: Path | None) -> list[str] | None:
     words = [r"\n" if line == "" else line for line in (lines[:-1] if lines[-1] == "" else lines)]
     words = ["\n" if word == r"\n" else word for word in words]
     if not words:
-        raise UserError(f'task.vocabulary = "{task.vocabulary}": {path} is empty; a token a line was expected')
+        raise UserError(f'task.vocabulary = "{task.vocabulary}": {path} is empty; expected one token per line')
     if len(set(words)) != len(words):
         twice = next(word for word, count in Counter(words).items() if count > 1)
-        raise UserError(f'task.vocabulary = "{task.vocabulary}": "{twice}" stands twice in {path}')
+        raise UserError(f'task.vocabulary = "{task.vocabulary}": "{twice}" is twice in {path}')
     return words
 
 
 def _windows(tokens: Ints, length: int) -> tuple[Ints, Ints]:
-    """A text of k characters as ceil((k - 1) / length) windows and what follows each character in them."""
+    """Cut a text of k characters into ceil((k - 1) / length) windows; also the character after each one."""
     count = max(0, -(-(len(tokens) - 1) // length))
     x = np.zeros(count * length, dtype=np.int64)
     following = np.full(count * length, MISSING, dtype=np.int64)
@@ -163,7 +161,7 @@ def _windows(tokens: Ints, length: int) -> tuple[Ints, Ints]:
     return x.reshape(count, length), following.reshape(count, length)
 
 
-def _of_transformers(task: Task) -> tuple[Tokenise, int]:
+def _transformers_tokeniser(task: Task) -> tuple[Tokenise, int]:
     try:
         import transformers
     except ImportError:
@@ -183,7 +181,7 @@ def _of_transformers(task: Task) -> tuple[Tokenise, int]:
     return tokenise, len(tokenizer)
 
 
-def _one(task: Task) -> str:
+def _text_column(task: Task) -> str:
     if len(task.inputs) > 1:
-        raise UserError(f"task.inputs = {list(task.inputs)}: texts have one input column; name one")
+        raise UserError(f"task.inputs = {list(task.inputs)}: name the one column of texts")
     return task.inputs[0] if task.inputs else "text"

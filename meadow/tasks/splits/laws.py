@@ -1,9 +1,8 @@
-"""The laws by which samples are dealt to clients: each says how many samples of each label every client gets.
+"""The partition laws: each determines how many samples of each label every client gets. docs/splits.md has the formulas.
 
-"Dirichlet alpha" means three different laws in the literature; each has its own name here. A law sees only how many
-samples each label has (at least one) and gives runs along the samples in order; which samples those are is drawn once,
-in `meadow.tasks.splits.partition`, so a draw that is thrown away for its sizes costs nothing by the sample.
-docs/splits.md has the formulas.
+"Dirichlet alpha" means three different laws in the literature; each has its own name here. A law sees only the number of
+samples of each label (at least one) and returns runs along the ordered samples. `meadow.tasks.splits.partition` draws the
+order of samples once, so repeating a draw with bad sizes costs no time per sample.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +22,9 @@ _BLOCK = 2**16  # numbers drawn at once
 
 @dataclass(frozen=True)
 class Runs:
-    """Who gets the samples: the first amount[0] to client owner[0], the next amount[1] to owner[1], ...; int64 (runs,).
+    """The samples' clients: the first amount[0] to client owner[0], the next amount[1] to owner[1], ...; int64 (runs,).
 
-    `by_label`: along the samples in the order of their labels, shuffled within each; else along a shuffle of them all.
+    `by_label`: the samples are ordered by label and shuffled within each label; else shuffled altogether.
     """
 
     owner: Ints
@@ -38,11 +37,11 @@ def even(samples: int, pieces: int) -> Ints:
     return np.diff(np.arange(pieces + 1) * samples // pieces).astype(np.int64)
 
 
-def hand_out(things: int, each: int, clients: int, draw: np.random.Generator) -> Ints:
-    """Give each client `each` different ones of `things` things, int64 (clients, each).
+def assign_evenly(things: int, each: int, clients: int, draw: np.random.Generator) -> Ints:
+    """Assign `each` different ones of `things` things to each client, int64 (clients, each).
 
-    Clients come in a random order and take what has been taken least so far, by lot where that leaves a choice: each
-    thing is held by as many clients as any other to within one, and by somebody if clients * each >= things.
+    In random order, clients take the things with the fewest clients so far, ties broken at random. So the things' numbers
+    of clients differ by at most one, and none is 0 if clients * each >= things.
     """
     taken = np.zeros(things, dtype=np.int64)
     result = np.empty((clients, each), dtype=np.int64)
@@ -54,7 +53,7 @@ def hand_out(things: int, each: int, clients: int, draw: np.random.Generator) ->
 
 
 def _iid(partition: Partition, counts: Ints, draw: np.random.Generator) -> Runs:
-    """A uniformly random deal into equal sizes, to within one."""
+    """A uniformly random partition into equal sizes, to within one."""
     return Runs(np.arange(partition.clients), even(int(counts.sum()), partition.clients), by_label=False)
 
 
@@ -63,12 +62,11 @@ def _dirichlet(partition: Partition, counts: Ints, draw: np.random.Generator) ->
 
     p is the label distribution of the data, so alpha is the sum of the Dirichlet's parameters: alpha -> infinity gives
     IID clients, alpha -> 0 clients of one label. Samples are taken without replacement; a label that has run out is
-    left out of the mix, which is then scaled up again. Clients draw in a random order, so that what the last ones
-    must take does not depend on their number.
+    removed from the mix, which is then normalised again. Clients draw in random order, so that a client's number does not
+    matter.
 
-    A block of clients draws at once. It counts up to the first client whose draw uses up a label; that client takes
-    what there is and draws again for the rest, and the clients after it, whose draws have decided nothing, draw anew.
-    So the law is that of one client after another.
+    Clients draw in blocks. A block's draws are used up to the first client that exhausts a label; that client takes what
+    is left and draws again for the rest, and the clients after it draw anew. So the law is that of sequential draws.
     """
     queue = draw.permutation(partition.clients)
     sizes = even(int(counts.sum()), partition.clients)[queue]
@@ -103,7 +101,7 @@ def _dirichlet(partition: Partition, counts: Ints, draw: np.random.Generator) ->
 
 
 def _take(draw: np.random.Generator, mix: Floats, size: int, taken: Ints, stock: Ints) -> Ints:
-    """What a client takes by its mix: `taken` already, then again and again from the labels that are left."""
+    """What a client takes by its mix: `taken`, then repeated draws from the labels that are left."""
     while (need := size - int(taken.sum())) > 0:
         left = np.where(stock > taken, mix, 0.0)
         if left.sum() <= 0:
@@ -113,7 +111,7 @@ def _take(draw: np.random.Generator, mix: Floats, size: int, taken: Ints, stock:
 
 
 def _dirichlet_class(partition: Partition, counts: Ints, draw: np.random.Generator) -> Runs:
-    """Yurochkin et al. 2019 (arXiv:1905.12022, section 4): each label is dealt by its own p ~ Dir_N(alpha) over clients.
+    """Yurochkin et al. 2019 (arXiv:1905.12022, section 4): each label is divided by its own p ~ Dir_N(alpha) over clients.
 
     Sizes vary, and clients may end up small. This is also FedScope's, FL-bench's and Flower's law.
     """
@@ -122,36 +120,35 @@ def _dirichlet_class(partition: Partition, counts: Ints, draw: np.random.Generat
 
 
 def _dirichlet_balanced(partition: Partition, counts: Ints, draw: np.random.Generator) -> Runs:
-    """NIID-Bench (Li et al. 2022, arXiv:2102.02079, its code): as dirichlet-class, but who has its even share of all
-    samples already gets none of the next label.
+    """NIID-Bench (Li et al. 2022, arXiv:2102.02079, its code): as dirichlet-class, but clients that have an even share
+    of all samples get none of the next label.
 
-    The others' shares, scaled up to one, are again Dirichlet (its neutrality), so they are drawn as such. Somebody is
-    always left: if every client had its even share, no sample would be.
+    The other clients' shares, normalised, are again Dirichlet (neutrality), so they are drawn as such. While samples
+    remain, some client has less than its even share.
     """
-    dealt = np.zeros(partition.clients, dtype=np.int64)
+    received = np.zeros(partition.clients, dtype=np.int64)
     rows = []
     for count in counts:
-        takers = np.flatnonzero(dealt < counts.sum() / partition.clients)
+        takers = np.flatnonzero(received < counts.sum() / partition.clients)
         share = _dirichlet_draws(draw, np.full(len(takers), partition.alpha), 1)[0]
         owner, amount = _cut(int(count), share, draw.random())
         rows.append((takers[owner], amount))
-        dealt[takers[owner]] += amount
+        received[takers[owner]] += amount
     return _rows(rows)
 
 
 def _shards(partition: Partition, counts: Ints, draw: np.random.Generator) -> Runs:
-    """McMahan et al. 2017, section 3: sort by label, cut into clients x shards equal shards, deal them at random."""
+    """McMahan et al. 2017, section 3: sort by label, cut into clients x shards equal shards, assign them at random."""
     pieces = partition.clients * partition.shards
     return Runs(draw.permutation(pieces) // partition.shards, even(int(counts.sum()), pieces))
 
 
 def _labels(partition: Partition, counts: Ints, draw: np.random.Generator) -> Runs:
-    """NIID-Bench's #C = k: each client holds k labels, and a label's samples are dealt evenly among its holders.
+    """NIID-Bench's #C = k: each client has k labels, and a label's samples are divided evenly among its clients.
 
-    Labels are handed out by `hand_out`, so that each is held by somebody. Which of a label's holders get the sample
-    that is over, where it does not divide, is drawn.
+    `assign_evenly` assigns labels, so that each has a client. Which of a label's clients get the remainder is random.
     """
-    held = hand_out(len(counts), partition.labels, partition.clients, draw)
+    held = assign_evenly(len(counts), partition.labels, partition.clients, draw)
     order = draw.permutation(held.size)
     order = order[np.argsort(held.ravel()[order], kind="stable")]
     holders = np.bincount(held.ravel(), minlength=len(counts))
@@ -173,31 +170,30 @@ LAWS: dict[str, Callable[[Partition, Ints, np.random.Generator], Runs]] = {
     "shards": _shards,
     "labels": _labels,
     "quantity": _quantity,
-    "feature-shift": _iid,  # what shifts is the inputs: meadow.tasks.task
+    "feature-shift": _iid,  # meadow.tasks.task shifts the inputs
 }
-"""partition.law -> (settings, samples of each label int64 (labels,), generator) -> who gets how many."""
+"""partition.law -> function of (settings, samples of each label int64 (labels,), generator)."""
 
 
 def _dirichlet_draws(draw: np.random.Generator, alpha: Floats, rows: int) -> Floats:
-    """Draws of Dir(alpha), float64 (rows, len(alpha)), each entry a whole multiple of 2^-40, not scaled to add up to 1.
+    """Draws of Dir(alpha), float64 (rows, len(alpha)), not normalised, in multiples of 2^-40.
 
-    The last bits of gamma variates differ between mathematical libraries, so they are rounded off; sums of such
-    multiples are exact, so they do not depend on their order.
+    Rounding removes the last bits of gamma variates, which differ between mathematical libraries, and makes sums exact and
+    independent of their order.
     """
     shares = np.round(draw.dirichlet(alpha, rows) / _UNIT) * _UNIT
     sums = np.cumsum(alpha)
-    lost = ~np.isfinite(shares).all(axis=1) | (shares.sum(axis=1) <= 0)  # so small an alpha that every variate is zero
+    lost = ~np.isfinite(shares).all(axis=1) | (shares.sum(axis=1) <= 0)  # alpha so small that every variate is zero
     for row in np.flatnonzero(lost):
         shares[row] = np.arange(len(alpha)) == np.searchsorted(sums, draw.random() * sums[-1], side="right")
     return np.asarray(shares, dtype=np.float64)
 
 
 def _cut(count: int, shares: Floats, start: float) -> tuple[Ints, Ints]:
-    """Who gets how many of `count` samples, by cutting them at the cumulative shares; those who get none left out.
+    """Divide `count` samples at the cumulative shares: (clients, amounts), without those that get none.
 
-    Amounts are within one of share * count. The cuts begin at `start`, uniform in [0, 1): so each amount's expectation
-    is share * count exactly, and where labels have fewer samples than there are clients it is not always the same
-    clients who get one.
+    Amounts are within one of share * count. The cuts begin at `start`, uniform in [0, 1), so that each amount's
+    expectation is exactly share * count, also for labels with fewer samples than clients.
     """
     total = np.cumsum(shares)
     cuts = np.minimum(np.floor(total / total[-1] * count + start).astype(np.int64), count)
@@ -212,5 +208,5 @@ def _rows(rows: Sequence[tuple[Ints, Ints]]) -> Runs:
 
 
 def _leading(good: npt.NDArray[np.bool_]) -> int:
-    """How many are true before the first that is not."""
+    """The number of true entries before the first false one."""
     return len(good) if good.all() else int(good.argmin())

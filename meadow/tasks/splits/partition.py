@@ -1,9 +1,9 @@
-"""Splits: the training samples dealt to clients by a law of `meadow.tasks.splits.laws` or as the data says, and each
-client's samples cut into train, validation and test.
+"""Splits: divides the training samples among clients (`meadow.tasks.splits.laws`, or natural clients), and each client's
+samples into train, validation and test.
 
-No sample has two owners. All laws but `natural` deal every sample, and a draw that leaves some client with fewer than
-`min_size` samples is drawn again; that changes the law, so the number of tries is recorded. Everything is held and made
-as flat arrays over all clients, so that time and memory grow with the samples and not with the clients.
+No sample has two clients. All laws but `natural` use every sample; a draw that gives a client fewer than `min_size` samples
+is repeated, which changes the law, so the number of tries is recorded. All data structures are flat arrays over all clients,
+so that time and memory grow with the samples and not with the clients.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class ClientIndices:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The data's own clients that have fewer than `min_size` samples: how many there are, and their samples."""
+    """The numbers of natural clients with fewer than `min_size` samples, and of their samples."""
 
     clients: int
     samples: int
@@ -47,12 +47,12 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A split with the law it was drawn from and the tries it took.
+    """A split, with its law and the number of tries.
 
-    order: sample indices grouped by client and part, each part sorted, int64 (samples,). bounds: where the parts begin
-    and end in it, int64 (3 * clients + 1,). sha256: over, for each client in order, its number in UTF-8 and the
-    little-endian int64 bytes of its sorted training, validation and test indices, in this order. `natural`: for
-    law = natural the number of each client among the data's own clients, int64 (clients,).
+    order: sample indices grouped by client and part, each part sorted, int64 (samples,). bounds: the parts' bounds
+    in it, int64 (3 * clients + 1,). sha256: over, for each client in order, its number in UTF-8 and the little-endian
+    int64 bytes of its sorted training, validation and test indices. natural: for law = natural, each client's number
+    among all natural clients, int64 (clients,).
     """
 
     law: str
@@ -101,10 +101,10 @@ class Clients(Sequence[ClientIndices]):
 
 
 def strata(y: Tensor, target: Target) -> Ints:
-    """The labels by which samples are dealt and stratified, int64 (n,).
+    """The labels for partitioning and stratification, int64 (n,).
 
-    They are a target's classes, where there is one at each token that of the last; the first label that a sample of
-    several has; a value's deciles. Samples whose target is missing are a label of their own, after all others.
+    A class target: the class (of the last token). Labels: the first label of the sample. A value: its decile. Samples
+    whose target is missing have a label of their own, after all others.
     """
     values = y.numpy() if y.ndim == 1 or target.kind == "labels" else y[:, -1].numpy()
     if target.kind == "class":
@@ -119,7 +119,7 @@ def strata(y: Tensor, target: Target) -> Ints:
 
 
 def label_counts(split: Split, labels: Ints) -> Ints:
-    """Samples (all three parts) of each client by label, int64 (clients, labels)."""
+    """Each client's samples (all parts) by label, int64 (clients, labels)."""
     classes, clients = int(labels.max()) + 1, len(split.clients)
     cell = np.repeat(np.arange(clients) * classes, split.sizes.sum(axis=1)) + labels[split.order]
     return np.bincount(cell, minlength=clients * classes).reshape(clients, classes)
@@ -128,11 +128,11 @@ def label_counts(split: Split, labels: Ints) -> Ints:
 def deal(
     partition: Partition, labels: Ints, seed: int, owner: Ints | None = None, folds: int = 0, fold: int = 0
 ) -> Split:
-    """Deal samples with the given labels (int64 (n,), 0 and up) by the law of the experiment.
+    """Divide samples with these labels (int64 (n,), from 0) among clients by `partition.law`.
 
-    `owner`: for law = natural, whose each sample is (int64 (n,), 0 and up). `folds` with `fold` = 1..folds: each
-    client's test part is that one of its stratified folds, and the validation part keeps its share of the rest; who
-    owns what is the same for every fold.
+    `owner`: for law = natural, the client of each sample (int64 (n,), from 0). `folds` with `fold` = 1..folds: that
+    stratified fold is each client's test part, and the validation part keeps its share of the rest; the clients' samples
+    are the same in all folds.
 
     Raises UserError if the split is impossible, or not found within 200 tries.
     """
@@ -145,7 +145,7 @@ def deal(
         owners, left_out, natural = _natural(partition, owner, seed)
         by_label = by_label[owners[by_label] >= 0]
     else:
-        runs, tries = _draw(partition, counts[counts > 0], seed)  # labels that occur in no sample are none to a law
+        runs, tries = _draw(partition, counts[counts > 0], seed)  # a law sees no empty labels
         owners = np.empty(len(labels), dtype=np.int64)
         owners[by_label if runs.by_label else shuffled] = np.repeat(runs.owner, runs.amount)
     del shuffled
@@ -158,15 +158,15 @@ def deal(
 
 
 def _draw(partition: Partition, counts: Ints, seed: int) -> tuple[Runs, int]:
-    """The first draw that gives each client enough samples, and how many draws it took."""
-    _possible(partition, int(counts.sum()), len(counts))
+    """The first draw that gives each client enough samples, and the number of draws."""
+    _check_possible(partition, int(counts.sum()), len(counts))
     for attempt in range(1, _TRIES + 1):
         runs = LAWS[partition.law](partition, counts, numpy_generator(seed, "partition", attempt))
         if np.bincount(runs.owner, runs.amount, partition.clients).min() >= partition.min_size:
             return runs, attempt
     alpha = f" with alpha = {partition.alpha}" if partition.law in _BY_ALPHA else ""
     raise UserError(
-        f'partition.min_size = {partition.min_size}: no draw of {_TRIES} by law "{partition.law}"{alpha} gave each of '
+        f'partition.min_size = {partition.min_size}: none of {_TRIES} draws of law "{partition.law}"{alpha} gave each of '
         f"{partition.clients} clients so many of {int(counts.sum())} samples: "
         f"{'raise partition.alpha, or ' if alpha else ''}lower partition.min_size or partition.clients"
     )
@@ -184,7 +184,7 @@ def _natural(partition: Partition, owner: Ints | None, seed: int) -> tuple[Ints,
     enough = there[sizes[there] >= partition.min_size]
     if len(enough) < max(partition.clients, 1):
         raise UserError(
-            f"partition.clients = {partition.clients}: {len(enough)} of the data's own {len(there)} clients have "
+            f"partition.clients = {partition.clients}: {len(enough)} of the data's {len(there)} clients have "
             f"partition.min_size = {partition.min_size} samples or more; lower partition.min_size"
             + (f", or write at most {len(enough)} (0 takes all)" if len(enough) else "")
         )
@@ -198,7 +198,7 @@ def _natural(partition: Partition, owner: Ints | None, seed: int) -> tuple[Ints,
     return number[owner], few, chosen
 
 
-def _possible(partition: Partition, samples: int, labels: int) -> None:
+def _check_possible(partition: Partition, samples: int, labels: int) -> None:
     if partition.clients * partition.min_size > samples:
         raise UserError(
             f"partition.clients = {partition.clients}: {samples} samples cannot give each client partition.min_size = "
@@ -210,36 +210,36 @@ def _possible(partition: Partition, samples: int, labels: int) -> None:
         raise UserError(f"partition.labels = {partition.labels}: {labels} labels occur in the data; write at most that")
     if partition.law == "labels" and partition.labels * partition.clients < labels:
         raise UserError(
-            f"partition.labels = {partition.labels}: {partition.clients} clients with so many labels each cannot hold "
+            f"partition.labels = {partition.labels}: {partition.clients} clients with so many labels each cannot cover "
             f"all {labels} labels; write at least {-(-labels // partition.clients)}"
         )
 
 
 def _parts(sizes: Ints, partition: Partition, seed: int) -> Ints:
-    """The part of each sample along every client's in label order: 0 train, 1 validation, 2 test; int64 (n,).
+    """The part of each sample, in the order of clients and labels: 0 train, 1 validation, 2 test; int64 (n,).
 
-    Systematic sampling: along a client's samples in label order (shuffled within a label), a part of fraction f takes
-    one every 1/f, so that each label is represented to within one and the totals are exact; no part is left empty.
+    Systematic sampling: of a client's samples in label order (shuffled within a label), a part of fraction f takes every
+    1/f-th, so that each label is represented to within one and totals are exact. No part is empty.
     """
     test = np.maximum(1, np.rint(partition.parts[2] * sizes)).astype(np.int64)
     validation = np.maximum(1, np.rint(partition.parts[1] * sizes)).astype(np.int64)
-    # A small train fraction of a small client can round to nothing: the larger held-out part gives a sample back.
+    # A small train fraction of a small client can round to 0: then the larger held-out part returns a sample.
     while (over := test + validation >= sizes).any():
         of_test = test > validation
         test -= over & of_test
         validation -= over & ~of_test
     draw = numpy_generator(seed, "parts")
-    in_test = _every(test, sizes, draw.integers(sizes))
+    in_test = _systematic(test, sizes, draw.integers(sizes))
     return _with_validation(in_test, validation, sizes - test, draw)
 
 
 def _fold(sizes: Ints, partition: Partition, seed: int, folds: int, fold: int) -> Ints:
-    """As `_parts`, with the `fold`-th of `folds` as the test part: every `folds`-th sample along a client's in label
-    order, so that the folds are disjoint and cover it, and their sizes and counts of each label agree to within one."""
-    least = folds if folds > 2 else 4  # so that two samples are left for training and validation
+    """As `_parts`, with the `fold`-th of `folds` as the test part: every `folds`-th of a client's samples in label
+    order, so that folds are disjoint and complete, and agree to within one in size and in the count of each label."""
+    least = folds if folds > 2 else 4  # leaves two samples for training and validation
     if sizes.min() < least:
         raise UserError(
-            f"evaluate.folds = {folds}: the smallest client has {sizes.min()} samples, and so many folds need {least}; "
+            f"evaluate.folds = {folds}: the smallest client has {sizes.min()} samples, but so many folds need {least}; "
             f"write partition.min_size = {least} or more, or fewer folds"
         )
     draw = numpy_generator(seed, "folds")
@@ -253,15 +253,14 @@ def _fold(sizes: Ints, partition: Partition, seed: int, folds: int, fold: int) -
 
 def _with_validation(in_test: npt.NDArray[np.bool_], validation: Ints, left: Ints, draw: np.random.Generator) -> Ints:
     parts = np.where(in_test, 2, 0)
-    parts[~in_test] = _every(validation, left, draw.integers(left))
+    parts[~in_test] = _systematic(validation, left, draw.integers(left))
     return parts
 
 
-def _every(take: Ints, sizes: Ints, start: Ints) -> npt.NDArray[np.bool_]:
+def _systematic(take: Ints, sizes: Ints, start: Ints) -> npt.NDArray[np.bool_]:
     """Mark exactly take[k] of each group's sizes[k] positions, evenly spaced, from a start[k] in 0..sizes[k]-1.
 
-    Position i is marked if a multiple of n lies in (i take + start, (i + 1) take + start]; in whole numbers, so it is
-    exact.
+    Position i is marked if a multiple of n lies in (i take + start, (i + 1) take + start]; integers make this exact.
     """
     place = _rank(sizes)
     place *= np.repeat(take, sizes)
@@ -276,10 +275,10 @@ def _rank(sizes: Ints) -> Ints:
 
 
 def _grouped(group: Ints, values: Ints) -> tuple[Ints, Ints]:
-    """Whole numbers by their group 0, 1, ... (none of them empty), sorted within each, and the groups' bounds."""
+    """Sort integers by their group 0, 1, ... (none empty) and within each; also return the groups' bounds."""
     most = int(values.max()) + 1
     keys = group * most + values
-    keys.sort()  # sorting numbers is many times faster than sorting by numbers
+    keys.sort()  # sorting is many times faster than argsort
     keys %= most
     return keys, np.concatenate([[0], np.cumsum(np.bincount(group))])
 

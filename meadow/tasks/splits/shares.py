@@ -1,9 +1,9 @@
-"""Shares: what each machine of a deployment needs of a task, and nothing of anybody else's data.
+"""Shares: the part of a task that one machine of a deployment needs, without other clients' data.
 
-`deal_out` writes them where all the data is (or each data owner writes its own in the same form); the apps of a
-deployment open their task from the share in MEADOW_SHARE (`use_share`). A node's share has its own clients' samples, the
-coordinator's has the global test set and the sizes of all clients. Hashes of data and split are those of the whole, so that
-the roll call still finds out who holds another split.
+`deal_out` writes the shares on a machine with all the data (or each data owner writes its own in the same format); the apps
+of a deployment open their task from the share in MEADOW_SHARE (`use_share`). A node's share has its clients' samples, the
+coordinator's the global test set and the sizes of all clients. The hashes of data and split are those of the whole, so that
+the roll call detects different splits.
 """
 
 import functools
@@ -32,20 +32,20 @@ COORDINATOR = "coordinator"
 
 
 def hosted(index: int, nodes: int, clients: int) -> range:
-    """The clients of node `index` of `nodes`: an even, contiguous share of them."""
+    """The clients of node `index` of `nodes`: an even, contiguous range."""
     return range(index * clients // nodes, (index + 1) * clients // nodes)
 
 
 def deal_out(experiment: Experiment, nodes: int, out: Path, below: str = "") -> list[Path]:
     """Write the shares of the coordinator and of `nodes` nodes to out/coordinator/`below`, out/node-0/`below`, ...
 
-    Pooled training has all data in one place, which is node 0. Raises UserError as `open_task`, and if there are more
+    For pooled training node 0 has all data. Raises UserError as `open_task`, and if there are more
     nodes than clients.
     """
     experiment = settle(experiment)
     clients = experiment.partition.clients
     if not 1 <= nodes <= clients:
-        raise UserError(f"--nodes {nodes}: {clients} clients can be dealt to 1 to {clients} nodes")
+        raise UserError(f"--nodes {nodes}: {clients} clients can be divided among 1 to {clients} nodes")
     task = open_task(experiment)
     folders = [out / COORDINATOR / below, *(out / f"node-{i}" / below for i in range(nodes))]
     for number, folder in enumerate(folders):
@@ -104,17 +104,17 @@ def _write(experiment: Experiment, task: Task, folder: Path, own: range, coordin
 
 @functools.lru_cache(maxsize=4)
 def read_share(folder: Path, experiment: Experiment) -> Task:
-    """The task of an experiment from the share in `folder`. Raises UserError for a share of something else or none."""
+    """Open the task of an experiment from the share in `folder`. Raises UserError for a missing or different share."""
     try:
         share = json.loads((folder / "share.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"MEADOW_SHARE = {folder}: there is no share ({error}); `meadow deal` writes one") from None
+        raise UserError(f"MEADOW_SHARE = {folder}: there is no share ({error}); `meadow deal` writes shares") from None
     now = _identity(experiment)
     for key, value in now.items():
         if share["of"].get(key) != value:
             raise UserError(
-                f"MEADOW_SHARE = {folder}: the share was dealt for {key} = {share['of'].get(key)!r}, the experiment has "
-                f"{value!r}: deal again for this experiment"
+                f"MEADOW_SHARE = {folder}: the share was written for {key} = {share['of'].get(key)!r}, but the experiment "
+                f"has {value!r}; run `meadow deal` again"
             )
     targets = tuple(_target(entry) for entry in share["dataset"]["targets"])
     empty = Data(
@@ -126,10 +126,10 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
         test = _data("test", read_arrays(test_file)) if test_file.exists() else empty
         clients = {pid: _client(folder / f"client-{pid}.safetensors") for pid in share["clients"]}
     except DamagedFile as error:
-        raise UserError(f"MEADOW_SHARE = {folder}: {error}; deal again") from None
+        raise UserError(f"MEADOW_SHARE = {folder}: {error}; run `meadow deal` again") from None
     facts = {key: share["dataset"][key] for key in ("name", "sha256", "tokens", "images")}
     dataset = Dataset(train=empty, test=test, targets=targets, clients=tuple(share["dataset"]["clients"]), **facts)
-    kept: LRU[int, ClientData] = LRU(2**62)  # there is no pool to gather them from again
+    kept: LRU[int, ClientData] = LRU(2**62)  # unlimited: there is no pool to read them from again
     for client, data in clients.items():
         kept.put(client, data, 0)
     learned = {target.name: target for target in targets}
@@ -151,12 +151,12 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
 
 
 def use_share(place: str) -> None:
-    """Let this process open its tasks from the share in the folder `place`; "": from the data itself."""
+    """Make this process open its tasks from the share in the folder `place`; "": from the data."""
     open_tasks_by(functools.partial(read_share, Path(place)) if place else None)
 
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
-    """The settings that decide the data and the split; where the files lie is each machine's own affair."""
+    """The settings that determine the data and the split, without the machine's paths."""
     tree = to_tree(experiment)
     task = {
         f"task.{k}": v
@@ -180,7 +180,7 @@ def _split(entry: dict[str, Any]) -> Split:
     return Split(
         entry["law"],
         entry["tries"],
-        np.broadcast_to(np.int64(-1), int(bounds[-1])),  # which samples of the pool they were is nobody's business here
+        np.broadcast_to(np.int64(-1), int(bounds[-1])),  # the indices in the pool are not part of a share
         bounds,
         entry["sha256"],
         LeftOut(**entry["left_out"]),

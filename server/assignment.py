@@ -1,4 +1,4 @@
-"""Dealing: which node trains which blocks of clients, where any node may train any, so that all end together."""
+"""Assigns blocks of clients to nodes, where any node may train any client, so that all nodes finish together."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,30 +8,30 @@ import numpy as np
 import numpy.typing as npt
 
 EVEN = 0.02
-"""Share of the time by which the last worker may end later before blocks next to each other are parted."""
+"""Adjacent blocks stay together unless the last worker then finishes later by more than this share of the time."""
 LEVEL = 0.005
-"""Share of the even time by which the last worker may end later before pieces are exchanged."""
+"""Pieces move between workers while the last one finishes later than an even share by more than this fraction."""
 
 
 @dataclass
 class Paces:
-    """How long each node took for a unit of work, of late, in seconds."""
+    """Seconds that each node takes per unit of work, as a moving average."""
 
     _rates: dict[int, float] = field(default_factory=dict)
     _opened: set[int] = field(default_factory=set)
-    """Nodes that have trained before: in its first round a node opens its data as well, which tells nothing of its pace."""
+    """Nodes that have trained before. A node's first round is not measured, because it also opens its data."""
 
     def places(
         self, nodes: Sequence[int], blocks: Sequence[tuple[int, ...]], work: Mapping[int, float]
     ) -> dict[int, int]:
-        """The node of each client: whole blocks by what they are expected to take on each node."""
+        """The node of each client: whole blocks, assigned by their expected time on each node."""
         usual = statistics.fmean(self._rates.values()) if self._rates else 1.0
         rates = [self._rates.get(node, usual) for node in nodes]
-        places = deal([sum(work[c] for c in block) for block in blocks], rates)
+        places = assign([sum(work[c] for c in block) for block in blocks], rates)
         return {client: nodes[place] for block, place in zip(blocks, places, strict=True) for client in block}
 
     def learn(self, seconds: Mapping[int, float], work: Mapping[int, float]) -> None:
-        """Take in how many seconds each node took, and for how much work."""
+        """Update the paces with the seconds that each node took and the work that it did."""
         for node, taken in seconds.items():
             if node in self._opened:
                 now = taken / work[node]
@@ -40,13 +40,13 @@ class Paces:
         self._opened |= seconds.keys()
 
 
-def deal(work: Sequence[float], rates: Sequence[float]) -> list[int]:
-    """Which of several workers (0..len(rates)-1) does each of several pieces of `work`, so that they end together.
+def assign(work: Sequence[float], rates: Sequence[float]) -> list[int]:
+    """Assign each piece of `work` to one of the workers 0..len(rates)-1, so that they finish together.
 
-    `rates`: the time that each worker takes for a unit. The longest piece comes first and each goes to the worker that
-    ends first with it (Graham 1969): that takes at most 4/3 of the shortest time possible. Then the worker that ends last
-    gives away a piece, or exchanges one, as long as that helps. But where pieces next to each other can stay together (a
-    worker then adds up whole spans of blocks) and the last worker ends at most EVEN later, they do.
+    `rates`: each worker's time per unit of work. The longest piece goes first, each to the worker that finishes it first
+    (Graham 1969); this takes at most 4/3 of the shortest possible time. Then the worker that finishes last gives away or
+    exchanges pieces while that helps. Adjacent pieces stay together, so that a worker can add up whole spans of blocks, if
+    the last worker then finishes at most EVEN later.
     """
     speeds = np.array([1 / rate for rate in rates])
     amount = np.array(work, dtype=np.float64)
@@ -68,15 +68,15 @@ def _level(
     ends: npt.NDArray[np.float64],
     places: npt.NDArray[np.int64],
 ) -> None:
-    """Let the worker that ends last give a piece to another one, or exchange two with it, while that makes the later of both
-    end earlier, until the last one ends LEVEL after the even share. `ends` and `places` change."""
+    """Move a piece away from the worker that finishes last, or swap two pieces, while the later of both then finishes
+    earlier; stop when the last worker is within LEVEL of the even share. Changes `ends` and `places` in place."""
     even = amount.sum() / speeds.sum()
     while ends.max() > (1 + LEVEL) * even:
         last = int(np.argmax(ends))
         ours, best = np.flatnonzero(places == last), (float(ends[last]), -1, -1, -1)
         for other in set(range(len(speeds))) - {last}:
             theirs = np.flatnonzero(places == other)
-            back = np.append(amount[theirs], 0)  # in the last column nothing comes back
+            back = np.append(amount[theirs], 0)  # last column: a move without a piece in return
             moved = amount[ours][:, None] - back
             later = np.maximum(ends[last] - moved / speeds[last], ends[other] + moved / speeds[other])
             i, j = divmod(int(later.argmin()), len(back))

@@ -1,4 +1,5 @@
-"""The stages that settings ask for: attacks, the noise of local DP, the longest update, heads that nothing trained."""
+"""The built-in stages, which settings add: attacks, noise of local DP, norm bound, clipping and noise, untrained
+heads."""
 
 from collections.abc import Sequence
 
@@ -11,15 +12,15 @@ from meadow.config.schema import Experiment
 from meadow.privacy.releases import Quantity
 
 
-class Own(Stage):
-    """What leaves by these stages stands in `meadow.privacy.releases`, with the model's arrays."""
+class BuiltIn(Stage):
+    """A stage whose releases `meadow.privacy.releases` lists with the model's arrays."""
 
     def releases(self, experiment: Experiment) -> Sequence[Quantity]:
         return ()
 
 
-class TrainedOnly(Own):
-    """A head that no sample of the client trained does not travel."""
+class TrainedOnly(BuiltIn):
+    """Leaves out heads that no sample of the client trained."""
 
     name, sums, plain = "trained-only", True, True
 
@@ -27,8 +28,8 @@ class TrainedOnly(Own):
         return Left({name: value for name, value in update.items() if at.weights[name] > 0})
 
 
-class LocalNoise(Own):
-    """Local DP: the client clips its update and adds noise before anything leaves (`meadow.client.release`)."""
+class LocalNoise(BuiltIn):
+    """Local DP: the client clips its update and adds noise before sending it (`meadow.client.release`)."""
 
     name, sums = "local-noise", True
 
@@ -36,15 +37,15 @@ class LocalNoise(Own):
         self._learned = frozenset(learned)
 
     def leave(self, update: Arrays, at: AtClient) -> Left:
-        assert at.noise is not None  # without a charged release nothing is trained
+        assert at.noise is not None  # clients train only after charging the release
         own = [name for name in update if name in self._learned]
         noised = at.noise({name: at.received[name] for name in own}, {name: update[name] for name in own})
         return Left(update | noised)
 
 
-class Attack(Own):
-    """What simulated attackers send takes the place of what they trained, where the server receives it. They know the sound
-    updates of the others (`meadow.strategies.attacks`)."""
+class Attack(BuiltIn):
+    """Replaces simulated attackers' updates at the server. Attackers know the valid updates of the others
+    (`meadow.strategies.attacks`)."""
 
     name = "attack"
 
@@ -58,8 +59,8 @@ class Attack(Own):
             arrived.updates |= attack(sound, self._bad, sent, self._settings, self._seed, arrived.round)
 
 
-class NormBound(Own):
-    """An update that is longer than `cohort.max_norm` is refused."""
+class NormBound(BuiltIn):
+    """Rejects updates with a norm above `cohort.max_norm`."""
 
     name, sums = "norm-bound", True
 
@@ -71,7 +72,7 @@ class NormBound(Own):
         return f"its update is {far:.6g} long, more than cohort.max_norm = {self._most:.6g}" if far > self._most else ""
 
 
-class ClipAndNoise(Own):
+class ClipAndNoise(BuiltIn):
     """Client-level DP: the server clips each update and adds the noise to their sum (`meadow.server.client_level`)."""
 
     name = "clip-and-noise"

@@ -1,0 +1,24 @@
+"""Combinations of settings that are refused, as data: each rule has a reason and says what to write instead.
+
+Rules that depend on the algorithm are in `meadow/strategies/check.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from meadow.config.rules.cohort import COHORT
+from meadow.config.rules.privacy import PRIVACY
+from meadow.config.rules.rule import Rule as Rule
+from meadow.config.rules.strategy import STRATEGY
+from meadow.config.rules.training import TRAINING
+
+if TYPE_CHECKING:
+    from meadow.config.schema import Experiment
+
+RULES: tuple[Rule, ...] = (*COHORT, *TRAINING, *STRATEGY, *PRIVACY)
+
+
+def faults(experiment: Experiment) -> list[str]:
+    """One line for each rule that the experiment breaks."""
+    return [fault for rule in RULES if (fault := rule.fault(experiment))]
