@@ -9,7 +9,7 @@ from meadow.client.trainers.job import Job, Training
 from meadow.strategies.protocol import ClientAlgorithm, Roles, steps_of
 from torch import nn
 
-from meadow.arrays.named import Kinds
+from meadow.arrays.named import Kinds, by_kind, flat
 from meadow.config.schema import Experiment
 from meadow.tasks.features import view
 from meadow.tasks.start import initial_state
@@ -60,14 +60,14 @@ def forecast(
         round=1,
         client=0,
         received={name: start[name] for name in roles.shared},
-        auxiliary=auxiliary,
+        auxiliary=by_kind(flat(auxiliary)),
         memory={},
         base=lambda: start,
         personal={},
     )
     for _ in range(2):  # some algorithms act only on the memory of an earlier round
         context.load(context.start())
-        context = replace(context, memory={**context.memory, **algorithm.train(context).memory})
+        context = replace(context, memory=by_kind(flat({**context.memory, **algorithm.train(context).memory})))
     some_missing = not task.held.all() or not all(
         bool(t.known(task.dataset.train.y[t.name]).all()) for t in task.targets
     )

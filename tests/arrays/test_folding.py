@@ -11,8 +11,9 @@ from meadow.simulation.grid import become_server
 
 from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.folding import fold_for_wire, folded, is_folded, unfolded
+from meadow.arrays.named import Arrays
 
-ARRAYS = {
+ARRAYS: Arrays = {
     "half": np.arange(5, dtype=np.float16),
     "weight": np.array([[1.5, -0.0, np.nan], [np.inf, 1e-45, 3.0]], dtype=np.float32),
     "sum": np.array(1 / 3),

@@ -10,13 +10,18 @@ from flwr.app import ConfigRecord, RecordDict
 
 from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.memory import SMALL, Address, Place, Segment, Segments
+from meadow.arrays.named import Arrays
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")
 
 
 def content(seed: int, numbers: int) -> RecordDict:
     draw = np.random.default_rng(seed)
-    arrays = {"w": draw.normal(size=(numbers, 2)).astype(np.float32), "b": draw.normal(size=3), "n": np.array(seed)}
+    arrays: Arrays = {
+        "w": draw.normal(size=(numbers, 2)).astype(np.float32),
+        "b": draw.normal(size=3),
+        "n": np.array(seed),
+    }
     return RecordDict({"arrays": to_record(arrays), "config": ConfigRecord({"round": seed})})
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,7 +170,12 @@ def test_what_the_loop_alone_can_do_is_left_to_it() -> None:
     task = open_task(experiment)
     job = job_of(experiment, View(task.new_model(), task))
     assert not Direct.why_not(job)
-    others = [{"complete": False}, {"weighted": True}, {"kinds": ("class", "value")}, {"kinds": ("value",)}]
+    others: list[dict[str, Any]] = [
+        {"complete": False},
+        {"weighted": True},
+        {"kinds": ("class", "value")},
+        {"kinds": ("value",)},
+    ]
     others += [{"correction": True}, {"term": True}]
     assert len({Direct.why_not(replace(job, **other)) for other in others} - {""}) == 5
     trainers = trainers_of(experiment, View(task.new_model(), task))

@@ -173,7 +173,7 @@ def test_each_training_begins_where_it_is_told(kind: str) -> None:
     faster = kernels(kind, experiment, task, model, (1, 8, 8))
     (member, *_), rates = members_of(faster, clients), faster.rates(1, experiment.local)
     start = state_of(model)
-    other = {name: (value + 0.01).astype(np.float32) for name, value in floats(start).items()}
+    other: Arrays = {name: (value + 0.01).astype(np.float32) for name, value in floats(start).items()}
     first = [faster.made.train(begin, [[member]], rates).arrays[0] for begin in (start, other, start)]
     again = kernels(kind, experiment, task, model, (1, 8, 8)).made.train(other, [[member]], rates).arrays[0]
     assert all(np.array_equal(first[0][n], first[2][n]) and np.array_equal(first[1][n], again[n]) for n in start)

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 from compose_spec import PyCompose
 from cryptography import x509
 from helpers.runs import run_inline

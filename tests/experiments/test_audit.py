@@ -25,12 +25,13 @@ from meadow.experiments.audit import audit
 from meadow.experiments.command import app
 from meadow.privacy.accounting import epsilon
 from meadow.privacy.dpsgd.choose import SUMS, Mode
-from meadow.privacy.dpsgd.mechanism import ClippedSum
+from meadow.privacy.dpsgd.mechanism import ClippedSum, gaussian, poisson
 from meadow.privacy.dpsgd.step import Privatiser
 from meadow.privacy.ledger import Ledger
 from meadow.privacy.noise import Stream
 from meadow.privacy.statistics import Check, noise_check, one_run_bound, sampling_checks
 from meadow.runtime.errors import UserError
+from meadow.tasks.losses import sample_losses
 
 EXAMPLE = (
     "privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.sample_rate=0.1", "local.steps=10",
@@ -91,12 +92,12 @@ def test_it_measures_in_the_mode_that_the_run_trains_in(
 
 
 def scaled(factor: float) -> Callable[..., Any]:
-    honest = meadow.privacy.dpsgd.step.gaussian
+    honest = gaussian
 
-    def gaussian(out: Tensor, deviation: float, stream: Stream) -> None:
+    def weaker(out: Tensor, deviation: float, stream: Stream) -> None:
         honest(out, deviation * factor, stream)
 
-    return gaussian
+    return weaker
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.8, 0.97])
@@ -122,9 +123,8 @@ def test_shuffling_sold_as_poisson_sampling_is_found(monkeypatch: pytest.MonkeyP
 
 
 def test_a_higher_sampling_rate_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.privacy.dpsgd.step.poisson
     monkeypatch.setattr(
-        meadow.privacy.dpsgd.step, "poisson", lambda n, rate, stream: honest(n, min(1, 1.25 * rate), stream)
+        meadow.privacy.dpsgd.step, "poisson", lambda n, rate, stream: poisson(n, min(1, 1.25 * rate), stream)
     )
     assert "sampling rate" in found(*EXAMPLE)
 
@@ -135,16 +135,21 @@ def test_no_clip_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.client.loop.objective.sample_losses
+    honest = sample_losses
 
-    def coupled(*args: Any) -> dict[str, Tensor]:
+    def by_its_size(*args: Any) -> dict[str, Tensor]:
+        """One record more turns the sign of every loss."""
+        return {name: values if len(values) % 2 else -values for name, values in honest(*args).items()}
+
+    def by_its_mean(*args: Any) -> dict[str, Tensor]:
         each = honest(*args)
         # Every gradient turns round when the number of samples changes by one: longer ones would not survive the clip.
         sign = 5 if len(next(iter(args[1].values()))) % 2 else -5
         return {name: values * (sign + values.detach().mean() - values.mean()) for name, values in each.items()}
 
-    monkeypatch.setattr(meadow.client.loop.objective, "sample_losses", coupled)
+    monkeypatch.setattr(meadow.client.loop.objective, "sample_losses", by_its_size)
     assert "largest effect of one record" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=hooks")
+    monkeypatch.setattr(meadow.client.loop.objective, "sample_losses", by_its_mean)
     # Book-keeping sees it as it trains.
     with pytest.raises(UserError, match="depends on the other samples of its batch"):
         found(*EXAMPLE, "privacy.clip=0.5")
@@ -222,8 +227,8 @@ def test_batch_norm_in_train_mode_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_sabotage_of_whole_clients_and_of_local_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     combine, clip, noised = (
-        meadow.server.client_level.combine,
-        meadow.server.client_level.clip,
+        meadow.privacy.client_level.combine,
+        meadow.privacy.client_level.clip,
         meadow.privacy.client_level.noised,
     )
     with monkeypatch.context() as patch:

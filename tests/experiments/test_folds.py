@@ -101,7 +101,8 @@ def test_the_summary_is_the_mean_and_deviation_of_the_folds(done: tuple[Path, Su
 def test_one_fold_by_itself_is_the_same_run(done: tuple[Path, Summary], tmp_path: Path) -> None:
     out, _ = done
     tree = {"run": {"name": "fedavg", "rounds": 2}, "partition": {"clients": 4}, "task": {"learn": "first"}}
-    alone = run(tree, out=tmp_path / "one", engine={"name": "inline"}, **{"evaluate.folds": 3, "evaluate.fold": 2})
+    fold: dict[str, Any] = {"evaluate.folds": 3, "evaluate.fold": 2}
+    alone = run(tree, out=tmp_path / "one", engine={"name": "inline"}, **fold)
     assert (alone.model_sha256, alone.metrics) == (
         read(out / "fold-2")["model_sha256"],
         read(out / "fold-2")["metrics"],

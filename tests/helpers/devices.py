@@ -24,21 +24,23 @@ class Away(Tensor):
 
     @staticmethod
     def __new__(cls, here: Tensor) -> "Away":
-        made: Away = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Away = Tensor._make_wrapper_subclass(
             cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=AWAY
         )
         made.here = here
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares what it is where nothing overrides it
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _computed(function, args, kwargs or {})
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # what torch leaves without types
         return f"Away({self.here!r})"
 
 
-class _Factories(TorchDispatchMode):
+class _Factories(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Makes what is asked for on the device that is none."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,5 +79,5 @@ def _computed(function: Any, args: Any, kwargs: Any) -> Any:
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
     """The device, while it is there."""
-    with _Factories():
+    with _Factories():  # type: ignore[no-untyped-call]
         yield AWAY

@@ -360,7 +360,7 @@ def test_the_bound_sees_one_sample_that_counts_a_thousandth_more(family: str, cl
 
 
 @pytest.mark.parametrize(("family", "mode"), MODES)
-def test_each_samples_gradient_is_the_loops(family: str, mode: str) -> None:
+def test_each_samples_gradient_is_the_loops(family: str, mode: GradSample) -> None:
     model, losses = case(family)
     index = torch.arange(N)
     for i, expected in zip(index, oracle(family), strict=True):
@@ -372,7 +372,7 @@ def test_each_samples_gradient_is_the_loops(family: str, mode: str) -> None:
 
 @pytest.mark.parametrize(("family", "mode"), MODES)
 @pytest.mark.parametrize("clip", [0.3, 1.5, 100.0])
-def test_without_noise_it_is_the_hand_clipped_sum(family: str, mode: str, clip: float) -> None:
+def test_without_noise_it_is_the_hand_clipped_sum(family: str, mode: GradSample, clip: float) -> None:
     model, losses = case(family)
     index = torch.tensor([0, 2, 3, 5, 6])
     found = private(model, losses, index, no_noise(clip), mode)
@@ -390,7 +390,8 @@ def test_clip_and_noise_are_those_of_opacus(family: str, mode: GradSample) -> No
 
     class Torchs(Stream):
         def fill(self, out: npt.NDArray[np.float32], deviation: float = 1.0) -> None:
-            parts = torch.from_numpy(out).split([parameter.numel() for parameter in model.parameters()])
+            sizes = [parameter.numel() for parameter in model.parameters()]
+            parts = torch.from_numpy(out).split(sizes)  # type: ignore[no-untyped-call]
             for part, parameter in zip(parts, model.parameters(), strict=True):
                 part.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=drawn).flatten())
 
@@ -418,7 +419,7 @@ def test_clip_and_noise_are_those_of_opacus(family: str, mode: GradSample) -> No
 @pytest.mark.parametrize(
     ("family", "mode"), [("mlp", "hooks"), ("mlp", "loop"), ("mlp", "book"), ("cnn", "book"), ("lstm", "hooks")]
 )
-def test_an_empty_sample_is_noise_alone(family: str, mode: str) -> None:
+def test_an_empty_sample_is_noise_alone(family: str, mode: GradSample) -> None:
     model, losses = case(family)
     found = private(model, losses, torch.arange(0), Mechanism(0.5, 2.0, 0.5, 4.0, 1), mode)
     sizes = [parameter.numel() for parameter in model.parameters()]
@@ -431,7 +432,7 @@ def test_an_empty_sample_is_noise_alone(family: str, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["book", "hooks", "loop"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", [0, 2])
-def test_a_sample_without_a_finite_gradient_adds_nothing(mode: str, bad: float, where: int) -> None:
+def test_a_sample_without_a_finite_gradient_adds_nothing(mode: GradSample, bad: float, where: int) -> None:
     model, losses = case("mlp")
     index = torch.arange(N)
     others = index[index != where]
@@ -444,7 +445,7 @@ def test_a_sample_without_a_finite_gradient_adds_nothing(mode: str, bad: float, 
 
 
 @pytest.mark.parametrize("mode", ["book", "hooks", "loop"])
-def test_adding_one_sample_moves_the_sum_by_the_clip_at_most(mode: str) -> None:
+def test_adding_one_sample_moves_the_sum_by_the_clip_at_most(mode: GradSample) -> None:
     for family in ("mlp", "cnn", "bag", "two heads"):
         model, losses = case(family)
         for i in range(N):

@@ -198,8 +198,8 @@ def test_a_void_round_leaves_nothing_and_is_tried_again(
     plan = (f"strategy.name={name}", "cohort.quorum=3", "partition.clients=8")
     voided = small(preset, *plan, "cohort.size=3", "cohort.attempts=3")
     with monkeypatch.context() as patch:
-        failing(patch, lambda round_, attempt, c: round_ == 2 and attempt < 3 and c == found[attempt][0])
         found = {attempt: draw_cohort(voided, 2, attempt=attempt) for attempt in (1, 2, 3)}
+        failing(patch, lambda round_, attempt, c: round_ == 2 and attempt < 3 and c == found[attempt][0])
         summary = run_inline(voided, tmp_path / "one")
     assert summary["status"] == "done"
     seen = records(tmp_path / "one")

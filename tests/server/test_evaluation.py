@@ -20,10 +20,11 @@ from meadow.tasks.metrics import PRIMARY
 from meadow.tasks.task import open_task
 
 
-def files(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """summary.json, rounds.jsonl and evaluation.json."""
+def files(out: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """summary.json, evaluation.json and rounds.jsonl."""
     rounds = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
-    return *(json.loads((out / f"{n}.json").read_text()) for n in ("summary", "evaluation")), rounds  # type: ignore[return-value]
+    summary, evaluation = (json.loads((out / f"{n}.json").read_text()) for n in ("summary", "evaluation"))
+    return summary, evaluation, rounds
 
 
 @pytest.mark.parametrize("preset", ["fedavg", "fedper", "pooled"])
@@ -109,6 +110,7 @@ def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path, monkeypat
     def lying(node: Any, request: Any) -> Any:
         reply = honest(node, request)
         if request.client == 2:
+            assert reply.values is not None
             reply.values["confusion"] = {"digit": LIES["negative"]}
         return reply
 
@@ -132,7 +134,7 @@ def test_the_worst_tenth_is_the_highest_of_what_should_be_low() -> None:
 
 
 def test_trees_are_reduced_leaf_by_leaf() -> None:
-    trees = [{"a": {"x": 1.0}, "b": 2.0}, {"a": {"x": 5.0, "y": 7.0}}]
+    trees: list[dict[str, Any]] = [{"a": {"x": 1.0}, "b": 2.0}, {"a": {"x": 5.0, "y": 7.0}}]
     assert reduce_trees(trees, max) == {"a": {"x": 5.0, "y": 7.0}, "b": 2.0}
 
 
@@ -177,4 +179,5 @@ def test_every_kind_of_target_in_one_run(tmp_path: Path) -> None:
     # Each client balances by its own labels.
     weights = class_weights(task.targets, task.client(0).train.y)
     side = task.client(0).train.y["side"]
-    assert (weights["side"][side[side >= 0]].mean().item(), set(weights)) == (pytest.approx(1), {"side", "signs"})
+    assert weights["side"][side[side >= 0]].mean().item() == pytest.approx(1)
+    assert set(weights) == {"side", "signs"}

@@ -17,6 +17,7 @@ from meadow.server.rollcall import RollCall
 from meadow.simulation.grid import LocalGrid, become_server, error_reply
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
 
+from meadow.arrays.named import Arrays
 from meadow.arrays.sums import weighted_sum
 from meadow.runtime.clock import PHASES
 from meadow.runtime.errors import RunStopped
@@ -25,7 +26,7 @@ from meadow.runtime.identity import code_sha256, versions
 ROLL = {"code": code_sha256(), "data": "d", "split": "s", "versions": json.dumps(versions())}
 
 
-SENT = {"w": np.float32([0])}
+SENT: Arrays = {"w": np.asarray([0], dtype=np.float32)}
 
 
 class FakeGrid(LocalGrid):
@@ -73,7 +74,7 @@ def node(clients: Sequence[int], fault: str = "", **roll: Any) -> Callable[[Mess
         requests, _ = unpack_requests(message.content)
         answers = [reply(r.client, r.client) for r in requests]
         if fault == "lies":
-            extra = weighted_sum([(1e6, {"w": np.float32([666])})])
+            extra = weighted_sum([(1e6, {"w": np.asarray([666], dtype=np.float32)})])
             answers.append(reply(0, 666))
             return pack_replies(NodeReply(answers, {(0, 1): extra, (0, 2): extra, (7, 8): extra}))
         return pack_replies(NodeReply(answers))
@@ -82,7 +83,7 @@ def node(clients: Sequence[int], fault: str = "", **roll: Any) -> Callable[[Mess
 
 
 def reply(client: int, value: int) -> Answer:
-    return Answer(client, {"metrics": {"num-examples": 10}}, {"w": np.float32([value])})
+    return Answer(client, {"metrics": {"num-examples": 10}}, {"w": np.asarray([value], dtype=np.float32)})
 
 
 def exchange(nodes: dict[int, Callable[[Message], RecordDict]], clients: int, timeout: float = 0.3) -> Exchange:

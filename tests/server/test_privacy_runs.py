@@ -22,9 +22,11 @@ import meadow.client.context
 import meadow.client.release
 import meadow.server.client_level
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from helpers.rounding import floats
 from helpers.runs import RESUMED, run_inline, small
 from hypothesis import strategies as st
 from meadow.client.loop.training import train
@@ -40,7 +42,7 @@ from torch import nn
 import meadow.arrays.files
 import meadow.privacy.ledger
 from meadow.arrays.flower import from_record
-from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.arrays.named import Arrays, Float64, arrays_sha256
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.cohort import participations
 from meadow.config.load import to_toml
@@ -48,6 +50,7 @@ from meadow.config.schema import RELEASES, Experiment
 from meadow.experiments.plan import plan
 from meadow.experiments.report import write_report
 from meadow.privacy.accounting import client_guarantee, epsilon, local_guarantee
+from meadow.privacy.client_level import clip
 from meadow.privacy.dpsgd.mechanism import Mechanism, poisson
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.ledger import noise_seed, simulated_secret
@@ -117,7 +120,8 @@ def test_one_step_is_the_hand_clipped_noised_sum(tmp_path: Path) -> None:
         for name, g in gradient.items():
             sums[name] += g * min(1.0, 0.3 / norm)
     result = final(tmp_path)
-    pieces = noise.normal(sum(p.numel() for p in model.parameters())).split([p.numel() for p in model.parameters()])
+    sizes = [p.numel() for p in model.parameters()]
+    pieces = torch.split(noise.normal(sum(sizes)), sizes)
     for (name, p), piece in zip(model.named_parameters(), pieces, strict=True):
         expected = p.detach() - 0.5 * (sums[name] + 0.3 * piece.view(p.shape)) / 20
         assert np.abs(result[name] - expected.numpy()).max() <= 1e-5, name
@@ -206,9 +210,13 @@ def test_other_inputs_are_another_release_with_other_noise(tmp_path: Path) -> No
     experiment = small("fedavg", *EXAMPLE, "partition.clients=2")
     run_inline(experiment, tmp_path)
     drawn: list[int] = []
+
+    def watched(*given: Any) -> int:
+        drawn.append(noise_seed(*given))
+        return drawn[-1]
+
     with pytest.MonkeyPatch.context() as patch:
-        honest = meadow.client.release.noise_seed
-        patch.setattr(meadow.client.release, "noise_seed", lambda *a: drawn.append(honest(*a)) or drawn[-1])
+        patch.setattr(meadow.client.release, "noise_seed", watched)
         patch.setattr(
             "meadow.strategies.algorithms.fedavg.mean", lambda total, before: {n: v + 1 for n, v in before.items()}
         )
@@ -334,7 +342,11 @@ def records(replies: list[Message]) -> dict[str, dict[str, Any]]:
     """All metric and config records of clients in the replies, by kind; the values of equal keys in a list."""
     found: dict[str, dict[str, Any]] = {}
     for reply in replies:
-        for name, record in [*reply.content.metric_records.items(), *reply.content.config_records.items()]:
+        parts: list[tuple[str, MetricRecord | ConfigRecord]] = [
+            *reply.content.metric_records.items(),
+            *reply.content.config_records.items(),
+        ]
+        for name, record in parts:
             kind = name.partition(".")[2] or name
             for key, value in record.items():
                 found.setdefault(kind, {}).setdefault(key, []).append(value)
@@ -430,7 +442,7 @@ def test_a_model_or_a_weight_that_breaks_the_promise_is_refused_before_the_run()
         protection(small("fedavg", *EXAMPLE), balanced, Roles(names[5:], names[5:], (), names[:5]))
 
 
-OBSERVED = {
+OBSERVED: dict[str, Callable[[dict[str, Any], dict[str, Any], list[dict[str, str]]], bool]] = {
     "model arrays": lambda left, split, rows: any("@" not in name for name in left.get("arrays", ())),
     "control variates": lambda left, split, rows: any("@" in name for name in left.get("arrays", ())),
     "number of training samples": lambda left, split, rows: (
@@ -575,7 +587,7 @@ def test_a_proximal_term_acts_after_clip_and_noise() -> None:
     for correct in (None, away):
         load_into(model, initial_state(experiment))
         train(model, data, task, experiment, 1, 0, correct=correct, permit=permit())
-        results.append(state_of(model))
+        results.append(floats(state_of(model)))
     for name, value in results[0].items():
         assert np.abs(results[1][name] - (value - 0.1)).max() <= 1e-6, name
 
@@ -587,13 +599,13 @@ NOISE_ALONE = (
 """Gradients that vanish in their noise, which has deviation 0.01: what a private step does beside it is plain to see."""
 
 
-def noised_alike(experiment: Experiment, out: Path) -> Arrays:
+def noised_alike(experiment: Experiment, out: Path) -> dict[str, Float64]:
     """The final model, with noise that does not depend on the settings."""
     count = itertools.count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meadow.client.release, "noise_seed", lambda *_: next(count))
         run_inline(experiment, out)
-    return final(out)
+    return floats(final(out))
 
 
 @pytest.mark.parametrize("pull", ["strategy.name=fedprox strategy.mu", "anchor.to=received anchor.l2"])
@@ -604,7 +616,7 @@ def test_proximal_and_penalty_terms_of_a_whole_run_act_after_clip_and_noise(pull
     pulled = (*plain, *name.split(), f"{key}=0.8", "local.steps=2")
     one, two = (noised_alike(small("fedavg", *plain, f"local.steps={n}"), tmp_path / str(n)) for n in (1, 2))
     found = noised_alike(small("fedavg", *pulled), tmp_path / "pulled")
-    start = initial_state(small("fedavg", *plain))
+    start = floats(initial_state(small("fedavg", *plain)))
     for array in one:
         expected = two[array] - 0.5 * 0.8 * (one[array] - start[array])
         assert np.abs(found[array] - expected).max() <= 2e-6 < np.abs(found[array] - two[array]).max(), array
@@ -619,7 +631,7 @@ def test_scaffolds_correction_acts_after_clip_and_noise(tmp_path: Path) -> None:
             noised_alike(small("fedavg", *plain, f"run.seed={seed}", *more), tmp_path / f"{seed}{i}")
             for i, more in enumerate([["run.rounds=1"], ["run.rounds=2"], ["run.rounds=2", "strategy.name=scaffold"]])
         )
-        start = initial_state(small("fedavg", *plain, f"run.seed={seed}"))
+        start = floats(initial_state(small("fedavg", *plain, f"run.seed={seed}")))
         first, second = (record["cohort"] for record in lines(tmp_path / f"{seed}2"))
         sign = -1 if first == second else 1
         for array in one:
@@ -742,7 +754,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, number: int, truth: Path) -> list[in
     disk, write_bytes, seed = (
         meadow.privacy.ledger.Disk,
         meadow.arrays.files.write_bytes,
-        meadow.client.release.noise_seed,
+        noise_seed,
     )
     honest_write, honest_sync = disk.write, disk.sync
 
@@ -825,15 +837,16 @@ def test_killed_at_random_moments_epsilon_is_never_below_the_rounds_that_were_ma
 
 def updates_of(replies: list[Message], sent: Arrays) -> list[Arrays]:
     """What the clients' updates of the first round were, by client."""
-    found = {}
+    found: dict[int, Arrays] = {}
+    before = floats(sent)
     for reply in replies:
         for name, record in reply.content.array_records.items():
             if name.endswith(".arrays") and name.split(".")[0].isdecimal():
-                found[int(name.split(".")[0])] = {n: v - sent[n] for n, v in from_record(record).items()}
+                found[int(name.split(".")[0])] = {n: v - before[n] for n, v in floats(from_record(record)).items()}
     return [found[c] for c in sorted(found)]
 
 
-def norm(update: Arrays) -> float:
+def norm(update: Mapping[str, npt.NDArray[np.generic]]) -> float:
     return math.sqrt(sum(float(np.square(v.astype(np.float64)).sum()) for v in update.values()))
 
 
@@ -860,12 +873,12 @@ def test_a_round_is_the_clipped_sum_and_one_noise_over_the_expected_cohort(
         patch.setattr(ClientLevel, "_generator", lambda self, *a: Recording(honest(self, *a)))
         run_inline(experiment, tmp_path)
     assert set(drawn) == {0.5 * 0.05} and len(drawn) == len(final(tmp_path))
-    start = {n: v for n, v in initial_state(experiment).items() if n in final(tmp_path)}
-    updates = updates_of(replies, start)
+    sent = {n: v for n, v in initial_state(experiment).items() if n in final(tmp_path)}
+    start, updates = floats(sent), updates_of(replies, sent)
     assert len(updates) == len(lines(tmp_path)[0]["cohort"]) != 4
     total = {n: sum(u[n].astype(np.float64) * min(1.0, 0.05 / norm(u)) for u in updates) for n in start}
     for name, value in final(tmp_path).items():
-        assert np.abs(value - (start[name] + total[name] / 4)).max() <= 1e-6, name
+        assert np.abs(value.astype(np.float64) - (start[name] + total[name] / 4)).max() <= 1e-6, name
 
 
 def test_client_level_noise_has_its_deviation_and_epsilon_is_that_of_poisson_rounds(tmp_path: Path) -> None:
@@ -873,8 +886,8 @@ def test_client_level_noise_has_its_deviation_and_epsilon_is_that_of_poisson_rou
     experiment = small("fedavg", *CLIENT, "run.rounds=2", "privacy.clip=1e-3", "privacy.noise_multiplier=3")
     summary = run_inline(experiment, tmp_path)
     checkpoints = sorted((tmp_path / "checkpoints").glob("*.safetensors"))
-    first, second = (meadow.arrays.files.read_arrays(path) for path in checkpoints)
-    moves = np.concatenate([(second[n] - first[n]).ravel() for n in first]).astype(np.float64) / (3 * 1e-3 / 4)
+    first, second = (floats(meadow.arrays.files.read_arrays(path)) for path in checkpoints)
+    moves = np.concatenate([(second[n] - first[n]).ravel() for n in first]) / (3 * 1e-3 / 4)
     assert len(moves) > 2000
     # The sum of squares of n normals has mean n and deviation sqrt(2 n); the updates add at most (4 / 3)^2 or so.
     assert float(np.square(moves).sum()) == pytest.approx(len(moves), abs=5 * math.sqrt(2 * len(moves)) + 10)
@@ -922,11 +935,14 @@ def test_a_round_of_whole_clients_made_again_with_other_replies_is_another_relea
     run_inline(experiment, tmp_path)
     for path in [tmp_path / "summary.json", *(tmp_path / "checkpoints").glob("*3.*")]:
         path.unlink()
-    honest, seed, drawn = meadow.server.client_level.clip, meadow.server.client_level.noise_seed, []
-    monkeypatch.setattr(
-        meadow.server.client_level, "clip", lambda before, after, bound: honest(before, after, bound / 2)
-    )
-    monkeypatch.setattr(meadow.server.client_level, "noise_seed", lambda *a: drawn.append(seed(*a)) or drawn[-1])
+    drawn: list[int] = []
+
+    def watched(*given: Any) -> int:
+        drawn.append(noise_seed(*given))
+        return drawn[-1]
+
+    monkeypatch.setattr(meadow.server.client_level, "clip", lambda before, after, bound: clip(before, after, bound / 2))
+    monkeypatch.setattr(meadow.server.client_level, "noise_seed", watched)
     again = run_inline(experiment, tmp_path, resume=True)
     made = json.loads((tmp_path / "releases.json").read_text())
     assert len(set(made)) == len(made) == rounds_paid
@@ -980,11 +996,11 @@ def test_a_noised_update_is_what_the_ledgers_entry_gives(
         "fedavg", *LOCAL, "run.rounds=1", "privacy.clip=0.2", "partition.clients=3", "partition.law=quantity"
     )
     summary = run_inline(experiment, tmp_path)
-    start, mean = initial_state(experiment), final(tmp_path)
+    start, mean = floats(initial_state(experiment)), final(tmp_path)
     noised = []
     for number, entries in sorted(ledgers(tmp_path).items()):
         assert entries[0]["parts"] == [[1.0, 2.0, 1]] and entries[0]["unit"] == "local"
-        update = {n: v.astype(np.float64) - start[n] for n, v in bare[number].items()}
+        update = {n: v - start[n] for n, v in floats(bare[number]).items()}
         scale = min(1.0, 0.2 / norm(update))
         generator = np.random.Generator(
             np.random.Philox(noise_seed(simulated_secret(0, number), entries[0]["release"]))

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import meadow.client.store
-import meadow.server.run
 import pytest
 from helpers.runs import RESUMED, run_inline, small
 from meadow.server.checkpoints import Checkpoint, latest, save
 from meadow.server.folder import RunFolder
 from meadow.server.listeners import RoundDone
+from meadow.server.rounds import play_round
 from meadow.server.session import Session
 from meadow.server.writer import Writer
 
@@ -113,12 +113,10 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
         kept.append([int(p.stem[-8:]) for p in sorted((tmp_path / str(number) / "checkpoints").glob("*.json"))])
     assert kept == [[1, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4]]
 
-    play = meadow.server.run.play_round
-
     def stop(session: Session, round_: int) -> str:
         if round_ == 4:
             raise KeyboardInterrupt
-        return play(session, round_)
+        return play_round(session, round_)
 
     with monkeypatch.context() as patch:
         patch.setattr("meadow.server.run.play_round", stop)

@@ -10,6 +10,7 @@ import meadow.client.node
 import numpy as np
 import pytest
 import torch
+from helpers.rounding import floats
 from helpers.runs import clients_answer, run_inline, small
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
@@ -42,20 +43,21 @@ def sgd_by_hand(experiment: Experiment, client: int, steps: int = 1) -> Arrays:
     load_into(model, initial_state(experiment))
     data = task.client(client).train
     for _ in range(steps):
-        loss = sum(losses(model(data.x), data.y, task.targets).values())
+        loss = sum(losses(model(data.x), data.y, task.targets).values(), torch.zeros(()))
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter -= experiment.local.lr * gradient
+                parameter.sub_(experiment.local.lr * gradient)
     return state_of(model)
 
 
 def close(a: Arrays, b: Arrays, steps: float = 4) -> None:
     """Equal to float32 rounding: within a few units in the last place of the larger of the value and 1/16."""
     assert a.keys() == b.keys()
+    one, other = floats(a), floats(b)
     for name in a:
-        scale = np.maximum(np.abs(b[name]), 1 / 16)
-        assert (np.abs(a[name] - b[name]) <= steps * np.finfo(np.float32).eps * scale).all(), name
+        scale = np.maximum(np.abs(other[name]), 1 / 16)
+        assert (np.abs(one[name] - other[name]) <= steps * np.finfo(np.float32).eps * scale).all(), name
 
 
 @pytest.mark.parametrize("preset", ["fedavg", "federated-multitask"])
@@ -73,8 +75,8 @@ def test_two_clients_average_by_their_samples(tmp_path: Path) -> None:
     run_inline(experiment, tmp_path)
     n = [len(open_task(experiment).client(c).train) for c in (0, 1)]
     assert n[0] != n[1]
-    first, second = sgd_by_hand(experiment, 0), sgd_by_hand(experiment, 1)
-    by_hand = {k: ((n[0] * first[k] + n[1] * second[k]) / (n[0] + n[1])).astype(np.float32) for k in first}
+    first, second = (floats(sgd_by_hand(experiment, c)) for c in (0, 1))
+    by_hand: Arrays = {k: ((n[0] * first[k] + n[1] * second[k]) / (n[0] + n[1])).astype(np.float32) for k in first}
     close(final_arrays(tmp_path), by_hand)
 
 
@@ -202,6 +204,7 @@ def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: py
     def poisoned(node: Any, request: Any) -> Any:
         reply = honest(node, request)
         if request.client == 3:
+            assert reply.arrays is not None
             reply.arrays = {k: np.full_like(v, np.nan) for k, v in reply.arrays.items()}
         return reply
 
@@ -231,12 +234,12 @@ def test_training_depends_on_round_and_client_and_on_nothing_else() -> None:
 
 def test_the_trunk_learns_at_its_own_rate(tmp_path: Path) -> None:
     """One full-batch step without momentum: the trunk moves by the factor times what it moves without one."""
-    start = initial_state(small("fedavg", "partition.clients=1"))
+    start = floats(initial_state(small("fedavg", "partition.clients=1")))
     moved = []
     for factor in (1.0, 0.25):
         experiment = small("fedavg", *ONE_STEP, "partition.clients=1", f"local.trunk_lr_factor={factor}")
         run_inline(experiment, tmp_path / str(factor))
-        moved.append({n: v - start[n] for n, v in final_arrays(tmp_path / str(factor)).items()})
+        moved.append({n: v - start[n] for n, v in floats(final_arrays(tmp_path / str(factor))).items()})
     for name, step in moved[0].items():
         factor = 0.25 if name.startswith("trunk.") else 1.0
         assert np.allclose(moved[1][name], factor * step, rtol=1e-3, atol=1e-7), name
@@ -250,6 +253,7 @@ def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: 
     def boasting(node: Any, request: Any) -> Any:
         reply = honest(node, request)
         if request.client < 3:
+            assert reply.values is not None
             reply.values["metrics"] = {**reply.metrics, **nonsense[request.client]}
             reply.values["evaluation"] = {"digit/accuracy": math.inf, "digit/loss": [1.0]}
         return reply

@@ -53,7 +53,7 @@ def test_the_data_is_held_once_a_machine(cluster: Any, tmp_path: Path) -> None:
     def pieces(worker: Any) -> tuple[str, int, set[str]]:
         from meadow.arrays import memory
 
-        found = {piece.address.split("/")[2] for piece in memory._pieces.values()}
+        found = {piece.path.split("/")[2] for piece in memory._shared.values()}
         return ray.get_runtime_context().get_node_id(), os.getpid(), found
 
     experiment = small("fedavg", f"engine.address={cluster.address}")

@@ -21,6 +21,7 @@ from meadow.strategies.wire.packing import (
     Answer,
     NodeReply,
     Request,
+    Values,
     add_spans,
     pack_replies,
     pack_requests,
@@ -69,7 +70,7 @@ def test_three_blocks_average_to_the_weighted_mean() -> None:
 
 
 def test_each_name_is_averaged_over_those_who_sent_it() -> None:
-    before = {
+    before: Arrays = {
         "a": np.array([1], dtype=np.float32),
         "b": np.array([2], dtype=np.float32),
         "c": np.array([3], dtype=np.float32),
@@ -90,7 +91,7 @@ def test_each_name_is_averaged_over_those_who_sent_it() -> None:
     )
     found = mean(add([block]), before)
     assert {k: v.tolist() for k, v in found.items()} == {"a": [4], "b": [5], "c": [3], "n": [9]}
-    assert mean["n"].dtype == np.int64
+    assert found["n"].dtype == np.int64
 
 
 @pytest.mark.parametrize(
@@ -117,11 +118,13 @@ def test_roles(share: str, trainable: str, shared: tuple[str, ...], personal: tu
 def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
     become_server()
     draw = np.random.default_rng(seed)
-    updates = {c: {"w": (draw.normal(size=5) * 10.0 ** draw.integers(-6, 6)).astype(np.float32)} for c in cohort}
+    updates: dict[int, Arrays] = {
+        c: {"w": (draw.normal(size=5) * 10.0 ** draw.integers(-6, 6)).astype(np.float32)} for c in cohort
+    }
     sizes = {c: int(draw.integers(1, 50)) for c in cohort}
     assert [c for block in cut(list(cohort)) for c in block] == sorted(cohort)
     assert all(len(b) == BLOCK for b in cut(list(cohort))[:-1])
-    before = {"w": np.zeros(5, np.float32)}
+    before: Arrays = {"w": np.zeros(5, np.float32)}
     results = set()
     for whole in (0.0, 0.5, 1.0):  # the share of blocks that a node answers as one sum
         sums = {b: weighted_sum((sizes[c], updates[c]) for c in b) for b in cut(list(cohort)) if draw.random() < whole}
@@ -131,9 +134,9 @@ def test_bits_do_not_depend_on_who_adds_up(cohort: set[int], seed: int) -> None:
         plan, parts = load("fedavg"), Roles(("w",), ("w",), (), ())
         setup = Setup(plan.strategy, plan.local, 0, parts, {"w": 61}, equal_weights=False)
         server = server_of(setup)
-        whole = round_sum(sorted(cohort), verdict)
-        assert whole is not None
-        mean, _ = server.update(server.init(before), whole, before)
+        total = round_sum(sorted(cohort), verdict)
+        assert total is not None
+        mean, _ = server.update(server.init(before), total, before)
         results.add(arrays_sha256(mean))
     assert len(results) == 1
 
@@ -144,9 +147,12 @@ def test_bits_do_not_depend_on_who_adds_up_spans(clients: int, seed: int) -> Non
     """A node that adds up all blocks of a span gives the bits of a server that is sent each client's arrays."""
     become_server()
     draw = np.random.default_rng(seed)
-    updates = [{"w": (draw.normal(size=3) * 10.0 ** draw.integers(-6, 6)).astype(np.float32)} for _ in range(clients)]
+    updates: list[Arrays] = [
+        {"w": (draw.normal(size=3) * 10.0 ** draw.integers(-6, 6)).astype(np.float32)} for _ in range(clients)
+    ]
     sizes = [float(draw.random() + 0.1) for _ in range(clients)]
-    blocks, sent = cut(range(clients)), {"w": np.zeros(3, np.float32)}
+    blocks = cut(range(clients))
+    sent: Arrays = {"w": np.zeros(3, np.float32)}
     results = set()
     for kept in (0.0, 0.5, 1.0):  # the share of blocks that are summed at all
         single = {
@@ -212,7 +218,7 @@ def test_packing_round_trip() -> None:
     nodes = [pack_requests([request], made=made) for request in requests[::2]]
     assert nodes[0]["0.arrays"] is nodes[1]["0.arrays"]  # so a grid that shares memory hands it over once
     block = weighted_sum([(2.0, arrays_of(0)), (3.0, arrays_of(1))])
-    said = {"metrics": {"num-examples": 2}, "ledger": ledger}
+    said: dict[str, Values] = {"metrics": {"num-examples": 2}, "ledger": ledger}
     node = unpack_replies(
         pack_replies(NodeReply([Answer(2, said, summed=True), Answer(5, error="why")], {(4, 5): block}))
     )

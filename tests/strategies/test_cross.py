@@ -9,6 +9,7 @@ import meadow.server.rounds
 import numpy as np
 import pytest
 from helpers.runs import run_inline, small
+from meadow.server.attempt import attempt
 from meadow.server.checkpoints import latest
 
 from meadow.config.algorithms import ALGORITHMS
@@ -81,10 +82,10 @@ def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, monkeypatch:
     cohort = ("run.rounds=4", "cohort.size=3", "partition.clients=4", "strategy.mix_lr=0.1", "local.epochs=1")
     experiment = small("fedavg", f"strategy.name={name}", *settings, *cohort)
     expected = run_inline(experiment, tmp_path / "whole")
-    honest = meadow.server.rounds.attempt
+    honest = attempt
 
-    def killed(session: Any, round_: int, attempt: int) -> Any:
-        tried = honest(session, round_, attempt)
+    def killed(session: Any, round_: int, number: int) -> Any:
+        tried = honest(session, round_, number)
         if round_ == 3:
             raise Killed
         return tried

@@ -16,7 +16,7 @@ from meadow.strategies import algorithm
 from meadow.strategies.adaptors.flower import FlowerServer, flower
 from meadow.strategies.protocol import Algorithm, ClientUpdate, Roles, Setup
 
-from meadow.arrays.named import arrays_sha256
+from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.runtime.errors import UserError
 
 ADAM = FedAdam(eta=0.1, beta_1=0.8)
@@ -73,9 +73,11 @@ class Opaque(FedAvg):
 def updated(strategy: Strategy, state: Any = None) -> Any:
     become_server()
     plan = experiment()
-    model = {"w": np.float32([1, 2])}
+    model: Arrays = {"w": np.array([1, 2], np.float32)}
     setup = Setup(plan.strategy, plan.local, 0, Roles(("w",), ("w",), (), ()), {"w": 2}, equal_weights=False)
-    replies = [ClientUpdate(c, 1, {"w": np.float32([c, 0])}, {"w": 1.0}, {"num-examples": 1 + c}) for c in (0, 1)]
+    replies = [
+        ClientUpdate(c, 1, {"w": np.array([c, 0], np.float32)}, {"w": 1.0}, {"num-examples": 1 + c}) for c in (0, 1)
+    ]
     return FlowerServer(setup, strategy).update(state or {}, replies, model)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.rounding import floats
 from helpers.runs import run_inline, small
 from meadow.client.loop.training import train
 from meadow.server.checkpoints import latest
@@ -45,9 +46,10 @@ def equal(a: Arrays, b: Arrays) -> None:
 def near(a: Arrays, b: Arrays, start: Arrays) -> None:
     """Equal to float32 rounding: apart by less than a hundred thousandth of how far training moved."""
     assert a.keys() == b.keys()
-    for name in a:
-        moved = np.abs(b[name] - start[name]).max()
-        assert moved > 0 and np.abs(a[name] - b[name]).max() <= 1e-5 * moved + 1e-7, name
+    one, other, before = floats(a), floats(b), floats(start)
+    for name in one:
+        moved = np.abs(other[name] - before[name]).max()
+        assert moved > 0 and np.abs(one[name] - other[name]).max() <= 1e-5 * moved + 1e-7, name
 
 
 def pair(tmp_path: Path, one: Experiment, other: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -234,8 +236,8 @@ def test_heads_are_averaged_over_those_who_trained_them(name: str, tmp_path: Pat
     (tmp_path / "two").write_text("2\n")
     alone = ("cohort.sampling=schedule", f"cohort.schedule={tmp_path / 'two'}", "cohort.quorum=1")
     run_inline(small("federated-multitask", *LIVELY, *holds, *alone), tmp_path / "other")
-    found, own = arrays(tmp_path / "one"), arrays(tmp_path / "other")
-    start = initial_state(experiment)
+    found, own = arrays(tmp_path / "one"), floats(arrays(tmp_path / "other"))
+    start = floats(initial_state(experiment))
     scale = 2.0 if name == "feddyn" else 1.0  # theta - h / alpha = theta + (theta - x) where all holders take part
     for n in ("heads.slant.weight", "heads.slant.bias"):
         expected = start[n] + scale * (own[n] - start[n])

@@ -214,7 +214,7 @@ def test_perfedavgs_second_order_term_is_the_hessian() -> None:
 
     at = tuple(torch.from_numpy(w[n]) for n in names)
     along = tuple(torch.from_numpy(v[n]) for n in names)
-    _, exact = torch.autograd.functional.hvp(loss, at, along)
+    _, exact = torch.autograd.functional.hvp(loss, at, along)  # type: ignore[no-untyped-call]
     for name, product in zip(names, exact, strict=True):
         assert (above[name] - below[name]) / 2e-3 == pytest.approx(product.numpy(), abs=1e-4)
 

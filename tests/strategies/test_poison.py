@@ -11,6 +11,7 @@ import meadow.server.attempt
 import numpy as np
 import pytest
 from helpers.runs import clients_answer, run_inline, small
+from meadow.server.admission import admit
 from meadow.server.checkpoints import latest
 from meadow.strategies.wire.packing import Answer
 
@@ -127,9 +128,9 @@ def test_a_poisoned_control_variate_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_a_second_reply_does_not_count(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = small("fedavg", f"strategy.name={name}", "run.rounds=2", "evaluate.on=global")
     expected = run_inline(experiment, tmp_path / "once")
-    honest = meadow.server.attempt.admit
+    honest = admit
 
-    def twice(replies: Any, sums: Any, sent: Arrays, *args: Any, **kwargs: Any) -> Any:
+    def twice(replies: Any, sums: Any, sent: Any, *args: Any, **kwargs: Any) -> Any:
         worse = [reply for reply in replies if reply.client in (2, 5)]
         return honest([*replies, *worse], sums, sent, *args, **kwargs)
 

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from helpers.rounding import floats
 from helpers.runs import run_inline, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meadow.client.context import with_wrong_labels
 from meadow.server.checkpoints import latest
 from meadow.simulation.grid import become_server
 from meadow.strategies.algorithms.robust import (
@@ -30,6 +32,7 @@ from scipy.optimize import minimize
 from scipy.stats import norm, trim_mean
 
 from meadow.arrays.files import read_arrays
+from meadow.arrays.named import Arrays
 from meadow.config.schema import Attack, Experiment
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
@@ -63,7 +66,8 @@ def krum_scores(points: Floats, byzantine: int) -> Floats:
     """Blanchard et al. 2017, section 4: the sum of the n - f - 2 smallest squared distances to others."""
     apart = np.square(points[:, None] - points[None]).sum(-1)
     n = len(points)
-    return np.sort(apart, axis=1)[:, 1 : n - byzantine - 1].sum(1)
+    scores: Floats = np.sort(apart, axis=1)[:, 1 : n - byzantine - 1].sum(1)
+    return scores
 
 
 @pytest.mark.parametrize("count", [4, 7])
@@ -190,12 +194,14 @@ def test_attackers_come_from_the_seed() -> None:
     assert attackers(plan(ten)) == attackers(plan([*ten, "run.rounds=3"])) != attackers(plan([*ten, "run.seed=1"]))
 
 
-SENT = {"w": np.array([1, 2], dtype=np.float32), "n": np.int64(3)}
-HONEST = {
-    0: {"w": np.array([2, 2], dtype=np.float32), "n": np.int64(4)},
-    1: {"w": np.array([4, 0], dtype=np.float32), "n": np.int64(5)},
+SENT: Arrays = {"w": np.array([1, 2], dtype=np.float32), "n": np.array(3)}
+HONEST: dict[int, Arrays] = {
+    0: {"w": np.array([2, 2], dtype=np.float32), "n": np.array(4)},
+    1: {"w": np.array([4, 0], dtype=np.float32), "n": np.array(5)},
 }
-EVIL = {2: {"w": np.array([0, 3], dtype=np.float32), "n": np.int64(6)}}  # its honest move would be (-1, 1)
+EVIL: dict[int, Arrays] = {
+    2: {"w": np.array([0, 3], dtype=np.float32), "n": np.array(6)}
+}  # its honest move would be (-1, 1)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +224,7 @@ def test_attacks_by_hand(kind: Any, scale: float, move: list[float]) -> None:
 def test_noise_is_drawn_from_seed_round_and_client() -> None:
     noisy = partial(attack, HONEST | EVIL, frozenset({2}), SENT, Attack(kind="noise", scale=0.1))
     draw = numpy_generator(4, "attack", 7, 2)
-    assert noisy(4, 7)[2]["w"] == pytest.approx(EVIL[2]["w"] + 0.1 * draw.standard_normal(2), rel=1e-6)
+    assert noisy(4, 7)[2]["w"] == pytest.approx(floats(EVIL[2])["w"] + 0.1 * draw.standard_normal(2), rel=1e-6)
     assert not np.array_equal(noisy(4, 7)[2]["w"], noisy(4, 8)[2]["w"])
 
 
@@ -233,7 +239,7 @@ def sent_by(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch) 
     import meadow.client.node
 
     changed: list[set[int]] = [set()]
-    honest = meadow.client.node.with_wrong_labels
+    honest = with_wrong_labels
 
     def watched(data: Any, targets: Any) -> Any:
         result = honest(data, targets)
@@ -275,9 +281,9 @@ def test_a_defence_holds_where_the_mean_falls(name: str, tmp_path: Path) -> None
     run_inline(small("fedavg", *plan), tmp_path / "other")
     found, mean = (latest(tmp_path / n / "checkpoints")[0] for n in ("one", "other"))
     assert found is not None and mean is not None
-    start = initial_state(defended)
-    moved = max(float(np.abs(found.arrays[n] - start[n]).max()) for n in start)
-    thrown = max(float(np.abs(mean.arrays[n] - start[n]).max()) for n in start)
+    start, robust, fallen = floats(initial_state(defended)), floats(found.arrays), floats(mean.arrays)
+    moved = max(float(np.abs(robust[n] - start[n]).max()) for n in start)
+    thrown = max(float(np.abs(fallen[n] - start[n]).max()) for n in start)
     assert moved < 10 < thrown
     assert json.loads((tmp_path / "one" / "rounds.jsonl").read_text())["failed"] == []
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.rounding import floats
 from helpers.worlds import (
     LR,
     N,
@@ -119,7 +120,7 @@ def test_fednova(tmp_path: Path) -> None:
     run(
         experiment("strategy.share=none", *once), tmp_path / "alone"
     )  # where each client ends, whatever its batches are
-    w, ends = start(plan), [stored(tmp_path / "alone", c, 1) for c in (0, 1)]
+    w, ends = start(plan), [floats(stored(tmp_path / "alone", c, 1)) for c in (0, 1)]
     tau = [1.0, 2.0]
     p = [n / sum(N) for n in N]
     d = [{n: (w[n] - end[n]) / t for n in w} for end, t in zip(ends, tau, strict=True)]

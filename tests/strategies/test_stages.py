@@ -1,5 +1,6 @@
 """Stages of an update: the documented one by hand, what leaves and what is kept, and where a stage may stand."""
 
+import importlib
 import json
 import re
 import sys
@@ -9,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.rounding import floats
 from helpers.runs import RESUMED, run_inline, small
 from helpers.worlds import N, State, data, descend, double, experiment, run, same, start, stored
 from meadow.server.attempt import restored
 from meadow.strategies.roles import roles
 from meadow.strategies.stages import AtClient, Left, Stage, Stages, stages_of
-from meadow.strategies.wire.packing import Answer
+from meadow.strategies.wire.packing import Answer, Values
 
 from meadow.arrays.named import Arrays, of_kind
 from meadow.config.schema import Experiment
@@ -38,7 +40,7 @@ class Half(Stage):
     name, sums = "half", False
 
     def leave(self, update: Arrays, at: AtClient) -> Left:
-        return Left({f"{n}/half": v / 2 for n, v in update.items()})
+        return Left({f"{n}/half": np.divide(v, 2) for n, v in update.items()})
 
     def restore(self, update: Arrays, received: Arrays) -> Arrays:
         return {n.removesuffix("/half"): v * 2 for n, v in update.items()}
@@ -51,9 +53,7 @@ def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     (tmp_path / "user").mkdir()
     (tmp_path / "user" / "sparse.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path / "user"))
-    import sparse
-
-    yield sparse
+    yield importlib.import_module("sparse")
     sys.modules.pop("sparse")
 
 
@@ -89,13 +89,14 @@ def test_the_documented_stage_is_top_k_with_error_feedback(tmp_path: Path, spars
 def test_what_is_not_sent_is_kept(sparse: Any) -> None:
     """received + what leaves, restored, and what is kept are together what was trained and what was kept before."""
     draw = np.random.default_rng(0)
-    received, trained = ({"w": draw.normal(size=(7, 9)).astype(np.float32)} for _ in range(2))
-    memory = {"w": draw.normal(size=(7, 9))}
+    received: Arrays = {"w": draw.normal(size=(7, 9)).astype(np.float32)}
+    trained: Arrays = {"w": draw.normal(size=(7, 9)).astype(np.float32)}
+    memory: Arrays = {"w": draw.normal(size=(7, 9))}
     stage = sparse.TopK()
     left = stage.leave(trained, AtClient(0, 1, received, {"w": 1.0}, memory=memory))
     assert left.arrays["w/places"].shape == left.arrays["w/values"].shape == (6,)
     restored_ = stage.restore(left.arrays, received)
-    whole = trained["w"].astype(np.float64) + memory["w"]
+    whole = floats(trained)["w"] + floats(memory)["w"]
     # The values travel in float32, and so does the sum: two roundings.
     assert np.allclose(restored_["w"] + left.memory["w"], whole, atol=4 * np.finfo(np.float32).eps * 8)
 
@@ -110,10 +111,14 @@ def test_stages_are_undone_in_reverse(tmp_path: Path) -> None:
 
 
 def test_an_update_that_cannot_be_restored_costs_its_client_alone(sparse: Any) -> None:
-    sent = {"w": np.zeros(30, np.float32)}
-    stages, metrics = Stages([sparse.TopK()]), {"metrics": {"num-examples": 10}}
-    good = {"w/places": np.int32([3]), "w/values": np.float32([2.0])}
-    bad = [{"w/places": np.int32([30]), "w/values": np.float32([2.0])}, {"w/places": np.int32([3])}]
+    sent: Arrays = {"w": np.zeros(30, np.float32)}
+    stages = Stages([sparse.TopK()])
+    metrics: dict[str, Values] = {"metrics": {"num-examples": 10}}
+    good: Arrays = {"w/places": np.array([3], np.int32), "w/values": np.array([2.0], np.float32)}
+    bad: list[Arrays] = [
+        {"w/places": np.array([30], np.int32), "w/values": np.array([2.0], np.float32)},
+        {"w/places": np.array([3], np.int32)},
+    ]
     answers = [Answer(c, metrics, arrays) for c, arrays in enumerate([good, *bad])]
     found = restored(stages, 1, answers, dict.fromkeys(range(3), sent), dict.fromkeys(range(3), 10))
     assert found[0].arrays is not None and found[0].arrays["w"][3] == 2 and found[0].values == metrics
