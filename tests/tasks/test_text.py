@@ -65,7 +65,7 @@ def test_a_vocabulary_may_be_given(tmp_path: Path) -> None:
     [
         ({"tokens": "letters"}, "write hash, words, chars or transformers:NAME"),
         ({"inputs": ("words",)}, 'no column "words"'),
-        ({"inputs": ("text", "who")}, "name one"),
+        ({"inputs": ("text", "who")}, "task.inputs"),
         ({"tokens": "transformers:/no/where"}, "transformers:/no/where"),
         ({"public": "none.csv"}, "none.csv"),
     ],
