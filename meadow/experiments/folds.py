@@ -12,6 +12,7 @@ from meadow.config.load import apply, resolve, to_tree
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.server.evaluation import mean_tree, reduce_trees
+from meadow.strategies.wire.trainings import Trainings
 
 _WORST = ("failed", "stopped", "done")
 
@@ -48,7 +49,8 @@ def write_folds(folder: Path, experiment: Experiment, found: Sequence[Mapping[st
     the same keys (n - 1 in the denominator; None if fewer than two folds have the metric). folds: K. status: the worst of
     the folds. reason: which folds ended early and why. rounds, clients: the minimum and the maximum over the folds. cost:
     sums, but maxima of peak_rss_mb and trained_parameters. Hashes: SHA-256 over lines "fold:hash". privacy: sums of epsilon
-    and delta (basic composition, Dwork and Roth 2014, theorem 3.16), because each client's data is in all runs.
+    and delta (basic composition, Dwork and Roth 2014, theorem 3.16), because each client's data is in all runs. engine: the
+    settings, and sums of the trainings by trainer and of the reasons.
     """
     folds = experiment.evaluate.folds
     counted = [one["metrics"] for one in found if one["status"] == "done"] or [one["metrics"] for one in found]
@@ -67,9 +69,15 @@ def write_folds(folder: Path, experiment: Experiment, found: Sequence[Mapping[st
         "cost": reduce_trees(costs, sum)
         | {key: max(cost[key] for cost in costs) for key in ("peak_rss_mb", "trained_parameters") if key in costs[0]},
         "privacy": _composed([one["privacy"] for one in found]),
+        "engine": _engine([one.get("engine", {}) for one in found]),
     }
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _engine(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How all folds were trained: the settings of the first, and who trained in all of them."""
+    return {**parts[0], **Trainings.total(parts).as_json()}
 
 
 def _deviation(values: Sequence[float]) -> float | None:

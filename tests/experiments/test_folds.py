@@ -134,9 +134,9 @@ def test_resumed_it_goes_on_and_ends_alike(tmp_path: Path) -> None:
         first.model_sha256,
     )
     assert (out / "fold-1" / "rounds.jsonl").stat().st_mtime_ns == untouched
-    with pytest.raises(UserError, match=r"evaluate\.folds = 4, but the run there has 3"):
+    with pytest.raises(UserError, match=r"evaluate\.folds = 4"):
         run_many([Job(folded("fedavg", "evaluate.folds=4"), out)], resume=True)
-    with pytest.raises(UserError, match="add --resume"):
+    with pytest.raises(UserError, match="--resume"):
         run_many([job])
 
 
