@@ -1,6 +1,6 @@
 """Combinations of settings that are refused, as data: each rule has a reason and says what to write instead.
 
-Rules that depend on the algorithm are in `meadow/strategies/check.py`.
+Rules that depend on the algorithm are in `strategies/check.py`.
 """
 
 from __future__ import annotations
