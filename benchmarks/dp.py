@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from meadow.client.loop.training import train
 from opacus import PrivacyEngine
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.engines import about
 from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
+from meadow.client.loop.training import train
 from meadow.config.load import apply, read_tree, resolve
 from meadow.privacy.dpsgd.choose import GradSample, chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from meadow.client.trainers.kernel import Member
-from meadow.client.trainers.network import network
-from meadow.client.trainers.stacked import Stacked
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from meadow.arrays.sums import BLOCK
+from meadow.client.trainers.kernel import Member
+from meadow.client.trainers.network import network
+from meadow.client.trainers.stacked import Stacked
 from meadow.config.load import load
 from meadow.config.schema import Engine, Task
 from meadow.runtime.seeds import torch_generator, torch_seeded

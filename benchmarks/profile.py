@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from meadow.server.folder import RunFolder
-from meadow.server.writer import Writer
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +26,8 @@ from meadow.experiments.api import run_many
 from meadow.experiments.compare import Job
 from meadow.runtime.clock import PHASES
 from meadow.runtime.errors import UserError
+from meadow.server.folder import RunFolder
+from meadow.server.writer import Writer
 
 WARM_UP = 2
 ROUNDS = 20

@@ -28,8 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +35,8 @@ from meadow.config.load import resolve, to_toml
 from meadow.config.schema import Experiment, Task
 from meadow.runtime.identity import ROOT, versions
 from meadow.runtime.seeds import numpy_generator
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
 from meadow.tasks.data import Part, Raw
 
 WORKERS = 2

@@ -24,10 +24,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from meadow.simulation.children import free_port
 from torch.nn.utils import parameters_to_vector
 
 from benchmarks.workloads import CLIENTS, LR, SAMPLES, WORKLOADS, settings, train_plainly
+from meadow.simulation.children import free_port
 
 PROCESSES = 2
 WARM_UP = 2
@@ -96,9 +96,8 @@ def _plain_worker(pipe: Connection, name: str, clients: range) -> None:
 
 def meadow(name: str, rounds: int, exact: bool = True) -> list[float]:
     """`meadow run` on Ray. A round ends when its record and checkpoint are handed to the writer."""
-    from meadow.server.writer import Writer
-
     from meadow.experiments import api
+    from meadow.server.writer import Writer
 
     stamps = []
     give = Writer.round_done

@@ -14,9 +14,15 @@ from collections.abc import Sequence
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+
+from meadow.arrays.flower import from_record
+from meadow.arrays.folding import fold_for_wire
 from meadow.client.blocks import add_up, train_blocks
 from meadow.client.node import answer, evaluate_client, hosted_here, open_node, store_of, train_client
 from meadow.client.store import Store
+from meadow.privacy.releases import allowed
+from meadow.runtime.identity import code_sha256, versions
+from meadow.runtime.logs import log_lines
 from meadow.strategies.wire.packing import (
     Answer,
     NodeReply,
@@ -26,12 +32,6 @@ from meadow.strategies.wire.packing import (
     unpack_requests,
     whole_spans,
 )
-
-from meadow.arrays.flower import from_record
-from meadow.arrays.folding import fold_for_wire
-from meadow.privacy.releases import allowed
-from meadow.runtime.identity import code_sha256, versions
-from meadow.runtime.logs import log_lines
 from meadow.tasks.numerics import kernels
 from meadow.tasks.splits.shares import use_share
 

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from meadow.arrays.named import Arrays
+from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.client.node import Facts, Node, samples, size_of
 from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer
@@ -16,9 +18,6 @@ from meadow.strategies.protocol import ClientAlgorithm
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, Values
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
-
-from meadow.arrays.named import Arrays
-from meadow.arrays.sums import Span, WeightedSum, weighted_sum
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import evaluate, load_into, names_of
 

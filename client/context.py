@@ -5,19 +5,19 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import Tensor, nn
+
+from meadow.arrays.named import Arrays, auxiliary
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
 from meadow.client.loop.training import LOOP, Correction, Extras, Trained
 from meadow.client.release import Allowed
 from meadow.client.trainers.choose import Trainers
 from meadow.client.trainers.job import Training
-from meadow.strategies.protocol import Batch, Roles, Term, steps_of
-from meadow.strategies.trainable import rate_factors
-from torch import Tensor, nn
-
-from meadow.arrays.named import Arrays, auxiliary
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.step import Permit
+from meadow.strategies.protocol import Batch, Roles, Term, steps_of
+from meadow.strategies.trainable import rate_factors
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import device_of, load_into, state_of
 from meadow.tasks.losses import class_weights, losses

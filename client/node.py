@@ -12,23 +12,17 @@ from typing import Any, cast
 
 import torch
 from flwr.app import Context
+from torch import nn
+
+from meadow.arrays.lru import LRU
+from meadow.arrays.memory import find
+from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
 from meadow.client.context import LocalContext, Observer, with_wrong_labels
 from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Extras, keeps, train
 from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, check_device, trainers_of
-from meadow.strategies import algorithm, check
-from meadow.strategies.attacks import ON_LABELS, attackers
-from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
-from meadow.strategies.roles import name_weights, roles_of
-from meadow.strategies.stages import Stages, stages_of
-from meadow.strategies.wire.packing import Answer, Request, Values
-from torch import nn
-
-from meadow.arrays.lru import LRU
-from meadow.arrays.memory import find
-from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
@@ -36,6 +30,12 @@ from meadow.privacy.releases import allowed
 from meadow.runtime.clock import Clock
 from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import hold_still
+from meadow.strategies import algorithm, check
+from meadow.strategies.attacks import ON_LABELS, attackers
+from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
+from meadow.strategies.roles import name_weights, roles_of
+from meadow.strategies.stages import Stages, stages_of
+from meadow.strategies.wire.packing import Answer, Request, Values
 from meadow.tasks.data import Data, concatenate
 from meadow.tasks.evaluation import evaluate, examine
 from meadow.tasks.features import View, view

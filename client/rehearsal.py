@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, field, replace
 
+from torch import nn
+
+from meadow.arrays.named import Kinds, by_kind, flat
 from meadow.client.context import LocalContext
 from meadow.client.loop.training import Trained
 from meadow.client.trainers.choose import Choice, Trainers, trainers_of
 from meadow.client.trainers.job import Job, Training
-from meadow.strategies.protocol import ClientAlgorithm, Roles, steps_of
-from torch import nn
-
-from meadow.arrays.named import Kinds, by_kind, flat
 from meadow.config.schema import Experiment
+from meadow.strategies.protocol import ClientAlgorithm, Roles, steps_of
 from meadow.tasks.features import view
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import Task

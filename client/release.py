@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from meadow.strategies.wire.packing import Values
 
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.config.cohort import participations
@@ -35,6 +34,7 @@ from meadow.privacy.ledger import (
 from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError
 from meadow.runtime.identity import code_sha256, versions
+from meadow.strategies.wire.packing import Values
 
 
 class Exhausted(Exception):

@@ -18,15 +18,15 @@ from typing import Any, TypeVar
 
 import httpx
 import tomli_w
-from meadow.server.folder import RunFolder, check_folder
-from meadow.simulation.bundle import write_app
-from meadow.strategies.check import load
 
 from deploy.control import CONNECTION, STATE, connect, log, newest_run, online, register, stop
 from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
 from meadow.experiments.report import write_report
 from meadow.runtime.errors import UserError
+from meadow.server.folder import RunFolder, check_folder
+from meadow.simulation.bundle import write_app
+from meadow.strategies.check import load
 
 SHARE = Path(os.environ.get("MEADOW_SHARE", "/own/share"))
 RUNS = Path(os.environ.get("MEADOW_RUNS", "/runs"))

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from meadow.strategies.roles import name_weights
-from meadow.strategies.wire.packing import Answer
-from meadow.strategies.wire.replies import arrays_fault, weight_fault
 
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, cut, fault, total
+from meadow.strategies.roles import name_weights
+from meadow.strategies.wire.packing import Answer
+from meadow.strategies.wire.replies import arrays_fault, weight_fault
 
 Sums = Mapping[tuple[int, ...], WeightedSum]
 Judge = Callable[[Mapping[str, Any], int], str]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from meadow.server.run import run_experiment
-from meadow.strategies import check
 
 from meadow.config.load import from_flat
 from meadow.runtime.logs import log_lines
+from meadow.server.run import run_experiment
+from meadow.strategies import check
 from meadow.tasks.splits.shares import use_share
 from meadow.tasks.task import settle
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from meadow.arrays.named import Arrays, flat, nbytes, split_auxiliary
 from meadow.server import checkpoints
 from meadow.server.admission import Verdict, admit
 from meadow.server.cohorts import Cohort, draw
@@ -14,8 +15,6 @@ from meadow.strategies import equal_weights
 from meadow.strategies.stages import Arrived, Stages
 from meadow.strategies.wire.packing import Answer, Request
 from meadow.strategies.wire.replies import arrays_fault, weight_fault
-
-from meadow.arrays.named import Arrays, flat, nbytes, split_auxiliary
 
 log = logging.getLogger("meadow.server")
 

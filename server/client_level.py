@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from meadow.server.protection import Protection
-from meadow.strategies.protocol import ClientUpdate, ServerAlgorithm, State
 
 from meadow.arrays.files import read_json, write_json
 from meadow.arrays.named import Arrays, Kinds, arrays_sha256
@@ -23,6 +21,8 @@ from meadow.privacy.client_level import (
 )
 from meadow.privacy.ledger import noise_seed, secret, simulated_secret
 from meadow.runtime.errors import RunStopped
+from meadow.server.protection import Protection
+from meadow.strategies.protocol import ClientUpdate, ServerAlgorithm, State
 
 _MADE = "releases.json"
 """File in the run folder: `ClientLevel.made`."""

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
+
+from meadow.arrays.sums import Span, WeightedSum, cut, spans
 from meadow.server.assignment import Paces
 from meadow.server.rollcall import RollCall
 from meadow.strategies.wire.packing import Answer, NodeReply, Record, Request, pack_requests, unpack_replies
 from meadow.strategies.wire.trainings import Trainings
-
-from meadow.arrays.sums import Span, WeightedSum, cut, spans
 
 Sums = dict[tuple[int, ...], WeightedSum]
 """Sums of blocks and of spans of blocks, by their clients."""

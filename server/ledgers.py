@@ -10,11 +10,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from meadow.server.protection import Protection
-from meadow.strategies.wire.packing import Answer, Values
-
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import RunStopped
+from meadow.server.protection import Protection
+from meadow.strategies.wire.packing import Answer, Values
 
 
 class Ledgers(Protection):

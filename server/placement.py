@@ -4,11 +4,11 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from meadow.server.cohorts import Cohort
-from meadow.strategies.protocol import steps_of
 
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
+from meadow.server.cohorts import Cohort
+from meadow.strategies.protocol import steps_of
 from meadow.tasks.task import Task
 
 Ints = npt.NDArray[np.int64]

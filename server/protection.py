@@ -8,14 +8,13 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from meadow.config.schema import Experiment
+from meadow.privacy import plan
+from meadow.privacy.releases import releases
 from meadow.strategies import algorithm
 from meadow.strategies.protocol import ServerAlgorithm
 from meadow.strategies.stages import Stage
 from meadow.strategies.wire.packing import Answer, Values
-
-from meadow.config.schema import Experiment
-from meadow.privacy import plan
-from meadow.privacy.releases import releases
 
 
 class Protection:

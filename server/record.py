@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from meadow.arrays.named import nbytes
 from meadow.server.attempt import Attempt
 from meadow.server.evaluation import Scores, over_clients
 from meadow.server.scoring import number, score_clients, score_globally, scores_in
 from meadow.server.session import Session
 from meadow.server.summary import scores_of, test_sizes
 from meadow.strategies.wire.packing import Values
-
-from meadow.arrays.named import nbytes
 from meadow.tasks.task import Task
 
 

@@ -5,15 +5,14 @@ A sum is taken in a fixed order, which defines its bits.
 
 from collections.abc import Sequence
 
+from meadow.arrays.named import Arrays
+from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
 from meadow.server.admission import Verdict
 from meadow.server.attempt import Attempt
 from meadow.server.session import Session
 from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientUpdate, State
 from meadow.strategies.roles import name_weights
-
-from meadow.arrays.named import Arrays
-from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
 
 
 def next_model(session: Session, round_: int, tried: Attempt) -> tuple[Arrays, State]:

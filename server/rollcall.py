@@ -9,12 +9,12 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
-from meadow.server.carrier import Carrier
 
 from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays
 from meadow.runtime.errors import RunStopped
 from meadow.runtime.identity import code_sha256, versions
+from meadow.server.carrier import Carrier
 
 log = logging.getLogger("meadow.server")
 

@@ -2,14 +2,13 @@
 
 import logging
 
+from meadow.arrays.named import flat
+from meadow.runtime.errors import RunStopped
 from meadow.server.attempt import Attempt, attempt
 from meadow.server.listeners import RoundDone
 from meadow.server.record import measure
 from meadow.server.reduce import next_model
 from meadow.server.session import Session
-
-from meadow.arrays.named import flat
-from meadow.runtime.errors import RunStopped
 
 log = logging.getLogger("meadow.server")
 

@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 from flwr.serverapp import Grid
+
+from meadow.arrays.named import by_kind
+from meadow.config.load import to_tree
+from meadow.config.schema import Experiment
+from meadow.privacy.releases import allowed
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.server import checkpoints
 from meadow.server.carrier import Carrier
 from meadow.server.cohorts import read_schedule
@@ -24,12 +30,6 @@ from meadow.server.writer import EVERY, Writer
 from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
-
-from meadow.arrays.named import by_kind
-from meadow.config.load import to_tree
-from meadow.config.schema import Experiment
-from meadow.privacy.releases import allowed
-from meadow.runtime.errors import RunStopped, UserError
 from meadow.tasks.features import view
 from meadow.tasks.numerics import keeps_float32, placed
 from meadow.tasks.start import initial_state

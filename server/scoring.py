@@ -4,13 +4,13 @@ import logging
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from meadow.runtime.seeds import numpy_generator
 from meadow.server.evaluation import read_confusion
 from meadow.server.session import Session
 from meadow.server.summary import ClientScores
 from meadow.strategies.wire.packing import Answer, Request, Values
-from torch import Tensor
-
-from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.evaluation import load_into, predict
 from meadow.tasks.metrics import score
 from meadow.tasks.numerics import kernels

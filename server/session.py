@@ -5,6 +5,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
+
+from meadow.arrays.named import Arrays
+from meadow.config.cohort import unseen
+from meadow.config.schema import Experiment
+from meadow.privacy.releases import allowed
+from meadow.runtime.clock import Clock
 from meadow.server.exchange import Exchange
 from meadow.server.folder import RunFolder
 from meadow.server.listeners import Listeners
@@ -15,13 +22,6 @@ from meadow.strategies import equal_weights
 from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
 from meadow.strategies.roles import HEADS
 from meadow.strategies.stages import Stages
-from torch import nn
-
-from meadow.arrays.named import Arrays
-from meadow.config.cohort import unseen
-from meadow.config.schema import Experiment
-from meadow.privacy.releases import allowed
-from meadow.runtime.clock import Clock
 from meadow.tasks.features import View
 from meadow.tasks.task import Task
 

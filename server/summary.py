@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from meadow.server.evaluation import Scores, mean_tree, over_clients
-from meadow.server.folder import RunFolder
-from meadow.server.session import Session
-from meadow.strategies.trainable import HEADS, is_added, trained
-from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.named import arrays_sha256
 from meadow.config.cohort import unseen
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
+from meadow.server.evaluation import Scores, mean_tree, over_clients
+from meadow.server.folder import RunFolder
+from meadow.server.session import Session
+from meadow.strategies.trainable import HEADS, is_added, trained
+from meadow.strategies.wire.trainings import Trainings
 from meadow.tasks.evaluation import evaluate
 from meadow.tasks.metrics import THOROUGH, Ints
 from meadow.tasks.source import source_data, source_model

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flwr.app import Message
-from meadow.client.app import app
-from meadow.simulation.grid import LocalGrid, error_reply, node_context
 
+from meadow.client.app import app
 from meadow.config.schema import Experiment
+from meadow.simulation.grid import LocalGrid, error_reply, node_context
 
 
 class InlineGrid(LocalGrid):

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
 from meadow.client.trainers.choose import check_device
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
 from meadow.server.app import app
 from meadow.server.folder import RunFolder, check_folder
 from meadow.simulation.grid import LocalGrid, become_server, server_context
 from meadow.simulation.inline import InlineGrid
-
-from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
 from meadow.tasks.task import open_task
 
 SUPERNODES = 4

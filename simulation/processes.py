@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomli_w
-from meadow.simulation.bundle import write_app
-from meadow.simulation.children import MEMORY, Children, children, free_port, tail
-from meadow.simulation.grid import node_settings
 
 from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
 from meadow.native import build
 from meadow.runtime.errors import UserError
 from meadow.runtime.objects import user_paths
+from meadow.simulation.bundle import write_app
+from meadow.simulation.children import MEMORY, Children, children, free_port, tail
+from meadow.simulation.grid import node_settings
 
 Value = bool | int | float | str
 

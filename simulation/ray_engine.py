@@ -16,9 +16,6 @@ from typing import Any, NamedTuple
 
 import ray
 from flwr.app import ArrayRecord, Context, Message, RecordDict
-from meadow.simulation.connections import RETRIES, Calls, connect
-from meadow.simulation.grid import LocalGrid, error_reply, node_context
-from meadow.simulation.ray_start import start_ray, stop_ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,6 +23,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from meadow.arrays.memory import Address, Place, Segment, Segments
 from meadow.config.load import from_flat, to_flat
 from meadow.config.schema import Experiment
+from meadow.simulation.connections import RETRIES, Calls, connect
+from meadow.simulation.grid import LocalGrid, error_reply, node_context
+from meadow.simulation.ray_start import start_ray, stop_ray
 from meadow.tasks.task import share_task
 
 _WAIT = 0.5

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from meadow.simulation.children import MEMORY
 
 from meadow.runtime.errors import UserError
 from meadow.runtime.identity import ROOT
 from meadow.runtime.objects import user_paths
+from meadow.simulation.children import MEMORY
 
 _PATIENCE = 10.0
 """Seconds within which a cluster must accept a connection."""

@@ -7,15 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from meadow.strategies.protocol import Algorithm, Roles
-from meadow.strategies.registry import algorithm
-
 from meadow.config import load as config
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.rules.privacy import CLIENT, EXAMPLE, LOCAL
 from meadow.config.rules.rule import Rule
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.strategies.protocol import Algorithm, Roles
+from meadow.strategies.registry import algorithm
 
 
 def fits(unit: str, a: Algorithm) -> bool:

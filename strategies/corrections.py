@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 import torch
-from meadow.strategies.protocol import Batch, ClientContext, Correction, Term
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
+from meadow.strategies.protocol import Batch, ClientContext, Correction, Term
 
 
 def tensors(arrays: Arrays, like: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from meadow.strategies.trainable import HEADS
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays, Kinds
 from meadow.config import schema
 from meadow.config.rules.rule import Rule
+from meadow.strategies.trainable import HEADS
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
-from meadow.strategies.adaptors.flower import FlowerServer, flower
-from meadow.strategies.protocol import Algorithm, ServerAlgorithm, Setup
 
 from meadow.config.algorithms import ALGORITHMS
 from meadow.runtime.errors import UserError
 from meadow.runtime.objects import user_object
+from meadow.strategies.adaptors.flower import FlowerServer, flower
+from meadow.strategies.protocol import Algorithm, ServerAlgorithm, Setup
 
 
 def algorithm(name: str) -> Algorithm:

@@ -4,17 +4,17 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+
+from meadow.arrays.named import AUXILIARY
+from meadow.config.schema import SHARES, Experiment
+from meadow.runtime.errors import UserError
 from meadow.strategies.check import check_roles
 from meadow.strategies.norms import norms
 from meadow.strategies.protocol import Roles
 from meadow.strategies.registry import algorithm
 from meadow.strategies.trainable import HEADS as HEADS
 from meadow.strategies.trainable import is_added, trained
-from torch import nn
-
-from meadow.arrays.named import AUXILIARY
-from meadow.config.schema import SHARES, Experiment
-from meadow.runtime.errors import UserError
 
 
 def roles_of(experiment: Experiment, model: nn.Module) -> Roles:

@@ -8,9 +8,8 @@ from hypothesis import settings
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-from helpers.kernels import other_kernels
-
 import benchmarks  # noqa: F401  here, because a dependency brings a package of that name
+from helpers.kernels import other_kernels
 from meadow.runtime.seeds import one_thread
 
 # How long an example takes says more of the machine than of the code.

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from meadow.client.loop.alignment import coral, deep_coral, domain_classifier, mmd, reversal_strength, reversed_gradient
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
+from meadow.client.loop.alignment import coral, deep_coral, domain_classifier, mmd, reversal_strength, reversed_gradient
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator, torch_seeded

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from meadow.client.loop.fisher import true_fisher
-from meadow.strategies.trainable import HEADS
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from meadow.client.loop.fisher import true_fisher
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import one_thread
+from meadow.strategies.trainable import HEADS
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import device_of, load_into
 from meadow.tasks.models.multihead import build, inputs

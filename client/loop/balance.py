@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
-from meadow.strategies.trainable import HEADS, layer
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
 from meadow.config.schema import Local
+from meadow.strategies.trainable import HEADS, layer
 from meadow.tasks.data import Target
 
 Losses = Mapping[str, Tensor]

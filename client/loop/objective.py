@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor, nn
+
 from meadow.client.loop.adaptation import Adaptation
 from meadow.client.loop.anchors import Teacher
 from meadow.client.loop.balance import Balance
-from torch import Tensor, nn
-
 from meadow.config.schema import Local
 from meadow.tasks.data import Data
 from meadow.tasks.losses import class_weights, losses, mean_loss, sample_losses

@@ -6,13 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
-from meadow.client.loop.fisher import empirical_fisher
-from meadow.strategies.trainable import HEADS
 from torch import Tensor, nn
 
+from meadow.client.loop.fisher import empirical_fisher
 from meadow.config.schema import Experiment
 from meadow.runtime.module_cache import once
 from meadow.runtime.seeds import one_thread
+from meadow.strategies.trainable import HEADS
 from meadow.tasks.evaluation import device_of, load_into
 from meadow.tasks.source import source_data, source_model
 from meadow.tasks.start import initial_state

@@ -10,6 +10,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor, nn
+
+from meadow.arrays.named import Arrays
 from meadow.client.loop import anchors
 from meadow.client.loop.adaptation import adaptation
 from meadow.client.loop.balance import make_balance
@@ -17,15 +20,12 @@ from meadow.client.loop.objective import Objective, Term
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, plateau, scheduled
 from meadow.client.loop.trainable import freeze, mask
 from meadow.client.loop.validation import EarlyStopping, validation_loss
-from meadow.strategies.trainable import rate_factors, stage, trained
-from torch import Tensor, nn
-
-from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment, Local
 from meadow.privacy.dpsgd.step import Permit
 from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import once
 from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.strategies.trainable import rate_factors, stage, trained
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import device_of, names_of
 from meadow.tasks.task import Task

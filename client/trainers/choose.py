@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
+
+from meadow.arrays.named import Arrays
 from meadow.client.loop.training import Trained, train
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.fused import Fused
 from meadow.client.trainers.job import Job, Trainer, Training, job_of
 from meadow.client.trainers.kernel import Kernel, KernelTrainer, Sums
 from meadow.client.trainers.stacked import Stacked
-from meadow.strategies.wire.trainings import UNDISCLOSED, Reasons, Trainings
-from torch import nn
-
-from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import UserError
+from meadow.strategies.wire.trainings import UNDISCLOSED, Reasons, Trainings
 from meadow.tasks.data import Data
 from meadow.tasks.features import View
 from meadow.tasks.task import Task

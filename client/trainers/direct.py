@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
+from torch import Tensor
+
+from meadow.arrays.named import Arrays
 from meadow.client.trainers.flat import FlatKernel
 from meadow.client.trainers.job import Job, beyond_plain_steps, first_of
 from meadow.client.trainers.kernel import Member, Result
 from meadow.client.trainers.layers import CrossEntropy, Descent, first_learning, operations
 from meadow.client.trainers.network import Network
-from torch import Tensor
-
-from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment
 
 GATHERED = 2**22

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from meadow.client.trainers.kernel import Member, Result, Sums
-from meadow.client.trainers.network import Network
 from torch import Tensor
 
 from meadow.arrays.named import Arrays
+from meadow.client.trainers.kernel import Member, Result, Sums
+from meadow.client.trainers.network import Network
 from meadow.native.sums import add_up, together
 
 LANES = 16

@@ -7,12 +7,12 @@ In small networks the framework's overhead exceeds the arithmetic. The C file is
 import math
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from meadow.client.trainers.flat import FlatKernel, padded
 from meadow.client.trainers.job import Job, beyond_plain_steps, first_of
 from meadow.client.trainers.kernel import Member
 from meadow.client.trainers.network import Layer, Network
-from torch import Tensor
-
 from meadow.config.schema import Experiment
 from meadow.native.build import NotCompiled
 from meadow.native.fused import ACTIVATIONS, KINDS, Head, Net, Plan, library

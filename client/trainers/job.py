@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from meadow.client.loop.training import Correction, Extras, Trained
-from meadow.client.trainers.network import Network, Unknown, network
-from meadow.strategies.protocol import Term
 from torch import nn
 
+from meadow.client.loop.training import Correction, Extras, Trained
+from meadow.client.trainers.network import Network, Unknown, network
 from meadow.config.schema import Experiment, Local
 from meadow.privacy.dpsgd.step import Permit
+from meadow.strategies.protocol import Term
 from meadow.tasks.data import Data
 from meadow.tasks.features import View
 

@@ -7,18 +7,18 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from meadow.client.loop.optimisers import scheduled
-from meadow.client.loop.training import Trained
-from meadow.client.trainers.job import Job, Training
-from meadow.client.trainers.network import Network
-from meadow.strategies.protocol import steps_of
-from meadow.strategies.trainable import rate_factors, trained
 from torch import Tensor, nn
 
 from meadow.arrays.lru import LRU
 from meadow.arrays.named import Arrays
+from meadow.client.loop.optimisers import scheduled
+from meadow.client.loop.training import Trained
+from meadow.client.trainers.job import Job, Training
+from meadow.client.trainers.network import Network
 from meadow.config.schema import Experiment, Local
 from meadow.runtime.seeds import torch_generator
+from meadow.strategies.protocol import steps_of
+from meadow.strategies.trainable import rate_factors, trained
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.losses import class_weights

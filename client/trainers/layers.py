@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from meadow.client.trainers.network import Layer, Network
 from torch import Tensor
 
+from meadow.client.trainers.network import Layer, Network
 from meadow.config.schema import Local
 from meadow.native import pooling
 from meadow.tasks.models.networks import BoundedFeatures

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from meadow.client.trainers.job import Job, beyond_plain_steps, first_of
-from meadow.client.trainers.kernel import Member, Result
-from meadow.client.trainers.network import Layer, Network
 from torch import Tensor
 
 from meadow.arrays.named import Arrays
+from meadow.client.trainers.job import Job, beyond_plain_steps, first_of
+from meadow.client.trainers.kernel import Member, Result
+from meadow.client.trainers.network import Layer, Network
 from meadow.config.schema import Experiment
 from meadow.tasks.data import MISSING
 

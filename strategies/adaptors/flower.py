@@ -16,12 +16,12 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientUpdate, ServerAlgorithm, Setup, State
 
 from meadow.arrays.flower import Run, from_record, to_record
 from meadow.arrays.named import Arrays, split_auxiliary
 from meadow.arrays.sums import as_before
 from meadow.runtime.errors import RunStopped, UserError
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientUpdate, ServerAlgorithm, Setup, State
 
 _EVERY_ROUND = ("Received %s results", "Sampled %s nodes")
 logging.getLogger("flwr").addFilter(lambda line: not any(text in str(line.msg) for text in _EVERY_ROUND))

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.corrections import watch
-from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 from torch import nn
 
 from meadow.arrays.named import Arrays, Named
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.corrections import watch
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 
 
 class Client(ClientAlgorithm):

@@ -4,11 +4,10 @@ Client k trains the shared model as in FedAvg, and a personal model v_k on F_k(v
 the received model. v_k starts from the state before the first round and never affects the shared model. Server: FedAvg.
 """
 
+from meadow.arrays.named import Arrays
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.corrections import pull
 from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
-
-from meadow.arrays.named import Arrays
 
 
 class Client(ClientAlgorithm):

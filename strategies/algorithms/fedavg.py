@@ -10,10 +10,9 @@ FedBN (Li et al. 2021) with "all-but-norms", LG-FedAvg (Liang et al. 2020) with 
 
 from collections.abc import Mapping
 
-from meadow.strategies.protocol import Algorithm, ServerAlgorithm, Setup, State
-
 from meadow.arrays.named import Arrays, Float64, Named
 from meadow.arrays.sums import WeightedSum, as_before, mean
+from meadow.strategies.protocol import Algorithm, ServerAlgorithm, Setup, State
 
 
 class FedAvg(ServerAlgorithm[WeightedSum]):

@@ -4,10 +4,9 @@ Only the body is trained and averaged; all clients have the same random head, wh
 (`Algorithm.trains_heads`). After training, each client fine-tunes the whole model: `evaluate.fine_tune_epochs`.
 """
 
+from meadow.config.rules.rule import Rule
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
-
-from meadow.config.rules.rule import Rule
 
 
 class Client(ClientAlgorithm):

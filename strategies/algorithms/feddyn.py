@@ -8,14 +8,14 @@ theta^t = mean over the cohort of theta_k, minus h / alpha.
 
 from collections.abc import Mapping
 
-from meadow.strategies.algorithms.fedavg import FedAvg, changes
-from meadow.strategies.corrections import Shift, pull
-from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, State
 from torch import nn
 
 from meadow.arrays.named import Arrays, Named, zeros_like
 from meadow.arrays.sums import WeightedSum, mean
 from meadow.config.rules.rule import Rule
+from meadow.strategies.algorithms.fedavg import FedAvg, changes
+from meadow.strategies.corrections import Shift, pull
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, State
 
 
 class Client(ClientAlgorithm):

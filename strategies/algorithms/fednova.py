@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from meadow.strategies.algorithms.fedavg import stepped
-from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, State, steps_of
 
 from meadow.arrays.named import Arrays, Float64
+from meadow.strategies.algorithms.fedavg import stepped
+from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, State, steps_of
 
 
 def normaliser(steps: int, momentum: float) -> float:

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from meadow.strategies.algorithms.fedavg import FedAvg, changes, stepped
-from meadow.strategies.protocol import Algorithm, Setup, State
 
 from meadow.arrays.named import Arrays, Named, zeros_like
 from meadow.arrays.sums import WeightedSum, mean
+from meadow.strategies.algorithms.fedavg import FedAvg, changes, stepped
+from meadow.strategies.protocol import Algorithm, Setup, State
 
 
 class Server(FedAvg):

@@ -9,11 +9,10 @@ arrays.
 
 from dataclasses import dataclass
 
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, steps_of
-
 from meadow.config.rules.rule import Rule
 from meadow.config.schema import Local, Strategy
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, steps_of
 
 
 class Client(ClientAlgorithm):

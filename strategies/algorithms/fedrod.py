@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.corrections import watch
-from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from meadow.arrays.named import Arrays, Named
 from meadow.config.rules.rule import Rule
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.corrections import watch
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 
 ABSENT = 1e-9
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
-from meadow.strategies.roles import HEADS
 from torch import Tensor, nn
 
 from meadow.config.rules.rule import Rule
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
+from meadow.strategies.roles import HEADS
 
 
 class Client(ClientAlgorithm):

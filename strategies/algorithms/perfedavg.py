@@ -11,13 +11,13 @@ one step with rate alpha on all its training samples.
 from collections.abc import Mapping
 
 import torch
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.corrections import watch
-from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult, steps_of
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
 from meadow.config.schema import Local, Strategy
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.corrections import watch
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult, steps_of
 
 DELTA = 1e-3
 """The half width of the finite difference along v."""

@@ -8,12 +8,12 @@ beta) w + beta mean(w_i), beta = server_lr.
 from collections.abc import Mapping
 
 import torch
-from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.corrections import watch
-from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 from torch import nn
 
 from meadow.arrays.named import Arrays
+from meadow.strategies.algorithms.fedavg import FedAvg
+from meadow.strategies.corrections import watch
+from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
 
 
 class Client(ClientAlgorithm):

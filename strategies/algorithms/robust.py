@@ -20,18 +20,18 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import FedMedian, FedTrimmedAvg, Krum, MultiKrum
 from flwr.serverapp.strategy.bulyan import aggregate_n_closest_weights
 from flwr.serverapp.strategy.multikrum import select_multikrum
-from meadow.strategies.adaptors.flower import aggregated
-from meadow.strategies.algorithms.fedavg import stepped
-from meadow.strategies.check import update_count
-from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, Setup, State
-from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
-from meadow.strategies.stages.stage import Moves
 
 from meadow.arrays.flower import to_record
 from meadow.arrays.named import Arrays, Float64, Named, split_auxiliary
 from meadow.config.rules.rule import Rule
 from meadow.config.schema import Strategy as Settings
 from meadow.runtime.seeds import numpy_generator
+from meadow.strategies.adaptors.flower import aggregated
+from meadow.strategies.algorithms.fedavg import stepped
+from meadow.strategies.check import update_count
+from meadow.strategies.protocol import Algorithm, ClientUpdate, ServerAlgorithm, Setup, State
+from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
+from meadow.strategies.stages.stage import Moves
 
 log = logging.getLogger("meadow.server")
 

@@ -8,13 +8,12 @@ K counts steps, not epochs. With momentum, x - y is eta times a weighted sum of 
 head), N is their number.
 """
 
+from meadow.arrays.named import Arrays, Kinds, Named, of_kind, zeros_like
+from meadow.arrays.sums import WeightedSum
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.algorithms.fednova import normaliser
 from meadow.strategies.corrections import Shift
 from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, State
-
-from meadow.arrays.named import Arrays, Kinds, Named, of_kind, zeros_like
-from meadow.arrays.sums import WeightedSum
 
 
 class Client(ClientAlgorithm):

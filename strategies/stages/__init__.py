@@ -2,15 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from meadow.strategies.protocol import Roles
-from meadow.strategies.stages.bucketing import Bucketing
-from meadow.strategies.stages.builtin import Attack, ClipAndNoise, LocalNoise, NormBound, TrainedOnly
-from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage, moved, moves
-
 from meadow.arrays.named import Arrays, Kinds, auxiliary, split_auxiliary
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.objects import user_instance
+from meadow.strategies.protocol import Roles
+from meadow.strategies.stages.bucketing import Bucketing
+from meadow.strategies.stages.builtin import Attack, ClipAndNoise, LocalNoise, NormBound, TrainedOnly
+from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage, moved, moves
 
 __all__ = ["Arrived", "AtClient", "Left", "Stage", "Stages", "moved", "moves", "stages_of"]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from meadow.strategies.stages.builtin import BuiltIn
 from meadow.strategies.stages.stage import Moves
 

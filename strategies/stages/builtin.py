@@ -3,13 +3,12 @@ heads."""
 
 from collections.abc import Sequence
 
-from meadow.strategies.attacks import attack, attackers
-from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage
-
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import length
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import Quantity
+from meadow.strategies.attacks import attack, attackers
+from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage
 
 
 class BuiltIn(Stage):

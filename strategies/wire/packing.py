@@ -13,12 +13,12 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from meadow.strategies.wire.trainings import Trainings
 
 from meadow.arrays.flower import from_record, to_content, to_metrics, to_record
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, add, parts
 from meadow.runtime.clock import PHASES
+from meadow.strategies.wire.trainings import Trainings
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
 Values = Mapping[str, Any]

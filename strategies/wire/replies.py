@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from meadow.strategies.roles import name_weights
-
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import fault
+from meadow.strategies.roles import name_weights
 
 
 def weight_fault(metrics: Mapping[str, Any], size: int) -> str:

@@ -7,11 +7,11 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from meadow.simulation.grid import become_server
 
 from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.folding import fold_for_wire, folded, is_folded, unfolded
 from meadow.arrays.named import Arrays
+from meadow.simulation.grid import become_server
 
 ARRAYS: Arrays = {
     "half": np.arange(5, dtype=np.float16),

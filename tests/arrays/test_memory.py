@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.runs import run_inline, small
-from meadow.simulation.launch import engine
 
+from helpers.runs import run_inline, small
 from meadow.arrays import memory
 from meadow.arrays.memory import Segment, common, find, share
+from meadow.simulation.launch import engine
 from meadow.tasks.data import Data
 from meadow.tasks.task import open_task, share_task
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.runs import small
 
 from benchmarks.profile import measure
 from benchmarks.workloads import BATCH, WORKLOADS
+from helpers.runs import small
 from meadow.config.schema import Task
 from meadow.runtime.clock import PHASES
 from meadow.tasks.data import Target

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from helpers.rounding import floats, in_double, stepped
 from helpers.runs import run_inline, small
+from meadow.arrays.files import read_arrays
 from meadow.client.loop.adaptation import Adaptation
 from meadow.client.loop.alignment import (
     coral,
@@ -20,13 +23,10 @@ from meadow.client.loop.alignment import (
     reversed_gradient,
 )
 from meadow.client.loop.training import Extras, train
-from meadow.strategies.check import load
-from torch import Tensor, nn
-
-from meadow.arrays.files import read_arrays
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
+from meadow.strategies.check import load
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.losses import losses

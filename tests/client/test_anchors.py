@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
 from helpers.rounding import floats, stepped
 from helpers.runs import run_inline, small
 from meadow.client.loop.anchors import Teacher, pull, soft_cross_entropy, source_fisher, teacher
 from meadow.client.loop.training import train
-from meadow.server.checkpoints import latest
-from meadow.strategies.check import load
-from safetensors.numpy import save_file
-from torch import Tensor, nn
-
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator
+from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from meadow.tasks.data import Target
 from meadow.tasks.evaluation import evaluate, load_into, state_of
 from meadow.tasks.losses import losses

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.rounding import close, floats, in_double, stepped
-from helpers.runs import run_inline, small
-from meadow.client.loop.balance import DynamicAverage, GradNorm, PCGrad, Uncertainty, make_balance, projected_sum
-from meadow.client.loop.training import Extras, train
-from meadow.server.checkpoints import latest
-from meadow.strategies.check import load
 from torch import Tensor, nn
 
+from helpers.rounding import close, floats, in_double, stepped
+from helpers.runs import run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
+from meadow.client.loop.balance import DynamicAverage, GradNorm, PCGrad, Uncertainty, make_balance, projected_sum
+from meadow.client.loop.training import Extras, train
 from meadow.config.cohort import draw_cohort
 from meadow.config.schema import Experiment, Local
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
+from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
 from meadow.tasks.data import Data, Inputs, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.losses import losses

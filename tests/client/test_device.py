@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers.devices import AWAY, Away, elsewhere
 from helpers.runs import small
 from meadow.client.loop.training import Extras, train
-
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from helpers.runs import run_inline, small
+from meadow.arrays.sums import weighted_sum
 from meadow.client.loop.training import train
 from meadow.client.trainers.choose import trainers_of
 from meadow.client.trainers.direct import Direct
@@ -29,14 +32,11 @@ from meadow.client.trainers.layers import (
     operations,
 )
 from meadow.client.trainers.network import Layer, network
-from meadow.server import checkpoints
-from meadow.strategies.check import load
-from torch import nn
-
-from meadow.arrays.sums import weighted_sum
 from meadow.native import pooling
 from meadow.native import sums as adding
 from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.server import checkpoints
+from meadow.strategies.check import load
 from meadow.tasks.data import MISSING, Data, Inputs, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.features import View

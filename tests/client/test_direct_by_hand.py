@@ -8,13 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+
 from helpers.rounding import close, rounding
 from helpers.runs import run_inline
 from helpers.worlds import Floats, N, State, experiment, mean
-from meadow.server.checkpoints import latest
-
 from meadow.config.schema import Experiment
 from meadow.runtime.seeds import torch_generator
+from meadow.server.checkpoints import latest
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task
 

@@ -10,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+from benchmarks import gpu
 from helpers.rounding import floats
 from helpers.runs import run_inline, small
+from meadow.arrays.named import Arrays
 from meadow.client.loop.training import train
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.fused import Fused
@@ -19,15 +23,11 @@ from meadow.client.trainers.job import Training, beyond_plain_steps, job_of
 from meadow.client.trainers.kernel import KernelTrainer, Member
 from meadow.client.trainers.network import Unknown, network
 from meadow.client.trainers.stacked import Stacked
-from meadow.simulation.launch import engine
-from meadow.strategies.check import load
-from torch import nn
-
-from benchmarks import gpu
-from meadow.arrays.named import Arrays
 from meadow.config.schema import Engine, Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.simulation.launch import engine
+from meadow.strategies.check import load
 from meadow.tasks.data import MISSING, Data, Inputs, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.features import View

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers.rounding import close, floats, in_double, stepped
 from helpers.runs import run_inline, small
+from meadow.arrays.files import read_arrays
+from meadow.arrays.named import Arrays
 from meadow.client.loop.optimisers import PLATEAU, make_optimizer, plateau, scheduled
 from meadow.client.loop.training import Extras, batch_at, train
 from meadow.client.loop.validation import validation_loss
-from torch import Tensor, nn
-
-from meadow.arrays.files import read_arrays
-from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment, Local
 from meadow.tasks.data import MISSING, Data, Target
 from meadow.tasks.evaluation import load_into, state_of

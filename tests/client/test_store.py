@@ -3,14 +3,14 @@
 import shutil
 from pathlib import Path
 
-import meadow.client.store
 import numpy as np
 import pytest
-from helpers.runs import run_inline, small
-from meadow.client.store import Store
 
+import meadow.client.store
+from helpers.runs import run_inline, small
 from meadow.arrays.files import DamagedFile
 from meadow.arrays.named import Arrays
+from meadow.client.store import Store
 
 ODD: Arrays = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous

@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers.rounding import floats, in_double, stepped
 from helpers.runs import run_inline, small
+from meadow.arrays.files import read_arrays
 from meadow.client.loop.fisher import empirical_fisher, true_fisher
 from meadow.client.loop.trainable import freeze, mask, top
 from meadow.client.loop.training import train
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
+from meadow.runtime.seeds import torch_generator
 from meadow.server.checkpoints import latest
 from meadow.strategies.check import load
 from meadow.strategies.roles import roles
 from meadow.strategies.trainable import layers, rate_factors, stage, trained
-from torch import Tensor, nn
-
-from meadow.arrays.files import read_arrays
-from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
-from meadow.runtime.seeds import torch_generator
 from meadow.tasks.data import Data, Inputs, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.models.multihead import Multihead, build

@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from helpers.runs import run_inline, small
+from meadow.arrays.named import Arrays
 from meadow.client.loop.training import train
 from meadow.client.trainers.choose import Loop, Trainers, trainers_of
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.fused import Fused
 from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer, Member, Result
-from meadow.strategies.wire.packing import NodeReply, pack_replies, unpack_replies
-from meadow.strategies.wire.trainings import UNDISCLOSED, Trainings
-
-from meadow.arrays.named import Arrays
 from meadow.config.schema import Experiment
 from meadow.experiments.api import check_run
 from meadow.experiments.plan import plan
 from meadow.runtime.errors import UserError
+from meadow.strategies.wire.packing import NodeReply, pack_replies, unpack_replies
+from meadow.strategies.wire.trainings import UNDISCLOSED, Trainings
 from meadow.tasks.evaluation import state_of
 from meadow.tasks.features import View
 from meadow.tasks.task import open_task

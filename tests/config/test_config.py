@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from meadow.strategies.check import load
 
 from meadow.config.load import flatten, from_flat, preset_names, read_tree, to_flat, to_toml, to_tree
 from meadow.config.schema import Experiment, Strategy
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import derive, torch_generator, torch_seeded
+from meadow.strategies.check import load
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -2,13 +2,13 @@
 nothing. All faults of a file are told at once."""
 
 import pytest
-from meadow.strategies import algorithm, check
-from meadow.strategies.check import RULES as OF_ALGORITHMS
-from meadow.strategies.check import load
 
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.rules import RULES, Rule
 from meadow.runtime.errors import UserError
+from meadow.strategies import algorithm, check
+from meadow.strategies.check import RULES as OF_ALGORITHMS
+from meadow.strategies.check import load
 
 OWN = list(dict.fromkeys(rule for name in ALGORITHMS for rule in algorithm(name).rules))
 EVERY = [*RULES, *OF_ALGORITHMS, *OWN]

@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import meadow.client.app
 import pytest
+
+import meadow.client.app
 from helpers.runs import run_inline
 from helpers.stack import (
     PROJECT,

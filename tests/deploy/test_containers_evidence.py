@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+
 from helpers.runs import run_inline
 from helpers.stack import PROXY, REFUSED, Stack, ask, compose, container, docker, start_engine
 from meadow.strategies.check import load

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.runs import run_inline
 from helpers.stack import ROOT, docker, start_engine
 from meadow.strategies.check import load

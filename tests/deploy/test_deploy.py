@@ -19,12 +19,12 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from compose_spec import PyCompose
 from cryptography import x509
-from helpers.runs import run_inline
-from meadow.simulation.children import free_port
-from meadow.strategies.check import load
 
 from deploy import keys
+from helpers.runs import run_inline
 from meadow.runtime.identity import ROOT, code_sha256
+from meadow.simulation.children import free_port
+from meadow.strategies.check import load
 
 OVERRIDES = ["run.rounds=2", "partition.clients=4"]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.runs import SAME, run_inline, small
-from meadow.simulation.children import children, free_port
-from meadow.simulation.launch import engine
-from meadow.simulation.processes import command, environment, inline_config, run_app, superlink
 
+from helpers.runs import SAME, run_inline, small
 from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
 from meadow.privacy.accounting import epsilon
 from meadow.runtime.identity import ROOT
+from meadow.simulation.children import children, free_port
+from meadow.simulation.launch import engine
+from meadow.simulation.processes import command, environment, inline_config, run_app, superlink
 
 pytestmark = pytest.mark.slow
 

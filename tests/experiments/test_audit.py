@@ -6,21 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import meadow.client.loop.objective
-import meadow.client.node
-import meadow.client.release
-import meadow.server.client_level
 import numpy as np
 import pytest
 import torch
-from helpers.runs import small
 from scipy import stats
 from torch import Tensor
 from typer.testing import CliRunner
 
+import meadow.client.loop.objective
+import meadow.client.node
+import meadow.client.release
 import meadow.privacy.client_level
 import meadow.privacy.dpsgd.step
 import meadow.privacy.ledger
+import meadow.server.client_level
+from helpers.runs import small
 from meadow.experiments.audit import audit
 from meadow.experiments.command import app
 from meadow.privacy.accounting import epsilon

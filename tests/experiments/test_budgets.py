@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.folders import make_run, text_of
-from helpers.runs import small
 from scipy import stats
 from typer.testing import CliRunner
 
+from helpers.folders import make_run, text_of
+from helpers.runs import small
 from meadow.config.load import read_tree, to_toml
 from meadow.experiments.budgets.costs import Cost, Line, groups_of, lines_of
 from meadow.experiments.budgets.sentences import answer, table

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.runs import run_inline, small
-from meadow.strategies.check import load
 
+from helpers.runs import run_inline, small
 from meadow.experiments.plan import plan
 from meadow.runtime.identity import ROOT
+from meadow.strategies.check import load
 from meadow.tasks.task import open_task
 
 QUICK = ["run.rounds=2", "partition.clients=4", "task.source_samples=200", "task.source_epochs=1", "--engine", "inline"]

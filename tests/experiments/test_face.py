@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.runs import run_inline, small
 
 import meadow
+from helpers.runs import run_inline, small
 from meadow.config.load import to_tree
 from meadow.config.schema import Experiment
 from meadow.experiments.compare import values_of

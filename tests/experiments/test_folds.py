@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.runs import small
-from meadow.simulation.launch import engine
-from meadow.strategies.check import load
 
+from helpers.runs import small
 from meadow.config.load import parse_override
 from meadow.config.schema import Experiment
 from meadow.experiments.api import Summary, run, run_many
@@ -25,6 +23,8 @@ from meadow.experiments.report.write import contents
 from meadow.experiments.results import find_runs
 from meadow.experiments.tables import Cell
 from meadow.runtime.errors import UserError
+from meadow.simulation.launch import engine
+from meadow.strategies.check import load
 from meadow.tasks.task import open_task
 
 QUICK = ("run.rounds=2", "partition.clients=4", "task.source_samples=200", "task.source_epochs=1", "engine.name=inline")

@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from helpers.folders import make_run, round_line
-
 from meadow.experiments.pictures.style import COLOURS
 from meadow.experiments.report.write import render
 from meadow.experiments.results import read_run

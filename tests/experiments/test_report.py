@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.folders import make_run, over_clients, round_line, text_of
-from meadow.strategies.check import load
 from rich.console import Console
 from scipy import stats
 
+from helpers.folders import make_run, over_clients, round_line, text_of
 from meadow.config.load import to_toml
 from meadow.experiments.pairs import compare_paired, t_interval
 from meadow.experiments.pictures.confusion import confusion_matrices
@@ -30,6 +29,7 @@ from meadow.experiments.report.write import contents
 from meadow.experiments.results import by_method, find_runs, metrics_of, read_rounds, read_run
 from meadow.experiments.words import bytes_text, metric_label, seconds_text
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import load
 
 LOCAL = {0: [0.5, 0.6, 0.7], 1: [0.4, 0.6, 0.8], 2: [0.5, 0.5, 0.5]}
 FEDAVG = {0: [0.6, 0.5, 0.8], 1: [0.6, 0.6, 0.7], 2: [0.9, 0.6, 0.4]}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from meadow.strategies.check import load
 
 from meadow.config.load import to_toml
+from meadow.strategies.check import load
 
 
 def over_clients(values: Sequence[float]) -> dict[str, float]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from meadow.config.schema import Experiment
 from meadow.simulation.launch import engine
 from meadow.strategies.check import load
 from meadow.strategies.wire.packing import NodeReply
-
-from meadow.config.schema import Experiment
 
 SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 """What of a summary is equal on every engine."""

@@ -8,16 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import meadow.client.node
-import meadow.server.run
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from meadow.server.checkpoints import Checkpoint, latest
-from meadow.strategies.check import load
 from torch import Tensor, nn
 
+import meadow.client.node
+import meadow.server.run
 import meadow.tasks.models.multihead
 import meadow.tasks.task
 from helpers.runs import run_inline
@@ -25,6 +23,8 @@ from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
 from meadow.config import schema
 from meadow.config.schema import Experiment
+from meadow.server.checkpoints import Checkpoint, latest
+from meadow.strategies.check import load
 from meadow.tasks.data import Inputs, Part, Raw
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from helpers.rounding import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from helpers.rounding import close
 from meadow.arrays.named import Arrays
 from meadow.privacy.accounting import epsilon
 from meadow.privacy.client_level import (

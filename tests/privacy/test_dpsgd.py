@@ -11,8 +11,6 @@ import numpy.typing as npt
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.refusals import refused
-from helpers.rounding import close, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.grad_sample import GradSampleModule
@@ -20,6 +18,8 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from helpers.refusals import refused
+from helpers.rounding import close, rounding
 from meadow.privacy.dpsgd.choose import SUMS, GradSample, Mode, chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism, poisson
 from meadow.privacy.dpsgd.step import VALUES_AT_ONCE, Privatiser

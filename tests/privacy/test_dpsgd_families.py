@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+
 from helpers.runs import small
 from meadow.client.loop.trainable import freeze, mask
 from meadow.client.loop.training import train
-from meadow.strategies.check import load
-from meadow.strategies.trainable import stage, trained
-from torch import Tensor, nn
-
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.runtime.seeds import torch_seeded
+from meadow.strategies.check import load
+from meadow.strategies.trainable import stage, trained
 from meadow.tasks.data import Part, Raw
 from meadow.tasks.evaluation import load_into
 from meadow.tasks.losses import losses

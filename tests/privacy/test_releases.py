@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.refusals import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from helpers.refusals import refused
 from meadow.config.schema import (
     RELEASES,
     Cohort,

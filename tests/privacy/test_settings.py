@@ -1,10 +1,10 @@
 """`[privacy]`: what would protect nothing is refused with the reason and the nearest that works."""
 
 import pytest
-from meadow.strategies.check import load
 
 from meadow.config.schema import Privacy
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import load
 
 EXAMPLE = ("privacy.unit=example", "privacy.epsilon=3", "privacy.sample_rate=0.1")
 CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=1")

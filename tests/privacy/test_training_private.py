@@ -4,16 +4,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
+
 from helpers.rounding import stepped
 from helpers.runs import small
 from meadow.client.loop.training import train
-from meadow.strategies.check import load
-from torch import nn
-
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import load
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task

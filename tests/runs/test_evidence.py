@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from helpers.runs import run_inline
 from meadow.strategies.check import load
-
 from meadow.tasks.data import MISSING
 from meadow.tasks.readers.datasets import open_dataset
 

@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 
 import pytest
-from meadow.strategies.check import load
 
 from meadow.config.load import preset_names
 from meadow.experiments.api import Job, run_many
 from meadow.runtime.identity import versions
+from meadow.strategies.check import load
 
 FILE = Path(__file__).with_name("hashes.json")
 QUICK = ("run.rounds=3", "partition.clients=8", "task.source_samples=200", "task.source_epochs=1")

@@ -5,19 +5,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import meadow.client.node
 import numpy as np
 import pytest
-from helpers.runs import clients_answer, run_inline, small
-from meadow.client.store import Store
-from meadow.server.checkpoints import latest
-from meadow.server.cohorts import draw, read_schedule
-from meadow.strategies import equal_weights
 
+import meadow.client.node
+from helpers.runs import clients_answer, run_inline, small
 from meadow.arrays.named import Arrays
+from meadow.client.store import Store
 from meadow.config.cohort import draw_cohort, unseen
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.server.checkpoints import latest
+from meadow.server.cohorts import draw, read_schedule
+from meadow.strategies import equal_weights
 from meadow.tasks.task import open_task
 
 ROUNDS = 2000
@@ -244,7 +244,6 @@ def test_unseen_clients_never_train_and_are_scored(tmp_path: Path) -> None:
 def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
     """After k epochs: the score that the model has when trained k epochs more on the client's own part."""
     from meadow.client.loop.training import train
-
     from meadow.tasks.evaluation import evaluate, load_into
     from meadow.tasks.start import initial_state
 

@@ -6,14 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import meadow.client.node
 import numpy as np
 import pytest
+
+import meadow.client.node
 from helpers.runs import run_inline, small
+from meadow.privacy.releases import releases
 from meadow.server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
 from meadow.strategies.check import load
-
-from meadow.privacy.releases import releases
 from meadow.tasks.data import Target
 from meadow.tasks.losses import class_weights
 from meadow.tasks.metrics import PRIMARY

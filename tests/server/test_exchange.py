@@ -10,18 +10,18 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
-from meadow.server.assignment import assign
-from meadow.server.carrier import Carrier
-from meadow.server.exchange import Exchange
-from meadow.server.rollcall import RollCall
-from meadow.simulation.grid import LocalGrid, become_server, error_reply
-from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
 
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import weighted_sum
 from meadow.runtime.clock import PHASES
 from meadow.runtime.errors import RunStopped
 from meadow.runtime.identity import code_sha256, versions
+from meadow.server.assignment import assign
+from meadow.server.carrier import Carrier
+from meadow.server.exchange import Exchange
+from meadow.server.rollcall import RollCall
+from meadow.simulation.grid import LocalGrid, become_server, error_reply
+from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
 
 ROLL = {"code": code_sha256(), "data": "d", "split": "s", "versions": json.dumps(versions())}
 

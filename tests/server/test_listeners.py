@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.runs import RESUMED, run_inline, small
-from meadow.server.checkpoints import latest
-from meadow.server.listeners import open_listeners
-from meadow.simulation.launch import engine
 
+from helpers.runs import RESUMED, run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
 from meadow.runtime.errors import UserError
+from meadow.server.checkpoints import latest
+from meadow.server.listeners import open_listeners
+from meadow.simulation.launch import engine
 
 PAGE = (Path(__file__).parents[2] / "docs" / "listeners.md").read_text()
 

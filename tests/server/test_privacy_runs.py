@@ -17,32 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import meadow.client.app
-import meadow.client.context
-import meadow.client.release
-import meadow.server.client_level
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
-from helpers.rounding import floats
-from helpers.runs import RESUMED, run_inline, small
 from hypothesis import strategies as st
-from meadow.client.loop.training import train
-from meadow.server.checkpoints import latest
-from meadow.server.folder import RunFolder
-from meadow.simulation.inline import InlineGrid
-from meadow.simulation.launch import Launch, engine
-from meadow.strategies import algorithm
-from meadow.strategies.check import fits
-from meadow.strategies.protocol import Roles
 from torch import nn
 
 import meadow.arrays.files
+import meadow.client.app
+import meadow.client.context
+import meadow.client.release
 import meadow.privacy.ledger
+import meadow.server.client_level
+from helpers.rounding import floats
+from helpers.runs import RESUMED, run_inline, small
 from meadow.arrays.flower import from_record
 from meadow.arrays.named import Arrays, Float64, arrays_sha256
+from meadow.client.loop.training import train
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.cohort import participations
 from meadow.config.load import to_toml
@@ -57,6 +50,13 @@ from meadow.privacy.ledger import noise_seed, simulated_secret
 from meadow.privacy.noise import Stream
 from meadow.privacy.plan import forecasts
 from meadow.runtime.errors import UserError
+from meadow.server.checkpoints import latest
+from meadow.server.folder import RunFolder
+from meadow.simulation.inline import InlineGrid
+from meadow.simulation.launch import Launch, engine
+from meadow.strategies import algorithm
+from meadow.strategies.check import fits
+from meadow.strategies.protocol import Roles
 from meadow.tasks.data import Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.losses import losses, sample_losses

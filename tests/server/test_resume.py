@@ -8,21 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-import meadow.client.store
 import pytest
+
+import meadow.arrays.files
+import meadow.client.store
 from helpers.runs import RESUMED, run_inline, small
+from meadow.arrays.named import Arrays
+from meadow.config.load import to_toml
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import Checkpoint, latest, save
 from meadow.server.folder import RunFolder
 from meadow.server.listeners import RoundDone
 from meadow.server.rounds import play_round
 from meadow.server.session import Session
 from meadow.server.writer import Writer
-
-import meadow.arrays.files
-from meadow.arrays.named import Arrays
-from meadow.config.load import to_toml
-from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
 
 
 class Killed(BaseException):

@@ -6,22 +6,22 @@ import math
 from pathlib import Path
 from typing import Any
 
-import meadow.client.node
 import numpy as np
 import pytest
 import torch
+
+import meadow.client.node
 from helpers.rounding import floats
 from helpers.runs import clients_answer, run_inline, small
-from meadow.client.loop.training import train
-from meadow.server.checkpoints import latest
-from meadow.strategies.check import load
-from meadow.strategies.roles import roles
-
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.client.loop.training import train
 from meadow.config.cohort import draw_cohort
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.server.checkpoints import latest
+from meadow.strategies.check import load
+from meadow.strategies.roles import roles
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.losses import losses
 from meadow.tasks.start import initial_state

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from flwr.cli.build import build_fab_from_disk
-from meadow.simulation.bundle import write_app
-from meadow.simulation.processes import environment
 
 from meadow.runtime.identity import code_sha256
+from meadow.simulation.bundle import write_app
+from meadow.simulation.processes import environment
 
 
 def test_the_bundle_has_the_code_hash_that_wrote_it(tmp_path: Path) -> None:

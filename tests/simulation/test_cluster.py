@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import ray
-from helpers.runs import run_inline, small
-from meadow.simulation.launch import _run_local, engine
-from meadow.simulation.ray_engine import ray_grid, ray_workers
 from ray.cluster_utils import Cluster
 
+from helpers.runs import run_inline, small
 from meadow.runtime.errors import UserError
+from meadow.simulation.launch import _run_local, engine
+from meadow.simulation.ray_engine import ray_grid, ray_workers
 
 SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from multiprocessing import AuthenticationError
 
 import pytest
+
 from meadow.simulation.connections import RETRIES, Calls, connect
 
 

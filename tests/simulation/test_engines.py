@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.runs import SAME, run_inline, small
+from meadow.config.load import from_flat, to_flat, to_toml
+from meadow.runtime.identity import ROOT
 from meadow.simulation.children import children
 from meadow.simulation.launch import Launch, engine
 from meadow.simulation.processes import run_app, superlink
 from meadow.strategies.check import load
-
-from meadow.config.load import from_flat, to_flat, to_toml
-from meadow.runtime.identity import ROOT
 
 PRESETS = ("fedavg", "fedper", "transfer", "federated-finetune", "multitask", "pooled")
 

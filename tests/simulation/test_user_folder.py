@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from meadow.simulation.children import children
-from meadow.simulation.processes import run_app, superlink
 
 from meadow.config.load import load, to_flat
 from meadow.runtime.identity import ROOT
+from meadow.simulation.children import children
+from meadow.simulation.processes import run_app, superlink
 
 FILES = {
     "config.py": "WIDTH = 6\n",

@@ -9,6 +9,10 @@ import pytest
 from flwr.app import Array, ArrayRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from meadow.arrays.flower import Kept
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.arrays.sums import BLOCK, FAN, add, cut, fault, mean, parts, spans, weighted_sum
 from meadow.server.admission import Sums, Verdict, admit
 from meadow.server.evaluation import over_clients
 from meadow.server.reduce import round_sum
@@ -28,10 +32,6 @@ from meadow.strategies.wire.packing import (
     unpack_replies,
     unpack_requests,
 )
-
-from meadow.arrays.flower import Kept
-from meadow.arrays.named import Arrays, arrays_sha256
-from meadow.arrays.sums import BLOCK, FAN, add, cut, fault, mean, parts, spans, weighted_sum
 
 NAMES = ("trunk.0.weight", "trunk.0.bias", "heads.digit.weight", "heads.digit.bias")
 

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import meadow.server.rounds
 import numpy as np
 import pytest
-from helpers.runs import run_inline, small
-from meadow.server.attempt import attempt
-from meadow.server.checkpoints import latest
 
+import meadow.server.rounds
+from helpers.runs import run_inline, small
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.schema import SHARES
 from meadow.runtime.errors import UserError
+from meadow.server.attempt import attempt
+from meadow.server.checkpoints import latest
 
 TINY = (
     "partition.clients=3", "partition.law=iid", "run.rounds=2", "task.hidden=3", "local.steps=1", "evaluate.on=global",

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from helpers.runs import run_inline, small
 from helpers.worlds import N, data, double, experiment, gradient, mean, run, same, start, step
-from meadow.strategies import algorithm
-
 from meadow.arrays.named import of_kind
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.load import preset_names
 from meadow.config.rules.privacy import EXAMPLE
 from meadow.config.schema import SHARES, Attack, Cohort, Strategy
 from meadow.runtime.errors import UserError
+from meadow.strategies import algorithm
 
 __all__ = ["double"]
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedYogi, Strategy
+
 from helpers.runs import run_inline, small
 from helpers.worlds import experiment, run, start
+from meadow.arrays.named import Arrays, arrays_sha256
+from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import latest
 from meadow.simulation.grid import become_server
 from meadow.strategies import algorithm
 from meadow.strategies.adaptors.flower import FlowerServer, flower
 from meadow.strategies.protocol import Algorithm, ClientUpdate, Roles, Setup
-
-from meadow.arrays.named import Arrays, arrays_sha256
-from meadow.runtime.errors import UserError
 
 ADAM = FedAdam(eta=0.1, beta_1=0.8)
 AVGM = Algorithm(lambda setup: FedAvgM(server_momentum=0.7))  # type: ignore[arg-type,return-value]

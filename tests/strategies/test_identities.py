@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
+
 from helpers.rounding import floats
 from helpers.runs import run_inline, small
+from meadow.arrays.files import read_arrays
+from meadow.arrays.named import Arrays, of_kind
 from meadow.client.loop.training import train
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import latest
 from meadow.strategies.norms import norms
 from meadow.strategies.roles import roles_of
-from torch import nn
-
-from meadow.arrays.files import read_arrays
-from meadow.arrays.named import Arrays, of_kind
-from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
 from meadow.tasks.evaluation import state_of
 from meadow.tasks.models.vision import torchvision
 from meadow.tasks.start import initial_state

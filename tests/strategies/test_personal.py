@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from helpers.worlds import (
     BIAS,
     LR,
@@ -26,7 +27,6 @@ from helpers.worlds import (
     step,
     stored,
 )
-
 from meadow.arrays.named import of_kind
 from meadow.config.schema import Experiment
 from meadow.tasks.task import open_task

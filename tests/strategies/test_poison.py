@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import meadow.client.node
-import meadow.server.attempt
 import numpy as np
 import pytest
+
+import meadow.client.node
+import meadow.server.attempt
 from helpers.runs import clients_answer, run_inline, small
+from meadow.arrays.named import Arrays
+from meadow.config.algorithms import ALGORITHMS
 from meadow.server.admission import admit
 from meadow.server.checkpoints import latest
 from meadow.strategies.wire.packing import Answer
-
-from meadow.arrays.named import Arrays
-from meadow.config.algorithms import ALGORITHMS
 
 HONEST = 4
 

@@ -8,11 +8,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from helpers.rounding import floats
-from helpers.runs import run_inline, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
+from scipy.stats import norm, trim_mean
+
+from helpers.rounding import floats
+from helpers.runs import run_inline, small
+from meadow.arrays.files import read_arrays
+from meadow.arrays.named import Arrays
 from meadow.client.context import with_wrong_labels
+from meadow.config.schema import Attack, Experiment
+from meadow.config.schema import Strategy as Settings
+from meadow.runtime.seeds import numpy_generator
 from meadow.server.checkpoints import latest
 from meadow.simulation.grid import become_server
 from meadow.strategies.algorithms.robust import (
@@ -28,14 +36,6 @@ from meadow.strategies.algorithms.robust import (
 from meadow.strategies.attacks import attack, attackers, largest_z
 from meadow.strategies.check import load
 from meadow.strategies.stages.bucketing import Bucketing, Update, weighted_mean
-from scipy.optimize import minimize
-from scipy.stats import norm, trim_mean
-
-from meadow.arrays.files import read_arrays
-from meadow.arrays.named import Arrays
-from meadow.config.schema import Attack, Experiment
-from meadow.config.schema import Strategy as Settings
-from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from helpers.rounding import floats
 from helpers.worlds import (
     LR,
@@ -21,7 +22,6 @@ from helpers.worlds import (
     step,
     stored,
 )
-
 from meadow.arrays.named import auxiliary, of_kind
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from helpers.rounding import floats
 from helpers.runs import RESUMED, run_inline, small
 from helpers.worlds import N, State, data, descend, double, experiment, run, same, start, stored
+from meadow.arrays.named import Arrays, of_kind
+from meadow.config.schema import Experiment
+from meadow.runtime.errors import UserError
 from meadow.server.attempt import restored
 from meadow.strategies.roles import roles
 from meadow.strategies.stages import AtClient, Left, Stage, Stages, stages_of
 from meadow.strategies.wire.packing import Answer, Values
-
-from meadow.arrays.named import Arrays, of_kind
-from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
 from meadow.tasks.start import initial_state
 
 __all__ = ["double"]

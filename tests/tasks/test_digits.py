@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from meadow.strategies.check import load
 from sklearn.linear_model import LogisticRegression
 
 from meadow.config.schema import Task
+from meadow.strategies.check import load
 from meadow.tasks.data import data_sha256
 from meadow.tasks.readers.datasets import open_dataset
 from meadow.tasks.readers.digits import printed_digits, slant

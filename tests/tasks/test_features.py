@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.runs import run_inline, small
-from meadow.strategies.check import load
 
+from helpers.runs import run_inline, small
 from meadow.arrays.files import read_arrays
+from meadow.strategies.check import load
 from meadow.tasks.evaluation import evaluate, load_into, predict
 from meadow.tasks.features import view
 from meadow.tasks.models.multihead import Multihead

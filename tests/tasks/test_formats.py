@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from meadow.strategies.check import resolve
 
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import resolve
 from meadow.tasks.data import MISSING, Dataset
 from meadow.tasks.readers.datasets import open_dataset
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.runs import run_inline, small
 
+from helpers.runs import run_inline, small
 from meadow.config.schema import Partition
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError

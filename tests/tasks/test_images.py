@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from meadow.client.loop.training import train
-from meadow.strategies.check import load
 from PIL import Image
 from scipy.io import savemat
 
+from meadow.client.loop.training import train
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
+from meadow.strategies.check import load
 from meadow.tasks.data import Data, Dataset
 from meadow.tasks.models.multihead import inputs
 from meadow.tasks.models.vision import torchvision

@@ -9,14 +9,14 @@ import pytest
 import sklearn.metrics as reference
 import torch
 import torch.nn.functional as F
-from helpers.rounding import stepped
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from meadow.client.loop.training import train
-from meadow.strategies.check import load
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
+from helpers.rounding import stepped
+from meadow.client.loop.training import train
+from meadow.strategies.check import load
 from meadow.tasks.data import MISSING, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.losses import class_weights, loss, losses

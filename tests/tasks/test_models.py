@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from meadow.strategies.check import load
 from safetensors.numpy import save_file
 from torch import nn
 
 from meadow.config.schema import Experiment
 from meadow.config.schema import Task as Settings
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import load
 from meadow.tasks.data import Inputs, Target
 from meadow.tasks.models.multihead import build
 from meadow.tasks.source import source_state

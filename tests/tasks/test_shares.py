@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from meadow.strategies.check import load
 
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.strategies.check import load
 from meadow.tasks.data import Data
 from meadow.tasks.splits.shares import deal_out, hosted, read_share, use_share
 from meadow.tasks.start import initial_state

@@ -1,8 +1,8 @@
 """The source model's bits do not depend on how many threads the caller happens to run."""
 
 import torch
-from helpers.runs import small
 
+from helpers.runs import small
 from meadow.arrays.named import arrays_sha256
 from meadow.tasks.source import _source_state, source_state
 
