@@ -90,7 +90,27 @@ def resolve(tree: Mapping[str, Any], faults: Faults | None = None) -> Experiment
     try:
         return Experiment.model_validate(dict(tree), context={"faults": faults})
     except ValidationError as error:
-        raise UserError("\n".join(_explain(fault) for fault in error.errors())) from None
+        found = [_explain(fault) for fault in error.errors()] + _broken_rules(tree, faults, error)
+        raise UserError("\n".join(found)) from None
+
+
+def _broken_rules(tree: Mapping[str, Any], faults: Faults | None, error: ValidationError) -> list[str]:
+    """The rules that a tree with wrong values breaks besides: those about none of the wrong settings."""
+    wrong = {tuple(map(str, fault["loc"][:2])) for fault in error.errors()} - {()}
+    if not wrong or not all(isinstance(values, Mapping) for values in tree.values()):
+        return []
+    rest = {
+        section: {key: value for key, value in values.items() if not wrong & {(section,), (section, key)}}
+        for section, values in tree.items()
+        if section in Experiment.model_fields
+    }
+    try:
+        Experiment.model_validate(rest, context={"faults": faults})
+    except ValidationError as second:
+        lines = [line for fault in second.errors() if not fault["loc"] for line in _explain(fault).split("\n")]
+        names = [".".join(place) + ("." if len(place) == 1 else " = ") for place in wrong]
+        return [line for line in lines if not any(name in line for name in names)]
+    return []
 
 
 def load(

@@ -86,6 +86,17 @@ def test_all_faults_are_told_at_once() -> None:
     assert len(str(caught.value).splitlines()) == 3
 
 
+def test_a_wrong_value_hides_no_broken_rule_but_those_about_itself() -> None:
+    with pytest.raises(UserError) as caught:
+        load("fedavg", ["engine.trainer=fast", "cohort.size=30", "local.balance=pcgrad", "local.trainable=heads"])
+    trainer, trainable, size = sorted(str(caught.value).splitlines(), key=lambda line: not line.startswith("engine"))
+    assert [line.split(" = ")[0] for line in (trainer, trainable, size)] == [
+        "engine.trainer",
+        "local.trainable",
+        "cohort.size",
+    ]
+
+
 @pytest.mark.parametrize("name", ["fedpr", "nowhere.toml", "a/b"])
 def test_unknown_experiment(name: str) -> None:
     with pytest.raises(UserError, match=name):
