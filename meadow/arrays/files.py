@@ -81,5 +81,7 @@ def read_arrays(path: Path) -> Arrays:
             raise DamagedFile(f"{path}: its content does not match its SHA-256")
         arrays: Arrays = load(body)
         return arrays
-    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+    except OSError as error:
         raise DamagedFile(f"{path}: {error}") from None
+    except (SafetensorError, ValueError, AttributeError) as error:
+        raise DamagedFile(f"{path}: its header cannot be read, so its SHA-256 cannot be checked: {error}") from None
