@@ -122,7 +122,8 @@ class Book:
         for call in calls:
             if call.input._version != call.version:
                 raise UserError(
-                    "task.model: a layer's input is changed in place after its use; make a new tensor instead"
+                    "task.model: a layer's input is changed in place after its use; make a new tensor instead, or write "
+                    'privacy.grad_sample = "loop", which is slow and always works'
                 )
             if call.input.shape[0] != n:
                 raise UserError(
@@ -158,7 +159,7 @@ class Book:
                     raise UserError(
                         "task.model: the layers' books show only a part of the gradient of single samples (of the parameter "
                         f'"{_path(place, name)}"): every parameter must be used by the forward() of its own module and '
-                        "nowhere else"
+                        'nowhere else, or write privacy.grad_sample = "loop", which is slow and always works'
                     )
 
     def _check_independence(self, values: Tensor, edges: list[GradientEdge]) -> None:

@@ -97,7 +97,7 @@ class HooksSum(ClippedSum):
             raise UserError(
                 "task.model: Opacus sees only a part of the gradient of single samples"
                 + (f' (of the parameter "{name}")' if name else "")
-                + ": every parameter must be used by the forward() of its own module and nowhere else; or write "
+                + ": every parameter must be used by the forward() of its own module and nowhere else, or write "
                 'privacy.grad_sample = "loop"'
             )
         self._checked = True
