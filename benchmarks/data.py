@@ -23,8 +23,8 @@ from meadow.runtime.seeds import numpy_generator, torch_generator, torch_seeded
 from meadow.tasks.data import Data, Target, make_dataset
 from meadow.tasks.pipeline import Pipeline, image_pipeline
 from meadow.tasks.splits.holds import held
-from meadow.tasks.splits.laws import LAWS
-from meadow.tasks.splits.partition import deal
+from meadow.tasks.splits.partition import make_split
+from meadow.tasks.splits.partitioners import PARTITIONERS
 from meadow.tasks.task import Task
 
 LABELS = 10
@@ -39,7 +39,7 @@ def split_cost(law: str, samples: int, clients: int) -> tuple[float, int]:
     owner = numpy_generator(0, "owner").integers(0, clients, samples) if law == "natural" else None
     partition = Partition.model_validate({"law": law, "clients": clients, "alpha": ALPHA, "min_size": 3})
     before, began = _peak(), time.perf_counter()
-    deal(partition, labels, 0, owner)
+    make_split(partition, labels, 0, owner)
     return time.perf_counter() - began, _peak() - before
 
 
@@ -50,7 +50,7 @@ def splits(sizes: Sequence[tuple[int, int]]) -> Table:
         table.add_column(name, justify="left" if name == "law" else "right")
     fresh = multiprocessing.get_context("spawn")
     for samples, clients in sizes:
-        for law in (*LAWS, "natural"):
+        for law in (*PARTITIONERS, "natural"):
             with fresh.Pool(1) as pool:
                 seconds, size = pool.apply(split_cost, (law, samples, clients))
             table.add_row(
@@ -123,7 +123,7 @@ def _task(law: str, x: torch.Tensor, clients: int) -> Task:
     data = Data(x, y)
     dataset = make_dataset("arrays", data, data.take(torch.arange(1)), targets)
     partition = Partition.model_validate({"law": law, "clients": clients})
-    split = deal(partition, y["digit"].numpy(), 0)
+    split = make_split(partition, y["digit"].numpy(), 0)
     noise = partition.noise if law == "feature-shift" else 0.0
     holders = held((), ("digit", "slant"), clients, 0)
     return Task(dataset, split, targets, (1.0, 1.0), Settings(), 0, holders, noise)

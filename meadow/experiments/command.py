@@ -209,9 +209,9 @@ def deal(
     below: Annotated[str, typer.Option(help="A subfolder within each machine's folder.")] = "",
 ) -> None:
     """Write each machine's share of the data for a deployment: OUT/coordinator, OUT/node-0, ... (docs/deploy.md)."""
-    from meadow.tasks.splits.shares import deal_out
+    from meadow.tasks.splits.shares import write_shares
 
-    for folder in deal_out(_load(experiment, overrides or []), nodes, out, below):
+    for folder in write_shares(_load(experiment, overrides or []), nodes, out, below):
         typer.echo(folder)
 
 

@@ -1,9 +1,9 @@
 """Shares: the part of a task that one machine of a deployment needs, without other clients' data.
 
-`deal_out` writes the shares on a machine with all the data (or each data owner writes its own in the same format); the apps
-of a deployment open their task from the share in MEADOW_SHARE (`use_share`). A node's share has its clients' samples, the
-coordinator's the global test set and the sizes of all clients. The hashes of data and split are those of the whole, so that
-the roll call detects different splits.
+`write_shares` runs on a machine with all the data (or each data owner writes its own in the same format); the apps of a
+deployment open their task from the share in MEADOW_SHARE (`use_share`). A node's share has its clients' samples, the
+coordinator's the global test set and the sizes of all clients. The hashes of data and split are those of the whole, so
+that the roll call detects different splits.
 """
 
 import functools
@@ -36,7 +36,7 @@ def hosted(index: int, nodes: int, clients: int) -> range:
     return range(index * clients // nodes, (index + 1) * clients // nodes)
 
 
-def deal_out(experiment: Experiment, nodes: int, out: Path, below: str = "") -> list[Path]:
+def write_shares(experiment: Experiment, nodes: int, out: Path, below: str = "") -> list[Path]:
     """Write the shares of the coordinator and of `nodes` nodes to out/coordinator/`below`, out/node-0/`below`, ...
 
     For pooled training node 0 has all data. Raises UserError as `open_task`, and if there are more
