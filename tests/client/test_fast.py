@@ -309,7 +309,7 @@ def test_the_gpu_benchmark_trains_the_same_on_both_sides() -> None:
     gpu.plain(work)()
     by_plain = state_of(work.model)
     load_into(work.model, start)
-    found = network(work.model, gpu.SHAPE, [Target("label", "class", gpu.CLASSES)], [1.0])
+    found = network(work.model, (1, 28, 28), [gpu.TARGET], [1.0])
     experiment = load("fedavg", ["local.momentum=0"]).model_copy(update={"engine": work.engine})
     done = Stacked(found, experiment).train(start, [work.members], dict.fromkeys(start, gpu.LR))
     assert distance(done.arrays[-1], by_plain) <= BOUND * distance(by_plain, start)
