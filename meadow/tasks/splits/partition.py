@@ -8,9 +8,8 @@ all clients, so that time and memory grow with the samples and not with the clie
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -75,7 +74,7 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class Clients(Sequence[ClientIndices]):
+class Clients:
     """Each client's parts as views of the split's arrays."""
 
     order: Ints
@@ -84,20 +83,13 @@ class Clients(Sequence[ClientIndices]):
     def __len__(self) -> int:
         return len(self.bounds) // _PARTS
 
-    @overload
-    def __getitem__(self, client: int) -> ClientIndices: ...
-    @overload
-    def __getitem__(self, client: slice) -> tuple[ClientIndices, ...]: ...
-    def __getitem__(self, client: int | slice) -> ClientIndices | tuple[ClientIndices, ...]:
-        at = range(len(self))[client]  # raises IndexError beyond the last
-        return self._parts(at) if isinstance(at, int) else tuple(map(self._parts, at))
-
-    def __iter__(self) -> Iterator[ClientIndices]:
-        return map(self._parts, range(len(self)))
-
-    def _parts(self, client: int) -> ClientIndices:
+    def __getitem__(self, client: int) -> ClientIndices:
+        client = range(len(self))[client]  # raises IndexError beyond the last
         bounds = self.bounds[_PARTS * client : _PARTS * (client + 1) + 1]
         return ClientIndices(*(self.order[a:b] for a, b in itertools.pairwise(bounds)))
+
+    def __iter__(self) -> Iterator[ClientIndices]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def strata(y: Tensor, target: Target) -> Ints:
