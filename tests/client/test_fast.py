@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks import gpu
+from benchmarks.workloads import LR
 from helpers.rounding import floats
 from helpers.runs import run_inline, small
 from meadow.arrays.named import Arrays
@@ -311,7 +312,7 @@ def test_the_gpu_benchmark_trains_the_same_on_both_sides() -> None:
     load_into(work.model, start)
     found = network(work.model, (1, 28, 28), [gpu.TARGET], [1.0])
     experiment = load("fedavg", ["local.momentum=0"]).model_copy(update={"engine": work.engine})
-    done = Stacked(found, experiment).train(start, [work.members], dict.fromkeys(start, gpu.LR))
+    done = Stacked(found, experiment).train(start, [work.members], dict.fromkeys(start, LR))
     assert distance(done.arrays[-1], by_plain) <= BOUND * distance(by_plain, start)
 
 
