@@ -33,7 +33,7 @@ from meadow.privacy.dpsgd.choose import GradSample, chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
-from meadow.runtime.module_cache import hold_still
+from meadow.runtime.module_cache import enable_cache
 from meadow.runtime.seeds import one_thread
 from meadow.tasks.numerics import kernels
 from meadow.tasks.task import open_task
@@ -51,7 +51,7 @@ def sides(name: str) -> Sides:
     work = WORKLOADS[name]
     experiment = resolve(apply(read_tree("fedavg"), settings(name, 1).items()))
     task = open_task(experiment)
-    model, data = hold_still(task.new_model()), task.client(0).train
+    model, data = enable_cache(task.new_model()), task.client(0).train
     network = work.network()
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
     x, y = work.client(0)

@@ -29,7 +29,7 @@ from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
 from meadow.runtime.clock import Clock
 from meadow.runtime.errors import UserError
-from meadow.runtime.module_cache import hold_still
+from meadow.runtime.module_cache import enable_cache
 from meadow.strategies import algorithm, check
 from meadow.strategies.attacks import ON_LABELS, attackers
 from meadow.strategies.protocol import ClientAlgorithm, ClientResult, Roles
@@ -118,7 +118,7 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
     check_device(experiment)
-    model = hold_still(placed(task.new_model(), experiment.engine.device, experiment.engine.exact))
+    model = enable_cache(placed(task.new_model(), experiment.engine.device, experiment.engine.exact))
     parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
     keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)

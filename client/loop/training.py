@@ -23,7 +23,7 @@ from meadow.client.loop.validation import EarlyStopping, validation_loss
 from meadow.config.schema import Experiment, Local
 from meadow.privacy.dpsgd.step import Permit
 from meadow.runtime.errors import UserError
-from meadow.runtime.module_cache import once
+from meadow.runtime.module_cache import cached
 from meadow.runtime.seeds import torch_generator, torch_seeded
 from meadow.strategies.trainable import rate_factors, stage, trained
 from meadow.tasks.data import Data
@@ -188,7 +188,7 @@ class Learner:
             rates = {n: f * slower for n, f in rate_factors(plan, self.names).items()}
             self.optimizer = make_optimizer(self.learning, plan, rates, self.extra)
             self.normalises = any(
-                map(_normalises_batches, once(self.model, "modules", lambda: [*self.model.modules()]))
+                map(_normalises_batches, cached(self.model, "modules", lambda: [*self.model.modules()]))
             )
 
 
