@@ -14,7 +14,7 @@ from torch import Tensor
 from meadow.arrays.named import Arrays
 from meadow.client.trainers.kernel import Member, Result, Sums
 from meadow.client.trainers.network import Network
-from meadow.native.sums import add_up, together
+from meadow.native.sums import add_up, models_at_once
 
 LANES = 16
 """Arrays are aligned to this many float32 (64 bytes), as torch's are: torch's operations choose their path by alignment, and
@@ -70,7 +70,7 @@ class FlatKernel(ABC):
                     arrays.append({name: view.numpy().copy() for name, view in self._works[0][1].items()})
                 continue
             total, finite = np.empty(len(self._start)), True
-            at_once = together(len(self._start))
+            at_once = models_at_once(len(self._start))
             for begin in range(0, len(block), at_once):
                 some = block[begin : begin + at_once]
                 losses += [self._train_one(member, *self._work(place)) for place, member in enumerate(some)]

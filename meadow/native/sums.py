@@ -18,7 +18,7 @@ AT_ONCE = 2**15
 """Values that NumPy adds at once, so that intermediate results stay in the cache."""
 
 
-def together(size: int) -> int:
+def models_at_once(size: int) -> int:
     """How many trained models of `size` parameters to buffer before adding them to the sum: as many as fit into a
     cache; of a larger model five, if they fit into 64 MiB."""
     return max(2**20 // size, min(5, 2**24 // size), 1)
