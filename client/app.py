@@ -64,7 +64,7 @@ def join(message: Message, context: Context) -> Message:
     roll = ConfigRecord(
         {
             "clients": [here.start, here.stop],
-            "simulated": node.keeper.simulated,
+            "simulated": node.ledgers.simulated,
             "sizes": sizes.astype("<i8").tobytes(),
             "code": installed,
             "data": node.task.dataset.sha256,
@@ -95,7 +95,7 @@ def train(message: Message, context: Context) -> Message:
     whole = NodeReply(answers, by_block.sums | reply.sums)
     whole.trainings = node.trainers.trainings.take()
     add_spans(whole, whole_spans(message.content))
-    if node.keeper.simulated and node.experiment.privacy.unit == "none":  # times may reveal private samples
+    if node.ledgers.simulated and node.experiment.privacy.unit == "none":  # times may reveal private samples
         whole.times = node.clock.read()
     return Message(pack_replies(whole), reply_to=message)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from meadow.arrays.named import Arrays, auxiliary
 from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
 from meadow.client.loop.training import LOOP, Correction, Extras, Trained
-from meadow.client.release import Allowed
+from meadow.client.release import PrivateRelease
 from meadow.client.trainers.choose import Trainers
 from meadow.client.trainers.job import Training
 from meadow.config import schema
@@ -31,7 +31,7 @@ class Observer(Protocol):
         """Called when a client begins to train; the returned function is called at the end. `leaves`: whether the trained
         model leaves the client."""
 
-    def noises(self, client: int, allowed: Allowed) -> None:
+    def noises(self, client: int, release: PrivateRelease) -> None:
         """Called before the client's newest update gets its noise under local DP."""
 
 

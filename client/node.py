@@ -20,7 +20,7 @@ from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxi
 from meadow.client.context import LocalContext, Observer, with_wrong_labels
 from meadow.client.loop.anchors import teaches
 from meadow.client.loop.training import LOOP, Extras, keeps, train
-from meadow.client.release import Allowed, Exhausted, Keeper, charge, noised_update
+from meadow.client.release import Exhausted, Ledgers, PrivateRelease, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, check_device, trainers_of
 from meadow.config.load import from_flat, to_flat
@@ -71,7 +71,7 @@ class Node:
     view: View
     algorithm: ClientAlgorithm
     state_root: Path
-    keeper: Keeper
+    ledgers: Ledgers
     trainers: Trainers
     stages: Stages
     memory: int = 0
@@ -121,12 +121,12 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     model = enable_cache(placed(task.new_model(), experiment.engine.device, experiment.engine.exact))
     parts, chosen = roles_of(experiment, model), algorithm(experiment.strategy.name)
     seen = view(task, model, frozen=parts.trunk_is_frozen and not teaches(experiment))
-    keeper = Keeper(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
+    ledgers = Ledgers(experiment, state_root, task.dataset.sha256, task.split.sha256, simulated)
     # Only a simulation on one machine keeps states in memory: machines of a cluster share none.
     in_memory = simulated and not experiment.engine.address and SHARED_MEMORY.is_dir()
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
     trainers, stages = trainers_of(experiment, seen), stages_of(experiment, parts)
-    return Node(experiment, task, model, parts, seen, chosen.client, state_root, keeper, trainers, stages, memory)
+    return Node(experiment, task, model, parts, seen, chosen.client, state_root, ledgers, trainers, stages, memory)
 
 
 def _state_root(context: Context) -> Path:
@@ -181,7 +181,7 @@ def train_client(node: Node, request: Request) -> Answer:
     if experiment.privacy.unit in ("example", "local"):
         begins = context.start() | flat(context.memory) | flat(context.auxiliary)
         try:
-            release = charge(node.keeper, request.ledger, context.round, client, begins, context.work)
+            release = charge(node.ledgers, request.ledger, context.round, client, begins, context.work)
         except Exhausted as reason:
             return Answer(client, {"ledger": {**reason.state, "exhausted": str(reason)}})
         reply["ledger"] = release.state
@@ -219,7 +219,7 @@ def _metrics(node: Node, context: LocalContext, result: ClientResult) -> dict[st
     return {**samples(node, context.client, context.data), "steps": steps, **result.metrics, **losses}
 
 
-def _noise(node: Node, client: int, release: Allowed | None) -> Callable[[Arrays, Arrays], Arrays] | None:
+def _noise(node: Node, client: int, release: PrivateRelease | None) -> Callable[[Arrays, Arrays], Arrays] | None:
     """The noise of a charged release: (received, trained) -> arrays that may leave, of the arrays that learn."""
     if release is None:
         return None

@@ -1049,9 +1049,9 @@ def test_another_share_of_the_steps_is_another_release(tmp_path: Path) -> None:
     """The server decides how much work it asks for; the noise of one answer never covers another update."""
     experiment = small("fedavg", *LOCAL, "partition.clients=4")
     task = open_task(experiment)
-    keeper = meadow.client.release.Keeper(experiment, tmp_path, task.dataset.sha256, task.split.sha256, simulated=True)
+    own = meadow.client.release.Ledgers(experiment, tmp_path, task.dataset.sha256, task.split.sha256, simulated=True)
     start = initial_state(experiment)
-    releases = [meadow.client.release.charge(keeper, RecordDict(), 1, 0, start, work) for work in (1.0, 0.5, 1.0)]
+    releases = [meadow.client.release.charge(own, RecordDict(), 1, 0, start, work) for work in (1.0, 0.5, 1.0)]
     entries = [release.charged.mark.entries for release in releases]
     assert releases[0].noise_seed == releases[2].noise_seed != releases[1].noise_seed
     assert max(entries) == 2
