@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.engines import about
 from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.load import apply, read_tree, resolve
 from meadow.privacy.dpsgd.choose import GradSample, chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism
@@ -61,7 +61,7 @@ def sides(name: str) -> Sides:
 
     def meadow(turn: int) -> None:
         with kernels(model):
-            train(model, data, task, experiment, turn, 0)
+            train(model, Training(data, turn, 0, experiment.local), task, experiment)
 
     def private(mode: GradSample) -> Callable[[int], object]:
         mechanism = Mechanism(_RATE, 1.0, 1.0, BATCH, _STEPS)
@@ -69,7 +69,7 @@ def sides(name: str) -> Sides:
         def side(turn: int) -> None:
             permit = Permit(mechanism, Stream(2 * turn), Stream(2 * turn + 1), mode)
             with kernels(model):
-                train(model, data, task, experiment, turn, 0, permit=permit)
+                train(model, Training(data, turn, 0, experiment.local, permit=permit), task, experiment)
 
         return side
 

@@ -19,7 +19,7 @@ from meadow.arrays.memory import find
 from meadow.arrays.named import Arrays, arrays_sha256, by_kind, flat, split_auxiliary
 from meadow.client.context import LocalContext, Observer, with_wrong_labels
 from meadow.client.loop.anchors import teaches
-from meadow.client.loop.training import LOOP, Extras, keeps, train
+from meadow.client.loop.training import LOOP, Training, keeps, train
 from meadow.client.release import Exhausted, Ledgers, PrivateRelease, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, check_device, trainers_of
@@ -281,10 +281,12 @@ def evaluate_client(node: Node, request: Request) -> Answer:
         again = seen.data("source/test", source_data(node.experiment).test)
         scores |= {f"source/{key}": value for key, value in evaluate(seen.model, again, seen.task).items()}
     if config["finetune"]:
-        epochs = node.experiment.evaluate.fine_tune_epochs
-        data = seen.data(f"{client}/train", own.train)
-        extras = Extras(context.validation, dict(context.memory.get(LOOP, {})), context.source)
-        train(seen.model, data, seen.task, node.experiment, config["round"] + 1, client, epochs, extras=extras)
+        plan, epochs = node.experiment.local, node.experiment.evaluate.fine_tune_epochs
+        training = Training(
+            seen.data(f"{client}/train", own.train), config["round"] + 1, client, plan, epochs,
+            validation=context.validation, memory=context.memory.get(LOOP), source=context.source,
+        )  # fmt: skip
+        train(seen.model, training, seen.task, node.experiment)
         found = evaluate(seen.model, test, seen.task, thorough=True)
         scores |= {f"finetuned/{key}": value for key, value in found.items()}
     reply["evaluation"] = scores

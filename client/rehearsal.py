@@ -6,9 +6,9 @@ from torch import nn
 
 from meadow.arrays.named import Kinds, by_kind, flat
 from meadow.client.context import LocalContext
-from meadow.client.loop.training import Trained
+from meadow.client.loop.training import Trained, Training
 from meadow.client.trainers.choose import Choice, Trainers, trainers_of
-from meadow.client.trainers.job import Job, Training
+from meadow.client.trainers.job import Job
 from meadow.config.schema import Experiment
 from meadow.strategies.protocol import ClientAlgorithm, Roles, steps_of
 from meadow.tasks.features import view

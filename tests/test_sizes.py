@@ -17,7 +17,6 @@ FILES = {
 """File -> why it is longer."""
 
 FUNCTIONS = {
-    "client/loop/training.py:train": "the training loop",
     "benchmarks/dp.py:sides": "the sides of one measurement",
 }
 """File:function -> why it is longer."""

@@ -243,7 +243,7 @@ def test_unseen_clients_never_train_and_are_scored(tmp_path: Path) -> None:
 
 def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
     """After k epochs: the score that the model has when trained k epochs more on the client's own part."""
-    from meadow.client.loop.training import train
+    from meadow.client.loop.training import Training, train
     from meadow.tasks.evaluation import evaluate, load_into
     from meadow.tasks.start import initial_state
 
@@ -253,7 +253,7 @@ def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
     for number in (0, 5):
         model = task.new_model()
         load_into(model, initial_state(experiment) | arrays(tmp_path))
-        train(model, task.client(number).train, task, experiment, 4, number, 2)
+        train(model, Training(task.client(number).train, 4, number, experiment.local, 2), task, experiment)
         expected = evaluate(model, task.client(number).test, task)["digit/accuracy"]
         assert float(rows[number]["finetuned.digit.accuracy"]) == pytest.approx(expected)
 

@@ -15,7 +15,7 @@ from helpers.rounding import floats
 from helpers.runs import clients_answer, run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays, arrays_sha256
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.cohort import draw_cohort
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
@@ -225,7 +225,7 @@ def test_training_depends_on_round_and_client_and_on_nothing_else() -> None:
     def trained(round_: int, pid: int) -> str:
         model = task.new_model()
         load_into(model, initial_state(experiment))
-        train(model, data, task, experiment, round_, pid)
+        train(model, Training(data, round_, pid, experiment.local), task, experiment)
         return arrays_sha256(state_of(model))
 
     assert trained(1, 0) == trained(1, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.client.release import Ledgers, PrivateRelease, charge
 from meadow.config.cohort import participations
 from meadow.config.schema import Experiment
@@ -117,7 +117,7 @@ def _watched(
         scale = permit.mechanism.denominator
         steps.append({n: scale * p.grad.detach().double().numpy() for n, p in learning.items() if p.grad is not None})
 
-    train(model, data, task, experiment, 1, 0, correct=watch, permit=permit)
+    train(model, Training(data, 1, 0, experiment.local, correct=watch, permit=permit), task, experiment)
     return steps
 
 
