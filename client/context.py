@@ -54,7 +54,7 @@ class LocalContext:
     received: Arrays
     auxiliary: Mapping[str, Arrays]
     memory: Mapping[str, Arrays]
-    base: Callable[[], Arrays]
+    initial: Callable[[], Arrays]
     personal: Arrays
     work: float = 1.0
     validation: Data | None = None
@@ -77,12 +77,9 @@ class LocalContext:
 
     def start(self) -> Arrays:
         if self.roles.personal or self.roles.fixed:
-            start = self.base() | self.personal | self.received
+            start = self.initial() | self.personal | self.received
             return {name: start[name] for name in self.whole.state_dict()}
         return dict(self.received)
-
-    def initial(self) -> Arrays:
-        return self.base()
 
     def load(self, arrays: Arrays) -> None:
         load_into(self.whole, arrays)

@@ -23,7 +23,7 @@ from meadow.client.loop.training import LOOP, Training, keeps, train
 from meadow.client.release import Exhausted, Ledgers, PrivateRelease, charge, noised_update
 from meadow.client.store import SHARED_MEMORY, Store
 from meadow.client.trainers.choose import Choice, Trainers, check_device, trainers_of
-from meadow.config.load import from_flat, to_flat
+from meadow.config.load import from_flat
 from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
@@ -82,7 +82,7 @@ class Node:
     """Empty except in an audit."""
     facts: LRU[int, Facts] = field(default_factory=lambda: LRU(FACTS), repr=False, compare=False)
     _stores: dict[str, Store] = field(default_factory=dict, repr=False, compare=False)
-    _bases: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
+    _initial: dict[str, Arrays] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def keeps(self) -> bool:
@@ -97,23 +97,25 @@ def open_node(context: Context) -> Node:
     simulated = bool(context.node_config.get("simulated", False))
     nodes = int(cast(int, context.node_config.get("num-partitions", 1)))
     shared = str(context.node_config.get("data", ""))
-    return _open_node(_resolved(json.dumps(dict(context.run_config))), _state_root(context), simulated, nodes, shared)
+    # Where clients keep their state: the node's `state` setting, else MEADOW_STATE, else ~/.meadow.
+    state = context.node_config.get("state") or os.environ.get("MEADOW_STATE") or Path.home() / ".meadow" / "state"
+    return _open_node(_resolved(json.dumps(dict(context.run_config))), Path(str(state)), simulated, nodes, shared)
 
 
 @functools.lru_cache(maxsize=8)
-def _resolved(flat: str) -> str:
-    """The experiment with all defaults filled in, as JSON."""
-    return json.dumps(to_flat(from_flat(json.loads(flat))))
+def _resolved(flat: str) -> Experiment:
+    """The experiment of a run configuration, as JSON, with all defaults filled in."""
+    return from_flat(json.loads(flat))
 
 
 @functools.lru_cache(maxsize=8)
-def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared: str) -> Node:
+def _open_node(experiment: Experiment, state_root: Path, simulated: bool, nodes: int, shared: str) -> Node:
     for address in shared.split():
         try:
             find(address)
         except OSError as error:  # this process then reads the data itself
             log.warning("cannot open the data in shared memory, so this process reads the files: %s", error)
-    experiment = settle(from_flat(json.loads(flat)))
+    experiment = settle(experiment)
     check(experiment)
     torch.set_num_threads(experiment.engine.threads)
     task = open_task(experiment)
@@ -127,12 +129,6 @@ def _open_node(flat: str, state_root: Path, simulated: bool, nodes: int, shared:
     memory = experiment.engine.state_memory * 2**20 // nodes if in_memory else 0
     trainers, stages = trainers_of(experiment, seen), stages_of(experiment, parts)
     return Node(experiment, task, model, parts, seen, chosen.client, state_root, ledgers, trainers, stages, memory)
-
-
-def _state_root(context: Context) -> Path:
-    """Where this node's clients keep their state: the node's `state` setting, else MEADOW_STATE, else ~/.meadow."""
-    place = context.node_config.get("state") or os.environ.get("MEADOW_STATE") or Path.home() / ".meadow" / "state"
-    return Path(str(place))
 
 
 def hosted_here(context: Context, clients: int) -> range:
@@ -315,7 +311,7 @@ def open_context(node: Node, request: Request, before: int, pooled: bool = False
         received=received,
         auxiliary=by_kind(sent_along),
         memory=by_kind(memory),
-        base=lambda: _base(node, store),
+        initial=lambda: _initial(node, store),
         personal=personal,
         work=config.get("work", 1.0),
         validation=_validation(node, client),
@@ -365,8 +361,8 @@ def store_of(node: Node, run: str) -> Store:
     return node._stores[run]
 
 
-def _base(node: Node, store: Store) -> Arrays:
+def _initial(node: Node, store: Store) -> Arrays:
     """The arrays that every client starts from: sent once if pretrained, else derived from the seed."""
-    if store.run not in node._bases:
-        node._bases[store.run] = store.base() if node.experiment.task.pretrained else initial_state(node.experiment)
-    return node._bases[store.run]
+    if store.run not in node._initial:
+        node._initial[store.run] = store.base() if node.experiment.task.pretrained else initial_state(node.experiment)
+    return node._initial[store.run]

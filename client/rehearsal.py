@@ -62,7 +62,7 @@ def forecast(
         received={name: start[name] for name in roles.shared},
         auxiliary=by_kind(flat(auxiliary)),
         memory={},
-        base=lambda: start,
+        initial=lambda: start,
         personal={},
     )
     for _ in range(2):  # some algorithms act only on the memory of an earlier round

@@ -108,7 +108,8 @@ def charge(
         release = Release(run, round_, unit, parts, hashlib.sha256(facts.encode()).hexdigest())
         charged = ledger.charge(release, Budget(budget, privacy.delta, privacy.accountant), mark)
     except (UserError, BudgetSpent) as reason:
-        state = _state(ledgers, ledger.mark(), _spent(experiment, ledger, unit))
+        spent = epsilon(ledger.history(unit), privacy.delta, privacy.accountant)
+        state = _state(ledgers, ledger.mark(), spent)
         raise Exhausted(f"client {client}: {reason}", state) from None
     own = ledgers.secret(client)
     seed = noise_seed(own, charged.sha256)
@@ -138,11 +139,6 @@ def _mark(known: Values | None) -> Mark | None:
 def _state(ledgers: Ledgers, mark: Mark, spent: float) -> Values:
     """What the client reports about its ledger, all public: number of releases, newest entry's hash, epsilon spent."""
     return {"entries": mark.entries, "sha256": mark.sha256, "epsilon": spent, "secret": not ledgers.simulated}
-
-
-def _spent(experiment: Experiment, ledger: Ledger, unit: str) -> float:
-    privacy = experiment.privacy
-    return epsilon(ledger.history(unit), privacy.delta, privacy.accountant)
 
 
 def _run(ledgers: Ledgers) -> str:

@@ -34,6 +34,9 @@ class Balance:
     device: str | torch.device = "cpu"
     parameters: list[nn.Parameter] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        """Take up the state."""
+
     def backward(
         self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
     ) -> None:
@@ -70,7 +73,7 @@ class Uncertainty(Balance):
 
     def __post_init__(self) -> None:
         start = self.memory.get(self.NAME, np.zeros(len(self.targets), dtype=np.float32))
-        self.parameters = [nn.Parameter(torch.tensor(float(v), device=self.device)) for v in start]
+        self.parameters = [nn.Parameter(torch.tensor(float(v)).to(self.device)) for v in start]
         self.s = {t.name: s for t, s in zip(self.targets, self.parameters, strict=True)}
         self.halves = {t.name: 0.5 if t.kind == "value" else 1.0 for t in self.targets}
 

@@ -3,7 +3,6 @@
 `client/trainers/direct.py` and `client/trainers/fused.py` train the single client.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +30,8 @@ class FlatKernel(ABC):
 
     def __init__(self, network: Network, strides: Mapping[str, tuple[int, ...]]) -> None:
         self.network = network
-        self._strides = {name: strides.get(name) or _usual(shape) for name, shape in network.shapes.items()}
+        usual = {name: torch.empty(shape, device="meta").stride() for name, shape in network.shapes.items()}
+        self._strides = usual | dict(strides)
         self._begins: dict[str, int] = {}
         size = 0
         for name, shape in network.shapes.items():
@@ -97,7 +97,3 @@ class FlatKernel(ABC):
 def padded(count: int) -> int:
     """The next multiple of LANES."""
     return -(-count // LANES) * LANES
-
-
-def _usual(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
