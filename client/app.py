@@ -17,8 +17,9 @@ from flwr.clientapp import ClientApp
 
 from meadow.arrays.flower import from_record
 from meadow.arrays.folding import fold_for_wire
+from meadow.client.answers import answer, evaluate_client, train_client
 from meadow.client.blocks import add_up, train_blocks
-from meadow.client.node import answer, evaluate_client, hosted_here, open_node, store_of, train_client
+from meadow.client.node import hosted_here, open_node, store_of
 from meadow.client.store import Store
 from meadow.privacy.releases import allowed
 from meadow.runtime.identity import code_sha256, versions

@@ -1,7 +1,7 @@
 """Train whole blocks of clients and send one weighted sum per block.
 
 A kernel (`client/trainers/kernel.py`) trains a block at once if its clients do plain local training of a fully shared model:
-FedAvg, and every algorithm that differs from it only at the server. `meadow.client.node.train_client` trains all others.
+FedAvg, and every algorithm that differs from it only at the server. `meadow.client.answers.train_client` trains all others.
 """
 
 import logging

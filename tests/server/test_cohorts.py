@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import meadow.client.node
+import meadow.client.answers
 from helpers.runs import clients_answer, run_inline, small
 from meadow.arrays.named import Arrays
 from meadow.client.store import Store
@@ -142,7 +142,7 @@ def test_stragglers_make_part_of_their_steps(tmp_path: Path, monkeypatch: pytest
     experiment = small("fedavg", "cohort.stragglers=0.5", "local.steps=20", "run.rounds=1")
     called = draw(experiment, 1, ())
     steps: dict[int, Any] = {}
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
 
     def watched(node: Any, request: Any) -> Any:
         reply = honest(node, request)
@@ -177,7 +177,7 @@ def test_over_selection_makes_up_for_dropout(tmp_path: Path) -> None:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
 
     def train(node: Any, request: Any) -> Any:
         config = request.config

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import meadow.client.node
+import meadow.client.answers
 from helpers.rounding import floats
 from helpers.runs import clients_answer, run_inline, small
 from meadow.arrays.files import read_arrays
@@ -173,7 +173,7 @@ def test_never_sampled_clients_are_evaluated_and_counted(tmp_path: Path) -> None
 
 
 def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
 
     def failing(node: Any, request: Any) -> Any:
         if request.client == 3:
@@ -194,7 +194,7 @@ def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pyt
 
 def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client sits in the middle of a block that its node would have added up: the others still count, bit by bit."""
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
 
     def without(node: Any, request: Any) -> Any:
         if request.client == 3:
@@ -247,7 +247,7 @@ def test_the_trunk_learns_at_its_own_rate(tmp_path: Path) -> None:
 
 def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metrics that are missing, not finite or of another kind are left out; the model is the same without them."""
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
     nonsense: list[dict[str, Any]] = [{"loss/digit": math.nan}, {"loss/digit": [1.0, 2.0]}, {"steps": math.inf}]
 
     def boasting(node: Any, request: Any) -> Any:
