@@ -21,9 +21,9 @@ from meadow.tasks.task import open_task
 def source_model(experiment: Experiment) -> nn.Module:
     """A new model with the weights of `source_state`."""
     model = open_task(experiment).plain_model()
-    state = model.state_dict()
+    state, source = model.state_dict(), source_state(experiment)  # may train it, with gradients
     with torch.no_grad():
-        for name, value in source_state(experiment).items():
+        for name, value in source.items():
             state[name].copy_(torch.from_numpy(value))
     return model
 
