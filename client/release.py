@@ -108,8 +108,8 @@ def charge(
         release = Release(run, round_, unit, parts, hashlib.sha256(facts.encode()).hexdigest())
         charged = ledger.charge(release, Budget(budget, privacy.delta, privacy.accountant), mark)
     except (UserError, BudgetSpent) as reason:
-        spent = epsilon(ledger.history(unit), privacy.delta, privacy.accountant)
-        state = _state(ledgers, ledger.mark(), spent)
+        total = epsilon(ledger.history(unit), privacy.delta, privacy.accountant)
+        state = _state(ledgers, ledger.mark(), total)
         raise Exhausted(f"client {client}: {reason}", state) from None
     own = ledgers.secret(client)
     seed = noise_seed(own, charged.sha256)

@@ -50,14 +50,16 @@ class Plan(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """Load `fused.c`. Raises NotCompiled."""
     train = [*[POINTER] * 4, COUNT, *[POINTER] * 3, *[COUNT] * 3, POINTER]
-    functions = {
-        "fused_sizes": (None, [POINTER]),
-        "fused_open": (POINTER, [POINTER, POINTER, POINTER, COUNT]),
-        "fused_close": (None, [POINTER]),
-        "fused_rates": (None, [POINTER, POINTER]),
-        "fused_train": (None, train),
-    }
-    found = declared("fused.c", functions)
+    found = declared(
+        "fused.c",
+        {
+            "fused_sizes": (None, [POINTER]),
+            "fused_open": (POINTER, [POINTER, POINTER, POINTER, COUNT]),
+            "fused_close": (None, [POINTER]),
+            "fused_rates": (None, [POINTER, POINTER]),
+            "fused_train": (None, train),
+        },
+    )
     theirs = (ctypes.c_int64 * 3)()
     found.fused_sizes(theirs)
     if list(theirs) != [ctypes.sizeof(each) for each in (Plan, Layer, Head)]:

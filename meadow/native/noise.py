@@ -32,14 +32,16 @@ class Stream:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Load `noise.c`. Raises NotCompiled."""
-    functions = {
-        "noise_size": (COUNT, []),
-        "noise_pairs": (COUNT, []),
-        "noise_open": (None, [POINTER] * 3),
-        "noise_uniform": (None, [POINTER, POINTER, COUNT]),
-        "noise_normals": (None, [POINTER, POINTER, COUNT, ctypes.c_float]),
-    }
-    found = declared("noise.c", functions)
+    found = declared(
+        "noise.c",
+        {
+            "noise_size": (COUNT, []),
+            "noise_pairs": (COUNT, []),
+            "noise_open": (None, [POINTER] * 3),
+            "noise_uniform": (None, [POINTER, POINTER, COUNT]),
+            "noise_normals": (None, [POINTER, POINTER, COUNT, ctypes.c_float]),
+        },
+    )
     if found.noise_pairs() != PAIRS:
         raise NotCompiled(f"noise.c draws groups of {found.noise_pairs()} pairs, not of {PAIRS}")
     return found
