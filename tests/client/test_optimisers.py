@@ -17,6 +17,7 @@ from meadow.client.loop.optimisers import PLATEAU, make_optimizer, plateau, sche
 from meadow.client.loop.training import Training, batch_at, train
 from meadow.client.loop.validation import validation_loss
 from meadow.config.schema import Experiment, Local
+from meadow.strategies.protocol import Batch
 from meadow.tasks.data import MISSING, Data, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.losses import losses
@@ -107,7 +108,7 @@ def test_batches_of_one_are_a_step_a_sample() -> None:
     data = task.client(0).train
     seen: list[Tensor] = []
 
-    def watch(model: nn.Module, batch: Data, outputs: Any) -> Tensor:
+    def watch(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
         seen.append(batch.x)
         return torch.zeros(())
 
