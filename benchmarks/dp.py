@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.output import about, chosen, options, table, write
 from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.load import apply, read_tree, resolve
 from meadow.privacy.dpsgd.choose import GradSample, chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
-from meadow.runtime.module_cache import hold_still
+from meadow.runtime.module_cache import enable_cache
 from meadow.runtime.seeds import one_thread
 from meadow.tasks.numerics import kernels
 from meadow.tasks.task import open_task
@@ -48,7 +48,7 @@ def sides(name: str) -> Sides:
     work = WORKLOADS[name]
     experiment = resolve(apply(read_tree("fedavg"), settings(name, 1).items()))
     task = open_task(experiment)
-    model, data = hold_still(task.new_model()), task.client(0).train
+    model, data = enable_cache(task.new_model()), task.client(0).train
     network = work.network()
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
     x, y = work.client(0)
@@ -58,7 +58,7 @@ def sides(name: str) -> Sides:
 
     def meadow(turn: int) -> None:
         with kernels(model):
-            train(model, data, task, experiment, turn, 0)
+            train(model, Training(data, turn, 0, experiment.local), task, experiment)
 
     def private(mode: GradSample) -> Callable[[int], object]:
         mechanism = Mechanism(_RATE, 1.0, 1.0, BATCH, _STEPS)
@@ -66,7 +66,7 @@ def sides(name: str) -> Sides:
         def side(turn: int) -> None:
             permit = Permit(mechanism, Stream(2 * turn), Stream(2 * turn + 1), mode)
             with kernels(model):
-                train(model, data, task, experiment, turn, 0, permit=permit)
+                train(model, Training(data, turn, 0, experiment.local, permit=permit), task, experiment)
 
         return side
 

@@ -29,7 +29,7 @@ from flwr.proto.run_pb2 import Run
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 
-from meadow.runtime.logs import tell
+from meadow.runtime.logs import print_line
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))
@@ -41,7 +41,7 @@ REVOKED = "unregistered"
 def log(event: str, level: str = "INFO", **facts: object) -> None:
     """Log an event as one line."""
     service = os.environ.get("MEADOW_SERVICE", "run")
-    tell(" ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]))
+    print_line(" ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]))
 
 
 def connect() -> None:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from meadow.runtime.identity import ROOT, code_sha256
-from meadow.runtime.logs import tell
+from meadow.runtime.logs import print_line
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))
@@ -130,10 +130,10 @@ def main(name: str) -> int:
     STATE.mkdir(parents=True, exist_ok=True)
     os.environ["MEADOW_SERVICE"] = name
     ended = os.environ.get("MEADOW_ENDED", "")
-    tell(f"level=INFO service={name} event=start")
+    print_line(f"level=INFO service={name} event=start")
     last = STATE / "node-id"
     if name == "node" and last.exists() and report_death(int(last.read_text())):
-        tell("level=WARNING service=node event=died-before")
+        print_line("level=WARNING service=node event=died-before")
         time.sleep(ABSENCE)
     child = subprocess.Popen(
         SERVICES[name](), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -150,10 +150,10 @@ def main(name: str) -> int:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
-            tell(f"level=INFO service={name} event=end reason=the-run-has-ended")
+            print_line(f"level=INFO service={name} event=end reason=the-run-has-ended")
             return 0
         time.sleep(0.5)
-    tell(f"level=WARNING service={name} event=end status={child.returncode}")
+    print_line(f"level=WARNING service={name} event=end status={child.returncode}")
     return 1 if child.returncode >= 0 else 128 - child.returncode
 
 
@@ -173,7 +173,7 @@ def _relay(name: str, lines: Iterable[str]) -> None:
         text = _COLOUR.sub("", line).strip()
         if not text or text.startswith("level="):
             if text:
-                tell(text.replace(" ", f" service={name} ", 1))
+                print_line(text.replace(" ", f" service={name} ", 1))
             continue
         if " 200" in text and "HTTP/1" in text:
             continue
@@ -181,7 +181,7 @@ def _relay(name: str, lines: Iterable[str]) -> None:
         level = found.group(1) if found else "INFO"
         rest = (text[found.end() :] if found else text).strip()
         if rest:
-            tell(f"level={level} service={name} text={json.dumps(rest, ensure_ascii=False)}")
+            print_line(f"level={level} service={name} text={json.dumps(rest, ensure_ascii=False)}")
 
 
 if __name__ == "__main__":

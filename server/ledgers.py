@@ -90,7 +90,7 @@ def account_of(reply: Answer, before: Account | None) -> Account | None:
 
     A ledger never gets shorter: the server ignores such a report and keeps reminding the client of its earlier one.
     """
-    ledger = reply.said("ledger")
+    ledger = reply.section("ledger")
     entries, sha256, epsilon = ledger.get("entries"), ledger.get("sha256"), ledger.get("epsilon")
     if not isinstance(entries, int) or not isinstance(sha256, str) or not isinstance(epsilon, float):
         return None

@@ -49,7 +49,7 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
     replies, _ = session.exchange.send("evaluate", [Request(client, sent, config) for client in everyone])
     scores = {}
     for reply in replies:
-        identity = reply.said("identity")
+        identity = reply.section("identity")
         if not identity:
             reason = reply.error or "its reply does not identify the client"
             log.warning("client %d was not evaluated: %s", reply.client, reason)
@@ -58,14 +58,14 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
             scores_in(reply),
             str(identity.get("personal")),
             bool(identity.get("trained")),
-            read_confusion(reply.said("confusion"), session.task, reply.client),
+            read_confusion(reply.section("confusion"), session.task, reply.client),
         )
     return scores
 
 
 def scores_in(answer: Answer) -> dict[str, float]:
     """The scores in an answer that are finite numbers."""
-    scores = answer.said("evaluation")
+    scores = answer.section("evaluation")
     return {key: value for key in scores if (value := number(scores, key)) is not None}
 
 

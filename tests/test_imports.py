@@ -8,14 +8,9 @@ from textwrap import dedent
 ROOT = Path(__file__).parent.parent
 ROOMS_AT_THE_TOP = ("strategies", "client", "server", "simulation")
 
-RULES = "rules are functions of the experiment whose validator asks them"
 FACE = "the library's face loads what it offers when it is first used"
 ALLOWED = {
-    **{
-        (f"meadow.config.rules{module}", "meadow.config.schema"): RULES
-        for module in ("", ".rule", ".cohort", ".privacy", ".strategy", ".training")
-    },
-    **{("meadow", f"meadow.{module}"): FACE for module in ("experiments.api", "experiments.models", "runtime.errors")},
+    ("meadow", f"meadow.{module}"): FACE for module in ("experiments.api", "experiments.models", "runtime.errors")
 }
 """Imports for the type checker alone (`if TYPE_CHECKING:`), and why they are no others."""
 

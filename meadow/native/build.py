@@ -26,14 +26,17 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from meadow.native.sources import SOURCES
 
+POINTER, COUNT = ctypes.c_void_p, ctypes.c_int64
+"""Types of arguments of the C functions."""
 BUILT = "built"
 """The folder, next to the C files, for the libraries of an installation."""
 FLAGS = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -87,6 +90,15 @@ def compiled(file: str, folders: Iterable[Path] = ()) -> ctypes.CDLL:
     found = _loaded(build(source, cache, native()))
     if found is None:
         raise NotCompiled(f"{file} was compiled but cannot be loaded here")
+    return found
+
+
+def declared(file: str, functions: Mapping[str, tuple[Any, list[Any]]]) -> ctypes.CDLL:
+    """`compiled`, with the result type and the argument types of these functions. Raises NotCompiled."""
+    found = compiled(file)
+    for name, (result, arguments) in functions.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
     return found
 
 

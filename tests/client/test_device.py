@@ -8,7 +8,7 @@ import torch
 
 from helpers.devices import AWAY, Away, elsewhere
 from helpers.runs import small
-from meadow.client.loop.training import Extras, train
+from meadow.client.loop.training import Training, train
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
@@ -49,11 +49,18 @@ def trained(
         with elsewhere() as device:
             model = model.to(device)
             assert all(isinstance(p, Away) for p in model.parameters())
-            train(model, own.train, task, experiment, 1, 0, extras=Extras(own.validation), permit=permit)
+            train(
+                model,
+                Training(own.train, 1, 0, experiment.local, validation=own.validation, permit=permit),
+                task,
+                experiment,
+            )
             scores = evaluate(model, own.test, task)
             assert device_of(model) == AWAY
             return state_of(model), scores
-    train(model, own.train, task, experiment, 1, 0, extras=Extras(own.validation), permit=permit)
+    train(
+        model, Training(own.train, 1, 0, experiment.local, validation=own.validation, permit=permit), task, experiment
+    )
     return state_of(model), evaluate(model, own.test, task)
 
 

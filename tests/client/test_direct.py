@@ -14,10 +14,10 @@ from torch import nn
 
 from helpers.runs import run_inline, small
 from meadow.arrays.sums import weighted_sum
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.client.trainers.choose import trainers_of
 from meadow.client.trainers.direct import Direct
-from meadow.client.trainers.job import Training, job_of
+from meadow.client.trainers.job import job_of
 from meadow.client.trainers.kernel import KernelTrainer
 from meadow.client.trainers.layers import (
     Convolution,
@@ -123,7 +123,7 @@ def test_clients_move_as_by_the_loop(case: str) -> None:
     for number, (data, arrays, losses) in enumerate(zip(clients, done.arrays, done.losses, strict=True)):
         load_into(model, start)
         with kernels(model):
-            told = train(model, data, task, faster.experiment, 2, number)
+            told = train(model, Training(data, 2, number, faster.experiment.local), task, faster.experiment)
         by_loop = state_of(model)
         moved = distance(by_loop, start)
         assert moved > 0 and distance(arrays, by_loop) <= BOUND * moved

@@ -17,10 +17,10 @@ from benchmarks.workloads import LR
 from helpers.rounding import floats
 from helpers.runs import run_inline, small
 from meadow.arrays.named import Arrays
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.fused import Fused
-from meadow.client.trainers.job import Training, beyond_plain_steps, job_of
+from meadow.client.trainers.job import beyond_plain_steps, job_of
 from meadow.client.trainers.kernel import KernelTrainer, Member
 from meadow.client.trainers.network import Unknown, network
 from meadow.client.trainers.stacked import Stacked
@@ -115,7 +115,7 @@ def test_kernels_move_each_client_as_the_loop_does(kind: str, case: str) -> None
     losses = []
     for number, data in enumerate(clients):
         load_into(model, start)
-        told = train(model, data, task, experiment, 2, number)
+        told = train(model, Training(data, 2, number, experiment.local), task, experiment)
         by_loop.append(state_of(model))
         losses.append(told)
     faster = kernels(kind, experiment, task, model, tuple(clients[0].x.shape[1:]))

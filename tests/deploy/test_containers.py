@@ -38,8 +38,8 @@ from helpers.stack import (
     playing,
     start_engine,
 )
+from meadow.client.answers import train_client as train_one
 from meadow.client.node import Node
-from meadow.client.node import train_client as train_one
 from meadow.strategies.check import load
 from meadow.strategies.wire.packing import Answer, Request
 

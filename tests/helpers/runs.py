@@ -30,7 +30,7 @@ def run_inline(experiment: Experiment, out: Path, resume: bool = False) -> dict[
 
 
 def clients_answer(monkeypatch: pytest.MonkeyPatch, how: Callable[..., Any]) -> None:
-    """Let each client answer to training by `how`, in the place of `meadow.client.node.train_client`; none as part of a
+    """Let each client answer to training by `how`, in the place of `meadow.client.answers.train_client`; none as part of a
     block."""
     monkeypatch.setattr(
         "meadow.client.app.train_blocks", lambda node, requests, blocks: (NodeReply([]), list(requests))

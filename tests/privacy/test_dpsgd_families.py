@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.runs import small
 from meadow.client.loop.trainable import freeze, mask
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.mechanism import Mechanism
@@ -193,7 +193,7 @@ def check(experiment: Experiment, mode: Any, samples: int = 12, dtype: torch.dty
     bare = copy.deepcopy(net)
     allowed = Permit(Mechanism(1.0, 0.0, 0.5, 3.0, 1), Stream(0), Stream(1), mode)
     round_ = min(3, experiment.run.rounds)
-    train(net, data, task, experiment, round_, 0, permit=allowed)
+    train(net, Training(data, round_, 0, experiment.local, permit=allowed), task, experiment)
     names = {
         n
         for n in trained(experiment, net.state_dict(), stage(experiment, round_, 0))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import meadow.client.node
+import meadow.client.answers
 from helpers.runs import clients_answer, run_inline, small
 from meadow.arrays.named import Arrays
 from meadow.client.store import Store
@@ -142,7 +142,7 @@ def test_stragglers_make_part_of_their_steps(tmp_path: Path, monkeypatch: pytest
     experiment = small("fedavg", "cohort.stragglers=0.5", "local.steps=20", "run.rounds=1")
     called = draw(experiment, 1, ())
     steps: dict[int, Any] = {}
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
 
     def watched(node: Any, request: Any) -> Any:
         reply = honest(node, request)
@@ -177,7 +177,7 @@ def test_over_selection_makes_up_for_dropout(tmp_path: Path) -> None:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, fails: Any) -> None:
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
 
     def train(node: Any, request: Any) -> Any:
         config = request.config
@@ -243,7 +243,7 @@ def test_unseen_clients_never_train_and_are_scored(tmp_path: Path) -> None:
 
 def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
     """After k epochs: the score that the model has when trained k epochs more on the client's own part."""
-    from meadow.client.loop.training import train
+    from meadow.client.loop.training import Training, train
     from meadow.tasks.evaluation import evaluate, load_into
     from meadow.tasks.start import initial_state
 
@@ -253,7 +253,7 @@ def test_fine_tuned_scores_are_those_of_training_on(tmp_path: Path) -> None:
     for number in (0, 5):
         model = task.new_model()
         load_into(model, initial_state(experiment) | arrays(tmp_path))
-        train(model, task.client(number).train, task, experiment, 4, number, 2)
+        train(model, Training(task.client(number).train, 4, number, experiment.local, 2), task, experiment)
         expected = evaluate(model, task.client(number).test, task)["digit/accuracy"]
         assert float(rows[number]["finetuned.digit.accuracy"]) == pytest.approx(expected)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import meadow.client.node
+import meadow.client.answers
 from helpers.runs import run_inline, small
 from meadow.privacy.releases import releases
 from meadow.server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
@@ -105,7 +105,7 @@ def test_confusion_counts_are_taken_only_where_they_may_be_true(lie: str) -> Non
 
 
 def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.client.node.evaluate_client
+    honest = meadow.client.answers.evaluate_client
 
     def lying(node: Any, request: Any) -> Any:
         reply = honest(node, request)

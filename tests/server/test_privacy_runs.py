@@ -35,7 +35,7 @@ from helpers.rounding import floats
 from helpers.runs import RESUMED, run_inline, small
 from meadow.arrays.flower import from_record
 from meadow.arrays.named import Arrays, Float64, arrays_sha256
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.cohort import participations
 from meadow.config.load import to_toml
@@ -176,7 +176,7 @@ def test_no_training_begins_before_its_entry_is_on_disk(
     seen: list[tuple[int, int]] = []
 
     def watched(*args: Any, **more: Any) -> Any:
-        round_, number = args[4], args[5]
+        round_, number = args[1].round, args[1].client
         assert len(ledgers(tmp_path)[number]) == round_
         seen.append((round_, number))
         return train(*args, **more)
@@ -586,7 +586,7 @@ def test_a_proximal_term_acts_after_clip_and_noise() -> None:
     results = []
     for correct in (None, away):
         load_into(model, initial_state(experiment))
-        train(model, data, task, experiment, 1, 0, correct=correct, permit=permit())
+        train(model, Training(data, 1, 0, experiment.local, correct=correct, permit=permit()), task, experiment)
         results.append(floats(state_of(model)))
     for name, value in results[0].items():
         assert np.abs(results[1][name] - (value - 0.1)).max() <= 1e-6, name
@@ -644,11 +644,16 @@ def test_a_term_over_the_batch_and_more_steps_than_were_charged_are_refused() ->
     task = open_task(experiment)
     model, data = task.new_model(), task.client(0).train
     with pytest.raises(UserError, match="whole batch"):
-        train(model, data, task, experiment, 1, 0, term=lambda *_: torch.zeros(()), permit=permit())
+        train(
+            model,
+            Training(data, 1, 0, experiment.local, term=lambda *_: torch.zeros(()), permit=permit()),
+            task,
+            experiment,
+        )
     once = permit(2)
-    assert train(model, data, task, experiment, 1, 0, permit=once).steps == 2
+    assert train(model, Training(data, 1, 0, experiment.local, permit=once), task, experiment).steps == 2
     with pytest.raises(UserError, match="more than the 2 steps"):
-        train(model, data, task, experiment, 1, 0, permit=once)
+        train(model, Training(data, 1, 0, experiment.local, permit=once), task, experiment)
 
 
 # ---- a crash ----
@@ -987,7 +992,7 @@ def test_a_noised_update_is_what_the_ledgers_entry_gives(
 
     def watched(*args: Any, **more: Any) -> Any:
         result = train(*args, **more)
-        bare[args[5]] = state_of(args[0])
+        bare[args[1].client] = state_of(args[0])
         return result
 
     monkeypatch.setattr("meadow.client.trainers.choose.train", watched)
@@ -1049,9 +1054,9 @@ def test_another_share_of_the_steps_is_another_release(tmp_path: Path) -> None:
     """The server decides how much work it asks for; the noise of one answer never covers another update."""
     experiment = small("fedavg", *LOCAL, "partition.clients=4")
     task = open_task(experiment)
-    keeper = meadow.client.release.Keeper(experiment, tmp_path, task.dataset.sha256, task.split.sha256, simulated=True)
+    own = meadow.client.release.Ledgers(experiment, tmp_path, task.dataset.sha256, task.split.sha256, simulated=True)
     start = initial_state(experiment)
-    releases = [meadow.client.release.charge(keeper, RecordDict(), 1, 0, start, work) for work in (1.0, 0.5, 1.0)]
+    releases = [meadow.client.release.charge(own, RecordDict(), 1, 0, start, work) for work in (1.0, 0.5, 1.0)]
     entries = [release.charged.mark.entries for release in releases]
     assert releases[0].noise_seed == releases[2].noise_seed != releases[1].noise_seed
     assert max(entries) == 2

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import meadow.client.node
+import meadow.client.answers
 from helpers.rounding import floats
 from helpers.runs import clients_answer, run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays, arrays_sha256
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.cohort import draw_cohort
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
@@ -173,7 +173,7 @@ def test_never_sampled_clients_are_evaluated_and_counted(tmp_path: Path) -> None
 
 
 def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
 
     def failing(node: Any, request: Any) -> Any:
         if request.client == 3:
@@ -194,7 +194,7 @@ def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pyt
 
 def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client sits in the middle of a block that its node would have added up: the others still count, bit by bit."""
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
 
     def without(node: Any, request: Any) -> Any:
         if request.client == 3:
@@ -225,7 +225,7 @@ def test_training_depends_on_round_and_client_and_on_nothing_else() -> None:
     def trained(round_: int, pid: int) -> str:
         model = task.new_model()
         load_into(model, initial_state(experiment))
-        train(model, data, task, experiment, round_, pid)
+        train(model, Training(data, round_, pid, experiment.local), task, experiment)
         return arrays_sha256(state_of(model))
 
     assert trained(1, 0) == trained(1, 0)
@@ -247,7 +247,7 @@ def test_the_trunk_learns_at_its_own_rate(tmp_path: Path) -> None:
 
 def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Metrics that are missing, not finite or of another kind are left out; the model is the same without them."""
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
     nonsense: list[dict[str, Any]] = [{"loss/digit": math.nan}, {"loss/digit": [1.0, 2.0]}, {"steps": math.inf}]
 
     def boasting(node: Any, request: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import meadow.client.node
+import meadow.client.answers
 import meadow.server.attempt
 from helpers.runs import clients_answer, run_inline, small
 from meadow.arrays.named import Arrays
@@ -81,7 +81,7 @@ def poisoned_runs(name: str, poisons: dict[str, Poison], out: Path, monkeypatch:
         "task.hidden=4", "partition.law=iid", "partition.min_size=3", "local.steps=1", "evaluate.on=global",
         "evaluate.every=2", "cohort.max_norm=1e6",
     )  # fmt: skip
-    honest = meadow.client.node.train_client
+    honest = meadow.client.answers.train_client
     kinds = dict(enumerate(poisons.values(), start=1))  # client 0 is honest, and so are the last ones
 
     def absent(node: Any, request: Any) -> Any:

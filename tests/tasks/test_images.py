@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
@@ -713,7 +713,9 @@ def test_training_augments_by_seed_round_and_client() -> None:
         setting = experiment if augmented else plain
         task = open_task(setting)
         model = task.new_model()
-        train(model, task.client(0).train.take(torch.arange(16)), task, setting, round_, client)
+        train(
+            model, Training(task.client(0).train.take(torch.arange(16)), round_, client, setting.local), task, setting
+        )
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     def far(a: torch.Tensor, b: torch.Tensor) -> bool:
