@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from meadow.config.load import Tree, apply, parse_override, preset_about, preset_names, read_tree, to_toml
 from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.runtime.identity import versions
 
 app = typer.Typer(
@@ -238,6 +238,9 @@ def main() -> None:
     except UserError as error:
         Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except RunStopped as stop:
+        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(stop))}", highlight=False, soft_wrap=True)
+        sys.exit(3)
     except KeyboardInterrupt:
         Console(stderr=True).print("meadow: stopped by the user; to continue, add --resume --out DIR to the command")
         sys.exit(3)
