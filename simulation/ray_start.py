@@ -6,7 +6,9 @@ Imports neither torch nor Flower, so that a command can start Ray while another 
 import logging
 import os
 import secrets
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +42,7 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
         # The variable alone would be too late: Ray reads it when it is imported.
         Config.initialize('{"AUTH_MODE": "token"}')
         AuthenticationTokenLoader.instance().reset_cache()
+    on_term = signal.getsignal(signal.SIGTERM)
     variables = _environment(threads)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address:
@@ -64,6 +67,8 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN, "RAY_preload_python_modules": "meadow.client.app"}
         with _variables(variables | own):
             ray.init(address="local", num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_term)  # Ray's own handler would abort the run
     _mine = True
 
 

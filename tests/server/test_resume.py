@@ -336,3 +336,18 @@ def test_sigkill_at_random_moments(engine: str, tmp_path: Path) -> None:
     assert subprocess.run(command).returncode == 0
     resumed = run_inline(experiment, tmp_path / "run", resume=True)
     assert [resumed[k] for k in RESUMED] == [expected[k] for k in RESUMED]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("engine", ["inline", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ray", "processes"))])
+def test_signals_end_a_run_like_ctrl_c(engine: str, number: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "meadow", "run", "fedavg", "run.rounds=2000", "--quiet", "--engine", engine]
+    with subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, text=True) as process:
+        while not (out / "rounds.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, told = process.communicate()
+    assert process.returncode == 3 and "Traceback" not in told
+    summary = RunFolder(out).summary()
+    assert summary is not None and summary["status"] == "stopped"
