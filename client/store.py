@@ -46,10 +46,11 @@ class Store:
     memory: int = 0
     _used: int = field(default=0, repr=False)
     _marked: bool = field(default=False, repr=False)
+    _saved: bool = field(default=False, repr=False)
 
     def put_base(self, arrays: Arrays) -> None:
         """Store the arrays that every client starts from."""
-        write_arrays(self._folder / "base.safetensors", arrays)
+        write_arrays(self._folder / "base.safetensors", arrays, private=True)
 
     def base(self) -> Arrays:
         """The arrays of `put_base`. Raises DamagedFile if this node never joined the run."""
@@ -82,6 +83,9 @@ class Store:
 
         `keep_from`: the round of the server's oldest checkpoint. The newest state up to that round is kept as well.
         """
+        if self._saved and not self._folder.exists():
+            raise DamagedFile(f"{self._folder}: the states of this run were removed while it ran; start a new run")
+        self._saved = True
         files, key = self._files(client), (round_, attempt)
         past = sorted(k for k in {*files, key} if k[0] <= keep_from)
         counting = [k for k in past if _counts(k, void)]
@@ -95,7 +99,7 @@ class Store:
             on_disk.unlink(missing_ok=True)
             gone = [path for path in gone if path != spare]
         else:
-            write_arrays(on_disk, arrays)
+            write_arrays(on_disk, arrays, private=True)
             if self._marked:
                 in_memory.unlink(missing_ok=True)
         for path in gone:
@@ -108,7 +112,7 @@ class Store:
             if int(folder.name) not in clients:
                 continue
             for path in sorted(folder.glob(_PATTERN)):
-                write_arrays(self._on_disk(int(folder.name)) / path.name, _read(path))
+                write_arrays(self._on_disk(int(folder.name)) / path.name, _read(path), private=True)
             shutil.rmtree(folder)
         if self._in_memory.exists() and not _clients_in(self._in_memory):  # no other node has states left here
             (self._folder / _MARK).unlink(missing_ok=True)
@@ -145,7 +149,7 @@ class Store:
         _tidy(place)
         self._in_memory.mkdir(exist_ok=True, mode=0o700)
         (self._in_memory / _MARK).write_text(str(self._folder.resolve()))
-        write_bytes(self._folder / _MARK, str(self._in_memory).encode())
+        write_bytes(self._folder / _MARK, str(self._in_memory).encode(), private=True)
         self._adopt()
         return True
 

@@ -55,7 +55,7 @@ class ClientLevel(Protection):
         if not simulated:
             self.cohort_secret = noise_seed(own, "cohorts", "cohort")
         if folder is not None and (folder / _MADE).exists():
-            self.made = [str(inputs) for inputs in read_json(folder / _MADE)]
+            self.made = [str(inputs) for inputs in read_json(folder / _MADE, list)]
 
     def algorithm(self, server: ServerAlgorithm[Any]) -> ServerAlgorithm[Any]:
         return NoisedMean(self, server)

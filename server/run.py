@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
+from meadow.arrays.files import DamagedFile, locked
 from meadow.arrays.named import by_kind
 from meadow.config.load import to_tree
 from meadow.config.schema import Experiment
@@ -17,7 +18,7 @@ from meadow.server.carrier import Carrier
 from meadow.server.cohorts import read_schedule
 from meadow.server.evaluation import add_confusion, describe
 from meadow.server.exchange import Exchange
-from meadow.server.folder import open_folder
+from meadow.server.folder import check_folder, open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
 from meadow.server.placement import placement
 from meadow.server.privacy import protection
@@ -41,9 +42,15 @@ log = logging.getLogger("meadow.server")
 def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
     """Run the experiment over the grid's nodes; return its summary, which is also written to the run folder `out`.
 
-    Raises UserError for errors of the input that show only now (an impossible split). A run that ends early for a stated
-    reason has a summary, too. The folder can be resumed in every case.
+    Raises UserError for errors of the input that show only now (an impossible split), RunStopped if the folder cannot be
+    written. A run that ends early for a stated reason has a summary, too. The folder can be resumed in every case.
     """
+    check_folder(out, experiment, resume)
+    with locked(out):
+        return _run(grid, experiment, out, resume)
+
+
+def _run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
     session = open_run(grid, experiment, out, resume)
     folder = session.folder
     if (before := folder.summary()) and before["status"] == "done":
@@ -84,7 +91,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     # Ledgers stay with their nodes, and so does state that only one machine of a cluster has.
     movable = guard.movable and not experiment.engine.address
-    writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
+    writer, stages = Writer(folder, run_id, EVERY), stages_of(experiment, parts)
     guard.stages = stages
     arrays, server = {n: start[n] for n in parts.shared}, guard.algorithm(server_of(setup(experiment, task, parts)))
     return Session(
@@ -120,7 +127,7 @@ def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
         stop = _play_rounds(session)
         scores = score_clients(session, session.round, last=True)
         return "stopped" if stop else "done", stop, scores
-    except RunStopped as early:
+    except (RunStopped, DamagedFile) as early:
         return "stopped", str(early), {}
     except KeyboardInterrupt:
         return "stopped", "stopped by the user", {}
@@ -152,6 +159,11 @@ def _recover(session: Session) -> None:
     for line in damaged:
         log.warning("damaged checkpoint; using the one before it: %s", line)
     if checkpoint is not None:
+        if checkpoint.run not in ("", session.run_id):
+            raise DamagedFile(
+                f"{session.folder.path / 'manifest.json'}: run_id is {session.run_id}, but the checkpoints are of run "
+                f"{checkpoint.run}, whose clients' states would not be found; restore it"
+            )
         session.round, session.arrays = checkpoint.round, checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
         session.state = {**session.state, **by_kind(checkpoint.strategy)}

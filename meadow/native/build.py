@@ -120,6 +120,10 @@ def build(source: Path, folder: Path, target: Target) -> Path:
                 done.stderr.strip() or "no reason"
             ]
             raise NotCompiled(f"{source.name} does not compile here (GCC 12 or Clang is needed): {lines[0]}")
+        with made.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())  # loaders ignore what follows a library
+            file.flush()
+            os.fsync(file.fileno())
         made.replace(library)  # several processes may compile it at once; each result is whole
     except OSError as error:
         raise NotCompiled(f"{source.name} cannot be compiled here: {error}") from error
@@ -165,9 +169,13 @@ def library_name(file: str, target: Target) -> str:
 
 
 def _loaded(library: Path) -> ctypes.CDLL | None:
-    """Load a library, or return None if it does not exist or needs a newer C library."""
+    """Load a library, or return None if it does not exist, was damaged, or needs a newer C library.
+
+    A damaged library would end the process at its first call, so its last 32 bytes are the SHA-256 of the others.
+    """
     try:
-        return ctypes.CDLL(str(library)) if library.exists() else None
+        content = library.read_bytes()
+        return ctypes.CDLL(str(library)) if hashlib.sha256(content[:-32]).digest() == content[-32:] else None
     except OSError:
         return None
 

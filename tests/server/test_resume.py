@@ -1,6 +1,8 @@
 """Killed and resumed: the run that was cut off ends with the bits of the run that never was."""
 
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import meadow.arrays.files
 import meadow.client.store
+from helpers.refusals import refused
 from helpers.runs import RESUMED, run_inline, small
 from meadow.arrays.named import Arrays
 from meadow.config.load import to_toml
@@ -19,7 +23,7 @@ from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import Checkpoint, latest, save
 from meadow.server.folder import RunFolder
-from meadow.server.listeners import RoundDone
+from meadow.server.listeners import Listener, RoundDone, RunBegins
 from meadow.server.rounds import play_round
 from meadow.server.session import Session
 from meadow.server.writer import Writer
@@ -34,14 +38,14 @@ def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
     count = [0]
     honest = meadow.arrays.files.write_bytes
 
-    def write(path: Path, content: bytes) -> None:
+    def write(path: Path, content: bytes, private: bool = False) -> None:
         count[0] += 1
         if count[0] == number:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
         if count[0] >= number:
             raise Killed
-        honest(path, content)
+        honest(path, content, private)
 
     in_memory = meadow.client.store._write
 
@@ -130,7 +134,7 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
 
 def test_there_is_no_checkpoint_without_its_rounds_record(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    writer = Writer(folder, every=3600)
+    writer = Writer(folder, "run", every=3600)
     for round_, loss in enumerate((1.0, 2.0, float("nan")), 1):
         writer.round_done(RoundDone(round_, {"round": round_, "loss": loss}, {}))
     with pytest.raises(ValueError, match="JSON"):
@@ -140,10 +144,95 @@ def test_there_is_no_checkpoint_without_its_rounds_record(tmp_path: Path) -> Non
     assert found is not None and found.round == 1 and [r["round"] for r in folder.rounds()] == [1, 2]
 
 
-def test_a_torn_line_ends_the_records(tmp_path: Path) -> None:
-    """After a power failure a line may lack what stood before the next one."""
-    (tmp_path / "rounds.jsonl").write_bytes(b'{"round": 1}\n\0\0\0\n{"round": 3}\n')
-    assert RunFolder(tmp_path).rounds() == [{"round": 1}]
+def test_damaged_lines_are_kept_aside_and_no_other_record_is_lost(tmp_path: Path) -> None:
+    """After a power failure a line may lack what stood before the next one; the last one may end early."""
+    path = tmp_path / "rounds.jsonl"
+    path.write_bytes(b'{"round": 1}\n\0\0\0\n[3]\n{"round": 4}\n{"round": 5}\n{"rou')
+    folder = RunFolder(tmp_path)
+    folder.cut_back(4)
+    assert folder.rounds() == [{"round": 1}, {"round": 4}]
+    assert path.read_bytes() == b'{"round": 1}\n{"round": 4}\n'
+    assert (tmp_path / "rounds-damaged.txt").read_bytes() == b"\0\0\0\n[3]\n"
+
+
+@pytest.mark.parametrize("name", ["round-x.json", "round-00000003 (1).json", "round-00000002.json.swp"])
+def test_strays_among_the_checkpoints_are_ignored_and_told(name: str, tmp_path: Path) -> None:
+    save(tmp_path, Checkpoint(2, {"w": np.zeros(1, np.float32)}))
+    (tmp_path / name).write_text("[1]")
+    found, told = latest(tmp_path)
+    assert found is not None and found.round == 2 and len(told) == 1 and name in told[0]
+
+
+def test_a_resumed_run_needs_the_manifest_of_its_states(tmp_path: Path) -> None:
+    experiment = small("fedper", "run.rounds=2")
+    run_inline(experiment, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    manifest = tmp_path / "manifest.json"
+    whole = manifest.read_text()
+    for damaged in (None, whole[:100], "[1]"):
+        manifest.unlink() if damaged is None else manifest.write_text(damaged)
+        with refused("manifest.json", tmp_path):
+            run_inline(experiment, tmp_path, resume=True)
+    manifest.write_text(whole.replace('"run_id": "', '"run_id": "0'))
+    summary = run_inline(experiment, tmp_path, resume=True)
+    assert summary["status"] == "stopped" and "run_id" in summary["reason"]
+
+
+def test_one_process_runs_a_folder(tmp_path: Path) -> None:
+    """The second one is refused; a killed one leaves no lock behind."""
+    experiment = small("fedavg", "run.rounds=2")
+    run_inline(experiment, tmp_path)
+    hold = (
+        "import sys; from pathlib import Path; from meadow.arrays.files import locked\n"
+        "with locked(Path(sys.argv[1])): print(flush=True); input()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with refused("--out", tmp_path, other.pid):
+            run_inline(experiment, tmp_path, resume=True)
+        other.kill()
+    assert run_inline(experiment, tmp_path, resume=True)["status"] == "done"
+
+
+class RemovesRun(Listener):
+    """Removes the run's folder, or a folder in it, after the second round."""
+
+    gone = "."
+
+    def run_begins(self, begins: RunBegins) -> None:
+        self.folder = begins.folder
+
+    def round_done(self, done: RoundDone) -> None:
+        if done.round == 2:
+            shutil.rmtree(self.folder / self.gone)
+
+
+class RemovesState(RemovesRun):
+    gone = "state"
+
+
+def test_a_run_folder_that_is_removed_during_the_run_stops_it(tmp_path: Path) -> None:
+    summary = run_inline(small("fedper", "run.rounds=4", f"run.listeners={__name__}:RemovesRun"), tmp_path / "run")
+    assert summary["status"] == "stopped" and str(tmp_path / "run") in summary["reason"]
+
+
+def test_states_that_are_removed_during_the_run_stop_it(tmp_path: Path) -> None:
+    experiment = small("fedper", "run.rounds=4", "engine.state_memory=0", f"run.listeners={__name__}:RemovesState")
+    summary = run_inline(experiment, tmp_path)
+    assert summary["status"] == "stopped" and "state" in summary["reason"]
+
+
+def test_models_on_disk_are_private(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        run_inline(small("fedper", "run.rounds=2"), tmp_path / "run")
+    finally:
+        os.umask(before)
+    arrays = [*(tmp_path / "run").rglob("*.safetensors")]
+    assert {path.parent.parent.name for path in arrays} >= {"run", "clients"}
+    for path in arrays:
+        assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_killed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,3 +336,18 @@ def test_sigkill_at_random_moments(engine: str, tmp_path: Path) -> None:
     assert subprocess.run(command).returncode == 0
     resumed = run_inline(experiment, tmp_path / "run", resume=True)
     assert [resumed[k] for k in RESUMED] == [expected[k] for k in RESUMED]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("engine", ["inline", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ray", "processes"))])
+def test_signals_end_a_run_like_ctrl_c(engine: str, number: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "meadow", "run", "fedavg", "run.rounds=2000", "--quiet", "--engine", engine]
+    with subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, text=True) as process:
+        while not (out / "rounds.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, told = process.communicate()
+    assert process.returncode == 3 and "Traceback" not in told
+    summary = RunFolder(out).summary()
+    assert summary is not None and summary["status"] == "stopped"
