@@ -56,12 +56,16 @@ FEDALT = Algorithm(
             lambda e, roles: e.local.trainable == "gradual",
             "the trunk is frozen at first, and this algorithm trains the trunk separately",
             'write local.trainable = "all"',
+            ("strategy.name=fedrep", "strategy.share=body", "local.trainable=gradual"),
+            ("strategy.name=fedrep", "strategy.share=body", "local.trainable=last:1"),
         ),
         Rule(
             ("strategy.share", "strategy.name"),
             lambda e, roles: not set(roles.personal) - set(roles.buffers),
             "no personal array learns, so there are no two parts to train alternately",
             'write strategy.share = "body" and local.trainable = "all"',
+            ("strategy.name=fedrep", "strategy.share=trunk.*,heads.*"),
+            ("strategy.name=fedrep", "strategy.share=trunk.*"),
         ),
     ),
 )

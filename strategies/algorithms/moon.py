@@ -79,6 +79,8 @@ MOON = Algorithm(
             lambda e, roles: roles.trunk_is_frozen,
             "it trains the trunk",
             'write local.trainable = "all", or strategy.name = "fedavg"',
+            ("strategy.name=moon", "local.trainable=gradual", "run.rounds=1"),
+            ("strategy.name=moon", "local.trainable=gradual", "run.rounds=2"),
         ),
     ),
 )
