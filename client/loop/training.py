@@ -25,6 +25,7 @@ from meadow.privacy.dpsgd.step import Permit
 from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import once
 from meadow.runtime.seeds import torch_generator, torch_seeded
+from meadow.strategies.protocol import FitResult
 from meadow.strategies.trainable import rate_factors, stage, trained
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import device_of, names_of
@@ -32,12 +33,9 @@ from meadow.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The result of training: optimiser steps, each target's mean loss over the samples seen (empty without any), and the
-    loop's state for the client's next round (`Extras.memory`)."""
+class Trained(FitResult):
+    """The result of training, with the loop's state for the client's next round (`Extras.memory`)."""
 
-    steps: int
-    losses: dict[str, float]
     memory: Arrays = field(default_factory=dict)
 
 
