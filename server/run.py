@@ -13,7 +13,6 @@ from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.server import checkpoints
-from meadow.server.carrier import Carrier
 from meadow.server.cohorts import read_schedule
 from meadow.server.evaluation import ClientScores, add_confusion, describe, predict_globally, score_clients
 from meadow.server.exchange import Exchange
@@ -21,7 +20,7 @@ from meadow.server.folder import open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
 from meadow.server.placement import placement
 from meadow.server.privacy import protection
-from meadow.server.rollcall import RollCall
+from meadow.server.rollcall import Carrier, RollCall
 from meadow.server.rounds import play_round
 from meadow.server.session import Session, setup, split_table
 from meadow.server.summary import client_rows, summarise
@@ -160,8 +159,8 @@ def _recover(session: Session) -> None:
 
 def _write_scores(session: Session, scores: dict[int, ClientScores]) -> None:
     """Write `clients.csv` and `evaluation.json`."""
-    folder, experiment, task = session.folder, session.experiment, session.task
-    folder.write_clients(client_rows(folder, experiment, task, scores, session.protection.epsilons()))
+    folder, task = session.folder, session.task
+    folder.write_clients(client_rows(session, scores))
     outputs = predict_globally(session)
     shared = describe(outputs, task.dataset.test.y, task.targets) if outputs else {}
     counts = add_confusion([s.confusion for s in scores.values()], task.targets)

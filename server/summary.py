@@ -12,7 +12,6 @@ from meadow.config.cohort import unseen
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.server.evaluation import ClientScores, mean_tree, over_clients, scores_of, test_sizes
-from meadow.server.folder import RunFolder
 from meadow.server.session import Session
 from meadow.strategies.trainable import HEADS, is_added, trained
 from meadow.strategies.wire.trainings import Trainings
@@ -113,27 +112,22 @@ def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientSc
     return {"forgetting": found}
 
 
-def client_rows(
-    folder: RunFolder,
-    experiment: Experiment,
-    task: Task,
-    scores: Mapping[int, ClientScores],
-    epsilons: Mapping[int, float],
-) -> list[dict[str, Any]]:
+def client_rows(session: Session, scores: Mapping[int, ClientScores]) -> list[dict[str, Any]]:
     """The rows of `clients.csv`: client, samples, rounds that counted, epsilon, and the metrics of each of its models.
 
     Samples stay empty if they may not be released. With evaluate.sample, only clients that trained or were scored have rows.
     """
+    experiment, epsilons = session.experiment, session.protection.epsilons()
     counted = allowed(experiment, "labels")
     rounds = Counter[int]()
-    for record in folder.rounds():
+    for record in session.folder.rounds():
         rounds.update(set(record["cohort"]) - {failure["client"] for failure in record["failed"]})
     clients: Iterable[int] = range(experiment.partition.clients)
     if experiment.evaluate.sample:
         clients = sorted(rounds.keys() | scores.keys())
     rows = []
     for client in clients:
-        parts = task.split.clients[client]
+        parts = session.task.split.clients[client]
         row: dict[str, Any] = {
             "client": client,
             "train_samples": len(parts.train) if counted else "",
