@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from meadow.config.schema import Experiment, Task
 from meadow.runtime.identity import ROOT
 from meadow.runtime.seeds import numpy_generator
 from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, FitResult
 from meadow.tasks.data import Part, Raw
 
 WORKERS = 2
@@ -44,19 +44,15 @@ HIDDEN = 496
 STATE = 5 * 2**20
 
 
-@dataclass(frozen=True)
-class Nothing:
-    """The training report of a client that did not train."""
-
-    steps: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
+NOTHING = FitResult(0, {})
+"""The training report of a client that did not train."""
 
 
 class Empty(ClientAlgorithm):
     """A client that sends back what it received."""
 
     def train(self, context: ClientContext) -> ClientResult:
-        return ClientResult(context.received, Nothing())
+        return ClientResult(context.received, NOTHING)
 
 
 class Remembering(ClientAlgorithm):
@@ -64,7 +60,7 @@ class Remembering(ClientAlgorithm):
 
     def train(self, context: ClientContext) -> ClientResult:
         state = context.memory or {"own": {"state": np.ones(STATE // 4, np.float32)}}
-        return ClientResult(context.received, Nothing(), memory=state)
+        return ClientResult(context.received, NOTHING, memory=state)
 
 
 empty = Algorithm(FedAvg, Empty())

@@ -80,32 +80,6 @@ def node() -> list[str]:
     ]
 
 
-def report_death(node_id: int) -> bool:
-    """Tell the SuperLink that this node's earlier process died; return whether it was still registered as alive.
-
-    Otherwise Flower would take the dead SuperNode for alive for up to 60 s, wait for its reply, and refuse its successor. A
-    SuperNode makes the same call when it shuts down normally (flwr 1.41, `supernode/fleet_http_connection.py`).
-    """
-    # Imported here so that the other services start sooner.
-    import httpx
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
-    key = load_ssh_private_key((KEYS / "node.key").read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    signed = NodeAuthHttpInterceptor(key, key.public_key())
-    address = os.environ.get("MEADOW_SUPERLINK", "proxy:9092")
-    try:
-        with FleetHttpClient.from_server_address(address, False, str(KEYS / "ca.crt"), interceptors=[signed]) as client:
-            client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
-    except httpx.HTTPError:
-        return False
-    return True
-
-
 def register_nodes() -> None:
     """Register the nodes' keys as soon as the SuperLink answers, before a node connects and would have to restart."""
     import httpx
@@ -121,6 +95,12 @@ def register_nodes() -> None:
             time.sleep(0.2)
 
 
+def _report_death(node_id: int) -> bool:
+    from deploy import control  # here, so that the other services start sooner
+
+    return control.report_death(node_id, os.environ.get("MEADOW_SUPERLINK", "proxy:9092"))
+
+
 SERVICES = {"superlink": superlink, "serverapp": serverapp, "proxy": proxy, "node": node}
 
 
@@ -132,7 +112,7 @@ def main(name: str) -> int:
     ended = os.environ.get("MEADOW_ENDED", "")
     print_line(f"level=INFO service={name} event=start")
     last = STATE / "node-id"
-    if name == "node" and last.exists() and report_death(int(last.read_text())):
+    if name == "node" and last.exists() and _report_death(int(last.read_text())):
         print_line("level=WARNING service=node event=died-before")
         time.sleep(ABSENCE)
     child = subprocess.Popen(

@@ -14,19 +14,17 @@ from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.server import checkpoints
-from meadow.server.carrier import Carrier
 from meadow.server.cohorts import read_schedule
-from meadow.server.evaluation import add_confusion, describe
+from meadow.server.evaluation import ClientScores, add_confusion, describe, predict_globally, score_clients
 from meadow.server.exchange import Exchange
 from meadow.server.folder import check_folder, open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
 from meadow.server.placement import placement
 from meadow.server.privacy import protection
-from meadow.server.rollcall import RollCall
+from meadow.server.rollcall import Carrier, RollCall
 from meadow.server.rounds import play_round
-from meadow.server.scoring import predict_globally, score_clients
 from meadow.server.session import Session, setup, split_table
-from meadow.server.summary import ClientScores, client_rows, summarise
+from meadow.server.summary import client_rows, summarise
 from meadow.server.writer import EVERY, Writer
 from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
@@ -91,9 +89,8 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     # Ledgers stay with their nodes, and so does state that only one machine of a cluster has.
     movable = guard.movable and not experiment.engine.address
-    writer, stages = Writer(folder, run_id, EVERY), stages_of(experiment, parts)
-    guard.stages = stages
-    arrays, server = {n: start[n] for n in parts.shared}, guard.algorithm(server_of(setup(experiment, task, parts)))
+    writer, stages = Writer(folder, run_id, EVERY), stages_of(experiment, parts, guard.stages)
+    arrays, server = {n: start[n] for n in parts.shared}, server_of(setup(experiment, task, parts))
     return Session(
         experiment=experiment,
         task=task,
@@ -174,8 +171,8 @@ def _recover(session: Session) -> None:
 
 def _write_scores(session: Session, scores: dict[int, ClientScores]) -> None:
     """Write `clients.csv` and `evaluation.json`."""
-    folder, experiment, task = session.folder, session.experiment, session.task
-    folder.write_clients(client_rows(folder, experiment, task, scores, session.protection.epsilons()))
+    folder, task = session.folder, session.task
+    folder.write_clients(client_rows(session, scores))
     outputs = predict_globally(session)
     shared = describe(outputs, task.dataset.test.y, task.targets) if outputs else {}
     counts = add_confusion([s.confusion for s in scores.values()], task.targets)

@@ -26,7 +26,7 @@ from meadow.privacy.dpsgd.step import Permit
 from meadow.runtime.errors import UserError
 from meadow.runtime.module_cache import cached
 from meadow.runtime.seeds import torch_generator, torch_seeded
-from meadow.strategies.protocol import Correction, Optimizer, Term, steps_of
+from meadow.strategies.protocol import Correction, FitResult, Optimizer, Term, steps_of
 from meadow.strategies.trainable import rate_factors, stage, trained
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import device_of, names_of
@@ -59,12 +59,9 @@ class Training(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The result of training: optimiser steps, each target's mean loss over the samples seen (empty without any), and the
-    loop's state for the client's next round."""
+class Trained(FitResult):
+    """The result of training, with the loop's state for the client's next round."""
 
-    steps: int
-    losses: dict[str, float]
     memory: Arrays = field(default_factory=dict)
 
 

@@ -137,7 +137,7 @@ def opened(method: str, *overrides: str) -> tuple[Experiment, Task, nn.Module]:
 @pytest.mark.parametrize("method", ["mmd", "deep-coral", "dann"])
 @pytest.mark.parametrize("labels", ["source", "both"])
 def test_a_step_is_the_gradient_of_task_loss_and_lambda_times_alignment(method: str, labels: str) -> None:
-    """Extras it by autograd: the loss on the source's labels (and the target's), and lambda times the alignment."""
+    """As by autograd: the loss on the source's labels (and the target's), and lambda times the alignment."""
     experiment, task, model = opened(method, "adapt.weight=0.3", f"adapt.labels={labels}", "run.rounds=4")
     data = task.client(0).train
     source = source_samples(experiment, 0).take(torch.arange(len(data)))

@@ -17,9 +17,8 @@ from meadow.runtime.clock import PHASES
 from meadow.runtime.errors import RunStopped
 from meadow.runtime.identity import code_sha256, versions
 from meadow.server.assignment import assign
-from meadow.server.carrier import Carrier
 from meadow.server.exchange import Exchange
-from meadow.server.rollcall import RollCall
+from meadow.server.rollcall import Carrier, RollCall
 from meadow.simulation.grid import LocalGrid, become_server, error_reply
 from meadow.strategies.wire.packing import Answer, NodeReply, Request, pack_replies, unpack_requests
 

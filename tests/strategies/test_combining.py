@@ -15,7 +15,7 @@ from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.arrays.sums import BLOCK, FAN, add, cut, fault, mean, parts, spans, weighted_sum
 from meadow.server.admission import Sums, Verdict, admit
 from meadow.server.evaluation import over_clients
-from meadow.server.reduce import round_sum
+from meadow.server.rounds import round_sum
 from meadow.simulation.grid import become_server
 from meadow.strategies import server_of
 from meadow.strategies.check import load

@@ -16,8 +16,7 @@ from meadow.client.loop.training import train
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import latest
-from meadow.strategies.norms import norms
-from meadow.strategies.roles import roles_of
+from meadow.strategies.roles import norms, roles_of
 from meadow.tasks.evaluation import state_of
 from meadow.tasks.models.vision import torchvision
 from meadow.tasks.start import initial_state
