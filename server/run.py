@@ -38,13 +38,16 @@ from meadow.tasks.task import Task, open_task
 log = logging.getLogger("meadow.server")
 
 
-def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
+def run_experiment(
+    grid: Grid, experiment: Experiment, out: Path, resume: bool, checkpoint_every: float = EVERY
+) -> dict[str, Any]:
     """Run the experiment over the grid's nodes; return its summary, which is also written to the run folder `out`.
 
-    Raises UserError for errors of the input that show only now (an impossible split). A run that ends early for a stated
-    reason has a summary, too. The folder can be resumed in every case.
+    checkpoint_every: seconds between checkpoints (`Writer`). Raises UserError for errors of the input that show only now
+    (an impossible split). A run that ends early for a stated reason has a summary, too. The folder can be resumed in every
+    case.
     """
-    session = open_run(grid, experiment, out, resume)
+    session = open_run(grid, experiment, out, resume, checkpoint_every)
     folder = session.folder
     if (before := folder.summary()) and before["status"] == "done":
         return before
@@ -61,7 +64,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     return _end(session, summarise(session, status, reason, scores))
 
 
-def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Session:
+def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool, checkpoint_every: float) -> Session:
     """Open the run folder and everything that the rounds need, without contacting any node."""
     if (folds := experiment.evaluate.folds) and not experiment.evaluate.fold:
         raise UserError(
@@ -84,7 +87,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     # Ledgers stay with their nodes, and so does state that only one machine of a cluster has.
     movable = guard.movable and not experiment.engine.address
-    writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
+    writer, stages = Writer(folder, checkpoint_every), stages_of(experiment, parts)
     guard.stages = stages
     arrays, server = {n: start[n] for n in parts.shared}, guard.algorithm(server_of(setup(experiment, task, parts)))
     return Session(
