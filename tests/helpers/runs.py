@@ -37,8 +37,10 @@ Handler = Callable[[Node, Request], Answer]
 
 
 def small(preset: str, *overrides: str) -> Experiment:
-    """A preset cut down to a second: 3 rounds, 8 clients, a small source model."""
-    quick = ("run.rounds=3", "partition.clients=8", "task.source_samples=200", "task.source_epochs=1")
+    """A preset cut down to half a second: 3 rounds of one epoch, 8 clients, a small source model."""
+    quick = (
+        "run.rounds=3", "partition.clients=8", "local.epochs=1", "task.source_samples=200", "task.source_epochs=1"
+    )  # fmt: skip
     return load(preset, [*quick, *overrides])
 
 
