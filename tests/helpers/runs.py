@@ -1,6 +1,7 @@
 """Quick experiments, and a way to run them without a command line."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from flwr.clientapp import ClientApp
 from meadow.arrays.folding import fold_for_wire
 from meadow.client.app import app, evaluate, join
 from meadow.client.blocks import add_up
+from meadow.client.context import LocalContext
+from meadow.client.loop.training import Trained
 from meadow.client.node import Node, answer, evaluate_client, open_node, train_client
+from meadow.client.release import Allowed
 from meadow.config.schema import Experiment
 from meadow.server.run import run_experiment
 from meadow.server.writer import EVERY
@@ -94,3 +98,22 @@ def recorded(replies: list[Message]) -> Callable[[Message, Context], Message]:
         return replies[-1]
 
     return answered
+
+
+def _nothing(*_: object) -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """An observer of a node (`meadow.client.context.Observer`) that calls functions where a training begins and ends."""
+
+    begins: Callable[[LocalContext], None] = _nothing
+    ends: Callable[[LocalContext, Trained], None] = _nothing
+
+    def trains(self, context: LocalContext, leaves: bool) -> Callable[[Trained], None]:
+        self.begins(context)
+        return lambda trained: self.ends(context, trained)
+
+    def noises(self, client: int, allowed: Allowed) -> None:
+        """Noise is not watched."""

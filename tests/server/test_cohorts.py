@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.clientapp import ClientApp
 
+from helpers.refusals import refused
 from helpers.runs import clients_answer, run_inline, run_with, small
 from meadow.arrays.named import Arrays
 from meadow.client.app import app
@@ -106,7 +107,7 @@ def test_a_wrong_schedule_is_named_by_its_line(text: str, words: list[str], tmp_
 def test_a_schedule_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cohort\.schedule"):
         run_inline(small("fedavg", "cohort.sampling=schedule", "cohort.schedule=/nowhere"), tmp_path / "run")
-    with pytest.raises(UserError, match="needs a file"):
+    with refused("cohort.schedule"):
         small("fedavg", "cohort.sampling=schedule")
 
 
@@ -213,7 +214,7 @@ def test_a_round_that_stays_void_stops_the_run(tmp_path: Path) -> None:
     cut = failing(lambda round_, attempt, c: round_ == 2 and c == 5)
     summary = run_with(cut, experiment, tmp_path / "cut")
     assert summary["status"] == "stopped" and summary["rounds"] == 1
-    assert "round 2: 7 of 8 clients" in summary["reason"] and "cohort.attempts = 2" in summary["reason"]
+    assert all(fact in summary["reason"] for fact in ("round 2", "7 of 8", "cohort.attempts = 2"))
     resumed = run_inline(experiment, tmp_path / "cut", resume=True)
     assert resumed["model_sha256"] == run_inline(experiment, tmp_path / "whole")["model_sha256"]
 
