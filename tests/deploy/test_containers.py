@@ -187,9 +187,9 @@ def test_a_node_with_an_unregistered_key_is_refused(stack: Stack) -> None:
         "--superlink proxy:9092 --root-certificates /own/keys/ca.crt --max-retries 1 "
         "--auth-supernode-private-key /tmp/other/stranger/node.key; echo status $?"
     )
-    said = docker("exec", container("node-3"), "sh", "-c", start)
-    assert "status 0" not in said and "SuperNode ID" not in said
-    assert "[code: 2004] Failed to activate SuperNode." in said
+    output = docker("exec", container("node-3"), "sh", "-c", start)
+    assert "status 0" not in output and "SuperNode ID" not in output
+    assert "[code: 2004] Failed to activate SuperNode." in output
     assert "/v1/fleet/activate-node][ApiError:2004]" in docker("logs", container("superlink"))
 
 
@@ -319,8 +319,8 @@ def test_a_node_of_another_version_is_refused(stack: Stack) -> None:
     stack.up("--exit-code-from", "run", files=["docker-compose.yml", "changed.yml"])
     assert stack.process.wait(300) == 3
     assert inspect("run")["State"]["ExitCode"] == 3
-    said = docker("logs", container("run"))
-    assert "has another code than the server" in said and "install the same Meadow" in said
+    output = docker("logs", container("run"))
+    assert "has another code than the server" in output and "install the same Meadow" in output
     assert "this node has another Meadow than the coordinator" in docker("logs", container("node-3"))
 
 
