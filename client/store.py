@@ -38,12 +38,13 @@ Key = tuple[int, int]
 class Store:
     """State files of one run below `root`: the base arrays, and each client's personal arrays.
 
-    `memory`: bytes of states that this process may keep in shared memory; 0: all go to disk.
+    `memory`: bytes of states that this process may keep in `shared` memory; 0: all go to disk.
     """
 
     root: Path
     run: str
     memory: int = 0
+    shared: Path = SHARED_MEMORY
     _used: int = field(default=0, repr=False)
     _marked: bool = field(default=False, repr=False)
     _saved: bool = field(default=False, repr=False)
@@ -128,7 +129,7 @@ class Store:
 
     @property
     def _in_memory(self) -> Path:
-        return SHARED_MEMORY / f"meadow-{os.getuid()}" / self.run
+        return self.shared / f"meadow-{os.getuid()}" / self.run
 
     def _files(self, client: int) -> dict[Key, Path]:
         """The client's state files, on disk and in memory. A state in both places is complete and equal in both."""

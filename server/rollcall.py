@@ -90,6 +90,7 @@ class RollCall:
     """The hashes of "data" and "split" that every node must have, too."""
     clients: int
     timeout: float
+    patience: float = PATIENCE
     sizes: npt.NDArray[np.int64] = field(init=False)
     """The training samples that each client declared, int64 (clients,): the cap on its weight."""
     simulated: bool = True
@@ -153,7 +154,7 @@ class RollCall:
     def _note_fault(self, node: int, reply: Message) -> None:
         reason, now = str(reply.error.reason), time.monotonic()
         waited = now - self._faulty.setdefault(node, now)
-        if waited > PATIENCE and bool((self._hosts < 0).any()):  # else the run goes on without it
+        if waited > self.patience and bool((self._hosts < 0).any()):  # else the run goes on without it
             last = (reason.strip().splitlines() or ["no reason"])[-1]
             raise RunStopped(
                 f"node {node} answers the roll call with an error: {last}; fix the node and start the run again"

@@ -37,20 +37,22 @@ from meadow.tasks.task import Task, open_task
 log = logging.getLogger("meadow.server")
 
 
-def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
+def run_experiment(
+    grid: Grid, experiment: Experiment, out: Path, resume: bool, checkpoint_every: float = EVERY
+) -> dict[str, Any]:
     """Run the experiment over the grid's nodes; return its summary, which is also written to the run folder `out`.
 
-    Raises UserError for errors of the input that show only now (an impossible split), RunStopped if the folder cannot be
-    written. A run that ends early for a stated reason has a summary, too. The folder can be resumed in every case.
+    checkpoint_every: seconds between checkpoints (`Writer`). Raises UserError for errors of the input that show only now
+    (an impossible split), RunStopped if the folder cannot be written. A run that ends early for a stated reason has a
+    summary, too. The folder can be resumed in every case.
     """
     check_folder(out, experiment, resume)
     with locked(out):
-        return _run(grid, experiment, out, resume)
+        return _run(open_run(grid, experiment, out, resume, checkpoint_every))
 
 
-def _run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
-    session = open_run(grid, experiment, out, resume)
-    folder = session.folder
+def _run(session: Session) -> dict[str, Any]:
+    folder, experiment = session.folder, session.experiment
     if (before := folder.summary()) and before["status"] == "done":
         return before
     folder.delete_summary()
@@ -66,7 +68,7 @@ def _run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[st
     return _end(session, summarise(session, status, reason, scores))
 
 
-def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Session:
+def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool, checkpoint_every: float) -> Session:
     """Open the run folder and everything that the rounds need, without contacting any node."""
     if (folds := experiment.evaluate.folds) and not experiment.evaluate.fold:
         raise UserError(
@@ -89,7 +91,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     # Ledgers stay with their nodes, and so does state that only one machine of a cluster has.
     movable = guard.movable and not experiment.engine.address
-    writer, stages = Writer(folder, run_id, EVERY), stages_of(experiment, parts, guard.stages)
+    writer, stages = Writer(folder, run_id, checkpoint_every), stages_of(experiment, parts, guard.stages)
     arrays, server = {n: start[n] for n in parts.shared}, server_of(setup(experiment, task, parts))
     return Session(
         experiment=experiment,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from meadow.tasks.data import Target
@@ -78,6 +79,8 @@ def network(
     linear heads for class and value targets."""
     if type(model) not in (Multihead, Heads):
         raise Unknown("the model does not consist of a trunk and heads")
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise Unknown("its parameters are not float32")
     modules = list(_flattened("trunk", model.trunk)) if isinstance(model, Multihead) else []
     image = len(shape) in (2, 3) and bool(modules) and not isinstance(modules[0][1], nn.Flatten)
     at = (shape[0], 1 if len(shape) == 2 else shape[1], shape[-1]) if image else (math.prod(shape), 1, 1)

@@ -123,13 +123,13 @@ def test_clients_move_as_by_the_loop(case: str) -> None:
     for number, (data, arrays, losses) in enumerate(zip(clients, done.arrays, done.losses, strict=True)):
         load_into(model, start)
         with kernels(model):
-            told = train(model, Training(data, 2, number, faster.experiment.local), task, faster.experiment)
+            trained = train(model, Training(data, 2, number, faster.experiment.local), task, faster.experiment)
         by_loop = state_of(model)
         moved = distance(by_loop, start)
         assert moved > 0 and distance(arrays, by_loop) <= BOUND * moved
         assert all(np.array_equal(arrays[n], start[n]) for n in start.keys() - rates.keys())
         reported = faster.trained(members[number], losses)
-        assert reported.steps == told.steps and reported.losses == pytest.approx(told.losses, rel=BOUND)
+        assert reported.steps == trained.steps and reported.losses == pytest.approx(trained.losses, rel=BOUND)
     weights = [{n: float(i + 2 + (n == next(iter(start)))) for n in start} for i in range(len(clients))]
     for given in (weights, [dict.fromkeys(start, float(i + 1)) for i in range(len(clients))]):
         (total,) = faster.made.train(start, [members], rates, [given]).totals
@@ -193,7 +193,7 @@ def test_relu_comes_after_the_pooling_that_follows_its_layer() -> None:
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_sums_have_the_bits_of_their_definition(compiled: bool) -> None:
-    """Compiled or by NumPy, in one go or in two, with weights by array; numbers that are not finite are told."""
+    """Compiled or by NumPy, in one go or in two, with weights by array; numbers that are not finite are found."""
     if compiled and not adding.available():
         pytest.skip("sums.c does not compile here")
     draw = np.random.default_rng(0)

@@ -90,8 +90,8 @@ def test_a_run_counts_who_trained(
     assert Trainings.total(records).as_json() == {key: engine[key] for key in ("training", "passed_over")}
     forecast = plan(experiment)["training"]
     assert {kind["trainer"] for kind in forecast} == expected.keys()
-    told = {(kind["trainer"], name, why) for kind in forecast for name, why in kind["passed_over"].items()}
-    assert {(name, why) for _, name, why in told} == {
+    passed_over = {(kind["trainer"], name, why) for kind in forecast for name, why in kind["passed_over"].items()}
+    assert {(name, why) for _, name, why in passed_over} == {
         (n, why) for n, some in engine["passed_over"].items() for why in some
     }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
 from helpers.runs import run_inline, small

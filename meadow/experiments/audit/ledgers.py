@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from meadow.client.context import LocalContext
+from meadow.client.context import LocalContext, Observer
 from meadow.client.loop.training import Trained
 from meadow.client.node import open_node
 from meadow.client.release import PrivateRelease
@@ -146,7 +146,7 @@ class Seen:
 
 
 @contextmanager
-def observed(experiment: Experiment, out: Path, seen: Seen) -> Iterator[None]:
+def observed(experiment: Experiment, out: Path, seen: Observer) -> Iterator[None]:
     """Let `seen` observe the inline engine's one node in a run of the experiment in the folder `out`."""
     node = open_node(node_context(experiment, 0, 1, out / "state"))
     node.observers.append(seen)
