@@ -40,10 +40,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outpu
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
 
 
-_INTERRUPTED = 130
-"""The exit status that typer gives to a command that Ctrl-C ended."""
-
-
 @app.command()
 def run(
     experiment: Name,
@@ -253,7 +249,7 @@ def main() -> None:
         Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(stop))}", highlight=False, soft_wrap=True)
         sys.exit(3)
     except SystemExit as end:
-        if end.code != _INTERRUPTED:
+        if end.code != 130:  # typer's status after Ctrl-C
             raise
         Console(stderr=True).print("meadow: stopped by the user; to continue, add --resume --out DIR to the command")
         sys.exit(3)

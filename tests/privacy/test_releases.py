@@ -7,19 +7,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from helpers.refusals import refused
+from meadow.config.load import resolve
 from meadow.config.schema import (
     RELEASES,
     Cohort,
-    Evaluate,
     Experiment,
     Local,
     Partition,
     Privacy,
     Run,
-    Strategy,
 )
 from meadow.privacy.accounting import epsilon
 from meadow.privacy.plan import (
@@ -46,17 +44,19 @@ def sections() -> st.SearchStrategy[Experiment]:
     """Experiments over every axis that decides what leaves; those that would be refused are left out."""
 
     def build(
-        unit: str, placement: Any, share: Any, release: list[str], on: list[str], adaptive: bool, pooled_epsilon: float
+        unit: str, placement: str, share: str, release: list[str], on: list[str], adaptive: bool, pooled_epsilon: float
     ) -> Experiment | None:
         try:
             more = {} if unit == "none" else {"epsilon": pooled_epsilon, "sample_rate": 0.1}
-            return Experiment(
-                run=Run(placement=placement),
-                strategy=Strategy(share=share),
-                evaluate=Evaluate(on=tuple(on)),
-                privacy=Privacy(unit=unit, release=tuple(release), adaptive_clip=adaptive, **more),  # type: ignore[arg-type]
+            return resolve(
+                {
+                    "run": {"placement": placement},
+                    "strategy": {"share": share},
+                    "evaluate": {"on": on},
+                    "privacy": {"unit": unit, "release": release, "adaptive_clip": adaptive, **more},
+                }
             )
-        except ValidationError:
+        except UserError:
             return None
 
     return st.builds(
