@@ -72,12 +72,14 @@ def writing(path: Path) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """Inside the block no other process can lock the folder. The lock ends with the process, however it ends.
 
-    Raises UserError if another process has it. It is a `flock`: on NFS it holds between machines if the server offers
-    locks (NFSv4, or NFSv3 with lockd).
+    Raises UserError if another process has it, or if the folder cannot be written. It is a `flock`: on NFS it holds
+    between machines if the server offers locks (NFSv4, or NFSv3 with lockd).
     """
-    with writing(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--out {folder}: it cannot be written ({error.strerror}); choose another folder") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

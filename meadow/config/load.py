@@ -17,6 +17,10 @@ from meadow.runtime.errors import UserError
 
 Tree = dict[str, Any]
 
+LARGEST_FILE, LONGEST_LINE, LONGEST_NAME = 64 * 1024, 4000, 255
+"""Bytes of an experiment file, characters of its lines and of its name. TOML's parser takes quadratic time for a key with
+many dots."""
+
 
 def preset_names() -> list[str]:
     """The names of Meadow's presets, sorted."""
@@ -32,7 +36,8 @@ def preset_about(name: str) -> str:
 def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
     """The settings of a preset, a TOML file or a mapping as nested dictionaries, without defaults.
 
-    Raises UserError for an unknown preset, a missing file or text that is not TOML.
+    Raises UserError for an unknown preset, a missing file, or text that is not TOML or larger than an experiment is
+    (LARGEST_FILE, LONGEST_LINE).
     """
     if isinstance(experiment, Mapping):
         return {k: dict(v) if isinstance(v, Mapping) else v for k, v in experiment.items()}
@@ -40,16 +45,22 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
     if name in preset_names():
         return tomllib.loads(resources.files("meadow.config.presets").joinpath(f"{name}.toml").read_text())
     path = Path(name)
-    if not path.is_file():
+    if len(path.name) > LONGEST_NAME or not path.is_file():
         if path.suffix == ".toml" or len(path.parts) > 1:
-            raise UserError(f"experiment = {name}: there is no such file")
+            raise UserError(f"experiment = {shortened(name)}: there is no such file")
         raise UserError(
-            f"experiment = {name}: neither a preset nor a TOML file{nearest(name, preset_names()) or '.'} "
+            f"experiment = {shortened(name)}: neither a preset nor a TOML file{nearest(name, preset_names()) or '.'} "
             f"Presets: {', '.join(preset_names())}"
         )
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise ValueError(f"it has over {LARGEST_FILE:,} bytes")
+        tree = _toml(content.decode())
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"{name} is not a TOML file: {error}") from None
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
@@ -57,15 +68,27 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
     return tree
 
 
+def _toml(text: str) -> Tree:
+    """Parse TOML. Raises ValueError if it is none, or would take the parser minutes or all of the stack."""
+    if any(len(line) > LONGEST_LINE for line in text.splitlines()):
+        raise ValueError(f"a line has over {LONGEST_LINE:,} characters")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `section.key=value`; the value is read as TOML or, if it is not TOML, as a string."""
     key, separator, value = text.partition("=")
     if not separator or key.count(".") != 1:
-        raise UserError(f"{text}: an override is written section.key=value, for example run.rounds=5")
+        raise UserError(f"{shortened(text)}: an override is written section.key=value, for example run.rounds=5")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        return key.strip(), _toml(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value
+    except ValueError as error:
+        raise UserError(f"{shortened(key)} = {shortened(value)}: {error}") from None
 
 
 def apply(tree: Tree, overrides: Iterable[tuple[str, Any]]) -> Tree:
@@ -179,12 +202,17 @@ def _explain(fault: Any) -> str:
     reason = str(fault["msg"]).removeprefix("Value error, ")
     value = fault["input"]
     if fault["type"] == "model_type":
-        return f"[{dotted}] must be a section with settings, not {value!r}"
+        return f"[{dotted}] must be a section with settings, not {shortened(repr(value))}"
     near = ""
     if fault["type"] == "literal_error" and isinstance(value, str):
         options = [part.strip("' ") for part in fault["ctx"]["expected"].replace(" or ", ", ").split(",")]
         near = nearest(value, options)
-    return f"{dotted} = {value!r}: {reason[0].lower() + reason[1:]}{near}"
+    return f"{shortened(dotted)} = {shortened(repr(value))}: {shortened(reason[0].lower() + reason[1:])}{near}"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """The text, or its beginning and its length if it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -39,9 +39,14 @@ def check_folds_folder(folder: Path, resume: bool) -> None:
 
 def check_empty(folder: Path, resume: bool) -> None:
     """Raise UserError if runs may not be written to this folder: it is in a file, or has files and is not resumed."""
-    if (above := next(p for p in (folder, *folder.parents) if p.exists())).is_file():
-        raise UserError(f"--out {folder}: {above} is a file; write the name of a folder")
-    if not resume and folder.exists() and any(folder.iterdir()):
+    try:
+        above = next(p for p in (folder, *folder.parents) if p.exists())
+        if not above.is_dir():
+            raise UserError(f"--out {folder}: {above} is a file; write the name of a folder")
+        full = folder.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}; write the name of another folder") from None
+    if not resume and full:
         raise UserError(
             f"--out {folder}: this folder is not empty; add --resume to continue its runs, or name another folder"
         )
