@@ -120,7 +120,8 @@ def test_counts_travel_with_a_reply() -> None:
 
 def test_private_labels_are_not_told_by_who_trained(tmp_path: Path) -> None:
     """Under local DP a client with missing labels trains by the loop; who did stays with the node."""
-    private = ("privacy.unit=local", "privacy.noise_multiplier=0.5", "partition.holds=digit 0-3,slant 4-7")
+    noise = ("privacy.noise_multiplier=0.5", "privacy.accountant=rdp")
+    private = ("privacy.unit=local", *noise, "partition.holds=digit 0-3,slant 4-7")
     with calls() as seen:
         engine = run_inline(small("fedavg", *ONE, *private), tmp_path / "run")["engine"]
     assert seen == {"direct": 12, "loop": 12}

@@ -155,3 +155,25 @@ def test_seeding_torch_leaves_no_trace() -> None:
     with torch_seeded(5, "x"):
         assert torch.equal(torch.rand(3), inside)
     assert not torch.equal(torch.rand(3, generator=torch_generator(5, "x")), expected)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[" * 600 + "]" * 600, "9" * 5000, "x" * 30_000, ".".join("a" * 50_000)],
+    ids=["deep", "long", "text", "dots"],
+)
+def test_a_value_that_would_exhaust_the_parser_is_refused_shortly(value: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load("fedavg", [f"run.rounds={value}"])
+    assert len(str(caught.value)) < 1000 and "run.rounds" in str(caught.value)
+    (tmp_path / "e.toml").write_text(f"[run]\nrounds = {value}\n")
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "e.toml")
+    assert len(str(caught.value)) < 1000
+
+
+def test_an_experiment_is_a_regular_file_of_a_size_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "large.toml").write_text("# comment\n" * 7000)
+    for name in ("/dev/zero", "/dev/null", "x" * 300, f"{'x' * 300}.toml", tmp_path / "large.toml", tmp_path):
+        with pytest.raises(UserError):
+            load(name)

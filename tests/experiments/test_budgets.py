@@ -202,8 +202,9 @@ def test_without_the_clients_metrics_the_shared_model_is_drawn(swept: Path) -> N
 
 
 def test_the_command_draws_it(tmp_path: Path) -> None:
-    given = ["sweep", "fedper", *PRIVATE, "privacy.epsilon=1,8", "partition.clients=4", "run.rounds=2",
-             "task.source_samples=200", "engine.name=inline", "--quiet", "--out", str(tmp_path / "s")]  # fmt: skip
+    given = ["sweep", "fedper", *PRIVATE, "privacy.accountant=rdp", "privacy.epsilon=1,8", "partition.clients=4",
+             "run.rounds=2", "task.source_samples=200", "engine.name=inline", "--quiet",
+             "--out", str(tmp_path / "s")]  # fmt: skip
     done = CliRunner().invoke(app, given)
     assert done.exit_code == 0, done.output
     assert 'id="budgets"' in text_of(tmp_path / "s" / "report.html")

@@ -3,18 +3,18 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from helpers.runs import small
 from meadow.config.load import parse_override
 from meadow.config.schema import Experiment
 from meadow.experiments.api import Summary, run, run_many
+from meadow.experiments.command import app
 from meadow.experiments.compare import Job, methods_jobs
 from meadow.experiments.folds import fold_runs, write_folds
 from meadow.experiments.plan import plan
@@ -205,8 +205,8 @@ def test_a_comparison_pairs_the_folds(tmp_path: Path) -> None:
 
 
 def test_the_command_runs_the_folds(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "meadow", "run", "fedavg", *QUICK, "evaluate.folds=2", "--out", "o", "--json"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert ran.returncode == 0, ran.stderr
+    command = ["run", "fedavg", *QUICK, "evaluate.folds=2", "--out", str(tmp_path / "o"), "--json"]
+    ran = CliRunner().invoke(app, command)
+    assert ran.exit_code == 0, ran.output
     assert json.loads(ran.stdout) == read(tmp_path / "o") and json.loads(ran.stdout)["folds"] == 2
     assert (tmp_path / "o" / "report.html").exists()

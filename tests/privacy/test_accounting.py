@@ -111,7 +111,7 @@ def test_what_cannot_be_accounted_is_named(
         (2.0, 1e-5, 0.05, 40, "prv", [(0.1, 2.0, 10)]),
         (0.1, 1e-6, 0.02, 10, "pld", []),  # RDP's orders stop at 63, so it cannot say so little
         (8.0, 1e-5, 1.0, 20, "pld", [(0.1, 1.0, 10), (0.1, 2.0, 30)]),
-        (15.0, 1e-5, 0.5, 5, "pld", []),
+        (15.0, 1e-5, 0.5, 5, "rdp", []),
         (3.0, 1e-5, 0.1, 10, "pld", [(0.1, 1.0, 10)]),  # 2.85 of 3 are spent
     ],
 )

@@ -900,9 +900,7 @@ def test_a_round_of_whole_clients_made_again_with_other_replies_is_another_relea
 
     def others(node: Node, request: Request) -> Answer:
         found = train_client(node, request)
-        return replace(
-            found, arrays={n: v.astype(np.float32) + np.float32(0.01) for n, v in (found.arrays or {}).items()}
-        )
+        return replace(found, arrays={n: (v + 0.01).astype(np.float32) for n, v in floats(found.arrays or {}).items()})
 
     again = run_with(clients_answer(others), experiment, tmp_path, resume=True)
     made = releases_of(tmp_path)

@@ -3,17 +3,16 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Context, Message
 
-import meadow.server.rounds
-from helpers.runs import run_inline, small
+from helpers.runs import run_inline, run_with, small
+from meadow.client.app import app
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.schema import SHARES
 from meadow.runtime.errors import UserError
-from meadow.server.attempt import attempt
 from meadow.server.checkpoints import latest
 
 TINY = (
@@ -75,24 +74,22 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_has_the_same_bits(name: str, tmp_path: Path) -> None:
     """Killed in the third of four rounds, after the clients trained and before the server wrote anything."""
     share = "body" if name == "fedrep" else "all"
     settings = (f"strategy.share={share}", "strategy.bucket=2") if name == "median" else (f"strategy.share={share}",)
     cohort = ("run.rounds=4", "cohort.size=3", "partition.clients=4", "strategy.mix_lr=0.1", "local.epochs=1")
     experiment = small("fedavg", f"strategy.name={name}", *settings, *cohort)
     expected = run_inline(experiment, tmp_path / "whole")
-    honest = attempt
 
-    def killed(session: Any, round_: int, number: int) -> Any:
-        tried = honest(session, round_, number)
-        if round_ == 3:
+    def killed(message: Message, context: Context) -> Message:
+        reply = app(message, context)
+        if any(record.get("round") == 3 for record in message.content.config_records.values()):
             raise Killed
-        return tried
+        return reply
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(meadow.server.rounds, "attempt", killed)
-        run_inline(experiment, tmp_path / "cut")
+    with pytest.raises(Killed):
+        run_with(killed, experiment, tmp_path / "cut")
     resumed = run_inline(experiment, tmp_path / "cut", resume=True)
     for key in ("model_sha256", "personal_sha256", "metrics", "rounds"):
         assert resumed[key] == expected[key], key

@@ -123,7 +123,7 @@ def test_an_update_that_cannot_be_restored_costs_its_client_alone(sparse: Any) -
     assert all("top-k" in answer.error for answer in found[1:])
 
 
-LOCAL = ("privacy.unit=local", "privacy.noise_multiplier=0.5")
+LOCAL = ("privacy.unit=local", "privacy.noise_multiplier=0.5", "privacy.accountant=rdp")
 CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
 
 
