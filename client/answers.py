@@ -36,7 +36,7 @@ def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Req
             answers.append(handler(node, request))
         except LedgerFault as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
-        except Exception as error:  # any error of a client's data or model is that client's alone
+        except (Exception, SystemExit) as error:  # any error of a client's data or model is that client's alone
             if not allowed(node.experiment, "errors"):
                 log.exception("client %d failed", request.client)
                 text = f"{type(error).__name__}; see the node's log, or write privacy.release = errors"

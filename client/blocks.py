@@ -48,7 +48,7 @@ def train_blocks(
             if not same or "work" in first.config or received.keys() != names:
                 continue
             found = _train(node, trainer, first.config, received, [clients for _, clients in part])
-        except Exception:  # the same clients are trained again, one by one, which attributes the error
+        except (Exception, SystemExit):  # the same clients are trained again, one by one, which attributes the error
             log.debug("blocks %s go one by one", [index for index, _ in part], exc_info=True)
             continue
         for (index, clients), answered in zip(part, found, strict=True):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message, RecordDict
 
 from meadow.arrays.sums import Span, WeightedSum, cut, spans
+from meadow.runtime.logs import printable
 from meadow.server.assignment import Paces
 from meadow.server.rollcall import RollCall
 from meadow.strategies.wire.packing import Answer, NodeReply, Record, Request, pack_requests, unpack_replies
@@ -139,7 +140,7 @@ def _unpack(reply: Message | None) -> NodeReply | str:
     if reply is None:
         return "its node did not answer in time"
     if reply.has_error():
-        return f"its node failed: {reply.error.reason}"
+        return f"its node failed: {printable(str(reply.error.reason))}"
     try:
         return unpack_replies(reply.content)
     except (KeyError, TypeError, ValueError) as error:

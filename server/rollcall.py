@@ -20,6 +20,7 @@ from meadow.arrays.folding import folded, is_folded, unfolded
 from meadow.arrays.named import Arrays
 from meadow.runtime.errors import RunStopped
 from meadow.runtime.identity import code_sha256, versions
+from meadow.runtime.logs import printable
 
 log = logging.getLogger("meadow.server")
 
@@ -152,7 +153,7 @@ class RollCall:
                     self._enter(node, reply.content.config_records.get("roll", ConfigRecord()))
 
     def _note_fault(self, node: int, reply: Message) -> None:
-        reason, now = str(reply.error.reason), time.monotonic()
+        reason, now = printable(str(reply.error.reason)), time.monotonic()
         waited = now - self._faulty.setdefault(node, now)
         if waited > self.patience and bool((self._hosts < 0).any()):  # else the run goes on without it
             last = (reason.strip().splitlines() or ["no reason"])[-1]

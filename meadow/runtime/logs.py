@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import unicodedata
 
 
 class Lines(logging.Formatter):
@@ -38,3 +39,14 @@ def print_line(line: str) -> None:
     """Print a line in one call. Unbuffered, `print` makes two, and another thread's output may come between them."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of control characters, but for newlines and tabs.
+
+    For text from clients, which would otherwise colour, clear or rename the terminal that shows it.
+
+    >>> printable("\\x1b[2Jdone")
+    '\\\\x1b[2Jdone'
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)

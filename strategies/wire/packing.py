@@ -18,6 +18,7 @@ from meadow.arrays.flower import from_record, to_content, to_metrics, to_record
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, add, parts
 from meadow.runtime.clock import PHASES
+from meadow.runtime.logs import printable
 from meadow.strategies.wire.trainings import Trainings
 
 Record = ArrayRecord | MetricRecord | ConfigRecord
@@ -200,7 +201,7 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
 def _take(answer: Answer, kind: str, record: Record) -> None:
     """Add one record to a client's answer."""
     if kind == "error":
-        answer.values, answer.error = None, str(cast(ConfigRecord, record)["reason"])
+        answer.values, answer.error = None, printable(str(cast(ConfigRecord, record)["reason"]))
     elif isinstance(record, ArrayRecord):
         try:
             answer.arrays = from_record(record)

@@ -172,10 +172,13 @@ def test_never_sampled_clients_are_evaluated_and_counted(tmp_path: Path) -> None
     assert {int(r["client"]) for r in rows if int(r["rounds"]) > 0} == sampled
 
 
-def test_a_client_that_raises_costs_itself_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [OSError, SystemExit])
+def test_a_client_that_raises_costs_itself_only(kind: type[BaseException], tmp_path: Path) -> None:
+    """Its text cannot act on the terminal that shows it."""
+
     def failing(node: Any, request: Any) -> Any:
         if request.client == 3:
-            raise OSError("the disk of client three is full")
+            raise kind("the disk of client three is full\x1b[2J\x9b31m\r")
         return train_client(node, request)
 
     summary = run_with(clients_answer(failing), small("fedavg"), tmp_path)
@@ -185,6 +188,7 @@ def test_a_client_that_raises_costs_itself_only(tmp_path: Path) -> None:
         assert failure["client"] == 3
         assert failure["reason"].startswith("client 3: Traceback")
         assert "the disk of client three is full" in failure["reason"]
+        assert failure["reason"].replace("\n", "").isprintable()
     rows = list(csv.DictReader((tmp_path / "clients.csv").open()))
     assert [int(r["rounds"]) for r in rows] == [3, 3, 3, 0, 3, 3, 3, 3]
 
