@@ -17,13 +17,16 @@ import ray
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.runtime.identity import ROOT
 from meadow.runtime.objects import user_paths
 from meadow.simulation.children import MEMORY
 
+log = logging.getLogger("meadow.simulation")
+
 _PATIENCE = 10.0
 """Seconds within which a cluster must accept a connection."""
+_ATTEMPTS = 3
 _TOKEN = secrets.token_hex(32)
 """Ray listens at all addresses of the machine. A Ray that `start_ray` starts answers this process and its children only."""
 _mine = False
@@ -33,7 +36,8 @@ _mine = False
 def start_ray(count: int, threads: int, address: str = "") -> None:
     """Start Ray with room for `count` workers (0: one per core), or join the cluster at `address`.
 
-    Does nothing if this process already uses Ray. Raises UserError if no cluster answers at `address`.
+    Does nothing if this process already uses Ray. Raises UserError if no cluster answers at `address`, RunStopped if Ray
+    does not start on this machine.
     """
     global _mine
     if ray.is_initialized():
@@ -66,10 +70,27 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
         # and waste the first ones) and import the client's code at once.
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN, "RAY_preload_python_modules": "meadow.client.app"}
         with _variables(variables | own):
-            ray.init(address="local", num_cpus=count or os.cpu_count(), include_dashboard=False, **quiet)
+            _init(num_cpus=count or os.cpu_count(), **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)  # Ray's own handler would abort the run
     _mine = True
+
+
+def _init(**settings: Any) -> None:
+    """Start Ray on this machine. Under load its processes may miss each other: several attempts. Raises RunStopped."""
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            ray.init(address="local", include_dashboard=False, **settings)
+            return
+        except Exception as error:  # Ray raises many types when its processes do not start in time
+            ray.shutdown()
+            if not left:
+                reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+                raise RunStopped(
+                    f"Ray did not start in {_ATTEMPTS} attempts ({reason}); is the machine overloaded? Run the "
+                    "command again, or with --engine inline"
+                ) from None
+            log.warning("Ray did not start (%s); trying again", type(error).__name__)
 
 
 def stop_ray() -> None:
