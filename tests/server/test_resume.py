@@ -319,7 +319,10 @@ def test_sigkill_at_random_moments(engine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["inline", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ray", "processes"))])
 def test_signals_end_a_run_like_ctrl_c(engine: str, number: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "meadow", "run", "fedavg", "run.rounds=2000", "--quiet", "--engine", engine]
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+    main = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    main += "signal.signal(signal.SIGHUP, signal.SIG_DFL); from meadow.experiments.command import main; main()"
+    command = [sys.executable, "-c", main, "run", "fedavg", "run.rounds=2000", "--quiet", "--engine", engine]
     with subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, text=True) as process:
         while not (out / "rounds.jsonl").exists() and process.poll() is None:
             time.sleep(0.01)
