@@ -17,14 +17,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.output import table
 from meadow.config.schema import Partition
 from meadow.config.schema import Task as Settings
 from meadow.runtime.seeds import numpy_generator, torch_generator, torch_seeded
 from meadow.tasks.data import Data, Target, make_dataset
 from meadow.tasks.pipeline import Pipeline, image_pipeline
 from meadow.tasks.splits.holds import held
-from meadow.tasks.splits.laws import LAWS
-from meadow.tasks.splits.partition import deal
+from meadow.tasks.splits.partition import make_split
+from meadow.tasks.splits.partitioners import PARTITIONERS
 from meadow.tasks.task import Task
 
 LABELS = 10
@@ -39,31 +40,27 @@ def split_cost(law: str, samples: int, clients: int) -> tuple[float, int]:
     owner = numpy_generator(0, "owner").integers(0, clients, samples) if law == "natural" else None
     partition = Partition.model_validate({"law": law, "clients": clients, "alpha": ALPHA, "min_size": 3})
     before, began = _peak(), time.perf_counter()
-    deal(partition, labels, 0, owner)
+    make_split(partition, labels, 0, owner)
     return time.perf_counter() - began, _peak() - before
 
 
 def splits(sizes: Sequence[tuple[int, int]]) -> Table:
     """Time and memory of every law for each (samples, clients)."""
-    table = Table(title=f"Splits of {LABELS} labels, alpha = {ALPHA:g}", title_justify="left", box=None)
-    for name in ("law", "samples", "clients", "seconds", "peak MB", "bytes a sample"):
-        table.add_column(name, justify="left" if name == "law" else "right")
+    rows = []
     fresh = multiprocessing.get_context("spawn")
     for samples, clients in sizes:
-        for law in (*LAWS, "natural"):
+        for law in (*PARTITIONERS, "natural"):
             with fresh.Pool(1) as pool:
                 seconds, size = pool.apply(split_cost, (law, samples, clients))
-            table.add_row(
-                law, f"{samples:,}", f"{clients:,}", f"{seconds:.2f}", f"{size / 1e6:.0f}", f"{size / samples:.0f}"
-            )
-    return table
+            rows.append({"law": law, "samples": samples, "clients": clients, "seconds": seconds, "peak MB": size / 1e6,
+                         "bytes a sample": size / samples})  # fmt: skip
+    forms = {"law": "", "samples": ",d", "clients": ",d", "seconds": ".2f", "peak MB": ".0f", "bytes a sample": ".0f"}
+    return table(f"Splits of {LABELS} labels, alpha = {ALPHA:g}", forms, rows)
 
 
 def opening(sizes: Sequence[tuple[int, int]]) -> Table:
     """The time to open a client of array data for the first time: three parts, two targets."""
-    table = Table(title="Opening a client", title_justify="left", box=None)
-    for name in ("inputs", "samples", "clients", "law", "median ms", "99th percentile ms"):
-        table.add_column(name, justify="left" if name in ("inputs", "law") else "right")
+    rows = []
     for what, shape, dtype in (("28x28 uint8", (1, 28, 28), torch.uint8), ("64 float32", (64,), torch.float32)):
         for samples, clients in sizes:
             for law in ("iid", "feature-shift"):
@@ -71,33 +68,31 @@ def opening(sizes: Sequence[tuple[int, int]]) -> Table:
                 some = numpy_generator(0, "some").choice(clients, min(clients, 1000), replace=False)
                 times = [_seconds(task, client) for client in some.tolist()]
                 middle, worst = np.quantile(times, [0.5, 0.99]) * 1000
-                table.add_row(what, f"{samples:,}", f"{clients:,}", law, f"{middle:.3f}", f"{worst:.3f}")
-    return table
+                rows.append({"inputs": what, "law": law, "samples": samples, "clients": clients, "median ms": middle,
+                             "99th percentile ms": worst})  # fmt: skip
+    forms = {"inputs": "", "law": "", "samples": ",d", "clients": ",d", "median ms": ".3f", "99th percentile ms": ".3f"}
+    return table("Opening a client", forms, rows)
 
 
-PIPELINES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("scaled", ()),
-    ("flip", ("flip",)),
-    ("crop, flip", ("crop 4", "flip")),
-    ("jitter", ("jitter 0.2",)),
-)
+PIPELINES = {"scaled": (), "flip": ("flip",), "crop, flip": ("crop 4", "flip"), "jitter": ("jitter 0.2",)}
 
 
 def pipelines(samples: int) -> Table:
     """Samples a second in batches of 64, gathered, prepared and augmented as in the training loop."""
-    table = Table(title="Batches of 64, as training takes them", title_justify="left", box=None)
-    for name in ("samples", "pipeline", "samples a second"):
-        table.add_column(name, justify="right" if name == "samples a second" else "left")
+    found: dict[tuple[str, str], float] = {}
     tokens = torch.ones((samples, 128), dtype=torch.int64)
     for what, x in (("128 tokens", tokens), ("9x128 float32", torch.zeros(samples, 9, 128))):
-        table.add_row(what, "as they are", f"{_rate(Data(x, {}), None):,.0f}")
+        found[what, "as they are"] = _rate(Data(x, {}), None)
     for side, channels, n in ((28, 1, samples), (224, 3, min(samples, 256))):
         images = Data(torch.zeros((n, channels, side, side), dtype=torch.uint8), {})
         dataset = make_dataset("images", images, images, (), images=True)
-        for name, augment in PIPELINES:
+        for name, augment in PIPELINES.items():
             prepare = image_pipeline(dataset, Settings(augment=augment, mean=(0.5,), std=(0.25,)))
-            table.add_row(f"{channels}x{side}x{side} uint8", name, f"{_rate(images, prepare):,.0f}")
-    return table
+            found[f"{channels}x{side}x{side} uint8", name] = _rate(images, prepare)
+    rows = [{"samples": what, "pipeline": name, "samples a second": rate} for (what, name), rate in found.items()]
+    return table(
+        "Batches of 64, as training takes them", {"samples": "", "pipeline": "", "samples a second": ",.0f"}, rows
+    )
 
 
 def _rate(data: Data, prepare: Pipeline | None) -> float:
@@ -123,7 +118,7 @@ def _task(law: str, x: torch.Tensor, clients: int) -> Task:
     data = Data(x, y)
     dataset = make_dataset("arrays", data, data.take(torch.arange(1)), targets)
     partition = Partition.model_validate({"law": law, "clients": clients})
-    split = deal(partition, y["digit"].numpy(), 0)
+    split = make_split(partition, y["digit"].numpy(), 0)
     noise = partition.noise if law == "feature-shift" else 0.0
     holders = held((), ("digit", "slant"), clients, 0)
     return Task(dataset, split, targets, (1.0, 1.0), Settings(), 0, holders, noise)

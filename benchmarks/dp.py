@@ -8,32 +8,29 @@ first turn, of the thread's processor time, which other processes on the machine
 `meadow.client.loop.training.train` as a node calls it; "make_private" is Opacus as in its tutorial, called for each client.
 """
 
-import argparse
-import csv
 import os
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from opacus import PrivacyEngine
 from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.engines import about
+from benchmarks.output import about, chosen, options, table, write
 from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.load import apply, read_tree, resolve
 from meadow.privacy.dpsgd.choose import GradSample, chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
-from meadow.runtime.module_cache import hold_still
+from meadow.runtime.module_cache import enable_cache
 from meadow.runtime.seeds import one_thread
 from meadow.tasks.numerics import kernels
 from meadow.tasks.task import open_task
@@ -51,7 +48,7 @@ def sides(name: str) -> Sides:
     work = WORKLOADS[name]
     experiment = resolve(apply(read_tree("fedavg"), settings(name, 1).items()))
     task = open_task(experiment)
-    model, data = hold_still(task.new_model()), task.client(0).train
+    model, data = enable_cache(task.new_model()), task.client(0).train
     network = work.network()
     optimizer = torch.optim.SGD(network.parameters(), lr=LR)
     x, y = work.client(0)
@@ -61,7 +58,7 @@ def sides(name: str) -> Sides:
 
     def meadow(turn: int) -> None:
         with kernels(model):
-            train(model, data, task, experiment, turn, 0)
+            train(model, Training(data, turn, 0, experiment.local), task, experiment)
 
     def private(mode: GradSample) -> Callable[[int], object]:
         mechanism = Mechanism(_RATE, 1.0, 1.0, BATCH, _STEPS)
@@ -69,7 +66,7 @@ def sides(name: str) -> Sides:
         def side(turn: int) -> None:
             permit = Permit(mechanism, Stream(2 * turn), Stream(2 * turn + 1), mode)
             with kernels(model):
-                train(model, data, task, experiment, turn, 0, permit=permit)
+                train(model, Training(data, turn, 0, experiment.local, permit=permit), task, experiment)
 
         return side
 
@@ -110,7 +107,7 @@ def sides(name: str) -> Sides:
     return found
 
 
-def measure(name: str, repeats: int) -> list[dict[str, object]]:
+def measure(name: str, repeats: int) -> list[dict[str, Any]]:
     """A row for each side of a workload."""
     found: dict[str, list[float]] = {}
     every = sides(name)
@@ -136,37 +133,31 @@ def measure(name: str, repeats: int) -> list[dict[str, object]]:
     ]
 
 
+COLUMNS = {
+    "workload": "",
+    "side": "",
+    "milliseconds": ".2f",
+    "fastest": ".2f",
+    "of_no_privacy": ".2f",
+    "of_plain": ".2f",
+}
+
+
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)}; default: all")
-    parser.add_argument("--out", type=Path, help="a CSV file to write")
+    parser = options(__doc__, "workload", WORKLOADS, "a CSV file to write; its rows of other workloads stay")
     parser.add_argument("--repeats", type=int, default=7, help="turns of each side (7)")
     given = parser.parse_args()
-    names = given.workloads or list(WORKLOADS)
-    if unknown := [name for name in names if name not in WORKLOADS]:
-        parser.error(f"there is no workload {unknown[0]}; there are {', '.join(WORKLOADS)}")
+    names = chosen(parser, given.names, WORKLOADS)
     if any(os.environ.get(key) != value for key, value in _MEMORY.items()):  # read when a process begins
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.dp", *sys.argv[1:]], os.environ | _MEMORY)
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lines = [line for name in names for line in measure(name, given.repeats)]
-    table = Table(title="A client's round, three steps: medians of processor time", title_justify="left", box=None)
-    for heading in ("workload", "side", "ms", "fastest", "of no privacy", "of plain"):
-        table.add_column(heading, justify="left" if heading in ("workload", "side") else "right")
-    for line in lines:
-        table.add_row(
-            WORKLOADS[str(line["workload"])].title,
-            str(line["side"]),
-            *(f"{line[key]:.2f}" for key in ("milliseconds", "fastest", "of_no_privacy", "of_plain")),
-        )
-    Console(width=120).print(table)
+    titled = [line | {"workload": WORKLOADS[line["workload"]].title} for line in lines]
+    Console(width=120).print(table("A client's round, three steps: medians of processor time", COLUMNS, titled))
     if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        with given.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*lines[0], *about()], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**line, **about()} for line in lines)
+        write(given.out, [line | about() for line in lines], replacing="workload")
 
 
 if __name__ == "__main__":

@@ -2,32 +2,27 @@
 
     python -m benchmarks.engines [--out FILE.csv] [--repeats N] [--pfl PYTHON] [workload ...]
 
-`benchmarks/workloads.py` has the work; `benchmarks/sides.py` runs it, in two processes of one thread.
-The engines alternate `--repeats` times, each in fresh processes; a figure is the median over all rounds after the warm-up.
-"of limit" is the share of the machine's measured float32 matrix rate that the models' products achieve. If an engine is not
-installed, the output says what to type. pfl-research may be in another Python environment: `--pfl`.
+`benchmarks/workloads.py` has the work; `benchmarks/sides.py` runs it, in two processes of one thread. The engines
+alternate `--repeats` times, each in fresh processes; a figure is the median over all rounds after the warm-up.
+"share_of_rate" is the share of the machine's measured float32 matrix rate that the models' products achieve. If an
+engine is not installed, the output says what to type. pfl-research may be in another Python environment: `--pfl`.
 """
 
-import argparse
-import csv
 import json
 import multiprocessing
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.output import about, chosen, options, table, write
 from benchmarks.sides import PROCESSES, SIDES
 from benchmarks.workloads import WORKLOADS
-from meadow.runtime.identity import versions
 
 Seconds = dict[tuple[str, str], list[float]]
 """(workload, engine) -> the seconds of its rounds."""
@@ -80,9 +75,9 @@ def measure(
     return found, missing
 
 
-def rows(found: Seconds, rate: float) -> list[dict[str, object]]:
+def rows(found: Seconds, rate: float) -> list[dict[str, Any]]:
     """A row for each workload and engine: the median, and its ratios."""
-    made: list[dict[str, object]] = []
+    made = []
     for (name, side), seconds in found.items():
         median, plain = statistics.median(seconds), statistics.median(found.get((name, "plain"), seconds))
         flops = WORKLOADS[name].flops()
@@ -102,81 +97,29 @@ def rows(found: Seconds, rate: float) -> list[dict[str, object]]:
     return made
 
 
-def table(lines: Iterable[dict[str, object]], rate: float) -> Table:
-    """The rows as a table for the terminal."""
-    made = Table(title=f"A round: medians; matrix rate {rate / 1e9:.0f} GFLOP/s", title_justify="left", box=None)
-    for heading in ("workload", "engine", "rounds", "ms", "fastest", "of plain", "over Meadow", "of limit"):
-        made.add_column(heading, justify="left" if heading in ("workload", "engine") else "right")
-    for line in lines:
-        made.add_row(
-            WORKLOADS[str(line["workload"])].title,
-            SIDES[str(line["engine"])].title,
-            str(line["rounds"]),
-            f"{line['milliseconds']:.1f}",
-            f"{line['fastest']:.1f}",
-            f"{line['of_plain']:.2f}",
-            f"{line['over_meadow']:.2f}",
-            f"{100 * float(str(line['share_of_rate'])):.1f}%",
-        )
-    return made
-
-
-def write(path: Path, lines: Sequence[dict[str, object]], rate: float) -> None:
-    """Write the rows as CSV with machine, versions and date; the file's rows of other workloads stay."""
-    where, now = {"gflops_rate": round(rate / 1e9), **about()}, {line["workload"] for line in lines}
-    rows: list[dict[str, object]] = [{**line, **where} for line in lines]
-    if path.exists():
-        with path.open(newline="") as file:
-            rows += [dict(row) for row in csv.DictReader(file) if row["workload"] not in now]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*lines[0], *where], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: list(WORKLOADS).index(str(row["workload"]))))
-
-
-def about() -> dict[str, str]:
-    """The machine, the versions and the date, for each row of a CSV."""
-    return {
-        "machine": f"{_processor()}, {multiprocessing.cpu_count()} cores",
-        "versions": " ".join(f"{name}={version}" for name, version in versions().items()),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    """The processor's name, which `platform` does not give on Linux."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in text.splitlines() if line.startswith("model name")), "")
+COLUMNS = {"workload": "", "engine": "", "rounds": "d", "milliseconds": ".1f", "fastest": ".1f", "of_plain": ".2f",
+           "over_meadow": ".2f", "share_of_rate": ".1%"}  # fmt: skip
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)}; default: all")
-    parser.add_argument("--out", type=Path, help="a CSV file to write")
+    parser = options(__doc__, "workload", WORKLOADS, "a CSV file to write; its rows of other workloads stay")
     parser.add_argument("--repeats", type=int, default=3, help="turns that each engine takes (3)")
     parser.add_argument("--engines", default=",".join(SIDES), help=f"of {', '.join(SIDES)}; default: all")
     parser.add_argument("--pfl", default=sys.executable, metavar="PYTHON", help="the Python that has pfl-research")
     given = parser.parse_args()
-    names = given.workloads or list(WORKLOADS)
-    if unknown := [name for name in names if name not in WORKLOADS]:
-        parser.error(f"there is no workload {unknown[0]}; there are {', '.join(WORKLOADS)}")
-    sides = given.engines.split(",")
-    if unknown := [side for side in sides if side not in SIDES]:
-        parser.error(f"there is no engine {unknown[0]}; there are {', '.join(SIDES)}")
+    names, sides = chosen(parser, given.names, WORKLOADS), chosen(parser, given.engines.split(","), SIDES)
     rate = matrix_rate()
     found, missing = measure(names, sides, given.repeats, {"pfl": given.pfl})
     lines = rows(dict(sorted(found.items(), key=lambda item: names.index(item[0][0]))), rate)
+    titled = [{**x, "workload": WORKLOADS[x["workload"]].title, "engine": SIDES[x["engine"]].title} for x in lines]
     console = Console(width=120)
-    console.print(table(lines, rate))
+    console.print(table(f"A round: medians; matrix rate {rate / 1e9:.0f} GFLOP/s", COLUMNS, titled))
     for side, reason in missing.items():
         console.print(f"{SIDES[side].title} is left out: {reason}")
     if given.out and lines:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        write(given.out, lines, rate)
+        where = {"gflops_rate": round(rate / 1e9), **about()}
+        write(given.out, [{**line, **where} for line in lines], replacing="workload")
 
 
 if __name__ == "__main__":

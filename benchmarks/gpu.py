@@ -8,49 +8,34 @@ unavoidable memory traffic (in each step, parameters read twice and written once
 the exit status is 2; `--device cpu` runs the same code on the CPU.
 """
 
-import argparse
 import importlib.util
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.output import Row, chosen, options, table
+from benchmarks.workloads import BATCH, CLIENTS, LR, SAMPLES, WORKLOADS
 from meadow.arrays.sums import BLOCK
 from meadow.client.trainers.kernel import Member
 from meadow.client.trainers.network import network
 from meadow.client.trainers.stacked import Stacked
 from meadow.config.load import load
 from meadow.config.schema import Engine, Task
-from meadow.runtime.seeds import torch_generator, torch_seeded
-from meadow.tasks.data import Inputs, Target
+from meadow.runtime.seeds import torch_generator
+from meadow.tasks.data import Target
 from meadow.tasks.evaluation import state_of
-from meadow.tasks.models import networks
-from meadow.tasks.models.multihead import Multihead
+from meadow.tasks.models.multihead import Multihead, build
 
-BATCH, LR, CLASSES = 20, 0.05, 10
-SHAPE = (1, 28, 28)
+TARGET = Target("label", "class", 10)
+NAMES = ("mlp", "small-cnn", "large-cnn")
 SHORTEST = 0.5
 """The shortest duration of a measurement, in seconds."""
-
-
-def one_hidden(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
-    """784-200."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(inputs.shape), 200), nn.ReLU()), 200
-
-
-WORKLOADS = {
-    "mlp": ("MLP 784-200-10", one_hidden),
-    "small-cnn": ("LeNet-size CNN (62k)", networks.lenet),
-    "large-cnn": ("CNN of McMahan et al. (1.66M)", networks.mcmahan_cnn),
-}
 
 
 @dataclass(frozen=True)
@@ -62,31 +47,15 @@ class Work:
     device: torch.device
     engine: Engine
 
-    @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    def flops(self) -> int:
-        """Floating-point operations of one epoch of all clients, as counted by torch."""
-        counter, member = FlopCounterMode(display=False), self.members[0]
-        self.model.cpu()
-        with counter:
-            F.cross_entropy(self.model(member.x[:BATCH].cpu())["label"], member.y[0][:BATCH].cpu()).backward()  # type: ignore[no-untyped-call]
-        self.model.zero_grad()
-        return counter.get_total_flops() * sum(len(m.x) for m in self.members) // BATCH
-
 
 def make(name: str, clients: int, samples: int, engine: Engine) -> Work:
-    """A workload with random samples, because the speed does not depend on their values."""
-    with torch_seeded(0, "benchmark"):
-        trunk, features = WORKLOADS[name][1](Task(), Inputs(SHAPE))
-        model = Multihead(trunk, {"label": nn.Linear(features, CLASSES)}, {"label": False})
-    device = torch.device(engine.device)
+    """A workload of `benchmarks/workloads.py` for as many clients and samples."""
+    work, device = WORKLOADS[name], torch.device(engine.device)
+    model = cast(Multihead, build(Task(model=work.model, hidden=work.hidden), (TARGET,), work.inputs))
     members = []
     for client in range(clients):
-        draw = torch_generator(0, "benchmark", client)
-        x, y = torch.rand(samples, *SHAPE, generator=draw), torch.randint(CLASSES, (samples,), generator=draw)
-        order = torch.randperm(samples, generator=draw)[None]
+        x, y = work.samples(samples, f"client {client}")
+        order = torch.randperm(samples, generator=torch_generator(0, "order", client))[None]
         members.append(Member(client, x.to(device), [y.to(device)], [None], order, BATCH, -(-samples // BATCH)))
     return Work(model, members, device, engine)
 
@@ -118,8 +87,7 @@ def plain(work: Work) -> Callable[[], None]:
 
 def stacked(work: Work) -> Callable[[], None]:
     """Blocks of clients at once, as in `meadow run`."""
-    targets = [Target("label", "class", CLASSES)]
-    found = network(work.model.cpu(), SHAPE, targets, [1.0])
+    found = network(work.model.cpu(), work.members[0].x.shape[1:], [TARGET], [1.0])
     experiment = load("fedavg", ["local.momentum=0"]).model_copy(update={"engine": work.engine})
     kernels, start = Stacked(found, experiment), state_of(work.model)
     blocks = [work.members[i : i + BLOCK] for i in range(0, len(work.members), BLOCK)]
@@ -163,27 +131,25 @@ def copy_rate(engine: Engine) -> float:
     return 2 * a.numel() * a.element_size() / seconds(lambda: b.copy_(a), device)
 
 
-def measure(names: Sequence[str], clients: int, samples: int, engine: Engine) -> Table:
-    """A row for each workload."""
-    matrix, copies = matrix_rate(engine), copy_rate(engine)
-    title = f"{_device(engine)}, {engine.precision}: {matrix / 1e12:.2f} TFLOP/s, copies {copies / 1e9:.0f} GB/s"
-    table = Table(title=f"{title}; {clients} clients of {samples} samples", title_justify="left", box=None)
-    for heading in ("workload", "plain, clients/s", "stacked, clients/s", "times", "of matrix rate", "of copy rate"):
-        table.add_column(heading, justify="left" if heading == "workload" else "right")
-    for name in names:
-        work = make(name, clients, samples, engine)
-        flops = work.flops()
-        slow, fast = seconds(plain(work), work.device), seconds(stacked(work), work.device)
-        traffic = 3 * 4 * work.parameters * sum(member.steps for member in work.members)
-        table.add_row(
-            WORKLOADS[name][0],
-            f"{clients / slow:,.0f}",
-            f"{clients / fast:,.0f}",
-            f"{slow / fast:.1f}",
-            f"{flops / fast / matrix:.1%}",
-            f"{traffic / fast / copies:.1%}",
-        )
-    return table
+def measure(name: str, clients: int, samples: int, engine: Engine, matrix: float, copies: float) -> Row:
+    """A row for a workload, given the device's rates."""
+    work, found = make(name, clients, samples, engine), WORKLOADS[name]
+    slow, fast = seconds(plain(work), work.device), seconds(stacked(work), work.device)
+    flops = found.flops() * clients * samples / (CLIENTS * SAMPLES)
+    size = sum(p.numel() for p in work.model.parameters())
+    traffic = 3 * 4 * size * sum(member.steps for member in work.members)
+    return {
+        "workload": found.title,
+        "plain, clients/s": clients / slow,
+        "stacked, clients/s": clients / fast,
+        "times": slow / fast,
+        "of matrix rate": flops / fast / matrix,
+        "of copy rate": traffic / fast / copies,
+    }
+
+
+COLUMNS = {"workload": "", "plain, clients/s": ",.0f", "stacked, clients/s": ",.0f", "times": ".1f",
+           "of matrix rate": ".1%", "of copy rate": ".1%"}  # fmt: skip
 
 
 def _device(engine: Engine) -> str:
@@ -192,23 +158,26 @@ def _device(engine: Engine) -> str:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", metavar="workload", help=f"of {', '.join(WORKLOADS)}; default: all")
+    parser = options(__doc__, "workload", NAMES)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--samples", type=int, default=50)
     given = parser.parse_args()
-    names = given.workloads or list(WORKLOADS)
-    if unknown := [name for name in names if name not in WORKLOADS]:
-        parser.error(f"there is no workload {unknown[0]}; there are {', '.join(WORKLOADS)}")
+    names = chosen(parser, given.names, NAMES)
     if given.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu: torch finds no GPU here; --device cpu runs the same code on the CPU", file=sys.stderr)
         sys.exit(2)
     torch.set_num_threads(1)
     engine = Engine(device=given.device, precision=given.precision, exact=False)
+    matrix, copies = matrix_rate(engine), copy_rate(engine)
+    rows = [measure(name, given.clients, given.samples, engine, matrix, copies) for name in names]
+    title = (
+        f"{_device(engine)}, {engine.precision}: {matrix / 1e12:.2f} TFLOP/s, copies {copies / 1e9:.0f} GB/s; "
+        f"{given.clients} clients of {given.samples} samples"
+    )
     console = Console(width=120)
-    console.print(measure(names, given.clients, given.samples, engine))
+    console.print(table(title, COLUMNS, rows))
     if importlib.util.find_spec("pfl") is None:
         console.print("pfl-research is left out: it is not installed (pip install pfl, in an environment of its own)")
 

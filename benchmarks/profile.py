@@ -8,17 +8,13 @@ after the first two, from `rounds.jsonl`; the wall time is measured separately, 
 
 import argparse
 import statistics
-import sys
 import tempfile
-import time
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.output import table
+from benchmarks.sides import WARM_UP, between, stamped
 from benchmarks.workloads import WORKLOADS, settings
 from meadow.config.load import apply, parse_override, read_tree, resolve
 from meadow.config.schema import Experiment
@@ -27,37 +23,17 @@ from meadow.experiments.compare import Job
 from meadow.runtime.clock import PHASES
 from meadow.runtime.errors import UserError
 from meadow.server.folder import RunFolder
-from meadow.server.writer import Writer
 
-WARM_UP = 2
 ROUNDS = 20
 
 
 def measure(experiment: Experiment) -> tuple[dict[str, float], float]:
     """Run the experiment. Returns the mean seconds of each phase, and of a round by the wall clock, after the warm-up."""
-    stamps: list[float] = []
-    give = Writer.round_done
-
-    def stamped(self: Writer, *given: Any) -> None:
-        stamps.append(time.perf_counter())
-        give(self, *given)
-
-    with tempfile.TemporaryDirectory() as place, mock.patch.object(Writer, "round_done", stamped):
+    with tempfile.TemporaryDirectory() as place, stamped() as stamps:
         folder = Path(place) / "run"
         run_many([Job(experiment, folder)])
         records = RunFolder(folder).rounds()[WARM_UP:]
-    walls = [after - before for before, after in pairwise(stamps)][WARM_UP - 1 :]
-    return {p: statistics.fmean(r["times"][p] for r in records) for p in PHASES}, statistics.fmean(walls)
-
-
-def table(phases: dict[str, float], wall: float) -> Table:
-    """The phases as a table, with their share of the wall time."""
-    found = Table("phase", "milliseconds", "of the round")
-    for column in found.columns[1:]:
-        column.justify = "right"
-    for name, seconds in [*phases.items(), ("sum of the phases", sum(phases.values())), ("wall time", wall)]:
-        found.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / wall:.1%}", end_section=name == PHASES[-1])
-    return found
+    return {p: statistics.fmean(r["times"][p] for r in records) for p in PHASES}, statistics.fmean(between(stamps))
 
 
 def main() -> None:
@@ -70,11 +46,12 @@ def main() -> None:
     flat = [*(settings(name, rounds) if name in WORKLOADS else {"run.rounds": rounds}).items()]
     try:
         tree = read_tree("fedavg" if name in WORKLOADS else name)
-        experiment = resolve(apply(tree, [*flat, *map(parse_override, given.overrides)]))
-        Console().print(table(*measure(experiment)))
+        phases, wall = measure(resolve(apply(tree, [*flat, *map(parse_override, given.overrides)])))
     except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+        parser.error(str(error))
+    parts = {**phases, "sum of the phases": sum(phases.values()), "wall time": wall}
+    rows = [{"phase": what, "milliseconds": 1e3 * s, "of the round": s / wall} for what, s in parts.items()]
+    Console().print(table("", {"phase": "", "milliseconds": ".2f", "of the round": ".1%"}, rows))
 
 
 if __name__ == "__main__":

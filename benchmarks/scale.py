@@ -8,35 +8,31 @@ workers' unique memory (USS, without what they share), sampled five times a seco
 `--out` appends the figures to a file, with machine and versions.
 """
 
-import argparse
-import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.output import about, chosen, options, table, write
 from meadow.config.load import resolve, to_toml
 from meadow.config.schema import Experiment, Task
-from meadow.runtime.identity import ROOT, versions
+from meadow.runtime.identity import ROOT
 from meadow.runtime.seeds import numpy_generator
 from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, FitResult
 from meadow.tasks.data import Part, Raw
 
 WORKERS = 2
@@ -48,19 +44,15 @@ HIDDEN = 496
 STATE = 5 * 2**20
 
 
-@dataclass(frozen=True)
-class Nothing:
-    """The training report of a client that did not train."""
-
-    steps: int = 0
-    losses: dict[str, float] = field(default_factory=dict)
+NOTHING = FitResult(0, {})
+"""The training report of a client that did not train."""
 
 
 class Empty(ClientAlgorithm):
     """A client that sends back what it received."""
 
     def train(self, context: ClientContext) -> ClientResult:
-        return ClientResult(context.received, Nothing())
+        return ClientResult(context.received, NOTHING)
 
 
 class Remembering(ClientAlgorithm):
@@ -68,7 +60,7 @@ class Remembering(ClientAlgorithm):
 
     def train(self, context: ClientContext) -> ClientResult:
         state = context.memory or {"own": {"state": np.ones(STATE // 4, np.float32)}}
-        return ClientResult(context.received, Nothing(), memory=state)
+        return ClientResult(context.received, NOTHING, memory=state)
 
 
 empty = Algorithm(FedAvg, Empty())
@@ -243,59 +235,27 @@ def _row(what: str, clients: int, cohort: int, found: Measured) -> Row:
     return {"what": what, "population": clients, "cohort": cohort, "seconds": found.seconds, **memory}
 
 
-COLUMNS = ("what", "population", "cohort", "seconds", "ms a client", "idle", "server MB", "workers MB")
-_FORMS: Mapping[str, str] = {"population": ",d", "cohort": ",d", "seconds": ".3f", "ms a client": ".2f", "idle": ".1%"}
-
-
-def table(rows: list[Row]) -> Table:
-    """The rows as a table for the terminal."""
-    shown = Table(title="What clients cost besides training", title_justify="left", box=None)
-    for column in COLUMNS:
-        shown.add_column(column, justify="left" if column == "what" else "right")
-    for row in rows:
-        cells = [format(row[c], _FORMS.get(c, "" if c == "what" else ".0f")) if c in row else "" for c in COLUMNS]
-        shown.add_row(*cells)
-    return shown
-
-
-def append(rows: list[Row], out: Path) -> None:
-    """Add the rows to a CSV file, with the time, the machine and the versions."""
-    about = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-        "system": platform.platform(),
-        **versions(),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *about], restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(row | about for row in rows)
+COLUMNS = {"what": "", "population": ",d", "cohort": ",d", "seconds": ".3f", "ms a client": ".2f", "idle": ".1%",
+           "server MB": ".0f", "workers MB": ".0f"}  # fmt: skip
 
 
 def main() -> None:
     """Measure, print, and append to the CSV file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=(__doc__ or "").partition("\n")[0])
     parts: dict[str, Callable[[], Iterator[Row]]] = {
         "start": start,
         "empty": empties,
         "state": states,
         "uneven": lopsidedness,
+        "population": lambda: populations(10**4 if given.quick else 10**6),
     }
-    parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(parts)}, population")
+    parser = options(__doc__, "part", parts, "the CSV file to append to")
     parser.add_argument("--quick", action="store_true", help="no population above 10^4")
-    parser.add_argument("--out", type=Path, help="the CSV file to append to")
     given = parser.parse_args()
-    parts["population"] = lambda: populations(10**4 if given.quick else 10**6)
-    if wrong := set(given.parts) - parts.keys():
-        parser.error(f"no such part: {', '.join(sorted(wrong))}")
-    rows = [row for name, part in parts.items() if name in (given.parts or parts) for row in part()]
-    Console(width=140).print(table(rows))
+    rows = [row for name in chosen(parser, given.names, parts) for row in parts[name]()]
+    Console(width=140).print(table("What clients cost besides training", COLUMNS, rows))
     if given.out:
-        append(rows, given.out)
+        where = {**about(), "load": round(os.getloadavg()[0], 1)}
+        write(given.out, [{**dict.fromkeys(COLUMNS, ""), **row, **where} for row in rows])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import pairwise
@@ -94,23 +94,31 @@ def _plain_worker(pipe: Connection, name: str, clients: range) -> None:
         pipe.send_bytes(total.numpy().tobytes())
 
 
-def meadow(name: str, rounds: int, exact: bool = True) -> list[float]:
-    """`meadow run` on Ray. A round ends when its record and checkpoint are handed to the writer."""
-    from meadow.experiments import api
+@contextlib.contextmanager
+def stamped() -> Iterator[list[float]]:
+    """The times at which a run in this block hands each round's record and checkpoint to the writer."""
     from meadow.server.writer import Writer
 
-    stamps = []
+    stamps: list[float] = []
     give = Writer.round_done
 
-    def stamped(self: Writer, *given: Any) -> None:
+    def noted(self: Writer, *given: Any) -> None:
         give(self, *given)
         stamps.append(time.perf_counter())
 
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Writer, "round_done", stamped):
-        engine = {"engine.name": "ray", "engine.workers": PROCESSES, "engine.threads": 1, "engine.exact": exact}
-        overrides: dict[str, Any] = settings(name, WARM_UP + rounds + 1) | engine
+    with mock.patch.object(Writer, "round_done", noted):
+        yield stamps
+
+
+def meadow(name: str, rounds: int, exact: bool = True) -> list[float]:
+    """`meadow run` on Ray."""
+    from meadow.experiments import api
+
+    engine = {"engine.name": "ray", "engine.workers": PROCESSES, "engine.threads": 1, "engine.exact": exact}
+    overrides: dict[str, Any] = settings(name, WARM_UP + rounds + 1) | engine
+    with tempfile.TemporaryDirectory() as folder, stamped() as stamps:
         api.run("fedavg", out=Path(folder) / "run", **overrides)
-    return _between(stamps[:-1])
+    return between(stamps[:-1])
 
 
 def flower(name: str, rounds: int) -> list[float]:
@@ -132,7 +140,7 @@ def flower(name: str, rounds: int) -> list[float]:
                 "client_resources": {"num_cpus": 1, "num_gpus": 0},
             },
         )
-    return _between(flower_app.stamps)
+    return between(flower_app.stamps)
 
 
 def pfl(name: str, rounds: int) -> list[float]:
@@ -143,7 +151,7 @@ def pfl(name: str, rounds: int) -> list[float]:
         sys.exit("pip install pfl (in an environment of its own if it does not fit this one: then --pfl ITS_PYTHON)")
     for _ in range(3):  # another process may take a port between the choice and the start
         if (stamps := _pfl_workers(name, rounds)) is not None:
-            return _between(stamps)
+            return between(stamps)
     sys.exit("pfl-research failed")
 
 
@@ -166,7 +174,7 @@ def _pfl_workers(name: str, rounds: int) -> list[float] | None:
     return stamps
 
 
-def _between(stamps: Sequence[float]) -> list[float]:
+def between(stamps: Sequence[float]) -> list[float]:
     """The seconds between the stamps, without those of the warm-up."""
     return [after - before for before, after in pairwise(stamps)][WARM_UP - 1 :]
 

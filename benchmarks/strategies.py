@@ -6,17 +6,16 @@ Every row of a study has the same data, splits and seeds. Runs already in FOLDER
 continued. Accuracy in percent, mean and standard deviation over the seeds.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.output import chosen, options, table
 from meadow.config.load import load
 from meadow.experiments.api import Summary, run_many
 from meadow.experiments.compare import Job
@@ -128,21 +127,26 @@ def measure(study: Study, seeds: int, folder: Path) -> dict[str, list[Summary]]:
     return {name: found.get(name) or found["FedAvg"] for name in study.rows}
 
 
-def table(study: Study, found: Mapping[str, Sequence[Summary]]) -> Table:
-    """A row a method."""
-    made = Table(title=study.title, caption=study.source and f"published: {study.source}", box=None)
-    made.add_column("method")
-    columns = ["mean", "worst_decile"] if study.place == "clients" else ["accuracy"]
-    heads = {"mean": "clients' mean", "worst_decile": "worst tenth", "accuracy": "global test set"}
-    for column in columns:
-        made.add_column(heads[column], justify="right")
-    if study.published:
-        made.add_column("published", justify="right")
-    for name in study.rows:
-        place = "finetuned" if name.endswith("fine-tuned") else study.place
-        scores: list[Any] = [next(iter(s.metrics[place].values()))["accuracy"] for s in found[name]]
-        cells = [spread([s[c] for s in scores] if study.place == "clients" else scores) for c in columns]
-        made.add_row(name, *cells, *([study.published.get(name, "")] if study.published else []))
+def scores(study: Study, name: str, summaries: Sequence[Summary], key: str = "mean") -> list[float]:
+    """A row's accuracy for each seed; for the clients their "mean" or "worst_decile"."""
+    place = "finetuned" if name.endswith("fine-tuned") else study.place
+    found = [next(iter(summary.metrics[place].values()))["accuracy"] for summary in summaries]
+    return [one[key] for one in found] if study.place == "clients" else found
+
+
+def study_table(study: Study, found: Mapping[str, Sequence[Summary]]) -> Table:
+    """A row for each method."""
+    keys = {"clients' mean": "mean", "worst tenth": "worst_decile"}
+    if study.place == "global":
+        keys = {"global test set": ""}
+    rows = [
+        {"method": name, **{head: spread(scores(study, name, found[name], key)) for head, key in keys.items()}}
+        | ({"published": study.published[name]} if name in study.published else {})
+        for name in study.rows
+    ]
+    columns = {"method": "", **dict.fromkeys(keys, "s"), **({"published": "s"} if study.published else {})}
+    made = table(study.title, columns, rows)
+    made.caption = study.source and f"published: {study.source}"
     return made
 
 
@@ -154,17 +158,13 @@ def spread(values: Sequence[float]) -> str:
 
 def main() -> None:
     """Run the studies that are named, and print their tables."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("studies", nargs="*", metavar="STUDY", help=f"of {', '.join(STUDIES)}; none: all")
-    options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--out", type=Path, help="keep the runs in this folder")
-    given = options.parse_args()
-    if unknown := set(given.studies) - STUDIES.keys():
-        options.error(f"{', '.join(sorted(unknown))}: choose of {', '.join(STUDIES)}")
+    parser = options(__doc__, "STUDY", STUDIES, "keep the runs in this folder")
+    parser.add_argument("--seeds", type=int, default=3)
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for name in given.studies or STUDIES:
+        for name in chosen(parser, given.names, STUDIES):
             study = STUDIES[name]
-            Console().print(table(study, measure(study, given.seeds, (given.out or Path(folder)) / name)))
+            Console().print(study_table(study, measure(study, given.seeds, (given.out or Path(folder)) / name)))
 
 
 if __name__ == "__main__":

@@ -16,16 +16,15 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
-from rich.table import Table
 
-from meadow.config.load import load
-from meadow.experiments.api import run_many
-from meadow.experiments.compare import Job
+from benchmarks import strategies
+from benchmarks.output import table
+from benchmarks.strategies import Study, spread
 from meadow.experiments.pictures.style import COLOURS, STYLE, to_file
 
 METHODS = {"local": "from scratch", "transfer": "transfer (head)", "finetune": "fine-tuning (all)"}
 SIZES = (5, 10, 20, 50)
-SEEDS = (0, 1, 2)
+SEEDS = 3
 EACH = 76
 """Samples of each of the 20 clients: 1,527 split evenly."""
 
@@ -34,31 +33,15 @@ Found = dict[tuple[str, int], list[float]]
 
 def measure(folder: Path) -> Found:
     """Accuracy by (method, training samples a client), one a seed."""
-    jobs = {}
+    found: Found = {}
     for size in SIZES:
         share = size / EACH
         fixed = (f"partition.parts={share},0.01,{0.99 - share}", "partition.law=iid", "engine.name=inline",
                  "evaluate.every=1000", "evaluate.on=clients")  # fmt: skip
-        for method in METHODS:
-            for seed in SEEDS:
-                experiment = load(method, [*fixed, f"run.seed={seed}"])
-                jobs[method, size, seed] = Job(experiment, folder / f"{method}-{size}-{seed}")
-    found: Found = {}
-    for (method, size, _), summary in zip(jobs, run_many(list(jobs.values())), strict=True):
-        found.setdefault((method, size), []).append(summary.metrics["clients"]["digit"]["accuracy"]["mean"])
+        study = Study("", "clients", fixed, {method: (method,) for method in METHODS})
+        for method, summaries in strategies.measure(study, SEEDS, folder / str(size)).items():
+            found[method, size] = [s.metrics["clients"]["digit"]["accuracy"]["mean"] for s in summaries]
     return found
-
-
-def table(found: Found) -> Table:
-    """Mean and standard deviation over the seeds, in percent."""
-    made = Table(title="accuracy (%), mean over 20 clients, ± over three seeds", box=None)
-    made.add_column("training samples a client")
-    for name in METHODS.values():
-        made.add_column(name, justify="right")
-    for size in SIZES:
-        cells = [found[method, size] for method in METHODS]
-        made.add_row(str(size), *(f"{100 * statistics.mean(c):.1f} ± {100 * statistics.stdev(c):.1f}" for c in cells))
-    return made
 
 
 def picture(found: Found) -> Figure:
@@ -89,7 +72,12 @@ def main() -> None:
     out: Path = options.parse_args().out
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))
-    Console().print(table(found))
+    rows = [
+        {"training samples a client": size, **{name: spread(found[method, size]) for method, name in METHODS.items()}}
+        for size in SIZES
+    ]
+    columns = {"training samples a client": "d", **dict.fromkeys(METHODS.values(), "s")}
+    Console().print(table("accuracy (%), mean over 20 clients, ± over three seeds", columns, rows))
     to_file(picture(found), out)
 
 

@@ -17,8 +17,9 @@ from flwr.clientapp import ClientApp
 
 from meadow.arrays.flower import from_record
 from meadow.arrays.folding import fold_for_wire
+from meadow.client.answers import answer, evaluate_client, train_client
 from meadow.client.blocks import add_up, train_blocks
-from meadow.client.node import answer, evaluate_client, hosted_here, open_node, store_of, train_client
+from meadow.client.node import hosted_here, open_node, store_of
 from meadow.client.store import Store
 from meadow.privacy.releases import allowed
 from meadow.runtime.identity import code_sha256, versions
@@ -64,7 +65,7 @@ def join(message: Message, context: Context) -> Message:
     roll = ConfigRecord(
         {
             "clients": [here.start, here.stop],
-            "simulated": node.keeper.simulated,
+            "simulated": node.ledgers.simulated,
             "sizes": sizes.astype("<i8").tobytes(),
             "code": installed,
             "data": node.task.dataset.sha256,
@@ -95,7 +96,7 @@ def train(message: Message, context: Context) -> Message:
     whole = NodeReply(answers, by_block.sums | reply.sums)
     whole.trainings = node.trainers.trainings.take()
     add_spans(whole, whole_spans(message.content))
-    if node.keeper.simulated and node.experiment.privacy.unit == "none":  # times may reveal private samples
+    if node.ledgers.simulated and node.experiment.privacy.unit == "none":  # times may reveal private samples
         whole.times = node.clock.read()
     return Message(pack_replies(whole), reply_to=message)
 

@@ -1,7 +1,7 @@
 """Train whole blocks of clients and send one weighted sum per block.
 
 A kernel (`client/trainers/kernel.py`) trains a block at once if its clients do plain local training of a fully shared model:
-FedAvg, and every algorithm that differs from it only at the server. `meadow.client.node.train_client` trains all others.
+FedAvg, and every algorithm that differs from it only at the server. `meadow.client.answers.train_client` trains all others.
 """
 
 import logging
@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, weighted_sum
+from meadow.client.loop.training import Training
 from meadow.client.node import Facts, Node, samples, size_of
-from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer
 from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientAlgorithm
@@ -129,9 +129,8 @@ def _train(
     counts = {client: name_weights(each.samples, received, equal) for client, each in facts.items()}
     trainings = [[Training(own[client], round_, client, local) for client in block] for block in clients]
     node.clock.now("train")
-    trained, totals = node.trainers.train_blocks(
-        trainer, received, trainings, [[counts[client] for client in block] for block in clients]
-    )
+    weights = [[counts[client] for client in block] for block in clients]
+    trained, totals = trainer.train_blocks(received, trainings, weights)
     node.clock.now("reduce")
     found = list[tuple[list[Answer], WeightedSum] | None]()
     for block, each, total in zip(clients, trained, totals, strict=True):
@@ -148,6 +147,6 @@ def _train(
                 values["evaluation"] = scores[client]
             answers.append(Answer(client, values, summed=True))
         node.trainers.count(facts[block[0]].choice, len(block))
-        weights = {name: sum(counts[client][name] for client in block) for name in received}
-        found.append((answers, WeightedSum(total, weights)))
+        summed = {name: sum(counts[client][name] for client in block) for name in received}
+        found.append((answers, WeightedSum(total, summed)))
     return found

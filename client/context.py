@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays, auxiliary
-from meadow.client.loop.optimisers import Optimizer, make_optimizer, scheduled
-from meadow.client.loop.training import LOOP, Correction, Extras, Trained
-from meadow.client.release import Allowed
+from meadow.client.loop.optimisers import make_optimizer, scheduled
+from meadow.client.loop.training import LOOP, Trained, Training
+from meadow.client.release import PrivateRelease
 from meadow.client.trainers.choose import Trainers
-from meadow.client.trainers.job import Training
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.step import Permit
-from meadow.strategies.protocol import Batch, Roles, Term, steps_of
+from meadow.strategies.protocol import Batch, Correction, Optimizer, Roles, Term, steps_of
 from meadow.strategies.trainable import rate_factors
 from meadow.tasks.data import Data, Target
 from meadow.tasks.evaluation import device_of, load_into, state_of
@@ -31,7 +30,7 @@ class Observer(Protocol):
         """Called when a client begins to train; the returned function is called at the end. `leaves`: whether the trained
         model leaves the client."""
 
-    def noises(self, client: int, allowed: Allowed) -> None:
+    def noises(self, client: int, release: PrivateRelease) -> None:
         """Called before the client's newest update gets its noise under local DP."""
 
 
@@ -55,7 +54,7 @@ class LocalContext:
     received: Arrays
     auxiliary: Mapping[str, Arrays]
     memory: Mapping[str, Arrays]
-    base: Callable[[], Arrays]
+    initial: Callable[[], Arrays]
     personal: Arrays
     work: float = 1.0
     validation: Data | None = None
@@ -78,12 +77,9 @@ class LocalContext:
 
     def start(self) -> Arrays:
         if self.roles.personal or self.roles.fixed:
-            start = self.base() | self.personal | self.received
+            start = self.initial() | self.personal | self.received
             return {name: start[name] for name in self.whole.state_dict()}
         return dict(self.received)
-
-    def initial(self) -> Arrays:
-        return self.base()
 
     def load(self, arrays: Arrays) -> None:
         load_into(self.whole, arrays)
@@ -105,8 +101,10 @@ class LocalContext:
         if repeat > 1 or self.work < 1:
             steps = max(1, int(self.work * steps_of(plan, self.size, epochs)))
             plan, epochs = plan.model_copy(update={"steps": steps * repeat}), 0
-        extras = Extras(self.validation, dict(self.memory.get(LOOP, {})), self.source)
-        training = Training(self.data, self.round, self.client, plan, epochs, learns, correct, term, extras, permit)
+        training = Training(
+            self.data, self.round, self.client, plan, epochs, learns, correct, term, permit,
+            self.validation, self.memory.get(LOOP), self.source,
+        )  # fmt: skip
         observing = [observer.trains(self, leaves) for observer in self.observers]
         trained = self.trainers.train(self.model, training)
         if not self.remembered:

@@ -6,9 +6,9 @@ from torch import nn
 
 from meadow.arrays.named import Kinds, by_kind, flat
 from meadow.client.context import LocalContext
-from meadow.client.loop.training import Trained
+from meadow.client.loop.training import Trained, Training
 from meadow.client.trainers.choose import Choice, Trainers, trainers_of
-from meadow.client.trainers.job import Job, Training
+from meadow.client.trainers.job import Job
 from meadow.config.schema import Experiment
 from meadow.strategies.protocol import ClientAlgorithm, Roles, steps_of
 from meadow.tasks.features import view
@@ -62,7 +62,7 @@ def forecast(
         received={name: start[name] for name in roles.shared},
         auxiliary=by_kind(flat(auxiliary)),
         memory={},
-        base=lambda: start,
+        initial=lambda: start,
         personal={},
     )
     for _ in range(2):  # some algorithms act only on the memory of an earlier round

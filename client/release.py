@@ -46,7 +46,7 @@ class Exhausted(Exception):
 
 
 @dataclass(frozen=True)
-class Keeper:
+class Ledgers:
     """Opens the ledgers and secrets of a node's clients. `simulated`: secrets derive from the seed and protect nothing."""
 
     experiment: Experiment
@@ -68,7 +68,7 @@ class Keeper:
 
 
 @dataclass(frozen=True)
-class Allowed:
+class PrivateRelease:
     """A charged release, which may leave. noise_multiplier: what it was charged with (unit = "local": z, in units of the
     clip). permit: trains it if unit = "example"."""
 
@@ -80,8 +80,8 @@ class Allowed:
 
 
 def charge(
-    keeper: Keeper, known: Values | None, round_: int, client: int, start: Mapping[str, Any], work: float = 1.0
-) -> Allowed:
+    ledgers: Ledgers, known: Values | None, round_: int, client: int, start: Mapping[str, Any], work: float = 1.0
+) -> PrivateRelease:
     """Charge the client's next release. On return its entry is on disk.
 
     `known`: the ledger's state as the server last heard it. `start`: all arrays that training starts from, by name.
@@ -89,8 +89,8 @@ def charge(
     would reveal their difference. Raises LedgerFault if the ledger was changed or lost, and Exhausted if the budget does
     not allow the release; nothing is charged then.
     """
-    experiment, privacy = keeper.experiment, keeper.experiment.privacy
-    ledger, mark, run = keeper.ledger(client), _mark(known), _run(keeper)
+    experiment, privacy = ledgers.experiment, ledgers.experiment.privacy
+    ledger, mark, run = ledgers.ledger(client), _mark(known), _run(ledgers)
     unit = "example" if privacy.unit == "example" else "local"
     clients = 1 if experiment.run.placement == "pooled" else experiment.partition.clients
     budget = plan.budgets(experiment, clients)[client]
@@ -104,22 +104,23 @@ def charge(
         else:
             noise = plan.local_noise(experiment, rounds, budget, spent)
             parts = ((1.0, noise / 2, 1),)
-        facts = f"{keeper.split_sha256} {client} {work!r} {arrays_sha256(start)}"
+        facts = f"{ledgers.split_sha256} {client} {work!r} {arrays_sha256(start)}"
         release = Release(run, round_, unit, parts, hashlib.sha256(facts.encode()).hexdigest())
         charged = ledger.charge(release, Budget(budget, privacy.delta, privacy.accountant), mark)
     except (UserError, BudgetSpent) as reason:
-        state = _state(keeper, ledger.mark(), _spent(experiment, ledger, unit))
+        total = epsilon(ledger.history(unit), privacy.delta, privacy.accountant)
+        state = _state(ledgers, ledger.mark(), total)
         raise Exhausted(f"client {client}: {reason}", state) from None
-    own = keeper.secret(client)
+    own = ledgers.secret(client)
     seed = noise_seed(own, charged.sha256)
     permit = None
     if mechanism is not None:
         sampling = Stream(noise_seed(own, charged.sha256, "sampling"))
         permit = Permit(mechanism, sampling, Stream(seed), privacy.grad_sample)
-    return Allowed(charged, _state(keeper, charged.mark, charged.epsilon), seed, noise, permit)
+    return PrivateRelease(charged, _state(ledgers, charged.mark, charged.epsilon), seed, noise, permit)
 
 
-def noised_update(experiment: Experiment, allowed: Allowed, received: Arrays, trained: Arrays) -> Arrays:
+def noised_update(experiment: Experiment, allowed: PrivateRelease, received: Arrays, trained: Arrays) -> Arrays:
     """The arrays that leave under local DP: those received plus the clipped and noised update, dtypes as received.
 
     `received` and `trained`: the arrays that are shared and learn, by name.
@@ -135,26 +136,21 @@ def _mark(known: Values | None) -> Mark | None:
     return Mark(int(known["entries"]), str(known["sha256"])) if known else None
 
 
-def _state(keeper: Keeper, mark: Mark, spent: float) -> Values:
+def _state(ledgers: Ledgers, mark: Mark, spent: float) -> Values:
     """What the client reports about its ledger, all public: number of releases, newest entry's hash, epsilon spent."""
-    return {"entries": mark.entries, "sha256": mark.sha256, "epsilon": spent, "secret": not keeper.simulated}
+    return {"entries": mark.entries, "sha256": mark.sha256, "epsilon": spent, "secret": not ledgers.simulated}
 
 
-def _spent(experiment: Experiment, ledger: Ledger, unit: str) -> float:
-    privacy = experiment.privacy
-    return epsilon(ledger.history(unit), privacy.delta, privacy.accountant)
-
-
-def _run(keeper: Keeper) -> str:
+def _run(ledgers: Ledgers) -> str:
     """A hash of every setting that affects the release. With a real secret also of code and versions: the same noise on the
     results of two computations would reveal their difference."""
     settings: dict[str, Any] = {
         key: value
-        for key, value in to_flat(keeper.experiment).items()
+        for key, value in to_flat(ledgers.experiment).items()
         if key not in ("run.name", "run.listeners")
         and not (key == "strategy.stages" and not value)  # keeps the hashes of ledgers older than this setting
-        and not (keeper.simulated and key.startswith("engine."))
+        and not (ledgers.simulated and key.startswith("engine."))
     }
-    if not keeper.simulated:
+    if not ledgers.simulated:
         settings |= {"code": code_sha256()} | versions()
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -38,18 +38,20 @@ Key = tuple[int, int]
 class Store:
     """State files of one run below `root`: the base arrays, and each client's personal arrays.
 
-    `memory`: bytes of states that this process may keep in shared memory; 0: all go to disk.
+    `memory`: bytes of states that this process may keep in `shared` memory; 0: all go to disk.
     """
 
     root: Path
     run: str
     memory: int = 0
+    shared: Path = SHARED_MEMORY
     _used: int = field(default=0, repr=False)
     _marked: bool = field(default=False, repr=False)
+    _saved: bool = field(default=False, repr=False)
 
     def put_base(self, arrays: Arrays) -> None:
         """Store the arrays that every client starts from."""
-        write_arrays(self._folder / "base.safetensors", arrays)
+        write_arrays(self._folder / "base.safetensors", arrays, private=True)
 
     def base(self) -> Arrays:
         """The arrays of `put_base`. Raises DamagedFile if this node never joined the run."""
@@ -82,6 +84,9 @@ class Store:
 
         `keep_from`: the round of the server's oldest checkpoint. The newest state up to that round is kept as well.
         """
+        if self._saved and not self._folder.exists():
+            raise DamagedFile(f"{self._folder}: the states of this run were removed while it ran; start a new run")
+        self._saved = True
         files, key = self._files(client), (round_, attempt)
         past = sorted(k for k in {*files, key} if k[0] <= keep_from)
         counting = [k for k in past if _counts(k, void)]
@@ -95,7 +100,7 @@ class Store:
             on_disk.unlink(missing_ok=True)
             gone = [path for path in gone if path != spare]
         else:
-            write_arrays(on_disk, arrays)
+            write_arrays(on_disk, arrays, private=True)
             if self._marked:
                 in_memory.unlink(missing_ok=True)
         for path in gone:
@@ -108,7 +113,7 @@ class Store:
             if int(folder.name) not in clients:
                 continue
             for path in sorted(folder.glob(_PATTERN)):
-                write_arrays(self._on_disk(int(folder.name)) / path.name, _read(path))
+                write_arrays(self._on_disk(int(folder.name)) / path.name, _read(path), private=True)
             shutil.rmtree(folder)
         if self._in_memory.exists() and not _clients_in(self._in_memory):  # no other node has states left here
             (self._folder / _MARK).unlink(missing_ok=True)
@@ -124,7 +129,7 @@ class Store:
 
     @property
     def _in_memory(self) -> Path:
-        return SHARED_MEMORY / f"meadow-{os.getuid()}" / self.run
+        return self.shared / f"meadow-{os.getuid()}" / self.run
 
     def _files(self, client: int) -> dict[Key, Path]:
         """The client's state files, on disk and in memory. A state in both places is complete and equal in both."""
@@ -145,7 +150,7 @@ class Store:
         _tidy(place)
         self._in_memory.mkdir(exist_ok=True, mode=0o700)
         (self._in_memory / _MARK).write_text(str(self._folder.resolve()))
-        write_bytes(self._folder / _MARK, str(self._in_memory).encode())
+        write_bytes(self._folder / _MARK, str(self._in_memory).encode(), private=True)
         self._adopt()
         return True
 

@@ -4,8 +4,9 @@ register  registers every new public key in the coordinator's keys (NODE.pub)
 revoke    bars a node, at once and for good: its key cannot be registered again; `deploy/keys.py` makes a new one
 list      prints each node's name, status and Flower id
 
-It makes the same calls as the `flwr` command, with Flower's own client (flwr 1.41, `supercore/control`), but all in one
-process, where each `flwr` command would start its own Python.
+It makes the same calls as the `flwr` command and a SuperNode, with Flower's own clients, but all in one process, where each
+`flwr` command would start its own Python. In `deploy` only this module uses private parts of Flower (flwr 1.41). They are
+not in `meadow/arrays/flower.py`, because no run needs them.
 """
 
 import json
@@ -16,7 +17,13 @@ from pathlib import Path
 
 import httpx
 import tomli_w
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_private_key,
+    load_ssh_public_key,
+)
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
     ListRunsRequest,
@@ -24,12 +31,15 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.run_pb2 import Run
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from meadow.runtime.logs import tell
+from meadow.runtime.logs import print_line
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))
@@ -41,7 +51,7 @@ REVOKED = "unregistered"
 def log(event: str, level: str = "INFO", **facts: object) -> None:
     """Log an event as one line."""
     service = os.environ.get("MEADOW_SERVICE", "run")
-    tell(" ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]))
+    print_line(" ".join([f"level={level} service={service} event={event}", *(f"{k}={v}" for k, v in facts.items())]))
 
 
 def connect() -> None:
@@ -113,6 +123,23 @@ def revoke(name: str) -> int:
 def online() -> int:
     """The number of SuperNodes online. Raises httpx.HTTPError if the SuperLink does not answer."""
     return sum(node.status == "online" for node in nodes())
+
+
+def report_death(node_id: int, address: str) -> bool:
+    """Tell the SuperLink that this node's earlier process died; return whether it was still registered as alive.
+
+    Otherwise Flower would take the dead SuperNode for alive for up to 60 s, wait for its reply, and refuse its successor. A
+    SuperNode makes the same call when it shuts down normally.
+    """
+    key = load_ssh_private_key((KEYS / "node.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    signed = NodeAuthHttpInterceptor(key, key.public_key())
+    try:
+        with FleetHttpClient.from_server_address(address, False, str(KEYS / "ca.crt"), interceptors=[signed]) as client:
+            client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 def main(words: list[str]) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from meadow.runtime.identity import ROOT, code_sha256
-from meadow.runtime.logs import tell
+from meadow.runtime.logs import print_line
 
 KEYS = Path(os.environ.get("MEADOW_OWN", "/own")) / "keys"
 STATE = Path(os.environ.get("MEADOW_HOME", "/state"))
@@ -80,32 +80,6 @@ def node() -> list[str]:
     ]
 
 
-def report_death(node_id: int) -> bool:
-    """Tell the SuperLink that this node's earlier process died; return whether it was still registered as alive.
-
-    Otherwise Flower would take the dead SuperNode for alive for up to 60 s, wait for its reply, and refuse its successor. A
-    SuperNode makes the same call when it shuts down normally (flwr 1.41, `supernode/fleet_http_connection.py`).
-    """
-    # Imported here so that the other services start sooner.
-    import httpx
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
-    from flwr.supernode.fleet_http_client import FleetHttpClient
-    from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-
-    key = load_ssh_private_key((KEYS / "node.key").read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    signed = NodeAuthHttpInterceptor(key, key.public_key())
-    address = os.environ.get("MEADOW_SUPERLINK", "proxy:9092")
-    try:
-        with FleetHttpClient.from_server_address(address, False, str(KEYS / "ca.crt"), interceptors=[signed]) as client:
-            client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
-    except httpx.HTTPError:
-        return False
-    return True
-
-
 def register_nodes() -> None:
     """Register the nodes' keys as soon as the SuperLink answers, before a node connects and would have to restart."""
     import httpx
@@ -121,6 +95,12 @@ def register_nodes() -> None:
             time.sleep(0.2)
 
 
+def _report_death(node_id: int) -> bool:
+    from deploy import control  # here, so that the other services start sooner
+
+    return control.report_death(node_id, os.environ.get("MEADOW_SUPERLINK", "proxy:9092"))
+
+
 SERVICES = {"superlink": superlink, "serverapp": serverapp, "proxy": proxy, "node": node}
 
 
@@ -130,10 +110,10 @@ def main(name: str) -> int:
     STATE.mkdir(parents=True, exist_ok=True)
     os.environ["MEADOW_SERVICE"] = name
     ended = os.environ.get("MEADOW_ENDED", "")
-    tell(f"level=INFO service={name} event=start")
+    print_line(f"level=INFO service={name} event=start")
     last = STATE / "node-id"
-    if name == "node" and last.exists() and report_death(int(last.read_text())):
-        tell("level=WARNING service=node event=died-before")
+    if name == "node" and last.exists() and _report_death(int(last.read_text())):
+        print_line("level=WARNING service=node event=died-before")
         time.sleep(ABSENCE)
     child = subprocess.Popen(
         SERVICES[name](), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -150,10 +130,10 @@ def main(name: str) -> int:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
-            tell(f"level=INFO service={name} event=end reason=the-run-has-ended")
+            print_line(f"level=INFO service={name} event=end reason=the-run-has-ended")
             return 0
         time.sleep(0.5)
-    tell(f"level=WARNING service={name} event=end status={child.returncode}")
+    print_line(f"level=WARNING service={name} event=end status={child.returncode}")
     return 1 if child.returncode >= 0 else 128 - child.returncode
 
 
@@ -173,7 +153,7 @@ def _relay(name: str, lines: Iterable[str]) -> None:
         text = _COLOUR.sub("", line).strip()
         if not text or text.startswith("level="):
             if text:
-                tell(text.replace(" ", f" service={name} ", 1))
+                print_line(text.replace(" ", f" service={name} ", 1))
             continue
         if " 200" in text and "HTTP/1" in text:
             continue
@@ -181,7 +161,7 @@ def _relay(name: str, lines: Iterable[str]) -> None:
         level = found.group(1) if found else "INFO"
         rest = (text[found.end() :] if found else text).strip()
         if rest:
-            tell(f"level={level} service={name} text={json.dumps(rest, ensure_ascii=False)}")
+            print_line(f"level={level} service={name} text={json.dumps(rest, ensure_ascii=False)}")
 
 
 if __name__ == "__main__":

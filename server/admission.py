@@ -78,7 +78,7 @@ def admit(
 def _reply_fault(reply: Answer, sent: Arrays, size: int, inside: bool) -> str:
     if reply.values is None:
         return reply.error
-    if exhausted := reply.said("ledger").get("exhausted"):
+    if exhausted := reply.section("ledger").get("exhausted"):
         return str(exhausted)
     if reason := weight_fault(reply.metrics, size):
         return reason

@@ -4,6 +4,7 @@ A checkpoint is `round-N.safetensors`, then `round-N.json` with the arrays' SHA-
 the checkpoint is ignored and the one before it is used. The last `KEEP` checkpoints stay.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,44 +14,57 @@ from meadow.arrays.named import Arrays, arrays_sha256, auxiliary, of_kind, split
 
 KEEP = 3
 
+_NAME = re.compile(r"round-\d{8}\.(json|safetensors)")
+
 _STRATEGY = "strategy"
 """Prefix of the strategy's arrays in a checkpoint: its "m@w" is stored as "strategy@m@w", next to the shared "w"."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after `round`: the shared arrays, the strategy's state and, under DP, the protection's state (JSON)."""
+    """The state after `round`: the shared arrays, the strategy's state and, under DP, the protection's state (JSON).
+
+    run: the run's id, "" in files of earlier versions.
+    """
 
     round: int
     arrays: Arrays
     strategy: Arrays = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
+    run: str = ""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, then delete those older than the last `KEEP`."""
     stem = folder / f"round-{checkpoint.round:08d}"
     everything = checkpoint.arrays | auxiliary(_STRATEGY, checkpoint.strategy)
-    write_arrays(stem.with_suffix(".safetensors"), everything)
-    about = {"round": checkpoint.round, "sha256": arrays_sha256(everything), "privacy": checkpoint.privacy}
-    write_json(stem.with_suffix(".json"), about)
+    write_arrays(stem.with_suffix(".safetensors"), everything, private=True)
+    about = {
+        "round": checkpoint.round,
+        "sha256": arrays_sha256(everything),
+        "privacy": checkpoint.privacy,
+        "run": checkpoint.run,
+    }
+    write_json(stem.with_suffix(".json"), about, private=True)
     for old in _rounds(folder)[:-KEEP]:
         (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
         (folder / f"round-{old:08d}.safetensors").unlink(missing_ok=True)
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint, or None; and a line about each newer one that is damaged."""
-    damaged: list[str] = []
+    """The newest intact checkpoint, or None; and a line about each newer one that is damaged and each unknown file."""
+    strays = [path for path in folder.glob("[!.]*") if not _NAME.fullmatch(path.name)]
+    damaged = [f"{path}: not a checkpoint of Meadow's; ignored" for path in sorted(strays)]
     for round_ in reversed(_rounds(folder)):
         stem = folder / f"round-{round_:08d}"
         try:
-            about: dict[str, Any] = read_json(stem.with_suffix(".json"))
+            about = read_json(stem.with_suffix(".json"), dict)
             arrays = read_arrays(stem.with_suffix(".safetensors"))
             if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
                 raise DamagedFile(f"{stem}.safetensors: the arrays do not match the SHA-256 in {stem.name}.json")
             kept = of_kind(_STRATEGY, arrays)
-            return Checkpoint(round_, split_auxiliary(arrays)[0], kept, about.get("privacy", {})), damaged
+            shared, protection = split_auxiliary(arrays)[0], about.get("privacy", {})
+            return Checkpoint(round_, shared, kept, protection, about.get("run", "")), damaged
         except DamagedFile as error:
             damaged.append(str(error))
     return None, damaged
@@ -63,5 +77,4 @@ def oldest_round(folder: Path) -> int:
 
 def _rounds(folder: Path) -> list[int]:
     """The rounds with at least one of the two files: a checkpoint that lacks the other one counts as damaged, not absent."""
-    names = {p.stem for p in folder.glob("round-*.json")} | {p.stem for p in folder.glob("round-*.safetensors")}
-    return sorted(int(name.removeprefix("round-")) for name in names)
+    return sorted({int(path.stem.removeprefix("round-")) for path in folder.glob("*") if _NAME.fullmatch(path.name)})

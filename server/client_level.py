@@ -1,14 +1,14 @@
 """Client-level DP at the server: it clips each update, adds noise once to their sum, and accounts for each release."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from meadow.arrays.files import read_json, write_json
-from meadow.arrays.named import Arrays, Kinds, arrays_sha256
+from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.config.schema import Experiment
 from meadow.privacy import plan
 from meadow.privacy.client_level import (
@@ -22,7 +22,8 @@ from meadow.privacy.client_level import (
 from meadow.privacy.ledger import noise_seed, secret, simulated_secret
 from meadow.runtime.errors import RunStopped
 from meadow.server.protection import Protection
-from meadow.strategies.protocol import ClientUpdate, ServerAlgorithm, State
+from meadow.strategies.stages import Stage
+from meadow.strategies.stages.builtin import BuiltIn
 
 _MADE = "releases.json"
 """File in the run folder: `ClientLevel.made`."""
@@ -34,18 +35,19 @@ _SERVER = -1
 class ClientLevel(Protection):
     """Clipping, noise and accounting of releases.
 
-    bound: the clipping bound of the next round. round: the current round. made: for each combined model, the hash of its
+    bound: the clipping bound of the next round. made: for each combined model, the hash of its
     inputs; each entry is one release, in whichever round. noise_multiplier: z, for updates and the clip's count together.
     learned: names of the shared arrays that learn; the others keep the values that were sent.
     """
 
-    sync_each_round = needs_no_reply = True
+    sync_each_round = True
 
     def __init__(self, experiment: Experiment, learned: Sequence[str], noise_multiplier: float) -> None:
         super().__init__(experiment)
         self.learned, self.noise_multiplier = tuple(learned), noise_multiplier
         self.bound, self.made = experiment.privacy.clip, list[str]()
-        self.round, self._secret, self._simulated = 0, b"", True
+        self.stages = (ClipAndNoise(self),)
+        self._secret, self._simulated = b"", True
         self._folder: Path | None = None
 
     def begin(self, simulated: bool, folder: Path | None) -> None:
@@ -55,13 +57,9 @@ class ClientLevel(Protection):
         if not simulated:
             self.cohort_secret = noise_seed(own, "cohorts", "cohort")
         if folder is not None and (folder / _MADE).exists():
-            self.made = [str(inputs) for inputs in read_json(folder / _MADE)]
-
-    def algorithm(self, server: ServerAlgorithm[Any]) -> ServerAlgorithm[Any]:
-        return NoisedMean(self, server)
+            self.made = [str(inputs) for inputs in read_json(folder / _MADE, list)]
 
     def require(self, round_: int) -> None:
-        self.round = round_
         self._afford(round_, max(round_, len(self.made)))
 
     def quorum(self, asked: int, withdrawn: int) -> int:
@@ -108,8 +106,8 @@ class ClientLevel(Protection):
         self.bound = float(state["bound"])
         self.made += [str(inputs) for inputs in state["made"] if inputs not in self.made]
 
-    def summary(self) -> dict[str, Any]:
-        return self._claim(bool(self._secret) and not self._simulated, 0)
+    def summary(self, stages: Iterable[Stage]) -> dict[str, Any]:
+        return self._claim(stages, bool(self._secret) and not self._simulated, 0)
 
     def _spent(self) -> float:
         return plan.client_cost(self.experiment, self.noise_multiplier, len(self.made)).epsilon
@@ -135,26 +133,16 @@ class ClientLevel(Protection):
         return np.random.Generator(np.random.Philox(noise_seed(self._secret, inputs, purpose)))
 
 
-class NoisedMean(ServerAlgorithm[Sequence[ClientUpdate]]):
-    """Replaces the server's part of an algorithm whose step is a mean of the updates: the mean is clipped and noised."""
+class ClipAndNoise(BuiltIn):
+    """The stage that computes the next model by `ClientLevel.combine`."""
 
-    sums_only = False
+    name = "clip-and-noise"
 
-    def __init__(self, protection: ClientLevel, server: ServerAlgorithm[Any]) -> None:
-        super().__init__(server.setup)
-        self._protection, self._server = protection, server
+    def __init__(self, protection: ClientLevel) -> None:
+        self._protection = protection
 
-    def init(self, model: Arrays) -> State:
-        return self._server.init(model)
-
-    def auxiliary(self, state: State, model: Arrays) -> Kinds:
-        return self._server.auxiliary(state, model)
-
-    def judge(self, metrics: Mapping[str, Any], size: int) -> str:
-        return self._server.judge(metrics, size)
-
-    def update(self, state: State, total: Sequence[ClientUpdate], model: Arrays) -> tuple[Arrays, State]:
-        return self._protection.combine(model, [update.arrays for update in total], self._protection.round), state
+    def combine(self, sent: Arrays, updates: Sequence[Arrays], round_: int) -> Arrays:
+        return self._protection.combine(sent, updates, round_)
 
 
 def client_level(experiment: Experiment, learned: Sequence[str]) -> ClientLevel:

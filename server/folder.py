@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meadow.arrays.files import DamagedFile, read_json, write_bytes, write_json
+from meadow.arrays.files import DamagedFile, read_json, write_bytes, write_json, writing
 from meadow.config.load import flatten, load, to_toml, to_tree
 from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.runtime.identity import ROOT, code_sha256, versions
+
+log = logging.getLogger("meadow.server")
 
 
 class RunFolder:
@@ -29,33 +32,47 @@ class RunFolder:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest that `open_folder` wrote."""
-        manifest: dict[str, Any] = read_json(self.path / "manifest.json")
-        return manifest
+        return read_json(self.path / "manifest.json", dict)
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The round records so far, up to the first incomplete line."""
+        """The round records so far, without damaged and incomplete lines."""
+        return self._lines()[0]
+
+    def _lines(self) -> tuple[list[dict[str, Any]], list[bytes]]:
+        """The round records, and the lines that are none."""
         path = self.path / "rounds.jsonl"
-        found: list[dict[str, Any]] = []
+        found, damaged = list[dict[str, Any]](), list[bytes]()
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             try:
-                found.append(json.loads(line if line.endswith(b"\n") else b""))
-            except ValueError:
-                break
-        return found
+                record = json.loads(line if line.endswith(b"\n") else b"")
+                found.append({"round": int(record["round"]), **record})
+            except (ValueError, TypeError, KeyError, RecursionError):
+                if line.endswith(b"\n"):  # else the process ended while it wrote the line
+                    damaged.append(line)
+        return found, damaged
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one round's record; it is safely on disk after `sync`."""
-        with (self.path / "rounds.jsonl").open("a") as file:
+        path = self.path / "rounds.jsonl"
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Wait until all records are on disk."""
-        with (self.path / "rounds.jsonl").open("a") as file:
+        path = self.path / "rounds.jsonl"
+        with writing(path), path.open("a") as file:
             os.fsync(file.fileno())
 
     def cut_back(self, round_: int) -> None:
-        """Delete an incomplete last line and the records after `round_`, the round of the checkpoint to resume from."""
-        kept = [r for r in self.rounds() if r["round"] <= round_]
+        """Delete an incomplete last line and the records after `round_`, the round of the checkpoint to resume from. Other
+        damaged lines move to a file of their own, with a warning."""
+        found, damaged = self._lines()
+        if damaged:
+            aside = self.path / "rounds-damaged.txt"
+            with writing(aside), aside.open("ab") as file:
+                file.writelines(damaged)
+            log.warning("rounds.jsonl: %d damaged lines, now in %s", len(damaged), aside.name)
+        kept = [r for r in found if r["round"] <= round_]
         text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
         write_bytes(self.path / "rounds.jsonl", text.encode())
 
@@ -79,8 +96,7 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The summary of a run that has ended, else None."""
         try:
-            summary: dict[str, Any] = read_json(self.path / "summary.json")
-            return summary
+            return read_json(self.path / "summary.json", dict)
         except DamagedFile:
             return None
 
@@ -129,11 +145,16 @@ def open_folder(
                     f"--resume {path}: {what} is {facts[what]!r} now, but the run there was started with "
                     f"{before.get(what)!r}: restore the data and the versions in its manifest.json, or start a new run"
                 )
-    except DamagedFile:
+    except DamagedFile as error:
+        if folder.checkpoints.exists() or (path / "rounds.jsonl").exists():
+            raise UserError(
+                f"--resume {path}: manifest.json, which names the run that clients' states belong to, is missing or damaged "
+                f"({error}); restore it, or start a new run in another folder"
+            ) from None
         try:
             write_bytes(path / "experiment.toml", to_toml(experiment).encode())
-        except OSError as error:
-            raise UserError(f"--out {path}: it cannot be written ({error.strerror}); choose another folder") from None
+        except RunStopped as stop:
+            raise UserError(f"--out {path}: {stop}; or choose another folder") from None
         manifest = {
             "run_id": uuid.uuid4().hex,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -7,8 +7,7 @@ from meadow.privacy.dpsgd.choose import chosen_mode
 from meadow.privacy.dpsgd.step import refuse_what_mixes_samples
 from meadow.runtime.errors import UserError
 from meadow.server.client_level import client_level
-from meadow.server.ledgers import Ledgers
-from meadow.server.protection import Protection
+from meadow.server.protection import Ledgers, Protection
 from meadow.strategies.protocol import Roles
 from meadow.tasks.task import Task
 

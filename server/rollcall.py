@@ -1,20 +1,25 @@
-"""The roll call: each node reports the clients that it hosts; its code, data, split and versions must match the server's."""
+"""The nodes: a carrier brings messages to them, and the roll call asks which clients each one hosts.
+
+A node's code, data, split and versions must match the server's.
+"""
 
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
 
-from meadow.arrays.flower import to_record
+from meadow.arrays.flower import is_remote, to_record
+from meadow.arrays.folding import folded, is_folded, unfolded
 from meadow.arrays.named import Arrays
 from meadow.runtime.errors import RunStopped
 from meadow.runtime.identity import code_sha256, versions
-from meadow.server.carrier import Carrier
 
 log = logging.getLogger("meadow.server")
 
@@ -23,6 +28,54 @@ PATIENCE = 5.0
 DECISIVE = ("flwr", "torch")
 """Libraries whose release must be the same on server and nodes; the build (+cpu, +cu130) may differ."""
 _PAUSE = 0.05
+_REMOTE_PAUSE = 0.25
+"""Seconds between two polls for replies, where each poll is a call to the SuperLink."""
+
+
+class Carrier:
+    """Carries contents to nodes. They travel folded over HTTP, where each record would cost a call of its own."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self._remote = is_remote(grid)
+
+    def carry(
+        self,
+        contents: dict[int, tuple[str, RecordDict]],
+        timeout: float,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> dict[int, Message | None]:
+        """Send each node its (message type, content); return each node's reply, None after `timeout` seconds.
+
+        Replies are matched by message id. `meanwhile` is called once everything is sent.
+        """
+        messages = [
+            Message(content=folded(c) if self._remote else c, message_type=t, dst_node_id=n)
+            for n, (t, c) in contents.items()
+        ]
+        waiting = dict(zip(self.grid.push_messages(messages), contents, strict=True)) if messages else {}
+        meanwhile()
+        replies: dict[int, Message | None] = dict.fromkeys(contents)
+        end = time.monotonic() + timeout
+        while waiting and time.monotonic() < end:
+            arrived = list(self.grid.pull_messages(list(waiting)))
+            for reply in arrived:
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    replies[node] = _unfolded(reply)
+            if waiting and not arrived:
+                time.sleep(_REMOTE_PAUSE if self._remote else _PAUSE)
+        return replies
+
+
+def _unfolded(reply: Message) -> Message:
+    """Unfold a reply's content. A reply that cannot be unfolded stays as it is; reading it will fail."""
+    if reply.has_content() and is_folded(reply.content):
+        try:
+            reply.content = unfolded(reply.content)
+        except (KeyError, TypeError, ValueError) as error:
+            log.warning("the reply of node %d cannot be unfolded: %r", reply.metadata.src_node_id, error)
+    return reply
 
 
 @dataclass
@@ -37,6 +90,7 @@ class RollCall:
     """The hashes of "data" and "split" that every node must have, too."""
     clients: int
     timeout: float
+    patience: float = PATIENCE
     sizes: npt.NDArray[np.int64] = field(init=False)
     """The training samples that each client declared, int64 (clients,): the cap on its weight."""
     simulated: bool = True
@@ -100,7 +154,7 @@ class RollCall:
     def _note_fault(self, node: int, reply: Message) -> None:
         reason, now = str(reply.error.reason), time.monotonic()
         waited = now - self._faulty.setdefault(node, now)
-        if waited > PATIENCE and bool((self._hosts < 0).any()):  # else the run goes on without it
+        if waited > self.patience and bool((self._hosts < 0).any()):  # else the run goes on without it
             last = (reason.strip().splitlines() or ["no reason"])[-1]
             raise RunStopped(
                 f"node {node} answers the roll call with an error: {last}; fix the node and start the run again"

@@ -7,25 +7,24 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
+from meadow.arrays.files import DamagedFile, locked
 from meadow.arrays.named import by_kind
 from meadow.config.load import to_tree
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.server import checkpoints
-from meadow.server.carrier import Carrier
 from meadow.server.cohorts import read_schedule
-from meadow.server.evaluation import add_confusion, describe
+from meadow.server.evaluation import ClientScores, add_confusion, describe, predict_globally, score_clients
 from meadow.server.exchange import Exchange
-from meadow.server.folder import open_folder
+from meadow.server.folder import check_folder, open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
 from meadow.server.placement import placement
 from meadow.server.privacy import protection
-from meadow.server.rollcall import RollCall
+from meadow.server.rollcall import Carrier, RollCall
 from meadow.server.rounds import play_round
-from meadow.server.scoring import predict_globally, score_clients
 from meadow.server.session import Session, setup, split_table
-from meadow.server.summary import ClientScores, client_rows, summarise
+from meadow.server.summary import client_rows, summarise
 from meadow.server.writer import EVERY, Writer
 from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
@@ -38,14 +37,22 @@ from meadow.tasks.task import Task, open_task
 log = logging.getLogger("meadow.server")
 
 
-def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> dict[str, Any]:
+def run_experiment(
+    grid: Grid, experiment: Experiment, out: Path, resume: bool, checkpoint_every: float = EVERY
+) -> dict[str, Any]:
     """Run the experiment over the grid's nodes; return its summary, which is also written to the run folder `out`.
 
-    Raises UserError for errors of the input that show only now (an impossible split). A run that ends early for a stated
-    reason has a summary, too. The folder can be resumed in every case.
+    checkpoint_every: seconds between checkpoints (`Writer`). Raises UserError for errors of the input that show only now
+    (an impossible split), RunStopped if the folder cannot be written. A run that ends early for a stated reason has a
+    summary, too. The folder can be resumed in every case.
     """
-    session = open_run(grid, experiment, out, resume)
-    folder = session.folder
+    check_folder(out, experiment, resume)
+    with locked(out):
+        return _run(open_run(grid, experiment, out, resume, checkpoint_every))
+
+
+def _run(session: Session) -> dict[str, Any]:
+    folder, experiment = session.folder, session.experiment
     if (before := folder.summary()) and before["status"] == "done":
         return before
     folder.delete_summary()
@@ -61,7 +68,7 @@ def run_experiment(grid: Grid, experiment: Experiment, out: Path, resume: bool) 
     return _end(session, summarise(session, status, reason, scores))
 
 
-def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Session:
+def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool, checkpoint_every: float) -> Session:
     """Open the run folder and everything that the rounds need, without contacting any node."""
     if (folds := experiment.evaluate.folds) and not experiment.evaluate.fold:
         raise UserError(
@@ -84,9 +91,8 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool) -> Ses
     roll = RollCall(Carrier(grid), run_id, base, hashes, experiment.partition.clients, experiment.cohort.timeout)
     # Ledgers stay with their nodes, and so does state that only one machine of a cluster has.
     movable = guard.movable and not experiment.engine.address
-    writer, stages = Writer(folder, EVERY), stages_of(experiment, parts)
-    guard.stages = stages
-    arrays, server = {n: start[n] for n in parts.shared}, guard.algorithm(server_of(setup(experiment, task, parts)))
+    writer, stages = Writer(folder, run_id, checkpoint_every), stages_of(experiment, parts, guard.stages)
+    arrays, server = {n: start[n] for n in parts.shared}, server_of(setup(experiment, task, parts))
     return Session(
         experiment=experiment,
         task=task,
@@ -120,7 +126,7 @@ def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
         stop = _play_rounds(session)
         scores = score_clients(session, session.round, last=True)
         return "stopped" if stop else "done", stop, scores
-    except RunStopped as early:
+    except (RunStopped, DamagedFile) as early:
         return "stopped", str(early), {}
     except KeyboardInterrupt:
         return "stopped", "stopped by the user", {}
@@ -152,6 +158,11 @@ def _recover(session: Session) -> None:
     for line in damaged:
         log.warning("damaged checkpoint; using the one before it: %s", line)
     if checkpoint is not None:
+        if checkpoint.run not in ("", session.run_id):
+            raise DamagedFile(
+                f"{session.folder.path / 'manifest.json'}: run_id is {session.run_id}, but the checkpoints are of run "
+                f"{checkpoint.run}, whose clients' states would not be found; restore it"
+            )
         session.round, session.arrays = checkpoint.round, checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
         session.state = {**session.state, **by_kind(checkpoint.strategy)}
@@ -162,8 +173,8 @@ def _recover(session: Session) -> None:
 
 def _write_scores(session: Session, scores: dict[int, ClientScores]) -> None:
     """Write `clients.csv` and `evaluation.json`."""
-    folder, experiment, task = session.folder, session.experiment, session.task
-    folder.write_clients(client_rows(folder, experiment, task, scores, session.protection.epsilons()))
+    folder, task = session.folder, session.task
+    folder.write_clients(client_rows(session, scores))
     outputs = predict_globally(session)
     shared = describe(outputs, task.dataset.test.y, task.targets) if outputs else {}
     counts = add_confusion([s.confusion for s in scores.values()], task.targets)

@@ -20,8 +20,8 @@ from meadow.server.protection import Protection
 from meadow.server.writer import Writer
 from meadow.strategies import equal_weights
 from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
-from meadow.strategies.roles import HEADS
 from meadow.strategies.stages import Stages
+from meadow.strategies.trainable import HEADS
 from meadow.tasks.features import View
 from meadow.tasks.task import Task
 

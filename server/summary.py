@@ -5,17 +5,13 @@ import math
 import resource
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from meadow.arrays.named import arrays_sha256
 from meadow.config.cohort import unseen
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
-from meadow.server.evaluation import Scores, mean_tree, over_clients
-from meadow.server.folder import RunFolder
+from meadow.server.evaluation import ClientScores, mean_tree, over_clients, scores_of, test_sizes
 from meadow.server.session import Session
 from meadow.strategies.trainable import HEADS, is_added, trained
 from meadow.strategies.wire.trainings import Trainings
@@ -25,34 +21,6 @@ from meadow.tasks.source import source_data, source_model
 from meadow.tasks.task import Task
 
 LAST = 10
-
-
-@dataclass(frozen=True)
-class ClientScores:
-    """One client's reply to an evaluation.
-
-    scores: by model/target/metric. personal_sha256: the hash of its personal arrays. trained: whether it ever trained.
-    confusion: counts of the model that it would use, by target, int64 (classes * classes,).
-    """
-
-    scores: Scores
-    personal_sha256: str
-    trained: bool
-    confusion: Mapping[str, Ints]
-
-
-def test_sizes(experiment: Experiment, task: Task) -> Ints:
-    """Test samples of each client, int64 (clients,); all 1 if they may not be released."""
-    sizes = task.split.sizes[:, 2]
-    return sizes if allowed(experiment, "labels") else np.ones_like(sizes)
-
-
-def scores_of(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, Scores]:
-    """Each client's scores of one of its models, by default the one that it would use, by target/metric."""
-    start = f"{model}/"
-    return {
-        c: {k.removeprefix(start): v for k, v in s.scores.items() if k.startswith(start)} for c, s in scores.items()
-    }
 
 
 def summarise(session: Session, status: str, reason: str, scores: Mapping[int, ClientScores]) -> dict[str, Any]:
@@ -93,7 +61,7 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
             **_model_costs(experiment, task, records),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
-        "privacy": session.protection.summary(),
+        "privacy": session.protection.summary(session.stages),
         "engine": {
             "exact": experiment.engine.exact,
             "trainer": experiment.engine.trainer,
@@ -144,27 +112,22 @@ def forgetting(experiment: Experiment, task: Task, scores: Mapping[int, ClientSc
     return {"forgetting": found}
 
 
-def client_rows(
-    folder: RunFolder,
-    experiment: Experiment,
-    task: Task,
-    scores: Mapping[int, ClientScores],
-    epsilons: Mapping[int, float],
-) -> list[dict[str, Any]]:
+def client_rows(session: Session, scores: Mapping[int, ClientScores]) -> list[dict[str, Any]]:
     """The rows of `clients.csv`: client, samples, rounds that counted, epsilon, and the metrics of each of its models.
 
     Samples stay empty if they may not be released. With evaluate.sample, only clients that trained or were scored have rows.
     """
+    experiment, epsilons = session.experiment, session.protection.epsilons()
     counted = allowed(experiment, "labels")
     rounds = Counter[int]()
-    for record in folder.rounds():
+    for record in session.folder.rounds():
         rounds.update(set(record["cohort"]) - {failure["client"] for failure in record["failed"]})
     clients: Iterable[int] = range(experiment.partition.clients)
     if experiment.evaluate.sample:
         clients = sorted(rounds.keys() | scores.keys())
     rows = []
     for client in clients:
-        parts = task.split.clients[client]
+        parts = session.task.split.clients[client]
         row: dict[str, Any] = {
             "client": client,
             "train_samples": len(parts.train) if counted else "",

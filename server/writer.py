@@ -21,8 +21,8 @@ class Writer(Listener):
     """Writes rounds to a run folder, one after the other. The first and last rounds get a checkpoint, and the first round in
     each `every` seconds. The next `settle` raises an error of the writing thread."""
 
-    def __init__(self, folder: RunFolder, every: float) -> None:
-        self._folder, self.every = folder, every
+    def __init__(self, folder: RunFolder, run: str, every: float) -> None:
+        self._folder, self._run, self.every = folder, run, every
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._pending: RoundDone | None = None
         self._writing: Future[None] | None = None
@@ -73,6 +73,5 @@ class Writer(Listener):
 
     def _save(self, done: RoundDone) -> None:
         self._folder.sync()
-        checkpoints.save(
-            self._folder.checkpoints, checkpoints.Checkpoint(done.round, done.model, done.state, dict(done.privacy))
-        )
+        checkpoint = checkpoints.Checkpoint(done.round, done.model, done.state, dict(done.privacy), self._run)
+        checkpoints.save(self._folder.checkpoints, checkpoint)

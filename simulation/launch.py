@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from meadow.arrays.files import locked
 from meadow.client.trainers.choose import check_device
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
@@ -50,6 +51,8 @@ def engine(name: str, workers: int = 0, threads: int = 1, address: str = "") -> 
 
         def deploy(experiment: Experiment, out: Path, resume: bool = False) -> dict[str, Any]:
             check_folder(out, experiment, resume)
+            with locked(out):  # as below: the server, another process, will lock it
+                pass
             open_task(experiment)  # so that faulty input is reported here and not in another process's log
             run_processes(experiment, out, resume, min(workers or SUPERNODES, experiment.partition.clients))
             return _summary(out)

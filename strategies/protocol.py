@@ -52,13 +52,13 @@ class Batch(Protocol):
     def y(self) -> dict[str, Tensor]: ...
 
 
-class FitResult(Protocol):
-    """The report of `ClientContext.fit`: the number of optimiser steps, and the mean loss of each target."""
+@dataclass(frozen=True)
+class FitResult:
+    """The report of `ClientContext.fit`: the number of optimiser steps, and each target's mean loss over the samples
+    seen (empty without any)."""
 
-    @property
-    def steps(self) -> int: ...
-    @property
-    def losses(self) -> dict[str, float]: ...
+    steps: int
+    losses: dict[str, float]
 
 
 Correction = Callable[[Mapping[str, nn.Parameter]], None]

@@ -10,11 +10,9 @@ from meadow.arrays.named import AUXILIARY
 from meadow.config.schema import SHARES, Experiment
 from meadow.runtime.errors import UserError
 from meadow.strategies.check import check_roles
-from meadow.strategies.norms import norms
 from meadow.strategies.protocol import Roles
 from meadow.strategies.registry import algorithm
-from meadow.strategies.trainable import HEADS as HEADS
-from meadow.strategies.trainable import is_added, trained
+from meadow.strategies.trainable import HEADS, is_added, trained
 
 
 def roles_of(experiment: Experiment, model: nn.Module) -> Roles:
@@ -70,6 +68,20 @@ def roles(
         )
     check_roles(experiment, found)
     return found
+
+
+def norms(model: nn.Module) -> tuple[str, ...]:
+    """The state names, statistics included, of a model's normalisation layers, which FedBN keeps with the client.
+
+    The type decides, not the layer's name: torch's, and classes whose name ends with "Norm" (transformers' RMS norms).
+    """
+    torchs = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    prefixes = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torchs) or type(module).__name__.rstrip("1234d").endswith("Norm")
+    }
+    return tuple(n for n in model.state_dict() if n.rpartition(".")[0] in prefixes)
 
 
 def _matching(patterns: str, names: tuple[str, ...]) -> tuple[str, ...]:

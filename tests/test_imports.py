@@ -8,14 +8,9 @@ from textwrap import dedent
 ROOT = Path(__file__).parent.parent
 ROOMS_AT_THE_TOP = ("strategies", "client", "server", "simulation")
 
-RULES = "rules are functions of the experiment whose validator asks them"
 FACE = "the library's face loads what it offers when it is first used"
 ALLOWED = {
-    **{
-        (f"meadow.config.rules{module}", "meadow.config.schema"): RULES
-        for module in ("", ".rule", ".cohort", ".privacy", ".strategy", ".training")
-    },
-    **{("meadow", f"meadow.{module}"): FACE for module in ("experiments.api", "experiments.models", "runtime.errors")},
+    ("meadow", f"meadow.{module}"): FACE for module in ("experiments.api", "experiments.models", "runtime.errors")
 }
 """Imports for the type checker alone (`if TYPE_CHECKING:`), and why they are no others."""
 
@@ -103,6 +98,22 @@ def test_only_known_imports_are_for_the_type_checker_alone() -> None:
     read = sources()
     edges = graph(read, typing=True)
     assert {(name, other) for name, others in edges.items() for other in others} == ALLOWED.keys()
+
+
+PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+PRIVATE = {"meadow/arrays/flower.py", "deploy/control.py"}
+"""The files that may use private parts of Flower."""
+
+
+def test_only_two_files_use_private_parts_of_flower() -> None:
+    rooms = (ROOT / room for room in ("meadow", "deploy", *ROOMS_AT_THE_TOP))
+    found = {
+        str(path.relative_to(ROOT))
+        for path in (path for room in rooms for path in room.rglob("*.py"))
+        for name in (found.split("|")[-1] for found in imports(path.read_text()))
+        if name.split(".")[0] == "flwr" and not name.startswith(PUBLIC)
+    }
+    assert found == PRIVATE
 
 
 def test_a_circle_is_seen_where_it_hides_in_a_function_and_not_where_only_types_need_it() -> None:

@@ -12,12 +12,10 @@ LONGEST_FUNCTION = 60
 
 FILES = {
     "meadow/config/schema.py": "every setting with its documentation: one table",
-    "client/node.py": "a node and its two answers",
 }
 """File -> why it is longer."""
 
 FUNCTIONS = {
-    "client/loop/training.py:train": "the training loop",
     "benchmarks/dp.py:sides": "the sides of one measurement",
 }
 """File:function -> why it is longer."""

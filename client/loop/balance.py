@@ -4,7 +4,8 @@ Under every method a target's loss is first multiplied by its entry of `task.tar
 in the batch is left out. A method's state stays with the client from round to round.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,20 +20,22 @@ Losses = Mapping[str, Tensor]
 """Each target's loss times its fixed weight, scalars, by target."""
 
 
+@dataclass
 class Balance:
     """Fixed weights: the plain sum. The base of all methods.
 
-    The loop adds `parameters` to the optimiser's, and calls `backward` in each step, `epoch_ends` after each epoch and
-    `remember` at the end of the round.
+    memory: the state of the client's last round. device: the model's. The loop adds `parameters` to the optimiser's, and
+    calls `backward` in each step, `epoch_ends` after each epoch and `remember` at the end of the round.
     """
 
-    def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
-        self.plan = plan
-        self.targets = targets
-        self.parameters: list[nn.Parameter] = []
+    plan: Local
+    targets: Sequence[Target]
+    memory: Arrays
+    device: str | torch.device = "cpu"
+    parameters: list[nn.Parameter] = field(default_factory=list, init=False)
 
-    def place(self, device: torch.device) -> None:
-        """Move the parameters to the model's device, before the optimiser is made."""
+    def __post_init__(self) -> None:
+        """Take up the state."""
 
     def backward(
         self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
@@ -68,16 +71,11 @@ class Uncertainty(Balance):
 
     NAME = "balance/log-variance"
 
-    def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
-        super().__init__(plan, targets, memory)
-        start = memory.get(self.NAME, np.zeros(len(targets), dtype=np.float32))
-        self.s = {t.name: nn.Parameter(torch.tensor(float(v))) for t, v in zip(targets, start, strict=True)}
-        self.parameters = list(self.s.values())
-        self.halves = {t.name: 0.5 if t.kind == "value" else 1.0 for t in targets}
-
-    def place(self, device: torch.device) -> None:
-        self.s = {name: nn.Parameter(s.detach().to(device)) for name, s in self.s.items()}
-        self.parameters = list(self.s.values())
+    def __post_init__(self) -> None:
+        start = self.memory.get(self.NAME, np.zeros(len(self.targets), dtype=np.float32))
+        self.parameters = [nn.Parameter(torch.tensor(float(v)).to(self.device)) for v in start]
+        self.s = {t.name: s for t, s in zip(self.targets, self.parameters, strict=True)}
+        self.halves = {t.name: 0.5 if t.kind == "value" else 1.0 for t in self.targets}
 
     def balanced(self, each: Losses) -> Losses:
         return {n: self.halves[n] * torch.exp(-self.s[n]) * v + self.s[n] / 2 for n, v in each.items()}
@@ -94,10 +92,9 @@ class DynamicAverage(Balance):
 
     NAME = "balance/epoch-losses"
 
-    def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
-        super().__init__(plan, targets, memory)
-        self.seen = memory.get(self.NAME, np.full((2, len(targets)), np.nan))
-        self.now: dict[str, list[float]] = {t.name: [] for t in targets}
+    def __post_init__(self) -> None:
+        self.seen = self.memory.get(self.NAME, np.full((2, len(self.targets)), np.nan))
+        self.now: dict[str, list[float]] = {t.name: [] for t in self.targets}
 
     def weights(self) -> dict[str, float]:
         """Each target's weight in the current epoch."""
@@ -134,9 +131,9 @@ class GradNorm(Balance):
     NAME = "balance/gradnorm"
     LEAST = 0.01
 
-    def __init__(self, plan: Local, targets: Sequence[Target], memory: Arrays) -> None:
-        super().__init__(plan, targets, memory)
-        self.w, self.first = memory.get(self.NAME, np.stack([np.ones(len(targets)), np.full(len(targets), np.nan)]))
+    def __post_init__(self) -> None:
+        n = len(self.targets)
+        self.w, self.first = self.memory.get(self.NAME, np.stack([np.ones(n), np.full(n, np.nan)]))
 
     def backward(
         self, each: Losses, present: Collection[str], rest: Tensor | None, learning: Mapping[str, nn.Parameter]
@@ -205,16 +202,14 @@ def projected_sum(gradients: Sequence[Tensor]) -> Tensor:
     return result
 
 
-def make_balance(plan: Local, targets: Sequence[Target], memory: Arrays) -> Balance:
-    """The method of `local.balance`, with the state of the client's last round."""
-    kinds: dict[str, Callable[[Local, Sequence[Target], Arrays], Balance]] = {
-        "fixed": Balance,
-        "uncertainty": Uncertainty,
-        "dwa": DynamicAverage,
-        "gradnorm": GradNorm,
-        "pcgrad": PCGrad,
-    }
-    return kinds[plan.balance](plan, targets, memory)
+BALANCES: dict[str, type[Balance]] = {
+    "fixed": Balance,
+    "uncertainty": Uncertainty,
+    "dwa": DynamicAverage,
+    "gradnorm": GradNorm,
+    "pcgrad": PCGrad,
+}
+"""The methods by `local.balance`."""
 
 
 def _length(gradients: Sequence[Tensor]) -> float:

@@ -2,7 +2,7 @@
 the algorithm. It also accumulates the mean losses that the client reports."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,12 +12,10 @@ from meadow.client.loop.adaptation import Adaptation
 from meadow.client.loop.anchors import Teacher
 from meadow.client.loop.balance import Balance
 from meadow.config.schema import Local
+from meadow.strategies.protocol import Term
 from meadow.tasks.data import Data
 from meadow.tasks.losses import class_weights, losses, mean_loss, sample_losses
 from meadow.tasks.task import Task
-
-Term = Callable[[nn.Module, Data, Mapping[str, Tensor]], Tensor]
-"""A scalar added to the data's loss: (model, prepared batch, the model's outputs on it) -> loss."""
 
 
 @dataclass

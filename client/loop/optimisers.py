@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,6 @@ from meadow.config.schema import Local
 
 PLATEAU = "plateau"
 """Name of the state of schedule = "plateau" in a client's memory: float64 [best loss, rounds since, factor]."""
-
-
-class Optimizer(Protocol):
-    """The part of torch's optimisers that the loop uses; `SGD` has it too."""
-
-    param_groups: list[dict[str, Any]]
-
-    def zero_grad(self) -> None: ...
-    def step(self) -> Any: ...
 
 
 class SGD:
@@ -62,7 +53,7 @@ class SGD:
 
 def make_optimizer(
     learning: Mapping[str, nn.Parameter], plan: Local, factors: Mapping[str, float], extra: Sequence[nn.Parameter] = ()
-) -> Optimizer:
+) -> SGD | torch.optim.Optimizer:
     """A new optimiser over the parameters that learn, each at `plan.lr` times its factor.
 
     `extra`: parameters outside the model (loss weights, a domain classifier), at `plan.lr` without weight decay.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from meadow.client.loop.fisher import empirical_fisher
 from meadow.config.schema import Experiment
-from meadow.runtime.module_cache import once
+from meadow.runtime.module_cache import cached
 from meadow.runtime.seeds import one_thread
 from meadow.strategies.trainable import HEADS
 from meadow.tasks.evaluation import device_of, load_into
@@ -27,7 +27,7 @@ def freeze(model: nn.Module, learns: Collection[str], statistics: str = "batch")
     as `local.statistics`; with "kept" every batch normalisation is in `eval()`, though its weight and bias learn.
     """
     key = frozenset(learns), statistics
-    flags = once(model, key, lambda: _flags(model, *key))
+    flags = cached(model, key, lambda: _flags(model, *key))
     for parameter, learning in flags.learns:
         parameter.requires_grad = learning
     for module, training in flags.training:

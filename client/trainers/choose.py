@@ -6,18 +6,17 @@ order and differ from it only in the order of sums (by how much: tests/client/te
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from meadow.arrays.named import Arrays
-from meadow.client.loop.training import Trained, train
+from meadow.client.loop.training import Trained, Training, train
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.fused import Fused
-from meadow.client.trainers.job import Job, Trainer, Training, job_of
-from meadow.client.trainers.kernel import Kernel, KernelTrainer, Sums
+from meadow.client.trainers.job import Job, Trainer, job_of
+from meadow.client.trainers.kernel import Kernel, KernelTrainer
 from meadow.client.trainers.stacked import Stacked
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
@@ -45,23 +44,7 @@ class Loop:
         return ""
 
     def train(self, model: nn.Module, training: Training) -> Trained:
-        experiment, plan = self.experiment, training.plan
-        if plan is not experiment.local:
-            experiment = experiment.model_copy(update={"local": plan})
-        return train(
-            model,
-            training.data,
-            self.task,
-            experiment,
-            training.round,
-            training.client,
-            training.epochs,
-            learns=training.learns,
-            correct=training.correct,
-            term=training.term,
-            extras=training.extras,
-            permit=training.permit,
-        )
+        return train(model, training, self.task, self.experiment)
 
 
 @dataclass(frozen=True)
@@ -157,20 +140,6 @@ class Trainers:
             trained = self.loop.train(model, training)
         self.count(choice)
         return trained
-
-    def train_blocks(
-        self,
-        trainer: KernelTrainer,
-        start: Arrays,
-        blocks: Sequence[Sequence[Training]],
-        weights: Sequence[Sequence[Mapping[str, float]]],
-    ) -> tuple[list[list[Trained]], Sequence[Sums | None]]:
-        """As `KernelTrainer.train_blocks`; if it fails, no block has a sum. The caller counts the trainings that it uses."""
-        try:
-            return trainer.train_blocks(start, blocks, weights)
-        except Exception as error:
-            self._note(trainer, error)
-            return [[] for _ in blocks], [None] * len(blocks)
 
     def count(self, choice: Choice, times: int = 1) -> None:
         """Count trainings by this choice; as "undisclosed" if it is secret."""

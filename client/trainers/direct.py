@@ -104,8 +104,4 @@ def _batches(x: Tensor, y: Tensor, orders: Tensor, size: int) -> Iterator[tuple[
 
 def _inputs_last(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a convolution's weights (out, in, ...) with the input channels contiguous in memory."""
-    found, at = [0] * len(shape), 1
-    for axis in (1, *reversed(range(2, len(shape))), 0):
-        found[axis] = at
-        at *= shape[axis]
-    return tuple(found)
+    return torch.empty(shape[0], *shape[2:], shape[1], device="meta").movedim(-1, 1).stride()

@@ -3,7 +3,6 @@
 `client/trainers/direct.py` and `client/trainers/fused.py` train the single client.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from meadow.arrays.named import Arrays
 from meadow.client.trainers.kernel import Member, Result, Sums
 from meadow.client.trainers.network import Network
-from meadow.native.sums import add_up, together
+from meadow.native.sums import add_up, models_at_once
 
 LANES = 16
 """Arrays are aligned to this many float32 (64 bytes), as torch's are: torch's operations choose their path by alignment, and
@@ -31,7 +30,8 @@ class FlatKernel(ABC):
 
     def __init__(self, network: Network, strides: Mapping[str, tuple[int, ...]]) -> None:
         self.network = network
-        self._strides = {name: strides.get(name) or _usual(shape) for name, shape in network.shapes.items()}
+        usual = {name: torch.empty(shape, device="meta").stride() for name, shape in network.shapes.items()}
+        self._strides = usual | dict(strides)
         self._begins: dict[str, int] = {}
         size = 0
         for name, shape in network.shapes.items():
@@ -70,7 +70,7 @@ class FlatKernel(ABC):
                     arrays.append({name: view.numpy().copy() for name, view in self._works[0][1].items()})
                 continue
             total, finite = np.empty(len(self._start)), True
-            at_once = together(len(self._start))
+            at_once = models_at_once(len(self._start))
             for begin in range(0, len(block), at_once):
                 some = block[begin : begin + at_once]
                 losses += [self._train_one(member, *self._work(place)) for place, member in enumerate(some)]
@@ -97,7 +97,3 @@ class FlatKernel(ABC):
 def padded(count: int) -> int:
     """The next multiple of LANES."""
     return -(-count // LANES) * LANES
-
-
-def _usual(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

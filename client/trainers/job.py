@@ -1,37 +1,14 @@
-"""Define a training, the properties of it that decide which trainers can do it, and the protocol of trainers."""
+"""Define the properties of a training that decide which trainers can do it, and the protocol of trainers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from torch import nn
 
-from meadow.client.loop.training import Correction, Extras, Trained
+from meadow.client.loop.training import Trained, Training
 from meadow.client.trainers.network import Network, Unknown, network
-from meadow.config.schema import Experiment, Local
-from meadow.privacy.dpsgd.step import Permit
-from meadow.strategies.protocol import Term
-from meadow.tasks.data import Data
+from meadow.config.schema import Experiment
 from meadow.tasks.features import View
-
-
-class Training(NamedTuple):
-    """One client's training in one round; the fields are arguments of `meadow.client.loop.training.train`.
-
-    plan: replaces the experiment's `[local]`. A tuple, because each client needs one and a frozen dataclass takes five times
-    as long.
-    """
-
-    data: Data
-    round: int
-    client: int
-    plan: Local
-    epochs: int = 0
-    learns: Callable[[str], bool] | None = None
-    correct: Correction | None = None
-    term: Term | None = None
-    extras: Extras | None = None
-    permit: Permit | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +50,7 @@ def job_of(experiment: Experiment, seen: View) -> Job:
     kinds = tuple(target.kind for target in task.targets)
     weighted = any(target.weights or target.balanced for target in task.targets)
     if seen.trunk is not None:
-        return Job(
-            experiment,
-            "the trunk is frozen, and training the heads costs little",
-            kinds,
-            weighted,
-        )
+        return Job(experiment, "the trunk is frozen, and training the heads costs little", kinds, weighted)
     try:
         layers = network(seen.model, tuple(task.dataset.test.x.shape[1:]), task.targets, task.weights)
     except Unknown as reason:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from meadow.arrays.lru import LRU
 from meadow.arrays.named import Arrays
 from meadow.client.loop.optimisers import scheduled
-from meadow.client.loop.training import Trained
-from meadow.client.trainers.job import Job, Training
+from meadow.client.loop.training import Trained, Training
+from meadow.client.trainers.job import Job
 from meadow.client.trainers.network import Network
 from meadow.config.schema import Experiment, Local
 from meadow.runtime.seeds import torch_generator

@@ -5,7 +5,7 @@ normalisation are vectorised.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -307,15 +307,11 @@ def operations(network: Network, sgd: Descent) -> list[Operation]:
 
 
 def _operation(layer: Layer, sgd: Descent) -> Operation:
-    if layer.kind == "linear":
-        return Linear(layer, sgd)
-    if layer.kind == "conv":
-        return Convolution(layer, sgd)
-    if layer.kind == "norm":
-        return Norm(layer, sgd)
-    if layer.kind == "flatten":
-        return Flatten()
-    return OverTime() if layer.kind == "over time" else Bounded()
+    learning: dict[str, Callable[[Layer, Descent], Operation]] = {"linear": Linear, "conv": Convolution, "norm": Norm}
+    if layer.kind in learning:
+        return learning[layer.kind](layer, sgd)
+    others: dict[str, type[Operation]] = {"flatten": Flatten, "over time": OverTime, "bounded": Bounded}
+    return others[layer.kind]()
 
 
 def first_learning(found: list[Operation], learning: Collection[str]) -> int:

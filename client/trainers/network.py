@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from meadow.tasks.data import Target
@@ -78,6 +79,8 @@ def network(
     linear heads for class and value targets."""
     if type(model) not in (Multihead, Heads):
         raise Unknown("the model does not consist of a trunk and heads")
+    if any(p.dtype != torch.float32 for p in model.parameters()):
+        raise Unknown("its parameters are not float32")
     modules = list(_flattened("trunk", model.trunk)) if isinstance(model, Multihead) else []
     image = len(shape) in (2, 3) and bool(modules) and not isinstance(modules[0][1], nn.Flatten)
     at = (shape[0], 1 if len(shape) == 2 else shape[1], shape[-1]) if image else (math.prod(shape), 1, 1)
@@ -127,35 +130,28 @@ def _flattened(place: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]
 def _layer(module: nn.Module, before: tuple[int, int, int], place: str, image: bool, window: bool) -> Layer:
     """The layer of a module, with its output shape. Raises Unknown."""
     c, h, w = before
-    if image and window:
-        if type(module) is nn.Conv1d:
-            kernel, padding = (1, module.kernel_size[0]), module.padding
-            plain = (module.stride, module.dilation, module.groups, module.padding_mode) == ((1,), (1,), 1, "zeros")
-            if not plain or isinstance(padding, str) or padding[0] >= kernel[1]:
-                raise Unknown(f"{place} is a convolution with stride, groups, dilation or wide padding")
-            after = (module.out_channels, 1, w + 2 * padding[0] - kernel[1] + 1)
-            return Layer("conv", before, after, kernel=kernel, padding=(0, padding[0]))
-        if type(module) is HalfOfTime:
-            return Layer("pool", before, (c, 1, w // 2), kernel=(1, 2))
-        if type(module) is MeanAndMaximum:
-            return Layer("over time", before, (2 * c, 1, 1))
+    if image and type(module) is (nn.Conv1d if window else nn.Conv2d):
+        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        (kh, kw), stride, dilation = ((1, *side)[-2:] for side in (module.kernel_size, module.stride, module.dilation))
+        plain = stride == dilation == (1, 1) and module.groups == 1 and module.padding_mode == "zeros"
+        ph, pw = (kh, kw) if isinstance(module.padding, str) else (0, *module.padding)[-2:]
+        if not plain or ph >= kh or pw >= kw:
+            raise Unknown(f"{place} is a convolution with stride, groups, dilation or wide padding")
+        after = (module.out_channels, h + 2 * ph - kh + 1, w + 2 * pw - kw + 1)
+        return Layer("conv", before, after, kernel=(kh, kw), padding=(ph, pw))
+    if image and window and type(module) is HalfOfTime:
+        return Layer("pool", before, (c, 1, w // 2), kernel=(1, 2))
+    if image and window and type(module) is MeanAndMaximum:
+        return Layer("over time", before, (2 * c, 1, 1))
     if type(module) is nn.Linear and not image and module.in_features == c:
         return Layer("linear", before, (module.out_features, 1, 1))
-    if type(module) is nn.Conv2d and image:
-        (kh, kw), padding = module.kernel_size, module.padding
-        plain = (module.stride, module.dilation, module.groups, module.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-        if not plain or isinstance(padding, str) or padding[0] >= kh or padding[1] >= kw:
-            raise Unknown(f"{place} is a convolution with stride, groups, dilation or wide padding")
-        after = (module.out_channels, h + 2 * padding[0] - kh + 1, w + 2 * padding[1] - kw + 1)
-        return Layer("conv", before, after, kernel=(kh, kw), padding=(padding[0], padding[1]))
     if type(module) is nn.MaxPool2d and image:
         kernel = _pair(module.kernel_size)
         if _pair(module.stride) != kernel or _pair(module.padding) != (0, 0) or _pair(module.dilation) != (1, 1):
             raise Unknown(f"{place} is a pooling with overlapping windows, dilation or padding")
         whole = math.ceil if module.ceil_mode else math.floor
-        return Layer(
-            "pool", before, (c, whole(h / kernel[0]), whole(w / kernel[1])), kernel=kernel, ceil=module.ceil_mode
-        )
+        after = (c, whole(h / kernel[0]), whole(w / kernel[1]))
+        return Layer("pool", before, after, kernel=kernel, ceil=module.ceil_mode)
     if type(module) is nn.GroupNorm and image and module.affine:
         return Layer("norm", before, before, groups=module.num_groups, eps=module.eps)
     if type(module) is BoundedFeatures and not image:

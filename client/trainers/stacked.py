@@ -191,7 +191,7 @@ class Stacked:
         if not self.network.image:
             x = x.flatten(2)
         for layer in self.network.layers:
-            x = _LAYERS[layer.kind](layer, p, x)
+            x = _output(layer, p, x)
             x = torch.relu(x) if layer.activation == "relu" else torch.tanh(x) if layer.activation == "tanh" else x
         return [_product(x, p[weight], p[bias]) for weight, bias in self.network.heads]
 
@@ -223,11 +223,9 @@ class Stacked:
         if weights is None:
             rows = {name: value.cpu().numpy() for name, value in whole.items()}
             return Result(losses, [{n: value[i].copy() for n, value in rows.items()} for i in range(sum(sizes))])
-        totals = []
-        begin = 0
-        for size, given in zip(sizes, weights, strict=True):
-            part = {name: value[begin : begin + size] for name, value in whole.items()}
-            begin += size
+        totals, parts = [], {name: torch.split(value, list(sizes)) for name, value in whole.items()}
+        for number, given in enumerate(weights):
+            part = {name: values[number] for name, values in parts.items()}
             finite = torch.stack([torch.isfinite(value).all() for value in part.values()]).all()
             total = {}
             for name, value in part.items():
@@ -250,10 +248,6 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
-def _linear(layer: Layer, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return _product(x, p[layer.weight], p[layer.bias] if layer.bias else None)
-
-
 def _conv(layer: Layer, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
     clients, batch = x.shape[:2]
     columns = F.unfold(x.flatten(0, 1), layer.kernel, padding=layer.padding)
@@ -265,33 +259,20 @@ def _conv(layer: Layer, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
     return out.view(clients, oc, batch, oh, ow).transpose(1, 2)
 
 
-def _pool(layer: Layer, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    out = F.max_pool2d(x.flatten(0, 1), layer.kernel, ceil_mode=layer.after[1:] != _floored(layer))
-    return out.view(*x.shape[:2], *layer.after)
-
-
-def _floored(layer: Layer) -> tuple[int, int]:
-    return layer.before[1] // layer.kernel[0], layer.before[2] // layer.kernel[1]
-
-
-def _norm(layer: Layer, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    out = F.group_norm(x.flatten(0, 1), layer.groups, eps=layer.eps).view(x.shape)
-    return out * p[layer.weight][:, None, :, None, None] + p[layer.bias][:, None, :, None, None]
-
-
-def _bounded(layer: Layer, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return F.layer_norm(x, (layer.after[0],), eps=layer.eps) * layer.scale
-
-
-def _flatten(layer: Layer, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    return x.flatten(2)
-
-
-_LAYERS: dict[str, Callable[[Layer, Mapping[str, Tensor], Tensor], Tensor]] = {
-    "linear": _linear,
-    "conv": _conv,
-    "pool": _pool,
-    "norm": _norm,
-    "bounded": _bounded,
-    "flatten": _flatten,
-}
+def _output(layer: Layer, p: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The output of a layer, before its activation."""
+    match layer.kind:
+        case "linear":
+            return _product(x, p[layer.weight], p[layer.bias] if layer.bias else None)
+        case "conv":
+            return _conv(layer, p, x)
+        case "pool":
+            out = F.max_pool2d(x.flatten(0, 1), layer.kernel, ceil_mode=layer.ceil)
+            return out.view(*x.shape[:2], *layer.after)
+        case "norm":
+            out = F.group_norm(x.flatten(0, 1), layer.groups, eps=layer.eps).view(x.shape)
+            return out * p[layer.weight][:, None, :, None, None] + p[layer.bias][:, None, :, None, None]
+        case "bounded":
+            return F.layer_norm(x, (layer.after[0],), eps=layer.eps) * layer.scale
+        case _:
+            return x.flatten(2)

@@ -1,4 +1,5 @@
-"""Converts between Meadow's values and Flower's records. Only this module uses private parts of Flower (flwr 1.41).
+"""Converts between Meadow's values and Flower's records. Of what a run uses, only this module uses private parts of
+Flower (flwr 1.41); `deploy/control.py` uses others for the operator.
 
 Named NumPy arrays become records without a copy. Small records skip Flower's check of each entry, which would take as
 long as training some of the clients.

@@ -2,7 +2,7 @@
 
 Flower's deployment transfers every record, every array and every 5 MiB of an array as an object with two calls: about
 seventy calls for a node with five clients. Folded content is always one array and one record of settings.
-`fold_for_wire` folds in the ClientApp, `server/carrier.py` at the server.
+`fold_for_wire` folds in the ClientApp, `server/rollcall.py` at the server.
 """
 
 import json

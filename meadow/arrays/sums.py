@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from meadow.arrays.named import Arrays, split_auxiliary
+from meadow.arrays.named import Arrays
 
 T = TypeVar("T")
 
@@ -86,13 +86,11 @@ def fault(
     arrays: Mapping[str, npt.NDArray[np.generic]],
     sent: Mapping[str, npt.NDArray[np.generic]],
     weights: Mapping[str, float] | None = None,
-    max_norm: float = 0,
 ) -> str:
-    """Return why an update must be rejected, or "": checks names, shapes, dtypes, finite values and norm, in that
-    order.
+    """Return why an update must be rejected, or "": checks names, shapes, dtypes and finite values, in that order.
 
     The update must have the names of `sent`, except those of weight 0 (`meadow.strategies.roles.name_weights`), and the
-    same shapes and dtypes. `max_norm`, if not 0, bounds the norm of update minus `sent`.
+    same shapes and dtypes.
     """
     expected = {name for name in sent if weights is None or weights[name] > 0}
     if arrays.keys() != expected:
@@ -105,8 +103,6 @@ def fault(
             return f"{name} has dtype {value.dtype}, not {sent[name].dtype}"
         if not _finite(value):
             return f"{name} has values that are not finite"
-    if max_norm and (moved := length(split_auxiliary(arrays)[0], sent)) > max_norm:
-        return f"its update is {moved:.6g} long, more than cohort.max_norm = {max_norm:.6g}"
     return ""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from meadow.config import rules
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 
@@ -88,16 +89,23 @@ def resolve(tree: Mapping[str, Any], faults: Faults | None = None) -> Experiment
     Raises UserError that lists all faults, each with dotted key, value and reason, and the nearest key for an unknown one.
     """
     try:
-        return Experiment.model_validate(dict(tree), context={"faults": faults})
+        experiment = Experiment.model_validate(dict(tree))
     except ValidationError as error:
         found = [_explain(fault) for fault in error.errors()] + _broken_rules(tree, faults, error)
         raise UserError("\n".join(found)) from None
+    if found := _all_faults(experiment, faults):
+        raise UserError("\n".join(found))
+    return experiment
+
+
+def _all_faults(experiment: Experiment, faults: Faults | None) -> list[str]:
+    return [*rules.faults(experiment), *(faults(experiment) if faults else ())]
 
 
 def _broken_rules(tree: Mapping[str, Any], faults: Faults | None, error: ValidationError) -> list[str]:
     """The rules that a tree with wrong values breaks besides: those about none of the wrong settings."""
-    wrong = {tuple(map(str, fault["loc"][:2])) for fault in error.errors()} - {()}
-    if not wrong or not all(isinstance(values, Mapping) for values in tree.values()):
+    wrong = {tuple(map(str, fault["loc"][:2])) for fault in error.errors()}
+    if not all(isinstance(values, Mapping) for values in tree.values()):
         return []
     rest = {
         section: {key: value for key, value in values.items() if not wrong & {(section,), (section, key)}}
@@ -105,12 +113,11 @@ def _broken_rules(tree: Mapping[str, Any], faults: Faults | None, error: Validat
         if section in Experiment.model_fields
     }
     try:
-        Experiment.model_validate(rest, context={"faults": faults})
-    except ValidationError as second:
-        lines = [line for fault in second.errors() if not fault["loc"] for line in _explain(fault).split("\n")]
-        names = [".".join(place) + ("." if len(place) == 1 else " = ") for place in wrong]
-        return [line for line in lines if not any(name in line for name in names)]
-    return []
+        lines = _all_faults(Experiment.model_validate(rest), faults)
+    except ValidationError:  # what is wrong together with a setting left out
+        return []
+    names = [".".join(place) + ("." if len(place) == 1 else " = ") for place in wrong]
+    return [line for line in lines if not any(name in line for name in names)]
 
 
 def load(
@@ -167,8 +174,8 @@ def _explain(fault: Any) -> str:
         names = _known_keys() if "." in dotted else list(Experiment.model_fields)
         return f"{dotted}: there is no such setting{nearest(dotted, names) or ';'} `meadow show` lists all of them"
     if fault["type"] == "value_error" and "." not in dotted:
-        # The check of a section or of the experiment raised it, and its message names the setting already.
-        return (f"{dotted}." if dotted else "") + str(fault["msg"]).removeprefix("Value error, ")
+        # The check of a section raised it, and its message names the setting already.
+        return f"{dotted}." + str(fault["msg"]).removeprefix("Value error, ")
     reason = str(fault["msg"]).removeprefix("Value error, ")
     value = fault["input"]
     if fault["type"] == "model_type":

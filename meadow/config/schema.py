@@ -14,13 +14,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from meadow.config import rules
 from meadow.config.algorithms import ALGORITHMS
 
 
@@ -561,13 +559,6 @@ class Experiment(Section):
     privacy: Privacy = Field(default_factory=Privacy)
     evaluate: Evaluate = Field(default_factory=Evaluate)
     engine: Engine = Field(default_factory=Engine)
-
-    @model_validator(mode="after")
-    def _combinations(self, info: ValidationInfo) -> Self:
-        more = (info.context or {}).get("faults")
-        if found := [*rules.faults(self), *(more(self) if more else ())]:
-            raise ValueError("\n".join(found))
-        return self
 
     @property
     def learned(self) -> tuple[str, ...]:

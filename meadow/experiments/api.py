@@ -11,7 +11,7 @@ from meadow.client.loop.anchors import teacher
 from meadow.config.load import apply, flatten, read_tree
 from meadow.config.schema import Experiment
 from meadow.experiments.compare import METHODS, Job, methods_jobs, sweep_jobs, values_of
-from meadow.experiments.folds import check_folds_folder, fold_runs, in_folds, write_folds
+from meadow.experiments.folds import check_empty, check_folds_folder, fold_runs, in_folds, write_folds
 from meadow.experiments.plan import plan as costs_of
 from meadow.runtime.errors import UserError
 from meadow.server.cohorts import read_schedule
@@ -164,14 +164,8 @@ def _folder(out: Path | str | None, resume: bool, name: str) -> Path:
         if resume:
             raise UserError("--resume needs --out DIR: write the folder of the run to continue")
         return default_folder(name)
-    folder = Path(out)
-    if (above := next(p for p in (folder, *folder.parents) if p.exists())).is_file():
-        raise UserError(f"--out {out}: {above} is a file; write the name of a folder")
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise UserError(
-            f"--out {out}: this folder is not empty; add --resume to continue its runs, or name another folder"
-        )
-    return folder
+    check_empty(Path(out), resume)
+    return Path(out)
 
 
 def _run_and_report(jobs: Sequence[Job], folder: Path, resume: bool, watch: Watch | None) -> list[Summary]:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from rich.markup import escape
 
 from meadow.config.load import Tree, apply, parse_override, preset_about, preset_names, read_tree, to_toml
 from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.runtime.identity import versions
 
 app = typer.Typer(
@@ -37,6 +38,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --ou
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
+
+
+_INTERRUPTED = 130
+"""The exit status that typer gives to a command that Ctrl-C ended."""
 
 
 @app.command()
@@ -209,9 +214,9 @@ def deal(
     below: Annotated[str, typer.Option(help="A subfolder within each machine's folder.")] = "",
 ) -> None:
     """Write each machine's share of the data for a deployment: OUT/coordinator, OUT/node-0, ... (docs/deploy.md)."""
-    from meadow.tasks.splits.shares import deal_out
+    from meadow.tasks.splits.shares import write_shares
 
-    for folder in deal_out(_load(experiment, overrides or []), nodes, out, below):
+    for folder in write_shares(_load(experiment, overrides or []), nodes, out, below):
         typer.echo(folder)
 
 
@@ -232,13 +237,24 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command. A user's mistake gives one message and exit status 2, never a traceback."""
+    """Run the command. A user's mistake gives one message and exit status 2, never a traceback.
+
+    SIGTERM and SIGHUP end a run like Ctrl-C: with a summary, resumable, exit status 3.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     try:
         app(standalone_mode=True)
     except UserError as error:
         Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except RunStopped as stop:
+        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(stop))}", highlight=False, soft_wrap=True)
+        sys.exit(3)
+    except SystemExit as end:
+        if end.code != _INTERRUPTED:
+            raise
         Console(stderr=True).print("meadow: stopped by the user; to continue, add --resume --out DIR to the command")
         sys.exit(3)
 

@@ -32,11 +32,16 @@ def fold_runs(experiment: Experiment, folder: Path) -> list[tuple[Experiment, Pa
 
 def check_folds_folder(folder: Path, resume: bool) -> None:
     """Raise UserError if the folds' folders may not be made in `folder`; each of them has its own check."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder}: this is a file; write the name of a folder")
     if (folder / "experiment.toml").exists():
         raise UserError(f"--out {folder}: it holds a single run, and evaluate.folds makes several; name another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
+    check_empty(folder, resume)
+
+
+def check_empty(folder: Path, resume: bool) -> None:
+    """Raise UserError if runs may not be written to this folder: it is in a file, or has files and is not resumed."""
+    if (above := next(p for p in (folder, *folder.parents) if p.exists())).is_file():
+        raise UserError(f"--out {folder}: {above} is a file; write the name of a folder")
+    if not resume and folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"--out {folder}: this folder is not empty; add --resume to continue its runs, or name another folder"
         )

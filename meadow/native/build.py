@@ -26,14 +26,17 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from meadow.native.sources import SOURCES
 
+POINTER, COUNT = ctypes.c_void_p, ctypes.c_int64
+"""Types of arguments of the C functions."""
 BUILT = "built"
 """The folder, next to the C files, for the libraries of an installation."""
 FLAGS = ("-O3", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
@@ -90,6 +93,15 @@ def compiled(file: str, folders: Iterable[Path] = ()) -> ctypes.CDLL:
     return found
 
 
+def declared(file: str, functions: Mapping[str, tuple[Any, list[Any]]]) -> ctypes.CDLL:
+    """`compiled`, with the result type and the argument types of these functions. Raises NotCompiled."""
+    found = compiled(file)
+    for name, (result, arguments) in functions.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
 def build(source: Path, folder: Path, target: Target) -> Path:
     """Compile a C file into a folder. Raises NotCompiled with the compiler's reason."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
@@ -108,6 +120,10 @@ def build(source: Path, folder: Path, target: Target) -> Path:
                 done.stderr.strip() or "no reason"
             ]
             raise NotCompiled(f"{source.name} does not compile here (GCC 12 or Clang is needed): {lines[0]}")
+        with made.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())  # loaders ignore what follows a library
+            file.flush()
+            os.fsync(file.fileno())
         made.replace(library)  # several processes may compile it at once; each result is whole
     except OSError as error:
         raise NotCompiled(f"{source.name} cannot be compiled here: {error}") from error
@@ -153,9 +169,13 @@ def library_name(file: str, target: Target) -> str:
 
 
 def _loaded(library: Path) -> ctypes.CDLL | None:
-    """Load a library, or return None if it does not exist or needs a newer C library."""
+    """Load a library, or return None if it does not exist, was damaged, or needs a newer C library.
+
+    A damaged library would end the process at its first call, so its last 32 bytes are the SHA-256 of the others.
+    """
     try:
-        return ctypes.CDLL(str(library)) if library.exists() else None
+        content = library.read_bytes()
+        return ctypes.CDLL(str(library)) if hashlib.sha256(content[:-32]).digest() == content[-32:] else None
     except OSError:
         return None
 

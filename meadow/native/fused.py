@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from meadow.native.build import NotCompiled, compiled
+from meadow.native.build import COUNT, POINTER, NotCompiled, declared
 
 KINDS = ("linear", "conv", "pool", "norm", "bounded", "flatten")
 ACTIVATIONS = ("", "relu", "tanh")
@@ -49,18 +49,17 @@ class Plan(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL:
     """Load `fused.c`. Raises NotCompiled."""
-    found = compiled("fused.c")
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    declare = {
-        "sizes": (None, [pointer]),
-        "open": (pointer, [pointer, pointer, pointer, count]),
-        "close": (None, [pointer]),
-        "rates": (None, [pointer, pointer]),
-        "train": (None, [pointer] * 4 + [count] + [pointer] * 3 + [count] * 3 + [pointer]),
-    }
-    for name, (result, arguments) in declare.items():
-        function = getattr(found, f"fused_{name}")
-        function.restype, function.argtypes = result, arguments
+    train = [*[POINTER] * 4, COUNT, *[POINTER] * 3, *[COUNT] * 3, POINTER]
+    found = declared(
+        "fused.c",
+        {
+            "fused_sizes": (None, [POINTER]),
+            "fused_open": (POINTER, [POINTER, POINTER, POINTER, COUNT]),
+            "fused_close": (None, [POINTER]),
+            "fused_rates": (None, [POINTER, POINTER]),
+            "fused_train": (None, train),
+        },
+    )
     theirs = (ctypes.c_int64 * 3)()
     found.fused_sizes(theirs)
     if list(theirs) != [ctypes.sizeof(each) for each in (Plan, Layer, Head)]:

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from meadow.native.build import NotCompiled, compiled
+from meadow.native.build import COUNT, POINTER, NotCompiled, declared
 
 PAIRS = 2**7
 """Half a group: a group takes 128 radii, then 128 angles from the stream, and gives 128 cosines, then 128 sines."""
@@ -32,17 +32,16 @@ class Stream:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Load `noise.c`. Raises NotCompiled."""
-    found = compiled("noise.c")
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    for name, result, arguments in (
-        ("size", count, []),
-        ("pairs", count, []),
-        ("open", None, [pointer] * 3),
-        ("uniform", None, [pointer, pointer, count]),
-        ("normals", None, [pointer, pointer, count, ctypes.c_float]),
-    ):
-        function = getattr(found, f"noise_{name}")
-        function.restype, function.argtypes = result, arguments
+    found = declared(
+        "noise.c",
+        {
+            "noise_size": (COUNT, []),
+            "noise_pairs": (COUNT, []),
+            "noise_open": (None, [POINTER] * 3),
+            "noise_uniform": (None, [POINTER, POINTER, COUNT]),
+            "noise_normals": (None, [POINTER, POINTER, COUNT, ctypes.c_float]),
+        },
+    )
     if found.noise_pairs() != PAIRS:
         raise NotCompiled(f"noise.c draws groups of {found.noise_pairs()} pairs, not of {PAIRS}")
     return found

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from meadow.native.build import NotCompiled, compiled
+from meadow.native.build import COUNT, POINTER, NotCompiled, declared
 
 
 def pool_forward(x: Tensor, out: Tensor, places: Tensor, sizes: Sequence[int], relu: bool) -> None:
@@ -31,13 +31,12 @@ def available() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Load `pooling.c`, or return None."""
+    pointers = [POINTER] * 3
+    functions = {"pool_forward": (None, [*pointers, *[COUNT] * 9]), "pool_backward": (None, [*pointers, *[COUNT] * 8])}
     try:
-        found = compiled("pooling.c")
+        return declared("pooling.c", functions)
     except NotCompiled:
         return None
-    for function, numbers in ((found.pool_forward, 9), (found.pool_backward, 8)):
-        function.restype, function.argtypes = None, [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * numbers]
-    return found
 
 
 def _found() -> ctypes.CDLL:

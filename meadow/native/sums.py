@@ -12,13 +12,13 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from meadow.native.build import NotCompiled, compiled
+from meadow.native.build import COUNT, POINTER, NotCompiled, declared
 
 AT_ONCE = 2**15
 """Values that NumPy adds at once, so that intermediate results stay in the cache."""
 
 
-def together(size: int) -> int:
+def models_at_once(size: int) -> int:
     """How many trained models of `size` parameters to buffer before adding them to the sum: as many as fit into a
     cache; of a larger model five, if they fit into 64 MiB."""
     return max(2**20 // size, min(5, 2**24 // size), 1)
@@ -91,9 +91,6 @@ def available() -> bool:
 def _library() -> ctypes.CDLL | None:
     """Load `sums.c`, or return None."""
     try:
-        found = compiled("sums.c")
+        return declared("sums.c", {"add_up": (ctypes.c_int, [*[POINTER] * 3, *[COUNT] * 3, ctypes.c_int])})
     except NotCompiled:
         return None
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    found.add_up.restype, found.add_up.argtypes = ctypes.c_int, [*[pointer] * 3, *[count] * 3, ctypes.c_int]
-    return found

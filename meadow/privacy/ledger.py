@@ -20,7 +20,7 @@ import hmac
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,17 +171,10 @@ class Ledger:
             self._disk.write(descriptor, b"".join(_canonical(line) + b"\n" for line in lines))
             self._disk.sync(descriptor)
             if len(lines) > 1:
-                self._sync_folder()
+                _sync_folder(self.path.parent, self._disk.sync)
             return Charged(identity, cost, _mark([*entries, lines[-1]]), False)
         finally:
             os.close(descriptor)  # releases the lock too
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            self._disk.sync(folder)
-        finally:
-            os.close(folder)
 
     def _read(self, mark: Mark | None) -> tuple[list[dict[str, Any]], int]:
         """All entries, the head first, and their size in bytes; checked against each other and the mark."""
@@ -241,11 +234,7 @@ def secret(folder: Path) -> bytes:
             pass
         finally:
             temporary.unlink()
-        folder_descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(folder_descriptor)
-        finally:
-            os.close(folder_descriptor)
+        _sync_folder(folder, os.fsync)
     content = path.read_bytes()
     if len(content) != 32:
         raise LedgerFault(f"{path}: it has {len(content)} bytes, not 32, so this client does not train")
@@ -265,6 +254,14 @@ def noise_seed(own_secret: bytes, release_sha256: str, purpose: str = "noise") -
     """
     digest = hmac.new(own_secret, f"{purpose}:{release_sha256}".encode(), hashlib.sha256).digest()
     return int.from_bytes(digest, "little")
+
+
+def _sync_folder(folder: Path, sync: Callable[[int], None]) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _described(release: Release) -> dict[str, Any]:

@@ -62,17 +62,9 @@ def dpsgd(experiment: Experiment, rounds: int, budget: float, spent: History = (
     noise is `privacy.noise_multiplier` if set, else calibrated to the budget. Raises UserError if the budget is spent, or
     neither is set.
     """
-    privacy = experiment.privacy
-    steps = steps_a_round(experiment)
-    noise = privacy.noise_multiplier
-    if noise == 0:
-        if math.isinf(budget):
-            raise UserError(
-                "privacy.noise_multiplier = 0 without a budget: write privacy.epsilon, or the noise multiplier itself"
-            )
-        noise = noise_multiplier(
-            budget, privacy.delta, privacy.sample_rate, steps * max(1, rounds), privacy.accountant, spent
-        )
+    privacy, steps = experiment.privacy, steps_a_round(experiment)
+    every = steps * max(1, rounds)
+    noise = privacy.noise_multiplier or _calibrated(experiment, privacy.sample_rate, every, budget, spent)
     denominator = privacy.denominator or float(experiment.local.batch_size)
     return Mechanism(privacy.sample_rate, noise, privacy.clip, denominator, steps)
 
@@ -88,14 +80,17 @@ def local_noise(experiment: Experiment, rounds: int, budget: float, spent: Histo
 
     Replacing all data of a client moves a clipped update by up to twice the clip, so z is twice the Gaussian's multiplier.
     """
+    return experiment.privacy.noise_multiplier or 2 * _calibrated(experiment, 1.0, max(1, rounds), budget, spent)
+
+
+def _calibrated(experiment: Experiment, rate: float, steps: int, budget: float, spent: History) -> float:
+    """The Gaussian's noise multiplier for which the steps fit into the budget after `spent`."""
     privacy = experiment.privacy
-    if privacy.noise_multiplier:
-        return privacy.noise_multiplier
     if math.isinf(budget):
         raise UserError(
             "privacy.noise_multiplier = 0 without a budget: write privacy.epsilon, or the noise multiplier itself"
         )
-    return 2 * noise_multiplier(budget, privacy.delta, 1.0, max(1, rounds), privacy.accountant, spent)
+    return noise_multiplier(budget, privacy.delta, rate, steps, privacy.accountant, spent)
 
 
 def local_cost(experiment: Experiment, z: float, rounds: int) -> Guarantee:

@@ -29,6 +29,7 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """The versions of Python and the libraries, and the machine type."""
     found = {"python": platform.python_version(), "machine": platform.machine()}

@@ -34,7 +34,7 @@ def log_lines() -> None:
     logger.propagate = False
 
 
-def tell(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line in one call. Unbuffered, `print` makes two, and another thread's output may come between them."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

@@ -9,14 +9,14 @@ T = TypeVar("T")
 _FOUND = "found_once"
 
 
-def hold_still(model: nn.Module) -> nn.Module:
+def enable_cache(model: nn.Module) -> nn.Module:
     """Turn the cache on: the model's modules and tensors will not change. For a small model, finding these facts takes
     as long as training it on a client's samples. Copies inherit the cache."""
     model.__dict__[_FOUND] = {}
     return model
 
 
-def once(model: nn.Module, what: Hashable, find: Callable[[], T]) -> T:
+def cached(model: nn.Module, what: Hashable, find: Callable[[], T]) -> T:
     """Return `find()`, cached under the key `what` if the model's cache is on."""
     found: dict[Hashable, T] | None = model.__dict__.get(_FOUND)
     if found is None:

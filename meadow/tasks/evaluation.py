@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays
-from meadow.runtime.module_cache import once
+from meadow.runtime.module_cache import cached
 from meadow.tasks.data import Data
 from meadow.tasks.metrics import MOST_CLASSES, Ints, confusion, score
 from meadow.tasks.task import Task
@@ -16,7 +16,7 @@ from meadow.tasks.task import Task
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """The model's own tensors by name, in state_dict order."""
-    return once(model, "state", lambda: dict(model.state_dict(keep_vars=True)))
+    return cached(model, "state", lambda: dict(model.state_dict(keep_vars=True)))
 
 
 def names_of(model: nn.Module) -> tuple[str, ...]:

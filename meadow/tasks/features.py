@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from meadow.runtime.module_cache import hold_still
+from meadow.runtime.module_cache import enable_cache
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import chunks, device_of
 from meadow.tasks.models.multihead import Multihead
@@ -63,5 +63,5 @@ class View:
 def view(task: Task, model: nn.Module, frozen: bool) -> View:
     """The view of a model. `frozen`: whether local training leaves the trunk unchanged."""
     if frozen and not task.settings.augment and isinstance(model, Multihead):
-        return View(hold_still(Heads(model)), replace(task, pipeline=None), model.trunk, task.prepare)
+        return View(enable_cache(Heads(model)), replace(task, pipeline=None), model.trunk, task.prepare)
     return View(model, task)

@@ -12,6 +12,7 @@ from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.runtime.seeds import derive, one_thread, torch_generator
 from meadow.tasks.data import Data, Inputs, Target
+from meadow.tasks.evaluation import load_into
 from meadow.tasks.losses import loss
 from meadow.tasks.models.multihead import build
 from meadow.tasks.readers.digits import printed_digits
@@ -21,10 +22,7 @@ from meadow.tasks.task import open_task
 def source_model(experiment: Experiment) -> nn.Module:
     """A new model with the weights of `source_state`."""
     model = open_task(experiment).plain_model()
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, value in source_state(experiment).items():
-            state[name].copy_(torch.from_numpy(value))
+    load_into(model, source_state(experiment))
     return model
 
 

@@ -14,8 +14,8 @@ from meadow.tasks.task import open_task
 
 
 def initial_state(experiment: Experiment) -> Arrays:
-    """The model's complete state before the first round, in state_dict order; new arrays at each call. All are float32
-    but a batch normalisation's batch counter, which is int64.
+    """The model's complete state before the first round, in state_dict order; new arrays at each call. All are float32,
+    or float64 if the model is, but a batch normalisation's batch counter, which is int64.
 
     The heads start at random (`meadow.tasks.models.multihead.build`), and so does the trunk if task.pretrained is empty.
     "source": the trunk of `source_state`. Else the trunk of `meadow.tasks.models.weights.pretrained_trunk`. Raises
@@ -31,7 +31,8 @@ def initial_state(experiment: Experiment) -> Arrays:
     if opened.added.kind or opened.two_domains or task.trunks == "cross-stitch":
         whole = dict(opened.new_model().state_dict())
         state = {name: _start(name, state, tensor, bool(task.pretrained)) for name, tensor in whole.items()}
-    floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    half = (torch.float16, torch.bfloat16)
+    floats = {name: tensor.float() if tensor.dtype in half else tensor for name, tensor in state.items()}
     return {name: tensor.numpy(force=True).copy() for name, tensor in floats.items()}
 
 

@@ -10,7 +10,7 @@ An empty cell and NaN are a missing label, and so is -1 in an array of whole num
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,8 @@ from meadow.runtime.errors import UserError
 from meadow.tasks.data import MISSING, Data, Part, Raw, Target
 
 KINDS: tuple[str, ...] = get_args(Target.__dataclass_fields__["kind"].type)
-_WORDS = ("above", "weights", "balanced", "scale", "offset")
+_KEYWORDS = {"class": ("above", "weights", "balanced"), "labels": ("weights", "balanced")}
+"""Kind -> its keywords; the others take scale and offset."""
 Column = npt.NDArray[Any]
 
 
@@ -30,6 +31,8 @@ Column = npt.NDArray[Any]
 class Kind:
     """A parsed entry of `task.kinds`. `words`: the words before the first keyword."""
 
+    target: str
+    text: str
     kind: str
     words: tuple[str, ...]
     above: float | None = None
@@ -38,65 +41,67 @@ class Kind:
     scale: float = 1.0
     offset: float = 0.0
 
+    def wrong(self, why: str) -> UserError:
+        """The error that names the entry."""
+        return UserError(f'task.kinds = "{self.text}" for the target "{self.target}": {why}')
+
+    def number(self, word: str) -> float:
+        if not is_number(word):
+            raise self.wrong(f'"{word}" is not a number')
+        return float(word)
+
 
 def read_kind(target: str, text: str) -> Kind:
     """Parse an entry of `task.kinds`. Raises UserError that says what to write instead."""
     first, *rest = text.split() or [""]
+    kind = Kind(target, text, first, ())
     if first not in KINDS:
-        raise _wrong(target, text, f"a kind begins with one of {', '.join(KINDS)}")
-    parts: dict[str, list[str]] = {"": []}
+        raise kind.wrong(f"a kind begins with one of {', '.join(KINDS)}")
+    allowed, found, words = _KEYWORDS.get(first, ("scale", "offset")), dict[str, Any](), list[str]()
+    parts = {"words": words}
     for word in rest:
-        if word in _WORDS:
-            if word in parts:
-                raise _wrong(target, text, f'"{word}" is there twice')
-            parts[word] = []
-            here = word
+        if word not in ("above", "weights", "balanced", "scale", "offset"):
+            words.append(word)
+        elif word in parts:
+            raise kind.wrong(f'"{word}" is there twice')
+        elif word not in allowed:
+            raise kind.wrong(f'"{word}" is not for {first}, which takes {", ".join(allowed)}')
         else:
-            parts[here if len(parts) > 1 else ""].append(word)
-    allowed = {
-        "class": ("above", "weights", "balanced"),
-        "labels": ("weights", "balanced"),
-        "value": ("scale", "offset"),
-        "quantiles": ("scale", "offset"),
-    }[first]
+            words = parts[word] = []
     for word, values in parts.items():
-        if word and word not in allowed:
-            raise _wrong(target, text, f'"{word}" is not for {first}, which takes {", ".join(allowed)}')
-        if word in ("above", "scale", "offset") and len(values) != 1:
-            raise _wrong(target, text, f'"{word}" takes one number')
-        if word == "weights" and not values:
-            raise _wrong(target, text, '"weights" takes a number for each class')
-        if word == "balanced" and values:
-            raise _wrong(target, text, f'"balanced" takes no "{values[0]}"')
-    numbers = {
-        w: tuple(_number(target, text, v) for v in parts.get(w, ())) for w in ("above", "weights", "scale", "offset")
-    }
-    kind = Kind(
-        first,
-        tuple(parts[""]),
-        above=numbers["above"][0] if numbers["above"] else None,
-        weights=numbers["weights"],
-        balanced="balanced" in parts,
-        scale=numbers["scale"][0] if numbers["scale"] else 1.0,
-        offset=numbers["offset"][0] if numbers["offset"] else 0.0,
-    )
-    if kind.scale <= 0 or (kind.weights and min(kind.weights) <= 0):
-        raise _wrong(target, text, "scale and weights are positive numbers")
-    if kind.weights and kind.balanced:
-        raise _wrong(target, text, "give weights or balanced, not both")
-    if first == "quantiles":
-        levels = [_number(target, text, w) for w in kind.words]
-        if not levels or sorted(set(levels)) != levels or min(levels) <= 0 or max(levels) >= 1:
-            raise _wrong(
-                target, text, "write the levels in ascending order, each between 0 and 1: quantiles 0.1 0.5 0.9"
-            )
-    if first in ("class", "labels") and len(set(kind.words)) != len(kind.words):
-        raise _wrong(target, text, "two classes have the same name")
-    if kind.above is not None and len(kind.words) not in (0, 2):
-        raise _wrong(target, text, '"above" makes two classes: give two names, or none')
-    if first == "value" and kind.words:
-        raise _wrong(target, text, f'"{kind.words[0]}" is unknown; write value [scale S] [offset O]')
+        if word in ("above", "scale", "offset"):
+            if len(values) != 1:
+                raise kind.wrong(f'"{word}" takes one number')
+            found[word] = kind.number(values[0])
+        elif word == "weights":
+            if not values:
+                raise kind.wrong('"weights" takes a number for each class')
+            found[word] = tuple(map(kind.number, values))
+        elif word == "balanced":
+            if values:
+                raise kind.wrong(f'"balanced" takes no "{values[0]}"')
+            found[word] = True
+    kind = Kind(target, text, first, tuple(parts["words"]), **found)
+    _check(kind)
     return kind
+
+
+def _check(kind: Kind) -> None:
+    """Raise UserError unless the entry's words and numbers go together."""
+    if kind.scale <= 0 or (kind.weights and min(kind.weights) <= 0):
+        raise kind.wrong("scale and weights are positive numbers")
+    if kind.weights and kind.balanced:
+        raise kind.wrong("give weights or balanced, not both")
+    if kind.kind == "quantiles":
+        levels = [kind.number(word) for word in kind.words]
+        if not levels or sorted(set(levels)) != levels or min(levels) <= 0 or max(levels) >= 1:
+            raise kind.wrong("write the levels in ascending order, each between 0 and 1: quantiles 0.1 0.5 0.9")
+    if kind.kind == "value" and kind.words:
+        raise kind.wrong(f'"{kind.words[0]}" is unknown; write value [scale S] [offset O]')
+    if kind.kind in ("class", "labels") and len(set(kind.words)) != len(kind.words):
+        raise kind.wrong("two classes have the same name")
+    if kind.above is not None and len(kind.words) not in (0, 2):
+        raise kind.wrong('"above" makes two classes: give two names, or none')
 
 
 def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[tuple[Target, ...], Data, Data]:
@@ -119,12 +124,12 @@ def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[
             )
     targets, train, test = [], {}, {}
     for name in names:
-        text = kinds.get(name) or raw.kinds.get(name) or _guess(raw.train.columns[name])
+        kind = read_kind(name, kinds.get(name) or raw.kinds.get(name) or _guess(raw.train.columns[name]))
         both = [np.asarray(part.columns[name]) for part in (raw.train, raw.test)]
-        _check_shapes(raw, name, text, both)
-        target = _target(name, text, both)
+        _check_shapes(raw, kind, both)
+        target = _target(kind, both)
         targets.append(target)
-        train[name], test[name] = (_numbers(target, text, part) for part in (raw.train, raw.test))
+        train[name], test[name] = (_numbers(target, kind, part) for part in (raw.train, raw.test))
     return tuple(targets), Data(raw.train.x, train), Data(raw.test.x, test)
 
 
@@ -147,62 +152,47 @@ def _guess(column: Column) -> str:
     return "class" if known and len(known) <= 100 and all(float(w).is_integer() for w in known) else "value"
 
 
-def _check_shapes(raw: Raw, name: str, text: str, columns: list[Column]) -> None:
+def _check_shapes(raw: Raw, kind: Kind, columns: list[Column]) -> None:
     """Raise UserError unless a column has one entry per sample, a row per sample for labels, or a class per token."""
-    kind = read_kind(name, text).kind
     for column in columns:
-        rows = kind == "labels" and column.ndim == 2
-        tokens = kind == "class" and raw.tokens and column.ndim == 2 and column.shape[1:] == raw.train.x.shape[1:]
+        rows = kind.kind == "labels" and column.ndim == 2
+        tokens = kind.kind == "class" and raw.tokens and column.ndim == 2 and column.shape[1:] == raw.train.x.shape[1:]
         if column.ndim != 1 and not rows and not tokens:
-            raise _wrong(
-                name,
-                text,
-                f"the column has shape {column.shape}, but {kind} takes one entry per sample; "
-                'write "labels" for rows of 0 and 1, and split other arrays into one target each',
+            raise kind.wrong(
+                f"the column has shape {column.shape}, but {kind.kind} takes one entry per sample; "
+                'write "labels" for rows of 0 and 1, and split other arrays into one target each'
             )
 
 
-def _target(name: str, text: str, columns: list[Column]) -> Target:
-    kind = read_kind(name, text)
+def _target(kind: Kind, columns: list[Column]) -> Target:
     if kind.kind == "value":
-        return Target(name, "value", 1, kind.scale, kind.offset)
+        return Target(kind.target, "value", 1, kind.scale, kind.offset)
     if kind.kind == "quantiles":
-        levels = tuple(float(w) for w in kind.words)
-        return Target(name, "quantiles", len(levels), kind.scale, kind.offset, levels)
+        levels = tuple(map(float, kind.words))
+        return Target(kind.target, "quantiles", len(levels), kind.scale, kind.offset, levels)
     if kind.above is not None:
         names: tuple[str, ...] = kind.words or (f"at most {kind.above:g}", f"above {kind.above:g}")
     elif len(kind.words) == 1 and kind.words[0].isdecimal():
-        names = tuple(str(i) for i in range(int(kind.words[0])))
-    elif kind.words:
-        names = kind.words
-    elif kind.kind == "labels":
-        names = _label_names(columns)
+        names = tuple(map(str, range(int(kind.words[0]))))
     else:
-        names = _distinct(columns)
+        names = kind.words or (_label_names(columns) if kind.kind == "labels" else _distinct(columns))
     if kind.weights and len(kind.weights) != len(names):
-        raise _wrong(name, text, f"{len(kind.weights)} weights for {len(names)} classes {list(names)[:20]}")
+        raise kind.wrong(f"{len(kind.weights)} weights for {len(names)} classes {list(names)[:20]}")
     if len(names) < 2 and kind.kind == "class":
-        raise _wrong(name, text, f"the column has {len(names)} distinct values; a class target needs two or more")
-    return Target(
-        name,
-        "labels" if kind.kind == "labels" else "class",
-        len(names),
-        weights=kind.weights,
-        balanced=kind.balanced,
-        names=names,
-    )
+        raise kind.wrong(f"the column has {len(names)} distinct values; a class target needs two or more")
+    which: Literal["class", "labels"] = "labels" if kind.kind == "labels" else "class"
+    return Target(kind.target, which, len(names), weights=kind.weights, balanced=kind.balanced, names=names)
 
 
-def _numbers(target: Target, text: str, part: Part) -> Tensor:
+def _numbers(target: Target, kind: Kind, part: Part) -> Tensor:
     column = np.asarray(part.columns[target.name])
     gone = missing(column)
     if target.kind in ("value", "quantiles"):
-        return torch.from_numpy(_floats(target.name, text, part, gone).astype(np.float32))
+        return torch.from_numpy(_floats(kind, part, gone).astype(np.float32))
     if target.kind == "labels":
-        return torch.from_numpy(_rows(target, text, part))
-    kind = read_kind(target.name, text)
+        return torch.from_numpy(_rows(target, kind, part))
     if kind.above is not None:
-        values = _floats(target.name, text, part, gone)
+        values = _floats(kind, part, gone)
         return torch.from_numpy(np.where(gone, MISSING, (values > kind.above).astype(np.int64)))
     index = {name: i for i, name in enumerate(target.names)}
     words, inverse = _words(column)
@@ -212,8 +202,7 @@ def _numbers(target: Target, text: str, part: Part) -> Tensor:
     for number, word in enumerate(words):
         if word and word not in index:
             row = int(np.argwhere(inverse == number)[0][0])
-            why = f'{part.where(row)}, has "{word}", which is none of {list(target.names)[:20]}'
-            raise _wrong(target.name, text, why)
+            raise kind.wrong(f'{part.where(row)}, has "{word}", which is none of {list(target.names)[:20]}')
     return torch.from_numpy(np.array([index.get(word, MISSING) for word in words], dtype=np.int64)[inverse])
 
 
@@ -252,14 +241,14 @@ def _cell(cell: str) -> list[str]:
     return [name.strip() for name in str(cell).split("|") if name.strip()]
 
 
-def _rows(target: Target, text: str, part: Part) -> npt.NDArray[np.float32]:
+def _rows(target: Target, kind: Kind, part: Part) -> npt.NDArray[np.float32]:
     column = np.asarray(part.columns[target.name])
     if column.ndim == 2:
         if column.shape[1] != target.size:
-            raise _wrong(target.name, text, f"rows have {column.shape[1]} entries, not {target.size}")
+            raise kind.wrong(f"rows have {column.shape[1]} entries, not {target.size}")
         rows = column.astype(np.float32)
         if not np.isin(rows[~np.isnan(rows)], (0, 1)).all():
-            raise _wrong(target.name, text, "rows of labels contain 0 and 1 (NaN for missing)")
+            raise kind.wrong("rows of labels contain 0 and 1 (NaN for missing)")
         return rows
     index = {name: i for i, name in enumerate(target.names)}
     rows = np.zeros((len(column), target.size), dtype=np.float32)
@@ -270,23 +259,21 @@ def _rows(target: Target, text: str, part: Part) -> npt.NDArray[np.float32]:
             rows[row] = np.nan
         for name in _cell(cell):
             if name not in index:
-                raise _wrong(
-                    target.name, text, f'{part.where(row)}, has "{name}", which is none of {list(target.names)[:20]}'
-                )
+                raise kind.wrong(f'{part.where(row)}, has "{name}", which is none of {list(target.names)[:20]}')
             rows[row, index[name]] = 1
     return rows
 
 
-def _floats(target: str, text: str, part: Part, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
-    column = np.asarray(part.columns[target])
+def _floats(kind: Kind, part: Part, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    column = np.asarray(part.columns[kind.target])
     if column.dtype.kind in "fiub":
         if (infinite := np.flatnonzero(np.isinf(column))).size:
-            raise _wrong(target, text, f"{part.where(int(infinite[0]))}, is not a finite number")
+            raise kind.wrong(f"{part.where(int(infinite[0]))}, is not a finite number")
         return column.astype(np.float64)
     values = np.full(column.shape, np.nan)
     for row in np.flatnonzero(~gone):
         if not is_number(str(column[row])):
-            raise _wrong(target, text, f'{part.where(int(row))}, has "{column[row]}", which is not a number')
+            raise kind.wrong(f'{part.where(int(row))}, has "{column[row]}", which is not a number')
         values[row] = float(column[row])
     return values
 
@@ -297,13 +284,3 @@ def is_number(text: str) -> bool:
         return bool(np.isfinite(float(text)))
     except ValueError:
         return False
-
-
-def _number(target: str, text: str, word: str) -> float:
-    if not is_number(word):
-        raise _wrong(target, text, f'"{word}" is not a number')
-    return float(word)
-
-
-def _wrong(target: str, text: str, why: str) -> UserError:
-    return UserError(f'task.kinds = "{text}" for the target "{target}": {why}')

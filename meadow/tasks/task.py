@@ -26,8 +26,8 @@ from meadow.tasks.numerics import channels_last
 from meadow.tasks.pipeline import Pipeline, image_pipeline
 from meadow.tasks.readers.datasets import data_settings, forget_datasets, open_dataset
 from meadow.tasks.splits.holds import held
-from meadow.tasks.splits.laws import Ints
-from meadow.tasks.splits.partition import Split, deal, label_counts, strata
+from meadow.tasks.splits.partition import Split, label_counts, make_split, strata
+from meadow.tasks.splits.partitioners import Ints
 
 _CACHED = 2**28
 """Bytes of client data that a process caches, least recently used first out."""
@@ -199,7 +199,7 @@ def _open_task(
         )
     split = memory.common(
         _split_of(seed, task, partition, folds, fold),
-        lambda: deal(partition, strata(dataset.train.y[first.name], first), seed, dataset.owner, folds, fold),
+        lambda: make_split(partition, strata(dataset.train.y[first.name], first), seed, dataset.owner, folds, fold),
     )
     holders = held(partition.holds, task.targets, len(split.clients), seed)
     weights = task.target_weights or (1.0,) * len(learned)

@@ -10,14 +10,14 @@ import copy
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from meadow.arrays.flower import Run, from_record, to_record
+from meadow.arrays.flower import from_record, to_record
 from meadow.arrays.named import Arrays, split_auxiliary
 from meadow.arrays.sums import as_before
 from meadow.runtime.errors import RunStopped, UserError
@@ -53,15 +53,16 @@ class FlowerServer(ServerAlgorithm[Sequence[ClientUpdate]]):
                 f"{least}: write cohort.quorum = {least}, or give it min_available_nodes = {len(total)}"
             )
         round_, sent = total[0].round, to_record(_ordered(model))
-        clients = _Clients([reply.client for reply in total])
-        for message in strategy.configure_train(round_, sent, ConfigRecord(), clients):
+        clients = [reply.client for reply in total]
+        grid: Any = SimpleNamespace(get_node_ids=lambda: clients)  # strategies need no more: Meadow sends the messages
+        for message in strategy.configure_train(round_, sent, ConfigRecord(), grid):
             if message.content.get("arrays") not in (None, sent):
                 raise UserError(
                     f"{type(strategy).__name__} sends clients other arrays than the model; write the server as a "
                     "ServerAlgorithm, and return additional arrays from `auxiliary` (docs/strategies.md)"
                 )
         replies = [(_ordered(split_auxiliary(reply.arrays)[0]), self._metrics(reply)) for reply in total]
-        found = aggregated(strategy, round_, replies, clients.ids)
+        found = aggregated(strategy, round_, replies, clients)
         new = {name: as_before(np.asarray(found[name]), old) if name in found else old for name, old in model.items()}
         arrays: Arrays = {}
         structure = json.dumps(_attributes(strategy, self._fresh, arrays)).encode()
@@ -149,34 +150,3 @@ def _restore(thing: Any, structure: Mapping[str, Any], arrays: Mapping[str, Any]
 
     for name, value in structure.items():
         setattr(thing, name, read(value, getattr(thing, name, None)))
-
-
-class _Clients(Grid):
-    """A grid for `configure_train`, with the clients that replied as its nodes."""
-
-    def __init__(self, ids: Sequence[int]) -> None:
-        self.ids = list(ids)
-
-    def get_node_ids(self) -> list[int]:
-        return self.ids
-
-    def push_messages(self, messages: Iterable[Message]) -> NoReturn:
-        raise RuntimeError("a strategy returns its messages from configure_train; Meadow's rounds send them")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> NoReturn:
-        self.push_messages(())
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> NoReturn:
-        self.push_messages(())
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def set_run(self, run: Run) -> None:
-        """Nothing to set."""
-
-    @property
-    def run(self) -> Run:
-        return Run.create_empty(0)

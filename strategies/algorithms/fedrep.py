@@ -7,12 +7,10 @@ FedAlt with share = "body": `head_epochs` for the head, then `body_epochs` for t
 arrays.
 """
 
-from dataclasses import dataclass
-
 from meadow.config.rules.rule import Rule
 from meadow.config.schema import Local, Strategy
 from meadow.strategies.algorithms.fedavg import FedAvg
-from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, steps_of
+from meadow.strategies.protocol import Algorithm, ClientAlgorithm, ClientContext, ClientResult, FitResult, steps_of
 
 
 class Client(ClientAlgorithm):
@@ -22,18 +20,10 @@ class Client(ClientAlgorithm):
         shared = frozenset(context.roles.shared)
         first = context.fit(epochs=context.settings.head_epochs, learns=lambda name: name not in shared)
         second = context.fit(epochs=context.settings.body_epochs, learns=lambda name: name in shared)
-        return ClientResult(context.arrays(), _Both(first.steps + second.steps, second.losses))
+        return ClientResult(context.arrays(), FitResult(first.steps + second.steps, second.losses))
 
     def steps(self, settings: Strategy, local: Local, size: int) -> int:
         return steps_of(local, size, settings.head_epochs) + steps_of(local, size, settings.body_epochs)
-
-
-@dataclass
-class _Both:
-    """The report of both phases: the sum of their steps, and the losses of the second."""
-
-    steps: int
-    losses: dict[str, float]
 
 
 FEDALT = Algorithm(

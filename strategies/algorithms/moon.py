@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meadow.config.rules.rule import Rule
 from meadow.strategies.algorithms.fedavg import FedAvg
 from meadow.strategies.protocol import Algorithm, Batch, ClientAlgorithm, ClientContext, ClientResult
-from meadow.strategies.roles import HEADS
+from meadow.strategies.trainable import HEADS
 
 
 class Client(ClientAlgorithm):

@@ -8,7 +8,7 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.objects import user_instance
 from meadow.strategies.protocol import Roles
 from meadow.strategies.stages.bucketing import Bucketing
-from meadow.strategies.stages.builtin import Attack, ClipAndNoise, LocalNoise, NormBound, TrainedOnly
+from meadow.strategies.stages.builtin import Attack, LocalNoise, NormBound, TrainedOnly
 from meadow.strategies.stages.stage import Arrived, AtClient, Left, Stage, moved, moves
 
 __all__ = ["Arrived", "AtClient", "Left", "Stage", "Stages", "moved", "moves", "stages_of"]
@@ -28,6 +28,8 @@ class Stages:
         self.encodes = any(_overrides(stage, "restore") for stage in stages)
         """Whether updates are sent in another form than the model's."""
         self._arriving = [stage for stage in reversed(stages) if _overrides(stage, "arrive", "restore")]
+        self.combine = next((stage.combine for stage in stages if _overrides(stage, "combine")), None)
+        """Computes the next model in place of the algorithm, if there is such a stage."""
         self._judging = [stage for stage in stages if _overrides(stage, "judge")]
 
     def __iter__(self) -> Iterator[Stage]:
@@ -69,16 +71,14 @@ class Stages:
         return next((reason for stage in self._judging if (reason := stage.judge(own, received))), "")
 
 
-def stages_of(experiment: Experiment, roles: Roles) -> Stages:
+def stages_of(experiment: Experiment, roles: Roles, of_server: Sequence[Stage] = ()) -> Stages:
     """The built-in stages that the settings need, then `strategy.stages`, which therefore get updates with the noise of
-    local DP. Raises UserError for an invalid stage."""
-    found: list[Stage] = []
+    local DP. of_server: stages that only the server has. Raises UserError for an invalid stage."""
+    found = [*of_server]
     if experiment.cohort.max_norm:
         found.append(NormBound(experiment.cohort.max_norm))
     if experiment.strategy.bucket > 1:
         found.append(Bucketing(experiment.strategy.bucket))
-    if experiment.privacy.unit == "client":
-        found.append(ClipAndNoise())
     if experiment.attack.kind not in ("none", "label-flip"):
         found.append(Attack(experiment))
     if experiment.privacy.unit == "local":

@@ -1,5 +1,7 @@
-"""The built-in stages, which settings add: attacks, noise of local DP, norm bound, clipping and noise, untrained
-heads."""
+"""The built-in stages, which settings add: attacks, noise of local DP, norm bound, untrained heads.
+
+Clipping and noise of client-level DP are `meadow.server.client_level`, because only the server has their secret.
+"""
 
 from collections.abc import Sequence
 
@@ -69,9 +71,3 @@ class NormBound(BuiltIn):
     def judge(self, update: Arrays, received: Arrays) -> str:
         far = length(update, received)
         return f"its update is {far:.6g} long, more than cohort.max_norm = {self._most:.6g}" if far > self._most else ""
-
-
-class ClipAndNoise(BuiltIn):
-    """Client-level DP: the server clips each update and adds the noise to their sum (`meadow.server.client_level`)."""
-
-    name = "clip-and-noise"

@@ -92,6 +92,11 @@ class Stage:
         """Return why an update in the form of the model must be rejected, or "". Runs on the node or at the server."""
         return ""
 
+    def combine(self, sent: Arrays, updates: Sequence[Arrays], round_: int) -> Arrays:
+        """At the server, compute the next model from the clients' updates, in place of an algorithm that only
+        averages. The algorithm computes it unless a stage overrides this."""
+        raise NotImplementedError
+
     def releases(self, experiment: Experiment) -> Sequence[Quantity]:
         """The releases of this stage, and the mechanism that protects them."""
         noised = experiment.privacy.unit in ("example", "local")

@@ -58,10 +58,10 @@ class Answer:
     @property
     def metrics(self) -> Values:
         """Its metrics; empty if there are none."""
-        return self.said("metrics")
+        return self.section("metrics")
 
-    def said(self, kind: str) -> Values:
-        """Its values of a kind; empty if there are none."""
+    def section(self, kind: str) -> Values:
+        """One kind of its values; empty if there are none."""
         return (self.values or {}).get(kind, {})
 
 

@@ -22,7 +22,7 @@ from meadow.client.loop.alignment import (
     reversal_strength,
     reversed_gradient,
 )
-from meadow.client.loop.training import Extras, train
+from meadow.client.loop.training import Training, train
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
@@ -137,7 +137,7 @@ def opened(method: str, *overrides: str) -> tuple[Experiment, Task, nn.Module]:
 @pytest.mark.parametrize("method", ["mmd", "deep-coral", "dann"])
 @pytest.mark.parametrize("labels", ["source", "both"])
 def test_a_step_is_the_gradient_of_task_loss_and_lambda_times_alignment(method: str, labels: str) -> None:
-    """Extras it by autograd: the loss on the source's labels (and the target's), and lambda times the alignment."""
+    """As by autograd: the loss on the source's labels (and the target's), and lambda times the alignment."""
     experiment, task, model = opened(method, "adapt.weight=0.3", f"adapt.labels={labels}", "run.rounds=4")
     data = task.client(0).train
     source = source_samples(experiment, 0).take(torch.arange(len(data)))
@@ -163,7 +163,7 @@ def test_a_step_is_the_gradient_of_task_loss_and_lambda_times_alignment(method: 
     gradients = torch.autograd.grad(loss["digit"] + 0.3 * aligned, list(names.values()))
     before = state_of(model)
     # The client's source samples are just these, in whatever order the step takes them.
-    train(model, data, task, experiment, 3, 0, extras=Extras(source=source))
+    train(model, Training(data, 3, 0, experiment.local, source=source), task, experiment)
     by = {name: 0.1 * g for name, g in zip(names, gradients, strict=True)}
     stepped(state_of(model), before, by, np.float32 if method == "dann" else np.float64)
 
@@ -175,7 +175,7 @@ def test_labels_of_the_target_are_not_looked_at() -> None:
         data = task.client(0).train
         if wrong:
             data = Data(data.x, {name: (y + 1) % 10 for name, y in data.y.items()})
-        train(model, data, task, experiment, 1, 0, extras=Extras(source=source_samples(experiment, 0)))
+        train(model, Training(data, 1, 0, experiment.local, source=source_samples(experiment, 0)), task, experiment)
         states.append(state_of(model))
     assert all(states[0][n].tobytes() == states[1][n].tobytes() for n in states[0])
 
@@ -229,7 +229,7 @@ def test_each_domain_s_part_of_a_head_learns_from_its_own_samples() -> None:
     s, t = (torch.autograd.grad(outputs[n], weight, retain_graph=True)[0] / 2 for n in ("source", "target"))
     assert not s[:, 16:].any() and not t[:, 8:16].any() and torch.allclose(s[:, :8], s[:, 8:16])
     before = state_of(model)
-    train(model, data, task, experiment, 1, 0, extras=Extras(source=source.take(torch.arange(len(data)))))
+    train(model, Training(data, 1, 0, experiment.local, source=source.take(torch.arange(len(data)))), task, experiment)
     moved = (floats(before)["heads.digit.weight"] - floats(state_of(model))["heads.digit.weight"]) / 0.1
     stepped({"w": moved}, {"w": np.zeros(moved.shape)}, {"w": -(s + t)})
 
@@ -244,7 +244,7 @@ def test_coral_trains_on_recoloured_samples_or_features() -> None:
     names = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, list(names.values()))
     before = state_of(model)
-    train(model, data, task, experiment, 1, 0, extras=Extras(source=source))
+    train(model, Training(data, 1, 0, experiment.local, source=source), task, experiment)
     stepped(state_of(model), before, {name: 0.1 * g for name, g in zip(names, gradients, strict=True)})
 
 
@@ -257,7 +257,7 @@ def test_source_only_sees_the_source_only() -> None:
     loss = losses(model(source.x), source.y, task.targets)["digit"]
     gradients = torch.autograd.grad(loss, list(names.values()))
     before = state_of(model)
-    train(model, data, task, experiment, 1, 0, extras=Extras(source=source))
+    train(model, Training(data, 1, 0, experiment.local, source=source), task, experiment)
     stepped(state_of(model), before, {name: 0.1 * g for name, g in zip(names, gradients, strict=True)})
 
 

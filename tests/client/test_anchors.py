@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from helpers.rounding import OPERATIONS, close, floats, stepped
 from helpers.runs import run_inline, small
 from meadow.client.loop.anchors import Teacher, pull, soft_cross_entropy, source_fisher, teacher
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator
@@ -167,7 +167,7 @@ def test_a_teacher_s_part_of_a_step(kl: float, distill: float, temperature: floa
     names = dict(model.named_parameters())
     gradients = dict(zip(names, torch.autograd.grad(total, list(names.values())), strict=True))
     before = state_of(model)
-    train(model, data, task, experiment, 1, 0)
+    train(model, Training(data, 1, 0, experiment.local), task, experiment)
     stepped(state_of(model), before, {name: 0.1 * value for name, value in gradients.items()}, np.float32)
 
 
@@ -176,7 +176,7 @@ def test_a_teacher_learns_nothing() -> None:
     held = teacher(model, task, experiment)
     assert held is not None
     before = state_of(held.model)
-    train(model, task.client(0).train, task, experiment, 1, 0)
+    train(model, Training(task.client(0).train, 1, 0, experiment.local), task, experiment)
     again = teacher(model, task, experiment)
     assert again is not None and again.model is held.model
     assert all(value.tobytes() == before[n].tobytes() for n, value in state_of(held.model).items())

@@ -14,8 +14,8 @@ from helpers.rounding import close, floats, in_double, stepped
 from helpers.runs import run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
-from meadow.client.loop.balance import DynamicAverage, GradNorm, PCGrad, Uncertainty, make_balance, projected_sum
-from meadow.client.loop.training import Extras, train
+from meadow.client.loop.balance import BALANCES, DynamicAverage, GradNorm, PCGrad, Uncertainty, projected_sum
+from meadow.client.loop.training import Training, train
 from meadow.config.cohort import draw_cohort
 from meadow.config.schema import Experiment, Local
 from meadow.config.schema import Task as Settings
@@ -105,7 +105,7 @@ def test_a_step_with_projected_gradients() -> None:
         if dot < 0:
             conflicts += 1
             expected = one - dot / float(two @ two) * two + two - dot / float(one @ one) * one
-        train(model, data, task, experiment, 1, client)
+        train(model, Training(data, 1, client, experiment.local), task, experiment)
         parts = torch.split(0.1 * expected, [before[n].size for n in trunk])
         by = {n: part.view(before[n].shape) for n, part in zip(trunk, parts, strict=True)}
         for head, weight in (("digit", 1), ("slant", 2)):
@@ -143,7 +143,7 @@ def test_uncertainty_in_training_and_from_round_to_round() -> None:
     memory: Arrays = {Uncertainty.NAME: np.array([0.5, -0.25])}
     own, before = gradients(model, task, data), state_of(model)
     parts = losses(model(data.x), data.y, task.targets)
-    done = train(model, data, task, experiment, 2, 0, extras=Extras(memory=memory))
+    done = train(model, Training(data, 2, 0, experiment.local, memory=memory), task, experiment)
     for head, factor in (("digit", math.exp(-0.5)), ("slant", 0.5 * math.exp(0.25))):
         name = f"heads.{head}.weight"
         moved, step = floats(before)[name] - floats(state_of(model))[name], 0.1 * factor * own[head][name]
@@ -184,7 +184,7 @@ def test_dynamic_weights_in_training() -> None:
                 parameter.mul_(1 + round_ / 10)
         model, data = model.double(), in_double(task.client(0).train)
         own, before = gradients(model, task, data), state_of(model)
-        done = train(model, data, task, experiment, round_, 0, extras=Extras(memory=memory))
+        done = train(model, Training(data, round_, 0, experiment.local, memory=memory), task, experiment)
         memory = done.memory
         seen.append([done.losses["digit"], done.losses["slant"]])
     assert memory[DynamicAverage.NAME].tolist() == [pytest.approx(seen[1]), pytest.approx(seen[2])]
@@ -242,7 +242,7 @@ def test_gradnorm_in_training_looks_at_the_trunk_s_top() -> None:
         math.sqrt(sum(float((own[t][f"trunk.linear2.{k}"] ** 2).sum()) for k in ("weight", "bias")))
         for t in ("digit", "slant")
     ]
-    done = train(model, data, task, experiment, 1, 0)
+    done = train(model, Training(data, 1, 0, experiment.local), task, experiment)
     signs = np.sign(np.array(lengths) - np.mean(lengths))
     moved = np.maximum(1 - 0.2 * signs * lengths, GradNorm.LEAST)
     close(done.memory[GradNorm.NAME][0], moved * 2 / moved.sum(), 1000, dtype=np.float64)
@@ -251,7 +251,7 @@ def test_gradnorm_in_training_looks_at_the_trunk_s_top() -> None:
 @pytest.mark.parametrize("kind", ["fixed", "uncertainty", "dwa", "gradnorm", "pcgrad"])
 def test_a_target_without_labels_in_the_batch_has_no_part(kind: Any) -> None:
     """Its loss is 0, and would otherwise pull its weight up or its variance down."""
-    balance = make_balance(Local(balance=kind), (A, B), {})
+    balance = BALANCES[kind](Local(balance=kind), (A, B), {})
     trunk, head = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([1.0]))
     before = balance.remember()
     balance.backward(
@@ -294,7 +294,7 @@ def test_clients_with_different_targets_are_averaged_key_by_key(tmp_path: Path) 
         model = task.new_model()
         load_into(model, start)
         data = task.client(client).train
-        train(model, data, task, experiment, 1, client)
+        train(model, Training(data, 1, client, experiment.local), task, experiment)
         states.append(state_of(model))
         sizes.append(len(data))
     checkpoint, _ = latest(tmp_path / "checkpoints")

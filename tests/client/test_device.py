@@ -13,7 +13,7 @@ from helpers.rounding import distance, off
 from helpers.runs import small
 from meadow.arrays.named import Named, flat
 from meadow.client.context import LocalContext
-from meadow.client.loop.training import Extras, train
+from meadow.client.loop.training import Training, train
 from meadow.client.trainers.choose import trainers_of
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
@@ -72,16 +72,17 @@ def trained(
     model, own = task.new_model(), task.client(0)
     load_into(model, initial_state(experiment))
     permit = Permit(Mechanism(0.3, 1.0, 0.5, 4.0, 2), Stream(0), Stream(1), mode) if mode else None  # type: ignore[arg-type]
-    extras = Extras(own.validation, source=source_samples(experiment, 0) if experiment.adapt.dataset else None)
+    source = source_samples(experiment, 0) if experiment.adapt.dataset else None
+    training = Training(own.train, 1, 0, experiment.local, validation=own.validation, source=source, permit=permit)
     if away:
         with elsewhere() as device:
             model = model.to(device)
             assert all(isinstance(p, Away) for p in model.parameters())
-            done = train(model, own.train, task, experiment, 1, 0, extras=extras, permit=permit)
+            done = train(model, training, task, experiment)
             scores = evaluate(model, own.test, task)
             assert device_of(model) == AWAY
             return state_of(model), scores, done.steps
-    done = train(model, own.train, task, experiment, 1, 0, extras=extras, permit=permit)
+    done = train(model, training, task, experiment)
     return state_of(model), evaluate(model, own.test, task), done.steps
 
 
@@ -134,7 +135,12 @@ def taken_part(name: str, away: bool) -> dict[str, Any]:
             result = client.train(at)
             personal = {n: result.model[n] for n in roles.personal}
             received = {n: result.model[n] for n in roles.shared}
-            at = replace(at, received=received, memory=result.memory, personal=personal)
+            at = replace(
+                at,
+                received=received,
+                memory={kind: dict(kept) for kind, kept in result.memory.items()},
+                personal=personal,
+            )
         assert device_of(model) == device
         return result.model | client.used(at) | flat(result.memory)
 

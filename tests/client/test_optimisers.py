@@ -14,9 +14,10 @@ from helpers.runs import run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
 from meadow.client.loop.optimisers import PLATEAU, make_optimizer, plateau, scheduled
-from meadow.client.loop.training import Extras, batch_at, train
+from meadow.client.loop.training import Training, batch_at, train
 from meadow.client.loop.validation import validation_loss
 from meadow.config.schema import Experiment, Local
+from meadow.strategies.protocol import Batch
 from meadow.tasks.data import MISSING, Data, Target
 from meadow.tasks.evaluation import load_into, state_of
 from meadow.tasks.losses import losses
@@ -97,7 +98,7 @@ def test_a_full_batch_is_one_step_of_gradient_descent(clip: float) -> None:
     length = math.sqrt(sum(float((v**2).sum()) for v in g.values()))
     factor = min(1.0, clip / (length + 1e-6)) if clip else 1.0
     assert length > 0.05
-    assert train(model, data, task, experiment, 1, 0).steps == 1
+    assert train(model, Training(data, 1, 0, experiment.local), task, experiment).steps == 1
     stepped(state_of(model), before, {name: 0.3 * factor * value for name, value in g.items()})
 
 
@@ -107,11 +108,15 @@ def test_batches_of_one_are_a_step_a_sample() -> None:
     data = task.client(0).train
     seen: list[Tensor] = []
 
-    def watch(model: nn.Module, batch: Data, outputs: Any) -> Tensor:
+    def watch(model: nn.Module, batch: Batch, outputs: Any) -> Tensor:
         seen.append(batch.x)
         return torch.zeros(())
 
-    assert train(model, data, task, experiment, 1, 0, term=watch).steps == 2 * len(data) == len(seen)
+    assert (
+        train(model, Training(data, 1, 0, experiment.local, term=watch), task, experiment).steps
+        == 2 * len(data)
+        == len(seen)
+    )
     first, second = torch.cat(seen[: len(data)]), torch.cat(seen[len(data) :])
     assert not torch.equal(first, second)
     for order in (first, second):
@@ -139,7 +144,7 @@ def test_a_scheduled_rate_scales_the_step() -> None:
             "local.schedule_factor=0.5",
         )  # fmt: skip
         before = floats(state_of(model.double()))
-        train(model, in_double(task.client(0).train), task, experiment, round_, 0)
+        train(model, Training(in_double(task.client(0).train), round_, 0, experiment.local), task, experiment)
         changes.append({n: v - before[n] for n, v in floats(state_of(model)).items()})
     stepped(changes[0], {n: 4 * v for n, v in floats(changes[1]).items()}, {})
 
@@ -179,7 +184,7 @@ def test_early_stopping_keeps_the_best_epoch(patience: int) -> None:
     for epochs in range(1, 9):
         experiment, task, model = opened(*settings, f"local.epochs={epochs}")
         own = task.client(0)
-        steps = train(model, own.train, task, experiment, 1, 0).steps // epochs
+        steps = train(model, Training(own.train, 1, 0, experiment.local), task, experiment).steps // epochs
         states.append(state_of(model))
         values.append(validation_loss(model, own.validation, task))
     best, since, ends = 0, 0, 8
@@ -189,7 +194,7 @@ def test_early_stopping_keeps_the_best_epoch(patience: int) -> None:
             ends = e + 1
             break
     experiment, task, model = opened(*settings, "local.epochs=8", f"local.patience={patience}")
-    done = train(model, own.train, task, experiment, 1, 0, extras=Extras(own.validation))
+    done = train(model, Training(own.train, 1, 0, experiment.local, validation=own.validation), task, experiment)
     assert done.steps == ends * steps
     assert all(value.tobytes() == states[best][n].tobytes() for n, value in state_of(model).items())
     assert best < ends - 1  # else nothing was put back
@@ -220,7 +225,7 @@ def test_smoothing_reaches_training() -> None:
     with torch.no_grad():
         expected = losses(model(data.x), data.y, task.targets, smoothing=0.4)
         plain = losses(model(data.x), data.y, task.targets)
-    reported = train(model, data, task, experiment, 1, 0).losses
+    reported = train(model, Training(data, 1, 0, experiment.local), task, experiment).losses
     close(reported["digit"], float(expected["digit"]), 1000, dtype=np.float64)
     assert abs(reported["digit"] - float(plain["digit"])) > 1e-3
     close(reported["slant"], float(plain["slant"]), 1000, dtype=np.float64)
@@ -242,4 +247,4 @@ def test_batch_normalisation_learns_where_one_sample_is_left_over() -> None:
     experiment = small("fedavg", *images, "local.batch_size=8", "local.epochs=1")
     task = open_task(experiment)
     nine = task.client(0).train.take(torch.arange(9))
-    assert train(task.new_model(), nine, task, experiment, 1, 0).steps == 2
+    assert train(task.new_model(), Training(nine, 1, 0, experiment.local), task, experiment).steps == 2

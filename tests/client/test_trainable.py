@@ -16,7 +16,7 @@ from helpers.runs import run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.client.loop.fisher import empirical_fisher, true_fisher
 from meadow.client.loop.trainable import freeze, mask, top
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_generator
@@ -114,7 +114,7 @@ def test_what_is_frozen_keeps_its_bits_and_what_is_not_moves(family: str, kind: 
     )
     before = state_of(model)
     round_ = 3
-    train(model, task.client(0).train, task, experiment, round_, 0)
+    train(model, Training(task.client(0).train, round_, 0, experiment.local), task, experiment)
     allowed = trained(experiment, before, stage(experiment, round_, 0))
     everything = kind == "fisher" or (family == "mlp" and kind in ("last:2", "gradual"))  # two layers
     assert (allowed == set(before)) == everything
@@ -139,7 +139,7 @@ def test_what_is_frozen_keeps_its_bits_in_every_other_family(family: str, kind: 
         return
     task, model, data = unlike(family, experiment)
     before = state_of(model)
-    train(model, data, task, experiment, 2, 0)
+    train(model, Training(data, 2, 0, experiment.local), task, experiment)
     allowed = trained(experiment, before, stage(experiment, 2, 0))
     changed = differ(before, state_of(model))
     assert changed <= allowed < set(before) or allowed == changed == set(before)
@@ -205,11 +205,11 @@ def test_low_rank_factors_merge_into_the_weights(family: str) -> None:
         a, b = model(x.double()), plain(x.double())
         draw = torch.Generator().manual_seed(0)
         for parameter in plain.parameters():
-            parameter *= 1 + (2 * torch.randint(2, parameter.shape, generator=draw) - 1) * 2.0**-24
+            parameter.mul_(1 + (2 * torch.randint(2, parameter.shape, generator=draw) - 1) * 2.0**-24)
         shaken = plain(x.double())
         for name, parameter in model.named_parameters():  # what a thousandth more would do
             if "lora_b" in name:
-                parameter *= 1.001
+                parameter.mul_(1.001)
         more = model(x.double())
     for name in a:
         bound = LAMBDA * float((shaken[name] - b[name]).abs().max())
@@ -233,7 +233,7 @@ def test_a_full_mask_is_full_fine_tuning(family: str, optimizer: str) -> None:
             family, f"local.trainable={kind}", "local.fisher_on=local", "local.fisher_fraction=1.0",
             f"local.optimizer={optimizer}", "local.lr=0.01", "local.weight_decay=0.1",
         )  # fmt: skip
-        train(model, task.client(0).train, task, experiment, 1, 0)
+        train(model, Training(task.client(0).train, 1, 0, experiment.local), task, experiment)
         states.append(state_of(model))
     assert not differ(*states)
 
@@ -249,7 +249,7 @@ def test_a_mask_changes_exactly_its_entries(on: str) -> None:
     assert held is not None and all(n.startswith("trunk.") for n in held.entries)
     count = sum(int(e.sum()) for e in held.entries.values())
     assert count == math.ceil(0.05 * sum(e.numel() for e in held.entries.values()))
-    train(model, task.client(0).train, task, experiment, 1, 0)
+    train(model, Training(task.client(0).train, 1, 0, experiment.local), task, experiment)
     after = state_of(model)
     for name, entries in held.entries.items():
         assert np.array_equal(before[name] != after[name], entries.numpy()), name
@@ -351,7 +351,7 @@ def test_gradual_unfreezes_what_it_says_when_it_says(unit: str) -> None:
     ]  # epochs done before the last: 2, 5, 8, 11, 14
     for round_, depth in enumerate(deepest, start=1):
         before = state_of(model)
-        train(model, task.client(0).train, task, experiment, round_, 0)
+        train(model, Training(task.client(0).train, round_, 0, experiment.local), task, experiment)
         moved = {n.split(".")[1] for n in differ(before, state_of(model)) if n.startswith("trunk.")}
         assert moved == set(order[:depth]), round_
     union = {n.split(".")[1] for n in trained(experiment, state_of(model)) if n.startswith("trunk.")}
@@ -366,7 +366,7 @@ def test_each_stage_divides_the_rate() -> None:
             "mlp", "local.trainable=gradual", "local.gradual_divide=3", "local.steps=1", "local.batch_size=0"
         )
         before = floats(state_of(model.double()))
-        train(model, in_double(task.client(0).train), task, experiment, round_, 0)
+        train(model, Training(in_double(task.client(0).train), round_, 0, experiment.local), task, experiment)
         steps.append(floats(state_of(model))["heads.digit.bias"] - before["heads.digit.bias"])
     for k in (1, 2):
         stepped({"b": steps[k] * 3**k}, {"b": steps[0]}, {})

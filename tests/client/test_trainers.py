@@ -17,11 +17,10 @@ import torch
 
 from helpers.runs import run_inline, small
 from meadow.arrays.named import Arrays
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.client.trainers.choose import Loop, Trainers, trainers_of
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.fused import Fused
-from meadow.client.trainers.job import Training
 from meadow.client.trainers.kernel import KernelTrainer, Member, Result
 from meadow.config.schema import Experiment
 from meadow.experiments.api import check_run
@@ -91,8 +90,8 @@ def test_a_run_counts_who_trained(
     assert Trainings.total(records).as_json() == {key: engine[key] for key in ("training", "passed_over")}
     forecast = plan(experiment)["training"]
     assert {kind["trainer"] for kind in forecast} == expected.keys()
-    told = {(kind["trainer"], name, why) for kind in forecast for name, why in kind["passed_over"].items()}
-    assert {(name, why) for _, name, why in told} == {
+    passed_over = {(kind["trainer"], name, why) for kind in forecast for name, why in kind["passed_over"].items()}
+    assert {(name, why) for _, name, why in passed_over} == {
         (n, why) for n, some in engine["passed_over"].items() for why in some
     }
 
@@ -169,8 +168,6 @@ def test_where_a_trainer_fails_the_loop_takes_over(caplog: pytest.LogCaptureFixt
     Loop(experiment, seen.task).train(seen.model, training)
     by_loop = state_of(seen.model)
     assert all(np.array_equal(found[0][n], by_loop[n]) and np.array_equal(found[2][n], by_loop[n]) for n in by_loop)
-    _, totals = trainers.train_blocks(failing, start, [[training]], [[dict.fromkeys(start, 1.0)]])
-    assert totals == [None]
     trainers.available = [failing]
     with pytest.raises(RuntimeError):
         trainers.train(seen.model, training)

@@ -20,8 +20,7 @@ from typing import Any
 
 import pytest
 
-import meadow.client.app
-from helpers.runs import run_inline
+from helpers.runs import clients_answer, run_with
 from helpers.stack import (
     PROJECT,
     PROXY,
@@ -38,8 +37,8 @@ from helpers.stack import (
     playing,
     start_engine,
 )
+from meadow.client.answers import train_client
 from meadow.client.node import Node
-from meadow.client.node import train_client as train_one
 from meadow.strategies.check import load
 from meadow.strategies.wire.packing import Answer, Request
 
@@ -189,9 +188,9 @@ def test_a_node_with_an_unregistered_key_is_refused(stack: Stack) -> None:
         "--superlink proxy:9092 --root-certificates /own/keys/ca.crt --max-retries 1 "
         "--auth-supernode-private-key /tmp/other/stranger/node.key; echo status $?"
     )
-    said = docker("exec", container("node-3"), "sh", "-c", start)
-    assert "status 0" not in said and "SuperNode ID" not in said
-    assert "[code: 2004] Failed to activate SuperNode." in said
+    output = docker("exec", container("node-3"), "sh", "-c", start)
+    assert "status 0" not in output and "SuperNode ID" not in output
+    assert "[code: 2004] Failed to activate SuperNode." in output
     assert "/v1/fleet/activate-node][ApiError:2004]" in docker("logs", container("superlink"))
 
 
@@ -215,16 +214,14 @@ def test_containers_are_hardened(stack: Stack) -> None:
 _COMMON = ("ca.crt", "node.key", "share.json", "experiment.toml")
 
 
-def test_it_ends_by_itself_with_the_bits_of_the_inline_engine(
-    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_ends_by_itself_with_the_bits_of_the_inline_engine(stack: Stack, tmp_path: Path) -> None:
     stack.process.wait(400)
     assert stack.process.returncode == 0
     services = ("run", "superlink", "serverapp", "proxy", *HOSTED)
     assert {service: inspect(service)["State"]["ExitCode"] for service in services} == dict.fromkeys(services, 0)
     assert (stack.run / "report.html").exists()
     assert (found := summary(stack))["status"] == "done" and len(stack.rounds()) == stack.total
-    expected = inline_with_losses(stack, tmp_path, monkeypatch)
+    expected = inline_with_losses(stack, tmp_path)
     assert [found[key] for key in SAME] == [expected[key] for key in SAME]
 
 
@@ -235,7 +232,7 @@ def summary(stack: Stack) -> dict[str, Any]:
     return dict(json.loads((stack.run / "summary.json").read_text()))
 
 
-def inline_with_losses(stack: Stack, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def inline_with_losses(stack: Stack, out: Path) -> dict[str, Any]:
     """The same experiment on the inline engine, where the clients that were lost in a round are lost too.
 
     One that had trained when its reply was lost keeps what it learned for itself; its node's log says so.
@@ -247,13 +244,12 @@ def inline_with_losses(stack: Stack, out: Path, monkeypatch: pytest.MonkeyPatch)
     def lossy(node: Node, request: Request) -> Answer:
         which = (request.config["round"], request.client)
         if which not in lost or which in trained:
-            reply = train_one(node, request)
+            reply = train_client(node, request)
         if which in lost:
             raise ConnectionError("this node's reply was lost in that round")
         return reply
 
-    monkeypatch.setattr(meadow.client.app, "train_client", lossy)
-    return run_inline(load(stack.preset, stack.overrides), out / "inline")
+    return run_with(clients_answer(lossy), load(stack.preset, stack.overrides), out / "inline")
 
 
 def test_logs_are_one_line_an_event(stack: Stack) -> None:
@@ -324,19 +320,17 @@ def test_a_node_of_another_version_is_refused(stack: Stack) -> None:
     stack.up("--exit-code-from", "run", files=["docker-compose.yml", "changed.yml"])
     assert stack.process.wait(300) == 3
     assert inspect("run")["State"]["ExitCode"] == 3
-    said = docker("logs", container("run"))
-    assert "has another code than the server" in said and "install the same Meadow" in said
+    output = docker("logs", container("run"))
+    assert "has another code than the server" in output and "install the same Meadow" in output
     assert "this node has another Meadow than the coordinator" in docker("logs", container("node-3"))
 
 
 @pytest.mark.slow
-def test_a_node_without_network_for_120_seconds_is_missed_and_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_without_network_for_120_seconds_is_missed_and_comes_back(tmp_path: Path) -> None:
     start_engine()
     with playing(Stack(tmp_path / "meadow", "fedavg", 24, f"partition.clients={CLIENTS}")) as stack:
         cut_off(CUT, 120)
         assert {client for _, client in stack.lost()} == set(HOSTED[CUT])  # the rounds went on
         stack.until(lambda: not stack.rounds()[-1]["failed"], 200)
         stack.process.wait(900)
-        assert summary(stack)["model_sha256"] == inline_with_losses(stack, tmp_path, monkeypatch)["model_sha256"]
+        assert summary(stack)["model_sha256"] == inline_with_losses(stack, tmp_path)["model_sha256"]

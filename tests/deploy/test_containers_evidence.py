@@ -109,7 +109,7 @@ def test_figures(tmp_path: Path) -> None:
         print(f"from `up` to the end of round 1   {seconds_to('run', 'round=1 ', began):.0f} s")
         for step, seconds in time_line().items():
             print(f"of a round: {step:58} {seconds:.1f} s")
-        size = json.loads(docker("image", "inspect", "meadow:0.1.0"))[0]["Size"]
+        size = json.loads(docker("image", "inspect", "meadow"))[0]["Size"]
     finally:
         stack.down()
     rounds = stack.rounds()

@@ -88,18 +88,18 @@ def test_flower_bundles_the_app_whole(tmp_path: Path) -> None:
         bundle.extractall(tmp_path)
     ask = "from meadow.runtime.identity import ROOT, code_sha256; print(ROOT, code_sha256())"
     clean = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", ask], cwd=tmp_path, env=clean, capture_output=True, text=True, check=True
     )
-    assert said.stdout.split() == [str(tmp_path), code_sha256()]
+    assert done.stdout.split() == [str(tmp_path), code_sha256()]
 
 
 def test_a_run_that_flower_refuses_is_not_waited_for() -> None:
     """flwr 1.41 ends with 0 when `--format json` tells of a failure."""
     from deploy.submit import _refusal
 
-    told = {"success": False, "error-message": "why not"}
-    assert "why not" in _refusal(subprocess.CompletedProcess([], 0, json.dumps(told), ""))
+    answer = {"success": False, "error-message": "why not"}
+    assert "why not" in _refusal(subprocess.CompletedProcess([], 0, json.dumps(answer), ""))
     assert _refusal(subprocess.CompletedProcess([], 1, "", "no such host")) == "no such host"
     assert _refusal(subprocess.CompletedProcess([], 0, json.dumps({"success": True, "run-id": 7}), "")) == ""
 

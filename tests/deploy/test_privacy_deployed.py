@@ -47,7 +47,7 @@ def test_the_processes_engine_gives_the_bits_of_inline(settings: tuple[str, ...]
 
 
 def deploy(experiment: Experiment, out: Path, states: Sequence[Path]) -> dict[str, Any]:
-    """A run on fresh SuperNodes, one for each folder of `states`, told nothing but where they keep their state."""
+    """A run on fresh SuperNodes, one for each folder of `states`; each knows nothing but where it keeps its state."""
     with (
         children(out.parent / f"{out.name}-logs") as group,
         superlink(group, out.parent / f"{out.name}-flower") as link,
@@ -56,13 +56,13 @@ def deploy(experiment: Experiment, out: Path, states: Sequence[Path]) -> dict[st
         for index, state in enumerate(states):
             port = ports.enter_context(free_port())
             work = link.work.parent / f"node-{index}"
-            told: dict[str, bool | int | float | str] = {
+            settings: dict[str, bool | int | float | str] = {
                 "partition-id": index,
                 "num-partitions": len(states),
                 "state": str(state),
             }
             start = [command("flower-supernode"), "--insecure", "--superlink", link.address, "--host", "127.0.0.1"]
-            start += ["--port", str(port), "--node-config", inline_config(told)]
+            start += ["--port", str(port), "--node-config", inline_config(settings)]
             group.start(f"node-{index}", start, work, environment(work / "flwr"))
         run_app(group, link, ROOT, {**to_flat(experiment), "out": str(out), "resume": False})
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())

@@ -20,6 +20,7 @@ import meadow.privacy.client_level
 import meadow.privacy.dpsgd.step
 import meadow.privacy.ledger
 import meadow.server.client_level
+from helpers.refusals import refused
 from helpers.runs import small
 from meadow.experiments.audit import audit
 from meadow.experiments.command import app
@@ -151,7 +152,7 @@ def test_a_loss_that_is_coupled_over_the_batch_is_found(monkeypatch: pytest.Monk
     assert "largest effect of one record" in found(*EXAMPLE, "privacy.clip=0.5", "privacy.grad_sample=hooks")
     monkeypatch.setattr(meadow.client.loop.objective, "sample_losses", by_its_mean)
     # Book-keeping sees it as it trains.
-    with pytest.raises(UserError, match="depends on the other samples of its batch"):
+    with refused("task.model"):
         found(*EXAMPLE, "privacy.clip=0.5")
 
 
@@ -208,21 +209,9 @@ def test_a_personal_head_without_noise_is_found(monkeypatch: pytest.MonkeyPatch)
     assert found(*EXAMPLE) >= {"arrays trained without noise", "entries of the ledgers"}
 
 
-def test_batch_norm_in_train_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import meadow.tasks.task
-
-    class Normed(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.trunk = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4), torch.nn.BatchNorm1d(4))
-            self.heads = torch.nn.ModuleDict({"digit": torch.nn.Linear(4, 10)})
-
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"digit": self.heads["digit"](self.trunk(x))}
-
-    monkeypatch.setattr(meadow.tasks.task, "build", lambda *_: Normed())
-    with pytest.raises(UserError, match=r'"trunk.2".*mixes the samples of a batch.*task.norm = "group"'):
-        audit(small("fedavg", *EXAMPLE))
+def test_batch_norm_in_train_mode_is_refused() -> None:
+    with refused('"trunk.2"', 'task.norm = "group"'):
+        audit(small("fedavg", *EXAMPLE, "task.model=helpers.worlds:normed"))
 
 
 def test_sabotage_of_whole_clients_and_of_local_noise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,8 +244,7 @@ def test_the_command_exits_3_where_the_claim_does_not_hold(monkeypatch: pytest.M
     monkeypatch.setattr(meadow.privacy.dpsgd.step, "gaussian", scaled(0.5))
     wrong = CliRunner().invoke(app, given)
     assert wrong.exit_code == 3 and not json.loads(wrong.stdout)["holds"]
-    told = CliRunner().invoke(app, given[:-1])
-    assert told.exit_code == 3 and "the claim does not hold: " in " ".join(told.stdout.split())
+    assert CliRunner().invoke(app, given[:-1]).exit_code == 3
     with pytest.raises(UserError, match=r"privacy\.unit = .none."):
         audit(small("fedavg"))
 

@@ -102,8 +102,8 @@ def test_wrong_input_is_one_message_and_status_2(arguments: list[str], words: li
     done = meadow(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr + done.stdout
-    said = re.sub(r"[│\s]+", " ", done.stderr)
-    assert all(word in said for word in words), said
+    message = re.sub(r"[│\s]+", " ", done.stderr)
+    assert all(word in message for word in words), message
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
     assert (tmp_path / "taken" / "thesis.txt").read_text() == "precious"
 
@@ -141,9 +141,9 @@ def test_show_split_of_many_clients_gives_tenths_by_size(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     sizes = np.sort(open_task(load("fedavg", given)).split.sizes.sum(axis=1))
     rows = [re.split(r"  +", row.strip()) for row in done.stdout.splitlines()[3:15]]
-    said = [float(row[1].replace(",", "")) for row in rows]
+    shown = [float(row[1].replace(",", "")) for row in rows]
     assert [row[0].split()[0] for row in rows] == ["smallest:", *["tenth"] * 10, "largest:"]
-    assert said == [sizes[0], *(round(tenth.mean(), 1) for tenth in np.array_split(sizes, 10)), sizes[-1]]
+    assert shown == [sizes[0], *(round(tenth.mean(), 1) for tenth in np.array_split(sizes, 10)), sizes[-1]]
     assert "tenth 10" in done.stdout.splitlines()[2] and "bubble" not in done.stdout
     assert (tmp_path / "s.svg").read_text().startswith("<?xml")
 

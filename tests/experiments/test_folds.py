@@ -185,7 +185,7 @@ def test_the_report_shows_the_folds_mean_and_deviation(done: tuple[Path, Summary
     assert row["client_mean_seed_std"] == pytest.approx(leaf(summary.metrics_std, *METRICS))
     page = contents(find_runs([out]))
     assert page["title"] == "fedavg, seed 0, 3 folds"
-    assert [run.name for run in page["runs"]] == [f"fedavg, seed 0, fold {k}" for k in (1, 2, 3)]
+    assert [run["name"] for run in page["runs"]] == [f"fedavg, seed 0, fold {k}" for k in (1, 2, 3)]
     (part,) = page["targets"]
     mean, deviation = (100 * leaf(tree, *METRICS) for tree in (summary.metrics, summary.metrics_std))
     assert part["ranking"].rows[0][1] == Cell(f"{mean:.1f}", f"± {deviation:.1f}")

@@ -21,7 +21,7 @@ def markup(source: str) -> list[str]:
     """The strings of a file, and the fixed parts of its f-strings, that hold HTML; docstrings apart."""
     tree = ast.parse(source)
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    said = {
+    docstrings = {
         id(node.value)
         for parent in ast.walk(tree)
         if isinstance(parent, documented)
@@ -29,7 +29,9 @@ def markup(source: str) -> list[str]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     texts = [
-        n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in said
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in docstrings
     ]
     return [str(text.value) for text in texts if MARKUP.search(str(text.value))]
 

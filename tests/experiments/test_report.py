@@ -179,7 +179,7 @@ def test_a_stopped_run_says_why_and_failures_are_told(tmp_path: Path) -> None:
     run = read_run(folder)
     (warn,) = warnings([run])
     assert warn.about == "ended-early" and warn.text.endswith("too few <clients>")
-    facts = {fact.name: fact for fact in entry("fedper", run).facts}
+    facts = {fact.name: fact for fact in entry("fedper", run)["facts"]}
     assert facts["client 3 failed"] == Fact("client 3 failed", "rounds 1, 2: ValueError: no", more="Traceback")
     assert facts["never sampled"].text.startswith("1 of 2 clients; ")
     assert "too few &lt;clients&gt;" in text_of(write_report([folder], tmp_path / "r.html"))

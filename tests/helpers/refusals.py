@@ -13,5 +13,5 @@ def refused(*facts: object, kind: type[Exception] = UserError) -> Iterator[None]
     """Inside the block an error is raised that tells these facts: names of settings, values, what to write instead."""
     with pytest.raises(kind) as caught:
         yield
-    said = str(caught.value)
-    assert [fact for fact in facts if str(fact) not in said] == [], said
+    message = str(caught.value)
+    assert [fact for fact in facts if str(fact) not in message] == [], message

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from meadow.arrays.named import Arrays, Named
-from meadow.client.loop.training import Trained, train
+from meadow.client.loop.training import Trained, Training, train
 from meadow.config.schema import Experiment
 from meadow.tasks.data import Data
 from meadow.tasks.evaluation import load_into, state_of
@@ -51,17 +52,20 @@ def close(found: Any, exact: Any, operations: float, terms: Any = 0.0, dtype: An
     )
 
 
-def same_function(found: Any, exact: Any) -> None:
+def same_function(found: Any, exact: Any, terms: float = 0.0) -> None:
     """Two ways of working one thing out, both in float64, agree in half of the digits: 1.5e-8 of the largest number.
 
+    `terms`: the size of what was added up, where sums of it may cancel; the least that the largest number counts as.
     A deep network multiplies a rounding by 10^4 or so, which leaves 1e-12; what differs by more is another function.
     """
     one, other = (np.asarray(v.detach() if isinstance(v, Tensor) else v) for v in (found, exact))
     assert one.dtype == other.dtype == np.float64 and one.shape == other.shape
-    assert np.abs(one - other).max() <= math.sqrt(np.finfo(np.float64).eps) * np.abs(other).max()
+    apart = np.abs(one - other).max()
+    bound = math.sqrt(np.finfo(np.float64).eps) * max(np.abs(other).max(), terms)
+    assert apart <= bound, (f"off by {apart:.3g}", f"{apart / bound:.3g} of the bound")
 
 
-def distance(a: Arrays, b: Arrays) -> float:
+def distance(a: Mapping[str, npt.NDArray[Any]], b: Mapping[str, npt.NDArray[Any]]) -> float:
     """The 2-norm of the difference of two states, over the names of the second."""
     return math.sqrt(sum(float(np.square(a[n].astype(np.float64) - b[n]).sum()) for n in b))
 
@@ -87,7 +91,7 @@ class Exact:
     gradient; stretch: how much longer a small random error of the start (a millionth of it) is at the end, 1 at least."""
 
     start: Arrays
-    end: Arrays
+    end: Mapping[str, npt.NDArray[np.float64]]
     losses: dict[str, float]
     steps: int
     path: float
@@ -115,7 +119,7 @@ def exactly(
     """Train a copy of the model from `start` in float64; and once more from a start that is off by a millionth."""
     whole, samples = copy.deepcopy(model).double(), in_double(data)
 
-    def once(begin: Arrays) -> tuple[Trained, Arrays, list[dict[str, Tensor]], float]:
+    def trained(begin: Arrays) -> tuple[Trained, Arrays, list[dict[str, Tensor]], float]:
         load_into(whole, begin)
         places: list[dict[str, Tensor]] = []
         slopes = [0.0]
@@ -124,18 +128,23 @@ def exactly(
             places.append({n: p.detach().clone() for n, p in learning.items()})
             slopes.append(math.sqrt(sum(float(p.grad.square().sum()) for p in learning.values() if p.grad is not None)))
 
-        done = train(whole, samples, task, experiment, round_, client, correct=look)
+        torch.set_default_dtype(torch.float64)  # of class weights
+        try:
+            done = train(whole, Training(samples, round_, client, experiment.local, correct=look), task, experiment)
+        finally:
+            torch.set_default_dtype(torch.float32)
         places.append({n: p.detach().clone() for n, p in whole.named_parameters() if n in places[-1]})
         return done, state_of(whole), places, max(slopes)
 
-    exact_start = floats(start)
-    done, end, places, slope = once(exact_start)
+    exact_values = floats(start)
+    exact_start: Arrays = {**exact_values}
+    done, end, places, slope = trained(exact_start)
     path = sum(math.sqrt(sum(float((b[n] - a[n]).square().sum()) for n in a)) for a, b in itertools.pairwise(places))
     draw = np.random.default_rng(0)
-    other = {n: v * (1 + 1e-6 * draw.choice([-1, 1], v.shape)) for n, v in exact_start.items()}
-    _, beside, *_ = once(other)
+    other: Arrays = {n: v * (1 + 1e-6 * draw.choice([-1, 1], v.shape)) for n, v in exact_values.items()}
+    _, beside, *_ = trained(other)
     stretch = max(1.0, distance(beside, end) / distance(other, exact_start))
-    return Exact(exact_start, end, done.losses, done.steps, path, slope, stretch)
+    return Exact(exact_start, floats(end), done.losses, done.steps, path, slope, stretch)
 
 
 def run_off(experiment: Experiment) -> float:

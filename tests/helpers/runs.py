@@ -1,25 +1,51 @@
 """Quick experiments, and a way to run them without a command line."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 
+from meadow.arrays.folding import fold_for_wire
+from meadow.client.answers import answer, evaluate_client, train_client
+from meadow.client.app import app, evaluate, join
+from meadow.client.blocks import add_up
+from meadow.client.context import LocalContext
+from meadow.client.loop.training import Trained
+from meadow.client.node import Node, open_node
+from meadow.client.release import PrivateRelease
 from meadow.config.schema import Experiment
+from meadow.server.run import run_experiment
+from meadow.server.writer import EVERY
+from meadow.simulation.grid import become_server
+from meadow.simulation.inline import InlineGrid
 from meadow.simulation.launch import engine
 from meadow.strategies.check import load
-from meadow.strategies.wire.packing import NodeReply
+from meadow.strategies.wire.packing import (
+    Answer,
+    NodeReply,
+    Request,
+    add_spans,
+    pack_replies,
+    unpack_requests,
+    whole_spans,
+)
 
 SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 """What of a summary is equal on every engine."""
 RESUMED = ("status", "rounds", "clients", *SAME)
 """What of a summary is equal whether a run was interrupted or not."""
 
+Handler = Callable[[Node, Request], Answer]
+
 
 def small(preset: str, *overrides: str) -> Experiment:
-    """A preset cut down to a second: 3 rounds, 8 clients, a small source model."""
-    quick = ("run.rounds=3", "partition.clients=8", "task.source_samples=200", "task.source_epochs=1")
+    """A preset cut down to half a second: 3 rounds of one epoch, 8 clients, a small source model."""
+    quick = (
+        "run.rounds=3", "partition.clients=8", "local.epochs=1", "task.source_samples=200", "task.source_epochs=1"
+    )  # fmt: skip
     return load(preset, [*quick, *overrides])
 
 
@@ -29,10 +55,66 @@ def run_inline(experiment: Experiment, out: Path, resume: bool = False) -> dict[
         return launch(experiment, out, resume)
 
 
-def clients_answer(monkeypatch: pytest.MonkeyPatch, how: Callable[..., Any]) -> None:
-    """Let each client answer to training by `how`, in the place of `meadow.client.node.train_client`; none as part of a
-    block."""
-    monkeypatch.setattr(
-        "meadow.client.app.train_blocks", lambda node, requests, blocks: (NodeReply([]), list(requests))
-    )
-    monkeypatch.setattr("meadow.client.app.train_client", how)
+def run_with(
+    client_app: Callable[[Message, Context], Message],
+    experiment: Experiment,
+    out: Path,
+    resume: bool = False,
+    checkpoint_every: float = EVERY,
+) -> dict[str, Any]:
+    """Run on the inline engine with another ClientApp on its node; the summary."""
+    become_server()
+    return run_experiment(InlineGrid(experiment, out / "state", client_app), experiment, out, resume, checkpoint_every)
+
+
+def clients_answer(train: Handler = train_client, evaluate_: Handler = evaluate_client) -> ClientApp:
+    """A ClientApp whose clients answer by these functions, each by itself and none as part of a block."""
+    own = ClientApp(mods=[fold_for_wire])
+    own.query()(join)
+
+    @own.train()
+    def trained(message: Message, context: Context) -> Message:
+        requests, blocks = unpack_requests(message.content)
+        node = open_node(context)
+        sent = {request.client: request.arrays for request in requests}
+        reply = add_up(node, answer(node, requests, train), sent, blocks)
+        add_spans(reply, whole_spans(message.content))
+        return Message(pack_replies(reply), reply_to=message)
+
+    @own.evaluate()
+    def evaluated(message: Message, context: Context) -> Message:
+        if evaluate_ is evaluate_client:
+            return evaluate(message, context)
+        requests, _ = unpack_requests(message.content)
+        return Message(pack_replies(NodeReply(answer(open_node(context), requests, evaluate_))), reply_to=message)
+
+    return own
+
+
+def recorded(replies: list[Message]) -> Callable[[Message, Context], Message]:
+    """The ClientApp; every reply is put into the list as it leaves the node."""
+
+    def answered(message: Message, context: Context) -> Message:
+        replies.append(app(message, context))
+        return replies[-1]
+
+    return answered
+
+
+def _nothing(*_: object) -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """An observer of a node (`meadow.client.context.Observer`) that calls functions where a training begins and ends."""
+
+    begins: Callable[[LocalContext], None] = _nothing
+    ends: Callable[[LocalContext, Trained], None] = _nothing
+
+    def trains(self, context: LocalContext, leaves: bool) -> Callable[[Trained], None]:
+        self.begins(context)
+        return lambda trained: self.ends(context, trained)
+
+    def noises(self, client: int, allowed: PrivateRelease) -> None:
+        """Noise is not watched."""

@@ -24,12 +24,12 @@ def start_engine() -> None:
         return
     if not (script := os.environ.get("MEADOW_DOCKER_UP")):
         pytest.skip("no Docker engine is running, and MEADOW_DOCKER_UP names no script that starts one")
-    with tempfile.TemporaryFile("w+") as said:  # a file: the engine that it starts keeps the streams that it was given
+    with tempfile.TemporaryFile("w+") as output:  # a file, because the engine that it starts keeps its streams
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([script], stdout=said, stderr=said, timeout=600)
-        said.seek(0)
+            subprocess.run([script], stdout=output, stderr=output, timeout=600)
+        output.seek(0)
         if not engine_answers():
-            pytest.skip(f"no Docker engine can be started here: {said.read().strip()[-300:]}")
+            pytest.skip(f"no Docker engine can be started here: {output.read().strip()[-300:]}")
 
 
 def engine_answers() -> bool:

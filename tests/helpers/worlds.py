@@ -10,14 +10,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 import torch
 from torch import Tensor, nn
 
-import meadow.client.node
-import meadow.server.run
-import meadow.tasks.models.multihead
-import meadow.tasks.task
 from helpers.runs import run_inline
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
@@ -58,8 +53,8 @@ class Linear(nn.Linear):
 
 
 def linear(task: schema.Task, inputs: Inputs) -> tuple[nn.Module, int]:
-    """The trunk: two inputs, two features."""
-    return Linear(2, 2, bias=False), 2
+    """The trunk, in float64: two inputs, two features."""
+    return Linear(2, 2, bias=False).double(), 2
 
 
 def layers(task: schema.Task, inputs: Inputs) -> tuple[nn.Module, int]:
@@ -81,23 +76,6 @@ def experiment(*overrides: str) -> Experiment:
         "local.batch_size=0", "local.epochs=2", "local.momentum=0", f"local.lr={LR}",
     )  # fmt: skip
     return load("fedavg", [*plain, *overrides])
-
-
-@pytest.fixture
-def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything in float64: the models, the state before the first round, and with these all that follows."""
-    build, initial = meadow.tasks.models.multihead.build, initial_state
-
-    def build_double(*args: Any) -> nn.Module:
-        return build(*args).double()
-
-    def initial_double(plan: Experiment) -> Arrays:
-        return {name: value.astype(np.float64) for name, value in initial(plan).items()}
-
-    monkeypatch.setattr(meadow.tasks.task, "build", build_double)
-    for module in (meadow.client.node, meadow.server.run):
-        monkeypatch.setattr(module, "initial_state", initial_double)
-    meadow.client.node._open_node.cache_clear()
 
 
 def start(plan: Experiment) -> State:

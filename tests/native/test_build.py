@@ -67,3 +67,18 @@ def test_a_first_use_compiles_into_the_cache(tmp_path: Path, monkeypatch: pytest
 def test_an_installation_never_fails_for_want_of_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     assert len(build_all(tmp_path / "built", [native()])) == len(SOURCES)
+
+
+@needs_compiler
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a power failure, which may leave a file's name with a part of its content."""
+    (tmp_path / "code").mkdir()
+    shutil.copy(HERE / "sums.c", tmp_path / "code")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library = Path(compiled("sums.c", [tmp_path / "code"])._name)
+    content = library.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], content[:100] + b"\0" * (len(content) - 100)):
+        library.unlink()
+        library.write_bytes(damaged)
+        assert Path(compiled("sums.c", [tmp_path / "code"])._name) == library
+        assert library.read_bytes() == content

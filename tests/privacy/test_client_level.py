@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from helpers.refusals import refused
 from helpers.rounding import close
 from meadow.arrays.named import Arrays
 from meadow.privacy.accounting import epsilon
@@ -172,9 +173,9 @@ def test_the_count_is_paid_for_by_more_noise_on_the_updates() -> None:
 def test_a_cohort_too_small_for_the_counts_noise_is_refused() -> None:
     plan = AdaptiveClip(1.0, count_noise=10.0)
     refuse_small_cohort(50, plan)
-    with pytest.raises(UserError, match=r"a cohort of 49 is too small .* take 50 clients"):
+    with refused(49, 50):
         refuse_small_cohort(49, plan)
-    with pytest.raises(UserError, match="too small"):
+    with refused("clip_count_noise"):
         refuse_small_cohort(0, plan)
     for wrong in ({"first": 0.0}, {"quantile": 1.2}, {"rate": 0.0}, {"count_noise": -1.0}):
         with pytest.raises(ValueError, match="Expected"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helpers.rounding import OPERATIONS, close, in_double, same_function
 from helpers.runs import small
 from meadow.client.loop.trainable import freeze, mask
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config import schema
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.mechanism import Mechanism
@@ -198,7 +198,7 @@ def check(experiment: Experiment, mode: Any, samples: int = 12, dtype: torch.dty
         net.double().register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
     allowed = Permit(Mechanism(1.0, 0.0, 0.5, 3.0, 1), Stream(0), Stream(1), mode)
     round_ = min(3, experiment.run.rounds)
-    train(net, data, task, experiment, round_, 0, permit=allowed)
+    train(net, Training(data, round_, 0, experiment.local, permit=allowed), task, experiment)
     names = {
         n
         for n in trained(experiment, net.state_dict(), stage(experiment, round_, 0))
@@ -209,10 +209,10 @@ def check(experiment: Experiment, mode: Any, samples: int = 12, dtype: torch.dty
     sums, terms = {name: torch.zeros_like(p) for name, p in learning.items()}, 0.0
     draw = torch.Generator().manual_seed(0)
     for i in range(len(data)):
-        one = in_double(data.take(torch.tensor([i])))
-        x = task.prepare(one.x if one.x.is_floating_point() else data.x[i][None], training=True)
+        one = data.take(torch.tensor([i]))
+        x = task.prepare(one.x, training=True)
         outputs = bare(x.double() if x.is_floating_point() else x)
-        parts = losses(outputs, one.y, task.targets)
+        parts = losses(outputs, in_double(one).y, task.targets)
 
         def gradient(of: Tensor) -> tuple[tuple[Tensor, ...], float]:
             found = torch.autograd.grad(
@@ -220,11 +220,11 @@ def check(experiment: Experiment, mode: Any, samples: int = 12, dtype: torch.dty
             )
             return found, math.sqrt(sum(float(g.square().sum()) for g in found))
 
-        found, norm_ = gradient(sum(parts.values()))  # type: ignore[arg-type]
+        found, norm_ = gradient(sum(parts.values(), torch.zeros(())))
         # With random signs the sum of the outputs has a gradient as long as their Jacobian, on average.
         signed = [out * (2 * torch.randint(2, out.shape, generator=draw) - 1) for out in outputs.values()]
-        _, jacobian = gradient(sum(part.sum() for part in signed))  # type: ignore[arg-type]
-        factor = min(1.0, 0.5 / norm_)
+        _, jacobian = gradient(sum((part.sum() for part in signed), torch.zeros(())))
+        factor = min(1.0, 0.5 / (norm_ + 1e-6))  # as Opacus clips
         terms += factor * max(norm_, jacobian) / 3
         for name, g in zip(learning, found, strict=True):
             sums[name] += g * factor
@@ -237,6 +237,6 @@ def check(experiment: Experiment, mode: Any, samples: int = 12, dtype: torch.dty
         if name not in names:
             assert torch.equal(parameter.double(), before), name
         elif dtype == torch.float64:
-            same_function(parameter, before - move)
+            same_function(parameter, before - move, terms)
         else:
             close(parameter, before - move, OPERATIONS, terms + before.abs().numpy(), name=name)

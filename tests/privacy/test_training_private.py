@@ -8,7 +8,7 @@ from torch import nn
 
 from helpers.rounding import in_double, same_function, stepped
 from helpers.runs import small
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.privacy.dpsgd.step import Permit
 from meadow.privacy.noise import Stream
@@ -55,7 +55,7 @@ def test_without_noise_a_private_step_is_a_full_batch(name: str) -> None:
         if private:
             mechanism = Mechanism(1.0, 0.0, 1e6, len(data), 2)
             permit = Permit(mechanism, Stream(0), Stream(0))
-        assert train(model, data, task, experiment, 2, 0, permit=permit).steps == 2
+        assert train(model, Training(data, 2, 0, experiment.local, permit=permit), task, experiment).steps == 2
         states.append(state_of(model))
     start = initial_state(experiment)
     assert any(not np.array_equal(states[0][n], start[n]) for n in start)

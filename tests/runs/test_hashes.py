@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from meadow.config.load import preset_names
-from meadow.experiments.api import Job, run_many
+from meadow.experiments.api import run_many
+from meadow.experiments.compare import Job
 from meadow.runtime.identity import versions
 from meadow.strategies.check import load
 

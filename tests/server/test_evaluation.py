@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import meadow.client.node
-from helpers.runs import run_inline, small
+from helpers.runs import clients_answer, run_inline, run_with, small
+from meadow.client.answers import evaluate_client
 from meadow.privacy.releases import releases
 from meadow.server.evaluation import add_confusion, over_clients, read_confusion, reduce_trees
 from meadow.strategies.check import load
@@ -104,18 +104,15 @@ def test_confusion_counts_are_taken_only_where_they_may_be_true(lie: str) -> Non
     assert read_confusion({}, task, 0) == {}
 
 
-def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.client.node.evaluate_client
-
+def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path) -> None:
     def lying(node: Any, request: Any) -> Any:
-        reply = honest(node, request)
+        reply = evaluate_client(node, request)
         if request.client == 2:
             assert reply.values is not None
             reply.values["confusion"] = {"digit": LIES["negative"]}
         return reply
 
-    monkeypatch.setattr("meadow.client.app.evaluate_client", lying)
-    assert run_inline(small("fedper"), tmp_path)["status"] == "done"
+    assert run_with(clients_answer(evaluate_=lying), small("fedper"), tmp_path)["status"] == "done"
     assert files(tmp_path)[1]["clients"]["digit"]["clients"] == 7
 
 

@@ -1,4 +1,4 @@
-"""Listeners: the documented one, what each is told, and one that raises, which ends nothing."""
+"""Listeners: the documented one, the notifications of each, and one that raises, which ends nothing."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ TOLD: list[tuple[str, Any]] = []
 
 
 class Scribe:
-    """Writes down what it is told, and asks a run to stop behind its third round."""
+    """Writes down its notifications, and asks a run to stop behind its third round."""
 
     def run_begins(self, run: Any) -> None:
         TOLD.append(("begins", (run.round, run.experiment["run"]["rounds"], run.folder.name)))
@@ -37,7 +37,7 @@ class Scribe:
 
 
 class Clumsy:
-    """Raises whenever it is told anything."""
+    """Raises at each notification."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -1,6 +1,8 @@
 """Killed and resumed: the run that was cut off ends with the bits of the run that never was."""
 
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,21 +10,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Context, Message
 
-import meadow.arrays.files
-import meadow.client.store
-from helpers.runs import RESUMED, run_inline, small
-from meadow.arrays.named import Arrays
+from helpers.refusals import refused
+from helpers.runs import RESUMED, run_inline, run_with, small
+from meadow.arrays.files import DamagedFile, read_arrays, write_arrays
+from meadow.client.app import app
 from meadow.config.load import to_toml
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import Checkpoint, latest, save
 from meadow.server.folder import RunFolder
-from meadow.server.listeners import RoundDone
-from meadow.server.rounds import play_round
-from meadow.server.session import Session
-from meadow.server.writer import Writer
+from meadow.server.listeners import Listener, RoundDone, RunBegins
+from meadow.server.writer import EVERY, Writer
 
 
 class Killed(BaseException):
@@ -30,42 +32,28 @@ class Killed(BaseException):
 
 
 def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
-    """Let everything end at the given write of a file, half of which gets onto the disk under its temporary name."""
-    count = [0]
-    honest = meadow.arrays.files.write_bytes
+    """Let everything end when the given file is about to get its name; half of it is on the disk, under another name."""
+    count, honest = [0], os.replace
 
-    def write(path: Path, content: bytes) -> None:
+    def replace(source: Path, target: Path) -> None:
         count[0] += 1
         if count[0] == number:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(f".{path.name}.tmp").write_bytes(content[: len(content) // 2])
+            os.truncate(source, source.stat().st_size // 2)
         if count[0] >= number:
             raise Killed
-        honest(path, content)
+        honest(source, target)
 
-    in_memory = meadow.client.store._write
-
-    def write_in_memory(path: Path, arrays: Arrays, spare: Path | None) -> int:
-        count[0] += 1
-        if count[0] == number:  # what it is written over is an old state's memory, which is torn by then
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torn = path.with_name(f".{path.name}.tmp")
-            spare.replace(torn) if spare else None
-            torn.write_bytes(b"half")
-        if count[0] >= number:
-            raise Killed
-        return in_memory(path, arrays, spare)
-
-    for module in ("meadow.arrays.files", "meadow.server.folder", "meadow.client.store"):
-        monkeypatch.setattr(f"{module}.write_bytes", write)
-    monkeypatch.setattr("meadow.client.store._write", write_in_memory)
+    monkeypatch.setattr(os, "replace", replace)
     return count
 
 
-def writes_of(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
+def writes_of(
+    experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch, every: float = EVERY
+) -> tuple[int, dict[str, Any]]:
+    """The number of files that a run writes, and its summary."""
     with monkeypatch.context() as patch:
         count = kill_at_write(patch, 10**9)
-        summary = run_inline(experiment, out)
+        summary = run_with(app, experiment, out, checkpoint_every=every)
     return count[0], summary
 
 
@@ -88,39 +76,35 @@ def test_killed_at_any_write_and_resumed_gives_the_same_bits(
     method: tuple[str, ...], every: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`every`: seconds between checkpoints; where clients keep something there is one a round whatever it says."""
-    monkeypatch.setattr("meadow.server.run.EVERY", every)
-    experiment = small(method[0], *method[1:], "cohort.size=3", "partition.clients=4")
-    total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch)
+    quick = ("local.steps=1", "task.hidden=8", "evaluate.on=clients", "evaluate.every=9")
+    experiment = small(*method, *quick, "cohort.size=3", "partition.clients=4")
+    total, expected = writes_of(experiment, tmp_path / "whole", monkeypatch, every)
     assert total > 3 * 3
     for number in range(1, total + 1):
         out = tmp_path / str(number)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             kill_at_write(patch, number)
-            run_inline(experiment, out)
-        resumed = run_inline(experiment, out, resume=True)
+            run_with(app, experiment, out, checkpoint_every=every)
+        resumed = run_with(app, experiment, out, resume=True, checkpoint_every=every)
         assert [resumed[k] for k in RESUMED] == [expected[k] for k in RESUMED], number
 
 
-def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(tmp_path: Path) -> None:
     """The first round has one, and the last, however the run ends; a run that was stopped goes on from there."""
-    monkeypatch.setattr("meadow.server.run.EVERY", 3600)
     private = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
     kept = []
     for number, method in enumerate([("fedavg",), ("fedper",), ("fedavg", *private), ("fedavg", *PLATEAU)]):
-        run_inline(small(*method, "run.rounds=4"), tmp_path / str(number))
+        run_with(app, small(*method, "run.rounds=4"), tmp_path / str(number), checkpoint_every=3600)
         kept.append([int(p.stem[-8:]) for p in sorted((tmp_path / str(number) / "checkpoints").glob("*.json"))])
     assert kept == [[1, 4], [2, 3, 4], [2, 3, 4], [2, 3, 4]]
 
-    def stop(session: Session, round_: int) -> str:
-        if round_ == 4:
+    def stopped(message: Message, context: Context) -> Message:
+        if any(record.get("round") == 4 for record in message.content.config_records.values()):
             raise KeyboardInterrupt
-        return play_round(session, round_)
+        return app(message, context)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("meadow.server.run.play_round", stop)
-        assert run_inline(small("fedavg", "run.rounds=4"), tmp_path / "stopped")["status"] == "stopped"
+    summary = run_with(stopped, small("fedavg", "run.rounds=4"), tmp_path / "stopped", checkpoint_every=3600)
+    assert summary["status"] == "stopped"
     found, _ = latest(tmp_path / "stopped" / "checkpoints")
     assert found is not None and found.round == 3
     resumed = run_inline(small("fedavg", "run.rounds=4"), tmp_path / "stopped", resume=True)
@@ -130,20 +114,105 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(
 
 def test_there_is_no_checkpoint_without_its_rounds_record(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    writer = Writer(folder, every=3600)
+    writer = Writer(folder, "run", every=3600)
     for round_, loss in enumerate((1.0, 2.0, float("nan")), 1):
         writer.round_done(RoundDone(round_, {"round": round_, "loss": loss}, {}))
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ValueError):
         writer.settle()
     writer.rounds_end()
     found, _ = latest(folder.checkpoints)
     assert found is not None and found.round == 1 and [r["round"] for r in folder.rounds()] == [1, 2]
 
 
-def test_a_torn_line_ends_the_records(tmp_path: Path) -> None:
-    """After a power failure a line may lack what stood before the next one."""
-    (tmp_path / "rounds.jsonl").write_bytes(b'{"round": 1}\n\0\0\0\n{"round": 3}\n')
-    assert RunFolder(tmp_path).rounds() == [{"round": 1}]
+def test_damaged_lines_are_kept_aside_and_no_other_record_is_lost(tmp_path: Path) -> None:
+    """After a power failure a line may lack what stood before the next one; the last one may end early."""
+    path = tmp_path / "rounds.jsonl"
+    path.write_bytes(b'{"round": 1}\n\0\0\0\n[3]\n{"round": 4}\n{"round": 5}\n{"rou')
+    folder = RunFolder(tmp_path)
+    folder.cut_back(4)
+    assert folder.rounds() == [{"round": 1}, {"round": 4}]
+    assert path.read_bytes() == b'{"round": 1}\n{"round": 4}\n'
+    assert (tmp_path / "rounds-damaged.txt").read_bytes() == b"\0\0\0\n[3]\n"
+
+
+@pytest.mark.parametrize("name", ["round-x.json", "round-00000003 (1).json", "round-00000002.json.swp"])
+def test_strays_among_the_checkpoints_are_ignored_and_told(name: str, tmp_path: Path) -> None:
+    save(tmp_path, Checkpoint(2, {"w": np.zeros(1, np.float32)}))
+    (tmp_path / name).write_text("[1]")
+    found, told = latest(tmp_path)
+    assert found is not None and found.round == 2 and len(told) == 1 and name in told[0]
+
+
+def test_a_resumed_run_needs_the_manifest_of_its_states(tmp_path: Path) -> None:
+    experiment = small("fedper", "run.rounds=2")
+    run_inline(experiment, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    manifest = tmp_path / "manifest.json"
+    whole = manifest.read_text()
+    for damaged in (None, whole[:100], "[1]"):
+        manifest.unlink() if damaged is None else manifest.write_text(damaged)
+        with refused("manifest.json", tmp_path):
+            run_inline(experiment, tmp_path, resume=True)
+    manifest.write_text(whole.replace('"run_id": "', '"run_id": "0'))
+    summary = run_inline(experiment, tmp_path, resume=True)
+    assert summary["status"] == "stopped" and "run_id" in summary["reason"]
+
+
+def test_one_process_runs_a_folder(tmp_path: Path) -> None:
+    """The second one is refused; a killed one leaves no lock behind."""
+    experiment = small("fedavg", "run.rounds=2")
+    run_inline(experiment, tmp_path)
+    hold = (
+        "import sys; from pathlib import Path; from meadow.arrays.files import locked\n"
+        "with locked(Path(sys.argv[1])): print(flush=True); input()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with refused("--out", tmp_path, other.pid):
+            run_inline(experiment, tmp_path, resume=True)
+        other.kill()
+    assert run_inline(experiment, tmp_path, resume=True)["status"] == "done"
+
+
+class RemovesRun(Listener):
+    """Removes the run's folder, or a folder in it, after the second round."""
+
+    gone = "."
+
+    def run_begins(self, begins: RunBegins) -> None:
+        self.folder = begins.folder
+
+    def round_done(self, done: RoundDone) -> None:
+        if done.round == 2:
+            shutil.rmtree(self.folder / self.gone)
+
+
+class RemovesState(RemovesRun):
+    gone = "state"
+
+
+def test_a_run_folder_that_is_removed_during_the_run_stops_it(tmp_path: Path) -> None:
+    summary = run_inline(small("fedper", "run.rounds=4", f"run.listeners={__name__}:RemovesRun"), tmp_path / "run")
+    assert summary["status"] == "stopped" and str(tmp_path / "run") in summary["reason"]
+
+
+def test_states_that_are_removed_during_the_run_stop_it(tmp_path: Path) -> None:
+    experiment = small("fedper", "run.rounds=4", "engine.state_memory=0", f"run.listeners={__name__}:RemovesState")
+    summary = run_inline(experiment, tmp_path)
+    assert summary["status"] == "stopped" and "state" in summary["reason"]
+
+
+def test_models_on_disk_are_private(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        run_inline(small("fedper", "run.rounds=2"), tmp_path / "run")
+    finally:
+        os.umask(before)
+    arrays = [*(tmp_path / "run").rglob("*.safetensors")]
+    assert {path.parent.parent.name for path in arrays} >= {"run", "clients"}
+    for path in arrays:
+        assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_killed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,21 +258,17 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(damage: str, t
 
 
 def test_a_flipped_bit_anywhere_in_a_file_of_arrays_is_found(tmp_path: Path) -> None:
-    import numpy as np
-
     path = tmp_path / "a.safetensors"
-    meadow.arrays.files.write_arrays(path, {"w": np.arange(6, dtype=np.float32)})
+    write_arrays(path, {"w": np.arange(6, dtype=np.float32)})
     whole = path.read_bytes()
-    assert meadow.arrays.files.read_arrays(path)["w"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert read_arrays(path)["w"].tolist() == [0, 1, 2, 3, 4, 5]
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(meadow.arrays.files.DamagedFile, match="SHA-256"):
-            meadow.arrays.files.read_arrays(path)
+        with pytest.raises(DamagedFile, match="SHA-256"):
+            read_arrays(path)
 
 
 def test_arrays_of_another_round_are_no_checkpoint(tmp_path: Path) -> None:
-    import numpy as np
-
     for round_ in (1, 2):
         save(tmp_path, Checkpoint(round_, {"w": np.array([round_], dtype=np.float32)}))
     (tmp_path / "round-00000001.safetensors").replace(tmp_path / "round-00000002.safetensors")
@@ -228,7 +293,8 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
         run_inline(experiment, tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["inline", "ray"])
 def test_sigkill_at_random_moments(engine: str, tmp_path: Path) -> None:
     """A real process and a real SIGKILL, until the run gets through."""
     experiment = small("fedper", "run.rounds=40")
@@ -247,3 +313,18 @@ def test_sigkill_at_random_moments(engine: str, tmp_path: Path) -> None:
     assert subprocess.run(command).returncode == 0
     resumed = run_inline(experiment, tmp_path / "run", resume=True)
     assert [resumed[k] for k in RESUMED] == [expected[k] for k in RESUMED]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("engine", ["inline", *(pytest.param(e, marks=pytest.mark.slow) for e in ("ray", "processes"))])
+def test_signals_end_a_run_like_ctrl_c(engine: str, number: signal.Signals, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "meadow", "run", "fedavg", "run.rounds=2000", "--quiet", "--engine", engine]
+    with subprocess.Popen([*command, "--out", out], stderr=subprocess.PIPE, text=True) as process:
+        while not (out / "rounds.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, told = process.communicate()
+    assert process.returncode == 3 and "Traceback" not in told
+    summary = RunFolder(out).summary()
+    assert summary is not None and summary["status"] == "stopped"

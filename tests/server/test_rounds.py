@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import meadow.client.node
 from helpers.rounding import close, distance, floats, in_double, off
-from helpers.runs import clients_answer, run_inline, small
+from helpers.runs import clients_answer, run_inline, run_with, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays, Named, arrays_sha256
-from meadow.client.loop.training import train
+from meadow.client.answers import train_client
+from meadow.client.loop.training import Training, train
 from meadow.config.cohort import draw_cohort
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
@@ -170,16 +170,13 @@ def test_never_sampled_clients_are_evaluated_and_counted(tmp_path: Path) -> None
     assert {int(r["client"]) for r in rows if int(r["rounds"]) > 0} == sampled
 
 
-def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = meadow.client.node.train_client
-
+def test_a_client_that_raises_costs_itself_only(tmp_path: Path) -> None:
     def failing(node: Any, request: Any) -> Any:
         if request.client == 3:
             raise OSError("the disk of client three is full")
-        return honest(node, request)
+        return train_client(node, request)
 
-    clients_answer(monkeypatch, failing)
-    summary = run_inline(small("fedavg"), tmp_path)
+    summary = run_with(clients_answer(failing), small("fedavg"), tmp_path)
     assert summary["status"] == "done"
     for line in (tmp_path / "rounds.jsonl").read_text().splitlines():
         (failure,) = json.loads(line)["failed"]
@@ -190,26 +187,23 @@ def test_a_client_that_raises_costs_itself_only(tmp_path: Path, monkeypatch: pyt
     assert [int(r["rounds"]) for r in rows] == [3, 3, 3, 0, 3, 3, 3, 3]
 
 
-def test_a_poisoned_update_costs_its_client_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_poisoned_update_costs_its_client_only(tmp_path: Path) -> None:
     """The client sits in the middle of a block that its node would have added up: the others still count, bit by bit."""
-    honest = meadow.client.node.train_client
 
     def without(node: Any, request: Any) -> Any:
         if request.client == 3:
             raise OSError("absent")
-        return honest(node, request)
+        return train_client(node, request)
 
     def poisoned(node: Any, request: Any) -> Any:
-        reply = honest(node, request)
+        reply = train_client(node, request)
         if request.client == 3:
             assert reply.arrays is not None
             reply.arrays = {k: np.full_like(v, np.nan) for k, v in reply.arrays.items()}
         return reply
 
-    clients_answer(monkeypatch, without)
-    expected = run_inline(small("fedavg"), tmp_path / "without")
-    clients_answer(monkeypatch, poisoned)
-    summary = run_inline(small("fedavg"), tmp_path / "poisoned")
+    expected = run_with(clients_answer(without), small("fedavg"), tmp_path / "without")
+    summary = run_with(clients_answer(poisoned), small("fedavg"), tmp_path / "poisoned")
     assert summary["model_sha256"] == expected["model_sha256"]
     records = [json.loads(line) for line in (tmp_path / "poisoned" / "rounds.jsonl").read_text().splitlines()]
     assert all([f["client"] for f in r["failed"]] == [3] and "not finite" in r["failed"][0]["reason"] for r in records)
@@ -223,7 +217,7 @@ def test_training_depends_on_round_and_client_and_on_nothing_else() -> None:
     def trained(round_: int, pid: int) -> str:
         model = task.new_model()
         load_into(model, initial_state(experiment))
-        train(model, data, task, experiment, round_, pid)
+        train(model, Training(data, round_, pid, experiment.local), task, experiment)
         return arrays_sha256(state_of(model))
 
     assert trained(1, 0) == trained(1, 0)
@@ -244,13 +238,12 @@ def test_the_trunk_learns_at_its_own_rate(tmp_path: Path) -> None:
         close(moved[1][name], factor * step, 4, terms=np.abs(start[name]) + np.abs(step), name=name)
 
 
-def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path) -> None:
     """Metrics that are missing, not finite or of another kind are left out; the model is the same without them."""
-    honest = meadow.client.node.train_client
     nonsense: list[dict[str, Any]] = [{"loss/digit": math.nan}, {"loss/digit": [1.0, 2.0]}, {"steps": math.inf}]
 
     def boasting(node: Any, request: Any) -> Any:
-        reply = honest(node, request)
+        reply = train_client(node, request)
         if request.client < 3:
             assert reply.values is not None
             reply.values["metrics"] = {**reply.metrics, **nonsense[request.client]}
@@ -258,20 +251,18 @@ def test_what_a_client_says_of_itself_ends_nothing(tmp_path: Path, monkeypatch: 
         return reply
 
     expected = run_inline(small("fedavg"), tmp_path / "honest")
-    clients_answer(monkeypatch, boasting)
-    summary = run_inline(small("fedavg"), tmp_path / "boasting")
+    summary = run_with(clients_answer(boasting), small("fedavg"), tmp_path / "boasting")
     assert summary["model_sha256"] == expected["model_sha256"]
     record = json.loads((tmp_path / "boasting" / "rounds.jsonl").read_text().splitlines()[0])
     assert math.isfinite(record["train"]["digit"]["loss"])
     assert 0 <= record["clients"]["digit"]["accuracy"]["mean"] <= 1
 
 
-def test_too_few_good_replies_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_good_replies_stop_the_run(tmp_path: Path) -> None:
     def failing(node: Any, request: Any) -> Any:
         raise OSError("no disk")
 
-    clients_answer(monkeypatch, failing)
-    summary = run_inline(small("fedavg"), tmp_path)
+    summary = run_with(clients_answer(failing), small("fedavg"), tmp_path)
     assert summary["status"] == "stopped"
     assert "cohort.quorum = 1" in summary["reason"] and "no disk" in summary["reason"]
 

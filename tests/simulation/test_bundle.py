@@ -21,10 +21,10 @@ def test_the_bundle_has_the_code_hash_that_wrote_it(tmp_path: Path) -> None:
         bundle.extractall(tmp_path / "bundle")
     ask = "import meadow; from meadow.runtime.identity import code_sha256; print(meadow.__file__, code_sha256())"
     clean = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
-    said = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", ask], cwd=tmp_path / "bundle", env=clean, capture_output=True, text=True, check=True
     )
-    assert said.stdout.split() == [str(tmp_path / "bundle" / "meadow" / "__init__.py"), code_sha256()]
+    assert done.stdout.split() == [str(tmp_path / "bundle" / "meadow" / "__init__.py"), code_sha256()]
 
 
 def test_code_in_a_bundle_finds_compiled_code(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
 from helpers.runs import run_inline, small
@@ -19,7 +20,9 @@ SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 
 
 @pytest.fixture
-def cluster() -> Iterator[Any]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
+    AuthenticationTokenLoader.instance().reset_cache()
     found: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     found.second = found.add_node(num_cpus=1)
     yield found

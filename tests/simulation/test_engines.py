@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from helpers.runs import SAME, run_inline, small
 from meadow.config.load import from_flat, to_flat, to_toml
@@ -35,6 +36,16 @@ def test_ray_gives_the_bits_of_inline(ray_launch: Launch, preset: str, clients: 
     experiment = small(preset, clients) if preset != "pooled" else small(preset)
     inline, on_ray = run_inline(experiment, tmp_path / "inline"), ray_launch(experiment, tmp_path / "ray")
     assert [on_ray[key] for key in SAME] == [inline[key] for key in SAME]
+
+
+@pytest.mark.parametrize("ray_launch", [2], indirect=True)
+def test_ray_refuses_whoever_has_not_its_token(ray_launch: Launch) -> None:
+    code = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+    stranger = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    for given in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
+        command = [sys.executable, "-c", code, ray.get_runtime_context().gcs_address]
+        done = subprocess.run(command, env=stranger | given, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "InvalidAuthToken" in done.stderr
 
 
 @pytest.mark.parametrize("deaths", [1, pytest.param(9, marks=pytest.mark.slow)])

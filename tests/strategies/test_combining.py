@@ -16,7 +16,7 @@ from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.arrays.sums import BLOCK, FAN, add, cut, fault, mean, parts, spans, weighted_sum
 from meadow.server.admission import Sums, Verdict, admit
 from meadow.server.evaluation import over_clients
-from meadow.server.reduce import round_sum
+from meadow.server.rounds import round_sum
 from meadow.simulation.grid import become_server
 from meadow.strategies import server_of
 from meadow.strategies.check import load
@@ -220,12 +220,12 @@ def test_packing_round_trip() -> None:
     nodes = [pack_requests([request], made=made) for request in requests[::2]]
     assert nodes[0]["0.arrays"] is nodes[1]["0.arrays"]  # so a grid that shares memory hands it over once
     block = weighted_sum([(2.0, arrays_of(0)), (3.0, arrays_of(1))])
-    said: dict[str, Values] = {"metrics": {"num-examples": 2}, "ledger": ledger}
+    values: dict[str, Values] = {"metrics": {"num-examples": 2}, "ledger": ledger}
     node = unpack_replies(
-        pack_replies(NodeReply([Answer(2, said, summed=True), Answer(5, error="why")], {(4, 5): block}))
+        pack_replies(NodeReply([Answer(2, values, summed=True), Answer(5, error="why")], {(4, 5): block}))
     )
     assert [(a.client, a.error, a.summed) for a in node.answers] == [(2, "", True), (5, "why", False)]
-    assert node.answers[0].values == said
+    assert node.answers[0].values == values
     assert node.sums[4, 5].weights == block.weights
     assert all(np.array_equal(node.sums[4, 5].sums[k], block.sums[k]) for k in block.sums)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.runs import run_inline, small
-from helpers.worlds import N, data, double, experiment, gradient, mean, run, same, start, step
+from helpers.worlds import N, data, experiment, gradient, mean, run, same, start, step
 from meadow.arrays.named import of_kind
 from meadow.config.algorithms import ALGORITHMS
 from meadow.config.load import preset_names
@@ -17,13 +17,10 @@ from meadow.config.schema import SHARES, Attack, Cohort, Strategy
 from meadow.runtime.errors import UserError
 from meadow.strategies import algorithm
 
-__all__ = ["double"]
-
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "strategies.md").read_text()
 
 
-@pytest.mark.usefixtures("double")
 def test_the_documented_strategy_runs_by_its_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     (tmp_path / "lookahead.py").write_text(code)

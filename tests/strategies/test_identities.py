@@ -9,15 +9,16 @@ import pytest
 from torch import nn
 
 from helpers.rounding import OPERATIONS, close, distance, floats, run_off
-from helpers.runs import run_inline, small
+from helpers.runs import Watching, run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays, of_kind
-from meadow.client.loop.training import train
+from meadow.client.context import LocalContext
+from meadow.client.loop.training import Trained
 from meadow.config.schema import Experiment
+from meadow.experiments.audit.ledgers import observed
 from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import latest
-from meadow.strategies.norms import norms
-from meadow.strategies.roles import roles_of
+from meadow.strategies.roles import norms, roles_of
 from meadow.tasks.evaluation import state_of
 from meadow.tasks.models.vision import torchvision
 from meadow.tasks.start import initial_state
@@ -115,29 +116,27 @@ def test_a_personal_model_beside_does_not_touch_what_is_shared(name: str, tmp_pa
     assert one["model_sha256"] == other["model_sha256"]
 
 
-def phases(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Arrays, Arrays, int]]:
-    """Of each call of the training loop: the model before and after it, and its steps."""
-    honest = train
-    seen: list[tuple[Arrays, Arrays, int]] = []
+def phases(experiment: Experiment, out: Path) -> list[tuple[Arrays, Arrays, int]]:
+    """Of each training in a run: the model before and after it, and its steps."""
+    before, seen = list[Arrays](), list[tuple[Arrays, Arrays, int]]()
 
-    def watched(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = state_of(model)
-        trained = honest(model, *args, **kwargs)
-        seen.append((before, state_of(model), trained.steps))
-        return trained
+    def begins(context: LocalContext) -> None:
+        before.append(state_of(context.model))
 
-    monkeypatch.setattr("meadow.client.trainers.choose.train", watched)
-    monkeypatch.setattr("meadow.client.trainers.choose.KERNELS", ())  # the loop is watched
+    def ends(context: LocalContext, trained: Trained) -> None:
+        seen.append((before[-1], state_of(context.model), trained.steps))
+
+    with observed(experiment, out, Watching(begins, ends)):
+        run_inline(experiment, out)
     return seen
 
 
 @pytest.mark.parametrize("name", ["fedrep", "fedalt"])
-def test_fedrep_keeps_the_half_that_does_not_learn(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fedrep_keeps_the_half_that_does_not_learn(name: str, tmp_path: Path) -> None:
     """Head first, then body, each for its own epochs, under weight decay, momentum and norms with statistics."""
     settings = ("strategy.head_epochs=2", "strategy.body_epochs=3", "run.rounds=1")
     experiment = small("fedper", f"strategy.name={name}", *LIVELY, *NORMED, *settings)
-    seen = phases(experiment, monkeypatch)
-    run_inline(experiment, tmp_path)
+    seen = phases(experiment, tmp_path)
     assert len(seen) == 2 * 3
     for client in range(3):
         (start, between, head_steps), (again, end, body_steps) = seen[2 * client : 2 * client + 2]

@@ -17,7 +17,6 @@ from helpers.worlds import (
     State,
     data,
     descend,
-    double,
     experiment,
     gradient,
     mean,
@@ -30,9 +29,6 @@ from helpers.worlds import (
 from meadow.arrays.named import of_kind
 from meadow.config.schema import Experiment
 from meadow.tasks.task import open_task
-
-pytestmark = pytest.mark.usefixtures("double")
-__all__ = ["double"]
 
 HEAD = (WEIGHT, BIAS)
 

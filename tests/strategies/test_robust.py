@@ -15,12 +15,13 @@ from scipy.stats import norm, trim_mean
 
 from helpers.rounding import distance as norm_of_difference
 from helpers.rounding import floats, run_off
-from helpers.runs import run_inline, small
+from helpers.runs import Watching, run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
-from meadow.client.context import with_wrong_labels
-from meadow.config.schema import Attack, Experiment
+from meadow.client.context import LocalContext
+from meadow.config.schema import Attack
 from meadow.config.schema import Strategy as Settings
+from meadow.experiments.audit.ledgers import observed
 from meadow.runtime.seeds import numpy_generator
 from meadow.server.checkpoints import latest
 from meadow.simulation.grid import become_server
@@ -237,32 +238,21 @@ def test_alies_largest_z() -> None:
     assert largest_z(50, 24) == pytest.approx(1.4260769, abs=1e-6)
 
 
-def sent_by(experiment: Experiment, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """Which clients' labels were changed before training."""
-    import meadow.client.node
-
-    changed: list[set[int]] = [set()]
-    honest = with_wrong_labels
-
-    def watched(data: Any, targets: Any) -> Any:
-        result = honest(data, targets)
-        changed[0].add(len(data))
-        for target in targets:
-            assert (result.y[target.name] + data.y[target.name] == target.size - 1).all()
-        return result
-
-    monkeypatch.setattr(meadow.client.node, "with_wrong_labels", watched)
-    run_inline(experiment, out)
-    return changed
-
-
 @pytest.mark.parametrize("kind", ["label-flip", "replacement"])
-def test_label_flip_trains_on_the_other_labels(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experiment = small(
-        "fedavg", f"attack.kind={kind}", "attack.fraction=0.25", "partition.law=quantity", "run.rounds=1"
-    )
-    (sizes,) = sent_by(experiment, tmp_path, monkeypatch)
-    assert sizes == {len(open_task(experiment).client(c).train) for c in attackers(experiment)} and len(sizes) == 2
+def test_label_flip_trains_on_the_other_labels(kind: str, tmp_path: Path) -> None:
+    """Label y of ten classes becomes 9 - y at the attackers, and stays what it is at the others."""
+    experiment = small("fedavg", f"attack.kind={kind}", "attack.fraction=0.25", "run.rounds=1")
+    seen: dict[int, Any] = {}
+
+    def begins(context: LocalContext) -> None:
+        seen[context.client] = context.data.y["digit"]
+
+    with observed(experiment, tmp_path, Watching(begins)):
+        run_inline(experiment, tmp_path)
+    assert len(attackers(experiment)) == 2 and seen.keys() == set(range(8))
+    for client, found in seen.items():
+        own = open_task(experiment).client(client).train.y["digit"]
+        assert (found == (9 - own if client in attackers(experiment) else own)).all()
 
 
 @pytest.mark.parametrize("kind", ["label-flip", "sign-flip", "replacement", "ipm", "alie", "noise"])

@@ -12,7 +12,6 @@ from helpers.worlds import (
     State,
     data,
     descend,
-    double,
     experiment,
     gradient,
     mean,
@@ -23,9 +22,6 @@ from helpers.worlds import (
     stored,
 )
 from meadow.arrays.named import auxiliary, of_kind
-
-pytestmark = pytest.mark.usefixtures("double")
-__all__ = ["double"]
 
 
 def averages(w: State, rounds: int = 2) -> State:

@@ -13,7 +13,7 @@ import pytest
 
 from helpers.rounding import close, floats
 from helpers.runs import RESUMED, run_inline, small
-from helpers.worlds import N, State, data, descend, double, experiment, run, same, start, stored
+from helpers.worlds import N, State, data, descend, experiment, run, same, start, stored
 from meadow.arrays.named import Arrays, of_kind
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
@@ -22,8 +22,6 @@ from meadow.strategies.roles import roles
 from meadow.strategies.stages import AtClient, Left, Stage, Stages, stages_of
 from meadow.strategies.wire.packing import Answer, Values
 from meadow.tasks.start import initial_state
-
-__all__ = ["double"]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "stages.md").read_text()
 
@@ -57,7 +55,6 @@ def sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop("sparse")
 
 
-@pytest.mark.usefixtures("double")
 def test_the_documented_stage_is_top_k_with_error_feedback(tmp_path: Path, sparse: Any) -> None:
     """By hand: e is what a client has not sent so far; it sends the largest entry of e + y - x of each array (a tenth of
     four, of two and of one), and the server adds the mean of these."""

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from helpers.refusals import refused
 from helpers.rounding import close
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
@@ -121,9 +122,9 @@ def test_emnist_is_balanced_unless_another_split_is_named(tmp_path: Path) -> Non
     assert np.array_equal(data.train.x[:, 0], balanced["train"]) and data.targets[0].size == 47
     letters = named(tmp_path, "EMNIST:letters")
     assert letters.train.y["label"].tolist() == [0, 25, 2] and letters.targets[0].size == 26
-    with pytest.raises(UserError, match=r"EMNIST has no such split; did you mean letters\?"):
+    with refused("EMNIST", "letters"):
         named(tmp_path, "EMNIST:leters")
-    with pytest.raises(UserError, match="only EMNIST has splits"):
+    with refused("EMNIST"):
         named(tmp_path, "MNIST:letters")
 
 
@@ -150,7 +151,7 @@ def test_cifar_batches_hold_red_green_and_blue_planes(
     assert np.array_equal(data.train.x.flatten(1), expected) and data.train.x.shape[1:] == (3, 32, 32)
     assert data.test.y["label"].tolist() == [classes - 1, classes - 2, classes - 3] and data.targets[0].size == classes
     (folder / batches[0][0]).write_bytes(b"not what was published")  # torchvision unpickles nothing else
-    with pytest.raises(UserError, match=f"{create.base_folder}, or are not the published ones"):
+    with refused(create.base_folder):
         named(tmp_path, name, image_size=8)
 
 
@@ -172,7 +173,7 @@ def test_a_missing_data_set_is_not_downloaded_unasked(tmp_path: Path) -> None:
             named(tmp_path, name)
         assert str(tmp_path / place) in str(error.value) and "task.download = true" in str(error.value)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r'task.root = ".*nowhere": there is no such folder'):
+    with refused("task.root", "nowhere"):
         named(tmp_path / "nowhere", "MNIST")
 
 
@@ -191,7 +192,7 @@ def test_download_is_torchvision_s_and_happens_once(tmp_path: Path, monkeypatch:
         torchvision().datasets.MNIST, "download", lambda self: (_ for _ in ()).throw(OSError("offline"))
     )
     shutil.rmtree(tmp_path / "MNIST")
-    with pytest.raises(UserError, match="cannot be read: offline"):
+    with refused("offline"):
         named(tmp_path, "MNIST", download=True, image_size=8)
 
 
@@ -199,7 +200,7 @@ def test_a_torn_idx_file_is_the_user_s_to_mend(tmp_path: Path) -> None:
     write_mnist(tmp_path, "MNIST")
     file = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match="MNIST/raw cannot be read"):
+    with refused("MNIST/raw"):
         named(tmp_path, "MNIST")
 
 
@@ -217,7 +218,7 @@ def test_writers_from_a_file_beside_the_data_are_the_clients(tmp_path: Path) -> 
         with pytest.raises(UserError, match=re.escape(why)):
             named(tmp_path, "MNIST", client=client)
     write_table(tmp_path, "part.csv", [["index", "writer"], *([str(i), "ann"] for i in (1, 2, 3))])
-    with pytest.raises(UserError, match=r"part.csv has the index 0; there are 4 training samples"):
+    with refused("part.csv", 0, 4):
         named(tmp_path, "MNIST", client="part.csv:writer")
 
 
@@ -246,14 +247,14 @@ def test_an_image_folder_s_classes_are_its_sub_folders(tmp_path: Path) -> None:
     assert [int(x[0, 0, 0]) for x in data.train.x] == [int(draw((5, 5, 3), seed=s)[0, 0, 0]) for s in (3, 2, 1)]
     assert data.test.y["label"].tolist() == [1]
     write_png(tmp_path / "exam/wasps/w.png", draw((5, 5, 3)))
-    with pytest.raises(UserError, match=r'exam: the folder "wasps" is not a class of .*train, which has ants, bees'):
+    with refused("exam", "wasps", "ants, bees"):
         named(tmp_path, "ImageFolder", test="exam")
-    with pytest.raises(UserError, match=r'task.test = "quiz": there is no folder .*/quiz'):
+    with refused('task.test = "quiz"'):
         named(tmp_path, "ImageFolder", test="quiz")
     with pytest.raises(UserError, match=r"task.client = 'x': task.dataset = \"ImageFolder\" does not use it"):
         named(tmp_path, "ImageFolder", client="x")
     (tmp_path / "train/wasps").mkdir()
-    with pytest.raises(UserError, match=r"train: Found no valid file for the classes wasps"):
+    with refused("train", "wasps"):
         named(tmp_path, "ImageFolder", image_size=4)
 
 
@@ -285,7 +286,7 @@ def test_the_image_column_and_the_files_can_be_named(tmp_path: Path) -> None:
     an_image_table(tmp_path)
     rows = "grade,place\nmild,pictures/2.png\n\nnone,pictures/0.png\n"
     (tmp_path / "mine.csv.xz").write_bytes(lzma.compress(rows.encode("utf-8-sig")))
-    with pytest.raises(UserError, match=r"mine.csv.xz has no column \"image\"; it has grade, place"):
+    with refused("mine.csv.xz", "image", "grade, place"):
         table(tmp_path, train="mine.csv.xz", test="test.csv", inputs=("image",))
     data = table(tmp_path, train="mine.csv.xz", test="mine.csv.xz", inputs=("place",))
     assert np.array_equal(data.train.x[0].permute(1, 2, 0), draw((6, 8, 3), seed=2))
@@ -559,7 +560,7 @@ def test_samples_that_are_no_images_pass_through() -> None:
     x = task.dataset.train.x[:3]
     assert task.prepare(x, training=True) is x
     for settings in ({"augment": ("flip",)}, {"mean": (0.5,), "std": (0.5,)}):
-        with pytest.raises(UserError, match=r"the samples of made are not images: leave task.(augment|mean) empty"):
+        with refused("made", "task."):
             image_pipeline(dataset(torch.zeros(2, 3), images=False), Task(**settings))
 
 
@@ -684,7 +685,7 @@ def test_an_augmentation_that_is_not_understood_is_named(augment: str) -> None:
 
 
 def test_means_are_one_or_one_a_channel() -> None:
-    with pytest.raises(UserError, match=r"task.mean = \[0.1, 0.2\]: the images of made have 3 channels: give"):
+    with refused("task.mean = [0.1, 0.2]", "made", 3):
         image_pipeline(dataset(random_images(1)), Task(mean=(0.1, 0.2), std=(1.0, 1.0)))
 
 
@@ -704,7 +705,7 @@ def test_models_are_built_for_prepared_samples() -> None:
     task = open_task(load(STARS))
     x = task.prepare(task.client(0).train.x[:5], training=True)
     assert tuple(x.shape[1:]) == inputs(task.dataset).shape == (1, 32, 32) and x.dtype == torch.float32
-    with pytest.raises(UserError, match="there is no such augmentation"):
+    with refused("task.augment"):
         open_task(load(STARS, ["task.augment=flop"]))
 
 
@@ -715,7 +716,9 @@ def test_training_augments_by_seed_round_and_client() -> None:
         setting = experiment if augmented else plain
         task = open_task(setting)
         model = task.new_model()
-        train(model, task.client(0).train.take(torch.arange(16)), task, setting, round_, client)
+        train(
+            model, Training(task.client(0).train.take(torch.arange(16)), round_, client, setting.local), task, setting
+        )
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     def far(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -788,5 +791,5 @@ def test_real_ants_and_bees_are_a_folder(monkeypatch: pytest.MonkeyPatch) -> Non
     data = named(Path(REAL) / "hymenoptera", "ImageFolder", image_size=64, channels="rgb")
     assert data.train.x.shape == (245, 3, 64, 64) and data.test.x.shape == (153, 3, 64, 64)
     assert data.targets[0].names == ("ants", "bees")
-    with pytest.raises(UserError, match=r"is \d+x\d+ pixels .* task.image_size = 224"):
+    with refused("task.image_size = 224"):
         named(Path(REAL) / "hymenoptera", "ImageFolder")

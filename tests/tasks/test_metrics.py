@@ -15,7 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
 from helpers.rounding import OPERATIONS, close, stepped
-from meadow.client.loop.training import train
+from meadow.client.loop.training import Training, train
 from meadow.strategies.check import load
 from meadow.tasks.data import MISSING, Target
 from meadow.tasks.evaluation import load_into, state_of
@@ -222,7 +222,7 @@ def test_class_weights_act_in_a_training_step(kind: str) -> None:
     trained, by_hand = task.new_model(), task.new_model()
     for model in (trained, by_hand):
         load_into(model, initial_state(experiment))
-    train(trained, data, task, experiment, 1, 0)
+    train(trained, Training(data, 1, 0, experiment.local), task, experiment)
     logits = by_hand(data.x)["digit"]
     total = sum(float(each[c]) * F.cross_entropy(logits[i : i + 1], data.y["digit"][i : i + 1])
                 for i, c in enumerate(labels))  # fmt: skip

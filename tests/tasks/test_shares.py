@@ -15,7 +15,7 @@ from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.strategies.check import load
 from meadow.tasks.data import Data
-from meadow.tasks.splits.shares import deal_out, hosted, read_share, use_share
+from meadow.tasks.splits.shares import hosted, read_share, use_share, write_shares
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import open_task
 
@@ -31,7 +31,7 @@ def same(one: Data, two: Data) -> bool:
 
 @pytest.fixture(scope="module")
 def shares(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return deal_out(EXPERIMENT, 3, tmp_path_factory.mktemp("shares"), "share")
+    return write_shares(EXPERIMENT, 3, tmp_path_factory.mktemp("shares"), "share")
 
 
 def test_every_client_is_on_one_node_and_its_samples_are_those_of_the_whole(shares: list[Path]) -> None:
@@ -96,7 +96,7 @@ def test_a_setting_that_decides_no_data_may_differ(shares: list[Path]) -> None:
 def test_a_missing_and_a_damaged_share_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="meadow deal"):
         read_share(tmp_path / "none", EXPERIMENT)
-    folder = deal_out(EXPERIMENT, 1, tmp_path)[1]
+    folder = write_shares(EXPERIMENT, 1, tmp_path)[1]
     file = folder / "client-3.safetensors"
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(UserError, match="client-3"):
@@ -104,11 +104,11 @@ def test_a_missing_and_a_damaged_share_are_told(tmp_path: Path) -> None:
 
 
 def test_pooled_data_is_on_the_first_node(tmp_path: Path) -> None:
-    folders = deal_out(other("run.placement=pooled"), 2, tmp_path)
+    folders = write_shares(other("run.placement=pooled"), 2, tmp_path)
     assert json.loads((folders[1] / "share.json").read_text())["clients"] == list(range(7))
 
 
 @pytest.mark.parametrize("nodes", [0, 8])
 def test_more_nodes_than_clients_are_refused(tmp_path: Path, nodes: int) -> None:
     with pytest.raises(UserError, match="--nodes"):
-        deal_out(EXPERIMENT, nodes, tmp_path)
+        write_shares(EXPERIMENT, nodes, tmp_path)

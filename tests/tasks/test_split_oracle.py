@@ -16,8 +16,8 @@ from flwr_datasets import partitioner as flower
 from scipy import stats
 
 from meadow.config.schema import Partition
-from meadow.tasks.splits.laws import LAWS
-from meadow.tasks.splits.partition import Split, deal, label_counts
+from meadow.tasks.splits.partition import Split, label_counts, make_split
+from meadow.tasks.splits.partitioners import PARTITIONERS
 
 Ints = npt.NDArray[np.int64]
 Statistic = Callable[[Ints], float]
@@ -66,14 +66,14 @@ def same_distribution(mine: list[Ints], other: list[Ints], statistics: list[Stat
 
 @pytest.mark.parametrize("clients", [1, 7, 10, 13])
 def test_iid_has_the_sizes_of_iid_partitioner(clients: int) -> None:
-    mine = ours(deal(settings("iid", clients=clients), LABELS, 0))
+    mine = ours(make_split(settings("iid", clients=clients), LABELS, 0))
     other = theirs(flower.IidPartitioner(clients), LABELS)
     assert sorted(map(len, mine)) == sorted(map(len, other))
 
 
 def test_natural_is_natural_id_partitioner() -> None:
     owner = np.random.Generator(np.random.Philox(1)).integers(0, 9, 600)
-    mine = ours(deal(settings("natural", clients=0), LABELS, 0, owner))
+    mine = ours(make_split(settings("natural", clients=0), LABELS, 0, owner))
     other = theirs(flower.NaturalIdPartitioner("owner"), LABELS, owner)
     assert len(mine) == len(other) == 9 and all(map(np.array_equal, mine, other))
 
@@ -90,7 +90,7 @@ def test_dirichlet_class_with_the_same_draws_is_dirichlet_partitioner_to_within_
         partitioner = flower.DirichletPartitioner(clients, "label", alpha, min_partition_size=0, seed=seed)
         other = np.array([len(part) for part in theirs(partitioner, labels)])
         partition = settings("dirichlet-class", clients=clients, alpha=alpha)
-        runs = LAWS["dirichlet-class"](partition, np.array([500]), np.random.default_rng(seed))
+        runs = PARTITIONERS["dirichlet-class"](partition, np.array([500]), np.random.default_rng(seed))
         mine = np.bincount(runs.owner, runs.amount, clients)
         assert np.abs(mine - other).max() <= 1
 
@@ -102,7 +102,7 @@ def test_dirichlet_over_clients_has_the_distribution_of_dirichlet_partitioner(ba
     partition = settings(law, clients=7, alpha=0.7, min_size=10)
     mine, other = [], []
     for seed in range(300):
-        mine.append(label_counts(deal(partition, LABELS, seed), LABELS))
+        mine.append(label_counts(make_split(partition, LABELS, seed), LABELS))
         partitioner = flower.DirichletPartitioner(7, "label", 0.7, 10, balanced, seed=seed)
         other.append(counts(theirs(partitioner, LABELS), LABELS))
     last = [lambda table: float(table[:, -1].max()), lambda table: float(table[-1].sum())]
@@ -115,7 +115,7 @@ def test_hsu_first_client_has_the_distribution_of_inner_dirichlet_partitioner() 
     labels = np.repeat(np.arange(4), (600 * shares).astype(int))
     mine, other = [], []
     for seed in range(400):
-        runs = LAWS["dirichlet"](
+        runs = PARTITIONERS["dirichlet"](
             settings("dirichlet", clients=20, alpha=alpha), np.bincount(labels), np.random.default_rng(seed)
         )
         first = np.random.default_rng(seed).permutation(20)[0]
@@ -136,7 +136,7 @@ def test_shards_have_the_sizes_and_the_distribution_of_shard_partitioner() -> No
     partition = settings("shards", clients=20, shards=2, min_size=30)
     mine, other = [], []
     for seed in range(300):
-        mine.append(label_counts(deal(partition, LABELS, seed), LABELS))
+        mine.append(label_counts(make_split(partition, LABELS, seed), LABELS))
         partitioner = flower.ShardPartitioner(20, "label", num_shards_per_partition=2, shard_size=15, seed=seed)
         partitioner.dataset = Dataset.from_dict({"label": np.sort(LABELS)})
         sizes = [np.array(partitioner.load_partition(number)["label"]) for number in range(20)]
@@ -152,6 +152,6 @@ def test_labels_law_has_the_sizes_of_pathological_partitioner(clients: int, labe
     partitioner = flower.PathologicalPartitioner(clients, "label", labels, "deterministic")
     other = counts(theirs(partitioner, LABELS), LABELS)
     for seed in range(10):
-        mine = label_counts(deal(settings("labels", clients=clients, labels=labels), LABELS, seed), LABELS)
+        mine = label_counts(make_split(settings("labels", clients=clients, labels=labels), LABELS, seed), LABELS)
         assert ((mine > 0).sum(axis=1) == labels).all()
         assert np.array_equal(np.sort(mine, axis=0), np.sort(other, axis=0))

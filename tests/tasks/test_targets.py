@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.refusals import refused
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import MISSING, Data, Part, Raw, Target
 from meadow.tasks.targets import encode, read_kind
@@ -79,7 +80,7 @@ WRONG = (
 
 @pytest.mark.parametrize("text", WRONG)
 def test_a_kind_that_is_wrong_is_told_with_its_target(text: str) -> None:
-    with pytest.raises(UserError, match=f'^task.kinds = "{text}" for the target "age": .'):
+    with refused(f'task.kinds = "{text}"', "age"):
         read_kind("age", text)
 
 
@@ -127,7 +128,7 @@ def test_minus_one_among_whole_numbers_is_missing_unless_it_is_a_class() -> None
     assert numbers(np.array([-1, 1, 0]), "class 2") == [MISSING, 1, 0]
     assert numbers(np.array([-1, 1, 1]), "class -1 1") == [0, 1, 1]
     assert numbers(np.array([-1, 1, 1]), "class") == [0, 1, 1]
-    with pytest.raises(UserError, match='has "-1", which is none of'):
+    with refused("-1"):
         numbers(["-1", "1", "0"], "class 2")
 
 
@@ -209,10 +210,10 @@ def test_a_value_that_does_not_fit_is_told_with_file_and_line(case: str) -> None
 
 def test_a_column_that_is_not_there_is_told_with_the_nearest() -> None:
     part = Part(torch.zeros(2, 1), {"grade": np.array([0, 1]), "age": np.array([1.0, 2.5])})
-    with pytest.raises(UserError, match=r'has no target "grad"; did you mean grade\?; it has grade, age'):
+    with refused("grad", "grade, age"):
         encode(Raw("clinic", part, part), ("grad",), {})
     bare = Part(torch.zeros(2, 1), {"age": np.array([1.0, 2.5])})
-    with pytest.raises(UserError, match='the test set of "clinic" has no column "grade", which the training pool has'):
+    with refused("clinic", "grade"):
         encode(Raw("clinic", part, bare), ("grade",), {})
 
 

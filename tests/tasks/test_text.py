@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.refusals import refused
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import MISSING, Dataset
@@ -39,7 +40,7 @@ def test_words_are_hashed_into_buckets(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_is_learnt_on_public_texts_only(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'task\.tokens = "words" needs a public vocabulary'):
+    with refused('task.tokens = "words"'):
         opened(tmp_path, tokens="words")
     (tmp_path / "public.csv").write_text("text\ndog dog\ncat the\nzebra the\n")
     data = opened(tmp_path, tokens="words", public="public.csv", vocabulary_size=5)
@@ -54,7 +55,7 @@ def test_a_vocabulary_may_be_given(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("cat\ndog\n")
     assert opened(tmp_path, tokens="words", vocabulary="words.txt").train.x[0].tolist() == [1, 2, 1, 1]
     (tmp_path / "twice.txt").write_text("cat\ncat\n")
-    with pytest.raises(UserError, match='"cat" is twice'):
+    with refused('"cat"'):
         opened(tmp_path, tokens="words", vocabulary="twice.txt")
     with pytest.raises(UserError, match=r"none\.txt"):
         opened(tmp_path, tokens="words", vocabulary="none.txt")

@@ -3,18 +3,12 @@
 Rules that depend on the algorithm are in `strategies/check.py`.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from meadow.config.rules.cohort import COHORT
 from meadow.config.rules.privacy import PRIVACY
 from meadow.config.rules.rule import Rule as Rule
 from meadow.config.rules.strategy import STRATEGY
 from meadow.config.rules.training import TRAINING
-
-if TYPE_CHECKING:
-    from meadow.config.schema import Experiment
+from meadow.config.schema import Experiment
 
 RULES: tuple[Rule, ...] = (*COHORT, *TRAINING, *STRATEGY, *PRIVACY)
 

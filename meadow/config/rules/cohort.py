@@ -1,16 +1,11 @@
 """Rules on participation: `[cohort]`, `[partition]`, attackers. They are checked once `partition.clients` is known
 (`meadow.tasks.task.settle`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from meadow.config.rules.rule import Rule
-
-if TYPE_CHECKING:
-    from meadow.config.schema import Experiment
+from meadow.config.schema import Experiment
 
 
 def _bad_unseen(e: Experiment) -> bool:

@@ -4,15 +4,10 @@
 `meadow.strategies.check` has the rules that depend on the algorithm.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from meadow.config.rules.rule import Rule, Text
-
-if TYPE_CHECKING:
-    from meadow.config.schema import Experiment
+from meadow.config.schema import Experiment
 
 EXAMPLE = ("privacy.unit=example", "privacy.noise_multiplier=1", "privacy.sample_rate=0.1", "local.steps=2")
 CLIENT = ("privacy.unit=client", "privacy.noise_multiplier=1")

@@ -1,15 +1,12 @@
 """A rule: settings that are valid by themselves but not together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from meadow.config.schema import Experiment
+from meadow.config.schema import Experiment
 
-Text = str | Callable[["Experiment"], str]
+Text = str | Callable[[Experiment], str]
 
 
 @dataclass(frozen=True)

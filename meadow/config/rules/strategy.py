@@ -1,13 +1,7 @@
 """Rules on sharing that hold for every algorithm; the algorithms' own rules are in `meadow/strategies/`."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from meadow.config.rules.rule import Rule
-
-if TYPE_CHECKING:
-    from meadow.config.schema import Experiment
+from meadow.config.schema import Experiment
 
 
 def _not_federated(e: Experiment) -> bool:

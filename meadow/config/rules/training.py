@@ -1,13 +1,7 @@
 """Rules on training: `[task]`, `[local]`, `[anchor]`, `[adapt]`, `[engine]`."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from meadow.config.rules.rule import Rule
-
-if TYPE_CHECKING:
-    from meadow.config.schema import Experiment
+from meadow.config.schema import Experiment
 
 HEAD = ("head", "last:0")
 """Values of `local.trainable` that never change the trunk."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from meadow.arrays.named import Arrays
-from meadow.client.release import Keeper, charge, noised_update
+from meadow.client.release import Ledgers, charge, noised_update
 from meadow.config.cohort import draw_cohort, participations
 from meadow.config.schema import Experiment
 from meadow.experiments.audit.settings import CANARIES, LONG, changed, unbudgeted
@@ -90,8 +90,8 @@ def local_checks(experiment: Experiment, task: Task) -> list[Check]:
     bound, times, delta = experiment.privacy.clip, 400, experiment.privacy.delta
     busiest = int(np.argmax(participations(experiment)))
     with tempfile.TemporaryDirectory() as folder:
-        keeper = Keeper(experiment, Path(folder), "canaries", "audit", True)
-        z = charge(keeper, None, 1, busiest, {}).noise_multiplier
+        ledgers = Ledgers(experiment, Path(folder), "canaries", "audit", True)
+        z = charge(ledgers, None, 1, busiest, {}).noise_multiplier
         free = unbudgeted(experiment, z)
         included = numpy_generator(experiment.run.seed, "audit").random(times) < 0.5
         before: Arrays = {"w": np.zeros(200, np.float64)}
@@ -99,7 +99,7 @@ def local_checks(experiment: Experiment, task: Task) -> list[Check]:
         for round_, positive in enumerate(included, 1):
             after = {"w": before["w"].copy()}
             after["w"][0] = (1 if positive else -1) * LONG * bound  # opposite updates, the worst case
-            own = replace(keeper, experiment=free, root=Path(folder) / str(round_))  # each release has its own ledger
+            own = replace(ledgers, experiment=free, root=Path(folder) / str(round_))  # each release has its own ledger
             allowed = charge(own, None, round_, busiest, before)
             rows.append(_change(noised_update(free, allowed, before, after), before) / bound)
     scores = np.stack(rows)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meadow.client.loop.training import train
-from meadow.client.release import Allowed, Keeper, charge
+from meadow.client.loop.training import Training, train
+from meadow.client.release import Ledgers, PrivateRelease, charge
 from meadow.config.cohort import participations
 from meadow.config.schema import Experiment
 from meadow.experiments.audit.settings import CANARIES, LONG, MOST_STEPS, changed, unbudgeted
@@ -57,9 +57,9 @@ def checks(experiment: Experiment, task: Task) -> list[Check]:
     plain = changed(experiment, local__clip_norm=0.0, local__lr=1e-6, local__weight_decay=0.0, task__augment=())
     busiest = int(np.argmax(participations(experiment)))
     with tempfile.TemporaryDirectory() as folder:
-        keeper = Keeper(plain, Path(folder), "canaries", "audit", True)
+        ledgers = Ledgers(plain, Path(folder), "canaries", "audit", True)
         rounds = max(1, min(participations(experiment)[busiest], MOST_STEPS // steps_a_round(plain)))
-        allowed = [charge(keeper, None, r, busiest, {}) for r in range(1, rounds + 1)]
+        allowed = [charge(ledgers, None, r, busiest, {}) for r in range(1, rounds + 1)]
         permits = [replace(_permit(one), grad_sample=mode) for one in allowed]
         mechanism = permits[0].mechanism
         included = numpy_generator(experiment.run.seed, "audit").random(CANARIES) < 0.5
@@ -78,7 +78,7 @@ def checks(experiment: Experiment, task: Task) -> list[Check]:
         found += _probe(plain, task, busiest, mechanism, mode)
         others = [c for c, times in enumerate(participations(experiment)) if times and c != busiest]
         who, when = (others[0], 1) if others else (busiest, rounds + 1)
-        another = charge(replace(keeper, experiment=unbudgeted(plain, noise)), None, when, who, {})
+        another = charge(replace(ledgers, experiment=unbudgeted(plain, noise)), None, when, who, {})
         found += _noise(plain, task, allowed[0], another, mode)
     return found
 
@@ -92,7 +92,7 @@ def _mode(experiment: Experiment, task: Task) -> GradSample:
     return chosen_mode(model, experiment.privacy.grad_sample)
 
 
-def _permit(allowed: Allowed) -> Permit:
+def _permit(allowed: PrivateRelease) -> Permit:
     assert allowed.permit is not None
     return allowed.permit
 
@@ -117,7 +117,7 @@ def _watched(
         scale = permit.mechanism.denominator
         steps.append({n: scale * p.grad.detach().double().numpy() for n, p in learning.items() if p.grad is not None})
 
-    train(model, data, task, experiment, 1, 0, correct=watch, permit=permit)
+    train(model, Training(data, 1, 0, experiment.local, correct=watch, permit=permit), task, experiment)
     return steps
 
 
@@ -162,7 +162,9 @@ def _model(experiment: Experiment, task: Task) -> tuple[nn.Module, Task]:
     return model, quiet
 
 
-def _noise(experiment: Experiment, task: Task, one: Allowed, another: Allowed, mode: GradSample) -> list[Check]:
+def _noise(
+    experiment: Experiment, task: Task, one: PrivateRelease, another: PrivateRelease, mode: GradSample
+) -> list[Check]:
     """Steps without a sample: only noise, of the claimed deviation in each array, normal, and independent."""
     model, quiet = _model(experiment, task)
     data = quiet.client(0).train

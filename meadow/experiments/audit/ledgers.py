@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from meadow.client.context import LocalContext
+from meadow.client.context import LocalContext, Observer
 from meadow.client.loop.training import Trained
 from meadow.client.node import open_node
-from meadow.client.release import Allowed
+from meadow.client.release import PrivateRelease
 from meadow.config.schema import Experiment
 from meadow.experiments.audit.settings import changed
 from meadow.privacy.accounting import epsilon
@@ -140,13 +140,13 @@ class Seen:
 
         return ends
 
-    def noises(self, client: int, allowed: Allowed) -> None:
+    def noises(self, client: int, release: PrivateRelease) -> None:
         last = self.releases.pop()
-        self.releases.append(Release(client, (1.0, allowed.noise_multiplier / 2, 1), last.bare))
+        self.releases.append(Release(client, (1.0, release.noise_multiplier / 2, 1), last.bare))
 
 
 @contextmanager
-def observed(experiment: Experiment, out: Path, seen: Seen) -> Iterator[None]:
+def observed(experiment: Experiment, out: Path, seen: Observer) -> Iterator[None]:
     """Let `seen` observe the inline engine's one node in a run of the experiment in the folder `out`."""
     node = open_node(node_context(experiment, 0, 1, out / "state"))
     node.observers.append(seen)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from meadow.experiments.pictures.style import COLOURS, SHADES, STYLE, WIDTH
+from meadow.experiments.pictures.style import COLOURS, SHADES, STYLE, WIDTH, shortened
 from meadow.experiments.results import Floats
 
 Confusion = Mapping[str, Any]
@@ -23,7 +23,7 @@ def confusion_matrices(panels: Mapping[str, Confusion]) -> Figure:
     classes = list(next(iter(panels.values()))["classes"])
     size, across = len(classes), min(len(panels), 3 if len(panels) <= 6 else 5)
     with matplotlib.rc_context(STYLE):
-        names = [name if len(name) <= 12 else f"{name[:11]}…" for name in classes]
+        names = [shortened(name, 12) for name in classes]
         longest = max(map(len, names))
         left = 0.42 + 0.075 * longest  # inches for the names of the rows, and below for those of the columns if turned
         turned = longest * 0.085 > (WIDTH / across - left - 0.3) / size
@@ -39,7 +39,7 @@ def confusion_matrices(panels: Mapping[str, Confusion]) -> Figure:
             place = (left + column * (side + 0.3), height - (row + 1) * high)
             axes = figure.add_axes((place[0] / WIDTH, place[1] / height, side / WIDTH, side / height))
             _heat(axes, np.array(panel["confusion"], dtype=np.float64), side)
-            axes.set_title(title if len(title) <= 13 * side else f"{title[: int(13 * side) - 1]}…", pad=6.0)
+            axes.set_title(shortened(title, int(13 * side)), pad=6.0)
             every = max(1, -(-size // 25))
             ticks = range(0, size, every)
             axes.set_xticks(ticks, names[::every] if lowest else [], rotation=90 if turned else 0)

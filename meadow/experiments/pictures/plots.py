@@ -5,12 +5,13 @@ from typing import Literal
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from meadow.experiments.pairs import Paired
-from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH
+from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH, shortened
 from meadow.experiments.results import ALONE, Curve, Floats, RunResult, counted, higher_is_better, is_share
 from meadow.experiments.words import bytes_text, metric_label, seconds_text
 
@@ -161,10 +162,14 @@ def _mean_curve(
     common = sorted(set.intersection(*(set(rounds.tolist()) for rounds, _ in curves)))
     if not common:
         return None
-    keep = np.unique(np.linspace(0, len(common) - 1, min(len(common), MOST_POINTS)).round().astype(int))
-    rounds = np.array(common)[keep]
+    rounds = np.array(common)[thinned(len(common))]
     values = np.stack([found[np.searchsorted(at, rounds)] for at, found in curves])
     return rounds, values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None
+
+
+def thinned(count: int) -> npt.NDArray[np.int64]:
+    """The indices of at most MOST_POINTS of `count` points, evenly by rank."""
+    return np.unique(np.linspace(0, count - 1, min(count, MOST_POINTS)).round().astype(np.int64))
 
 
 def look(name: str, methods: Methods) -> tuple[str, Dash]:
@@ -221,7 +226,7 @@ def label_ends(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> N
     for i, place in zip(order, places, strict=True):
         name, _, y, colour = labels[i]
         axes.annotate(
-            name if len(name) <= LONGEST else name[: LONGEST - 1] + "…",
+            shortened(name, LONGEST),
             (1, (y - low) / (high - low)), (right, place), "axes fraction", "axes fraction",
             va="center", color=colour, fontsize=9, annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 0,

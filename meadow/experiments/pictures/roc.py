@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from meadow.experiments.pictures.plots import DASHES, LONGEST, MOST_POINTS, Methods, look
-from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH
+from meadow.experiments.pictures.plots import DASHES, LONGEST, Methods, look, thinned
+from meadow.experiments.pictures.style import COLOURS, STYLE, WIDTH, shortened
 from meadow.experiments.results import Floats
 
 Roc = tuple[Floats, Floats, float]
@@ -19,7 +19,7 @@ Roc = tuple[Floats, Floats, float]
 def mean_roc(curves: Sequence[Roc]) -> Roc:
     """The mean true positive rate of the curves at each false positive rate, and the mean area."""
     grid = np.unique(np.concatenate([false for false, _, _ in curves]))
-    grid = grid[np.unique(np.linspace(0, len(grid) - 1, min(len(grid), MOST_POINTS)).round().astype(int))]
+    grid = grid[thinned(len(grid))]
     mean = np.mean([np.interp(grid, false, true) for false, true, _ in curves], axis=0)
     return np.append(0.0, grid), np.append(0.0, mean), float(np.mean([area for _, _, area in curves]))
 
@@ -55,7 +55,6 @@ def roc_curves(curves: Mapping[str, Roc], methods: Methods) -> Figure:
             colour, dash = looks[name]
             line = Line2D((right / WIDTH, (right + 0.28) / WIDTH), (y, y), color=colour, linestyle=dash, linewidth=1.8)
             figure.add_artist(line)
-            shown = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
-            text = f"{100 * curves[name][2]:.1f}  {shown}"
+            text = f"{100 * curves[name][2]:.1f}  {shortened(name, LONGEST)}"
             figure.text((right + 0.36) / WIDTH, y, text, va="center", fontsize=min(9.0, 60 * step))
         return figure

@@ -18,7 +18,7 @@ from meadow.experiments.pictures.style import COLOURS, SHADES, STYLE, WIDTH
 from meadow.experiments.results import Floats
 from meadow.server.session import split_table
 from meadow.tasks.data import Target
-from meadow.tasks.splits.laws import Ints
+from meadow.tasks.splits.partitioners import Ints
 from meadow.tasks.task import Task
 
 MOST_BUBBLES = 80

@@ -68,6 +68,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def shortened(name: str, most: int) -> str:
+    """A name of at most so many characters, with an ellipsis where the rest was."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def to_file(figure: Figure, path: Path) -> None:
     """Write a figure on white, in the format of the file's suffix. Raises UserError for other suffixes or no folder."""
     if path.suffix not in (".png", ".svg", ".pdf"):

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from meadow.config.schema import Experiment
 from meadow.experiments import words
 from meadow.experiments.report.sentences import count_text, seed_of
 from meadow.experiments.results import RunResult
-from meadow.privacy.releases import NOT_PROTECTED
 from meadow.runtime.errors import UserError
 from meadow.strategies import equal_weights
 
@@ -22,39 +22,8 @@ class Fact:
     more: str = ""
 
 
-@dataclass(frozen=True)
-class Release:
-    """One kind of value that left the clients, and the mechanism that protects it."""
-
-    what: str
-    mechanism: str
-
-    @property
-    def protected(self) -> bool:
-        return self.mechanism != NOT_PROTECTED
-
-
-@dataclass(frozen=True)
-class Privacy:
-    """A run's privacy in sentences, and what left its clients: `bare` if nothing is protected, else `releases`."""
-
-    sentences: Sequence[str]
-    bare: Sequence[str] = ()
-    releases: Sequence[Release] = ()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One run in the report's list."""
-
-    name: str
-    line: str
-    facts: Sequence[Fact]
-    privacy: Privacy
-
-
-def entry(name: str, run: RunResult) -> Entry:
-    """The entry of a run of the method `name`."""
+def entry(name: str, run: RunResult) -> dict[str, Any]:
+    """The entry of a run of the method `name`, as the template expects it."""
     failed: dict[tuple[int, str], list[int]] = {}
     for record in run.rounds:
         for fault in record.get("failed") or []:
@@ -63,8 +32,12 @@ def entry(name: str, run: RunResult) -> Entry:
     line = f"{run.status}, {rounds}, {words.seconds_text(run.cost['seconds'])}"
     if failed:
         line += f", {count_text(len({client for client, _ in failed}), 'client')} failed at times"
-    facts = [fact for fact in _facts(run, failed) if fact.text]
-    return Entry(f"{name}, {seed_of(run)}", line, facts, privacy(run))
+    return {
+        "name": f"{name}, {seed_of(run)}",
+        "line": line,
+        "facts": [fact for fact in _facts(run, failed) if fact.text],
+        "privacy": {"unit": run.experiment.privacy.unit, **((run.summary or {}).get("privacy") or {})},
+    }
 
 
 def _facts(run: RunResult, failed: dict[tuple[int, str], list[int]]) -> list[Fact]:
@@ -86,23 +59,6 @@ def _facts(run: RunResult, failed: dict[tuple[int, str], list[int]]) -> list[Fac
         Fact("model", str(summary.get("model_sha256") or ""), code=True),
         Fact("folder", str(run.folder), code=True),
     ]
-
-
-def privacy(run: RunResult) -> Privacy:
-    """What a run protects, and what left its clients."""
-    reported = {"unit": run.experiment.privacy.unit, **((run.summary or {}).get("privacy") or {})}
-    left = [Release(str(entry["what"]), str(entry["mechanism"])) for entry in reported.get("releases") or []]
-    if reported["unit"] == "none":
-        return Privacy(["No protection: no noise was added."], [release.what for release in left])
-    sentences = []
-    if statement := reported.get("statement"):
-        median = (reported.get("epsilon") or {}).get("median")
-        sentences.append(f"The client with the largest epsilon: {statement}; the median epsilon: {median:.4g}.")
-    if exhausted := reported.get("exhausted"):
-        sentences.append(f"{exhausted} of the clients left because their budget was spent.")
-    if noise := reported.get("noise"):
-        sentences.append(f"The noise is {noise}.")
-    return Privacy(sentences, releases=left)
 
 
 def _admission(experiment: Experiment) -> str:

@@ -15,6 +15,7 @@ from meadow.experiments.ranking import learners_of, ranking
 from meadow.experiments.report import figures, runs, sentences, tables
 from meadow.experiments.results import RunResult, by_method, find_runs, primary_metric, targets_of
 from meadow.experiments.words import metric_name
+from meadow.privacy.releases import NOT_PROTECTED
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
@@ -41,7 +42,8 @@ def render(found: Sequence[RunResult]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return templates.get_template("page.html.j2").render(page=contents(found), colours=COLOURS)
+    page = templates.get_template("page.html.j2")
+    return page.render(page=contents(found), colours=COLOURS, not_protected=NOT_PROTECTED)
 
 
 def contents(found: Sequence[RunResult]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, Node, _engine_run_backward, get_g
 from meadow.privacy.dpsgd.layers import LAYERS, Part, own
 from meadow.privacy.dpsgd.mechanism import ClippedSum, Mechanism, Sums
 from meadow.runtime.errors import UserError
-from meadow.runtime.module_cache import once
+from meadow.runtime.module_cache import cached
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = WeakKeyDictionary()
 """Models checked to keep samples apart, with the sets of learning layers for which this was checked."""
@@ -43,7 +43,7 @@ def covers(model: nn.Module) -> bool:
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """The model's modules by name."""
-    return once(model, "modules by place", lambda: dict(model.named_modules()))
+    return cached(model, "modules by place", lambda: dict(model.named_modules()))
 
 
 class _Call(NamedTuple):
@@ -79,7 +79,7 @@ class Book:
     """The books of a model that `covers` accepts, until `close`. Its `requires_grad` flags must not change meanwhile."""
 
     def __init__(self, model: nn.Module) -> None:
-        some = once(model, "layers", lambda: {place: m for place, m in modules_of(model).items() if m._parameters})
+        some = cached(model, "layers", lambda: {place: m for place, m in modules_of(model).items() if m._parameters})
         self._layers = {place: layer for place, layer in some.items() if own(layer)}
         self._kind = tuple(self._layers)
         self._checked = self._kind in _CHECKED.setdefault(model, set())
@@ -185,7 +185,7 @@ class BookSum(ClippedSum):
     def __init__(self, model: nn.Module, learning: Mapping[str, nn.Parameter], mechanism: Mechanism) -> None:
         super().__init__(model, learning, mechanism)
         # Per-example gradients of linear layers and embeddings are never computed.
-        free = once(model, ("free", frozenset(learning)), lambda: _in_linear_layers(model))
+        free = cached(model, ("free", frozenset(learning)), lambda: _in_linear_layers(model))
         self.numbers_per_sample -= free
         self._book = Book(model)
         self.undo.callback(self._book.close)

@@ -37,7 +37,7 @@ from meadow.privacy.dpsgd.choose import SUMS, GradSample, chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism, gaussian, poisson
 from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError
-from meadow.runtime.module_cache import once
+from meadow.runtime.module_cache import cached
 
 Losses = Callable[[Tensor], Tensor]
 """Indices, int64 (k,) -> losses, float (k,). Each loss may depend only on its own sample."""
@@ -52,7 +52,7 @@ def refuse_what_mixes_samples(model: nn.Module) -> None:
     These are batch normalisations, frozen or not, unless in `eval()` with stored statistics (a sample's output depends on
     the others, and running statistics are released), and instance normalisations that track statistics.
     """
-    for name, module in once(model, "normalising", lambda: _normalising(model)).items():
+    for name, module in cached(model, "normalising", lambda: _normalising(model)).items():
         tracks = bool(getattr(module, "track_running_stats", True))
         batch = isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not tracks)
         instance = isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and tracks
@@ -85,15 +85,15 @@ class Privatiser:
 
     def __enter__(self) -> Self:
         refuse_what_mixes_samples(self.model)
-        parameters = once(self.model, "parameters", lambda: dict(self.model.named_parameters()))
+        parameters = cached(self.model, "parameters", lambda: dict(self.model.named_parameters()))
         self._learning = {name: p for name, p in parameters.items() if p.requires_grad}
         if not self._learning:
             raise UserError("local.trainable: no parameter of the model learns, so there is nothing to make private")
         self._buffers = {name: buffer.clone() for name, buffer in _buffers(self.model).items()}
         learning, wanted = frozenset(self._learning), self.grad_sample
-        mode = once(self.model, ("private mode", learning, wanted), lambda: chosen_mode(self.model, wanted))
+        mode = cached(self.model, ("private mode", learning, wanted), lambda: chosen_mode(self.model, wanted))
         # Allocated once: new memory in every step would cost more than the noise.
-        self._drawing, self._shares = once(self.model, ("shares", learning), lambda: _shares(self._learning))
+        self._drawing, self._shares = cached(self.model, ("shares", learning), lambda: _shares(self._learning))
         with self._opened as opened:
             self._disable_in_place(opened)
             self._sum = SUMS[mode](self.model, self._learning, self.mechanism)
@@ -161,7 +161,7 @@ class Privatiser:
 
     def _disable_in_place(self, opened: ExitStack) -> None:
         modules = modules_of(self.model).values()
-        for module in once(self.model, "may work in place", lambda: [m for m in modules if hasattr(m, "inplace")]):
+        for module in cached(self.model, "may work in place", lambda: [m for m in modules if hasattr(m, "inplace")]):
             if getattr(module, "inplace", None) is True:
                 module.inplace = False  # type: ignore[assignment]
                 opened.callback(setattr, module, "inplace", True)
@@ -210,7 +210,7 @@ def _shares(learning: dict[str, nn.Parameter]) -> tuple[list[Tensor], dict[str, 
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    return once(model, "buffers", lambda: dict(model.named_buffers()))
+    return cached(model, "buffers", lambda: dict(model.named_buffers()))
 
 
 def _normalising(model: nn.Module) -> dict[str, nn.Module]:

@@ -128,14 +128,19 @@ def _plain(model: Any) -> nn.Module:
 
 
 def _of_transformers(task: Task, get: Callable[[Any, str], Any]) -> Any:
+    return from_transformers("task.model", task.model, get)
+
+
+def from_transformers(setting: str, value: str, get: Callable[[Any, str], Any]) -> Any:
+    """What `get(library, NAME)` returns for a setting's value `transformers:NAME`. Raises UserError if it cannot be had."""
     torchvision()  # transformers' own import of it fails with some builds of torch
     try:
         import transformers
     except ImportError:
         raise UserError(
-            f"task.model = \"{task.model}\" needs the package transformers: pip install -e '.[transformers]'"
+            f"{setting} = \"{value}\" needs the package transformers: pip install -e '.[transformers]'"
         ) from None
     try:
-        return get(transformers, task.model.removeprefix(TRANSFORMERS))
+        return get(transformers, value.removeprefix(TRANSFORMERS))
     except (OSError, ValueError) as error:
-        raise UserError(f'task.model = "{task.model}": {str(error).splitlines()[0]}') from None
+        raise UserError(f'{setting} = "{value}": {str(error).splitlines()[0]}') from None

@@ -31,8 +31,8 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
 
     Initial weights (torch's defaults: He et al. 2015, uniform with bound 1/sqrt(fan-in)) depend on `seed`: the trunk's on
     (seed, "init", "trunk"), a head's on (seed, "init", "heads", name), so that methods with different heads start from
-    the same trunk; coupled trunks' on (seed, "init", "trunk", name). Raises UserError if the model cannot take samples of
-    this shape.
+    the same trunk; coupled trunks' on (seed, "init", "trunk", name). The heads are float64 if the trunk is. Raises UserError
+    if the model cannot take samples of this shape.
     """
     with torch_seeded(seed, "init", "trunk"):
         trunk, features = _trunk(task)(task, inputs)
@@ -48,7 +48,8 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
                 return _trunk(task)(task, inputs)[0]
 
         trunk, heads = couple(column, features, heads, targets, task.model)
-    return Multihead(trunk, heads, {target.name: target.kind == "value" for target in targets})
+    model = Multihead(trunk, heads, {target.name: target.kind == "value" for target in targets})
+    return model.double() if any(p.dtype == torch.float64 for p in trunk.parameters()) else model
 
 
 class Multihead(nn.Module):

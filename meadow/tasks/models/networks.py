@@ -35,19 +35,23 @@ class BoundedFeatures(nn.Module):
         return F.layer_norm(x, (hidden,)) * math.sqrt(FEATURE_NORM_SQUARED / hidden)
 
 
+def _sequence(**layers: nn.Module) -> nn.Sequential:
+    """The layers one after another, by name."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 def mlp(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
     """Flatten, two hidden layers of `hidden` units with ReLU, `BoundedFeatures`."""
-    _refuse_tokens(task, inputs)
+    if inputs.tokens:
+        raise UserError(f'task.model = "{task.model}" cannot take tokens: use "bilstm", or "charlstm" for characters')
     hidden = task.hidden
-    trunk = nn.Sequential(
-        OrderedDict[str, nn.Module](
-            flatten=nn.Flatten(),
-            linear1=nn.Linear(math.prod(inputs.shape), hidden),
-            relu1=nn.ReLU(),
-            linear2=nn.Linear(hidden, hidden),
-            relu2=nn.ReLU(),
-            bounded=BoundedFeatures(),
-        )
+    trunk = _sequence(
+        flatten=nn.Flatten(),
+        linear1=nn.Linear(math.prod(inputs.shape), hidden),
+        relu1=nn.ReLU(),
+        linear2=nn.Linear(hidden, hidden),
+        relu2=nn.ReLU(),
+        bounded=BoundedFeatures(),
     )
     return trunk, hidden
 
@@ -62,21 +66,19 @@ def cnn(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
     hidden = task.hidden
     narrow = max(1, hidden // 2)
     pooled = hidden * math.ceil(math.ceil(height / 2) / 2) * math.ceil(math.ceil(width / 2) / 2)
-    trunk = nn.Sequential(
-        OrderedDict[str, nn.Module](
-            conv1=nn.Conv2d(channels, narrow, 3, padding=1),
-            norm1=nn.GroupNorm(math.gcd(8, narrow), narrow),
-            pool1=nn.MaxPool2d(2, ceil_mode=True),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(narrow, hidden, 3, padding=1),
-            norm2=nn.GroupNorm(math.gcd(8, hidden), hidden),
-            pool2=nn.MaxPool2d(2, ceil_mode=True),
-            relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(pooled, hidden),
-            relu3=nn.ReLU(),
-            bounded=BoundedFeatures(),
-        )
+    trunk = _sequence(
+        conv1=nn.Conv2d(channels, narrow, 3, padding=1),
+        norm1=nn.GroupNorm(math.gcd(8, narrow), narrow),
+        pool1=nn.MaxPool2d(2, ceil_mode=True),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(narrow, hidden, 3, padding=1),
+        norm2=nn.GroupNorm(math.gcd(8, hidden), hidden),
+        pool2=nn.MaxPool2d(2, ceil_mode=True),
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),
+        linear=nn.Linear(pooled, hidden),
+        relu3=nn.ReLU(),
+        bounded=BoundedFeatures(),
     )
     return trunk, hidden
 
@@ -84,20 +86,18 @@ def cnn(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
 def lenet(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
     """LeNet-5's layers (LeCun et al. 1998) with ReLU and max pooling: 61,706 parameters for 28x28x1 and 10 classes."""
     channels, height, width = _image(task, inputs, smallest=12)
-    trunk = nn.Sequential(
-        OrderedDict[str, nn.Module](
-            conv1=nn.Conv2d(channels, 6, 5, padding=2),
-            pool1=nn.MaxPool2d(2),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(6, 16, 5),
-            pool2=nn.MaxPool2d(2),
-            relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            linear1=nn.Linear(16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2), 120),
-            relu3=nn.ReLU(),
-            linear2=nn.Linear(120, 84),
-            relu4=nn.ReLU(),
-        )
+    trunk = _sequence(
+        conv1=nn.Conv2d(channels, 6, 5, padding=2),
+        pool1=nn.MaxPool2d(2),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(6, 16, 5),
+        pool2=nn.MaxPool2d(2),
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),
+        linear1=nn.Linear(16 * ((height // 2 - 4) // 2) * ((width // 2 - 4) // 2), 120),
+        relu3=nn.ReLU(),
+        linear2=nn.Linear(120, 84),
+        relu4=nn.ReLU(),
     )
     return trunk, 84
 
@@ -106,18 +106,16 @@ def mcmahan_cnn(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
     """The CNN of McMahan et al. 2017, section 3: two 5x5 convolutions (32 and 64 channels), each with 2x2 max pooling,
     and a layer of 512 units with ReLU. 1,663,370 parameters for 28x28x1 and 10 classes."""
     channels, height, width = _image(task, inputs, smallest=4)
-    trunk = nn.Sequential(
-        OrderedDict[str, nn.Module](
-            conv1=nn.Conv2d(channels, 32, 5, padding=2),
-            pool1=nn.MaxPool2d(2),
-            relu1=nn.ReLU(),
-            conv2=nn.Conv2d(32, 64, 5, padding=2),
-            pool2=nn.MaxPool2d(2),
-            relu2=nn.ReLU(),
-            flatten=nn.Flatten(),
-            linear=nn.Linear(64 * (height // 4) * (width // 4), 512),
-            relu3=nn.ReLU(),
-        )
+    trunk = _sequence(
+        conv1=nn.Conv2d(channels, 32, 5, padding=2),
+        pool1=nn.MaxPool2d(2),
+        relu1=nn.ReLU(),
+        conv2=nn.Conv2d(32, 64, 5, padding=2),
+        pool2=nn.MaxPool2d(2),
+        relu2=nn.ReLU(),
+        flatten=nn.Flatten(),
+        linear=nn.Linear(64 * (height // 4) * (width // 4), 512),
+        relu3=nn.ReLU(),
     )
     return trunk, 512
 
@@ -131,7 +129,7 @@ def cnn1d(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
             'use "cnn" for images, "bilstm" for text, "mlp" for tables'
         )
     hidden, groups = task.hidden, math.gcd(8, task.hidden)
-    layers = OrderedDict[str, nn.Module]()
+    layers: dict[str, nn.Module] = {}
     before = inputs.shape[0]
     for number, width in enumerate((9, 5, 3), start=1):
         layers[f"conv{number}"] = nn.Conv1d(before, hidden, width, padding=width // 2)
@@ -141,7 +139,7 @@ def cnn1d(task: Task, inputs: Inputs) -> tuple[nn.Module, int]:
         layers[f"relu{number}"] = nn.ReLU()
         before = hidden
     layers["over_time"] = MeanAndMaximum()
-    return nn.Sequential(layers), 2 * hidden
+    return _sequence(**layers), 2 * hidden
 
 
 class HalfOfTime(nn.Module):
@@ -241,11 +239,6 @@ def _tokens(task: Task, inputs: Inputs) -> int:
             'or "mlp" for tables and "cnn" for images'
         )
     return inputs.tokens
-
-
-def _refuse_tokens(task: Task, inputs: Inputs) -> None:
-    if inputs.tokens:
-        raise UserError(f'task.model = "{task.model}" cannot take tokens: use "bilstm", or "charlstm" for characters')
 
 
 def _form(inputs: Inputs) -> str:

@@ -8,6 +8,7 @@ their names.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -65,7 +66,8 @@ def extend(model: nn.Module, what: Added, seed: int) -> nn.Module:
             continue
         for key, part in parts.items():
             layer.add_module(key, part)
-        layer.register_forward_hook(_LowRank(what.scale) if what.kind == "lora" else _Adapted(what.kind == "parallel"))
+        lora, parallel = what.kind == "lora", what.kind == "parallel"
+        layer.register_forward_hook(partial(_add_low_rank, what.scale) if lora else partial(_add_adapter, parallel))
         changed += 1
     if not changed:
         setting = "local.lora_rank" if what.kind == "lora" else "local.adapter_size"
@@ -97,25 +99,15 @@ def merged(state: Arrays, scale: float) -> Arrays:
     return result
 
 
-class _LowRank:
+def _add_low_rank(scale: float, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """The forward hook of a layer with low-rank factors."""
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        low = cast(nn.Module, layer.lora_a)(inputs[0])
-        return output + self.scale * cast(Tensor, cast(nn.Module, layer.lora_b)(low))
+    low = cast(nn.Module, layer.lora_a)(inputs[0])
+    return output + scale * cast(Tensor, cast(nn.Module, layer.lora_b)(low))
 
 
-class _Adapted:
+def _add_adapter(parallel: bool, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """The forward hook of a layer with an adapter."""
-
-    def __init__(self, parallel: bool) -> None:
-        self.parallel = parallel
-
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + cast(Tensor, cast(nn.Module, layer.adapter)(inputs[0] if self.parallel else output))
+    return output + cast(Tensor, cast(nn.Module, layer.adapter)(inputs[0] if parallel else output))
 
 
 def _layers(trunk: nn.Module) -> Iterator[tuple[str, Layer]]:

@@ -55,10 +55,7 @@ def decode_files(paths: Sequence[Path], where: Callable[[int], str], size: int, 
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{where(i)}: {paths[i]} cannot be read as an image: {error}") from None
 
-    def differs(i: int, found: tuple[int, ...], first: tuple[int, ...]) -> UserError:
-        return _differs(f"{where(i)}: {paths[i]}", found, str(paths[0]), first)
-
-    return _cached(digest.hexdigest(), len(paths), decode, differs)
+    return _cached(digest.hexdigest(), len(paths), decode, lambda i: f"{where(i)}: {paths[i]}" if i else str(paths[0]))
 
 
 def convert_images(images: Iterable[Image.Image], where: Callable[[int], str], size: int, channels: str) -> Tensor:
@@ -69,8 +66,7 @@ def convert_images(images: Iterable[Image.Image], where: Callable[[int], str], s
             made.append(pixels(image, size, channels))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{where(i)}: it cannot be read as an image: {error}") from None
-        if made[-1].shape != made[0].shape:
-            raise _differs(where(i), made[-1].shape, "the first", made[0].shape)
+        _check_shape(where(i), made[-1].shape, "the first", made[0].shape)
     return torch.from_numpy(np.stack(made))
 
 
@@ -87,10 +83,7 @@ def resize_arrays(images: Pixels, size: int, channels: str) -> Tensor:
         image = images[i, 0] if now == "grey" else images[i].transpose(1, 2, 0)
         return pixels(Image.fromarray(np.ascontiguousarray(image)), size, channels)
 
-    def differs(i: int, found: tuple[int, ...], first: tuple[int, ...]) -> UserError:
-        raise AssertionError("images of one array have one size")
-
-    return _cached(digest.hexdigest(), len(images), resize, differs)
+    return _cached(digest.hexdigest(), len(images), resize, str)
 
 
 def _digest(size: int, channels: str) -> "hashlib._Hash":
@@ -114,11 +107,12 @@ def pixels(image: Image.Image, size: int, channels: str) -> Pixels:
     return np.ascontiguousarray(array[::-1] if channels == "bgr" else array)
 
 
-def _differs(what: str, shape: tuple[int, ...], other: str, first: tuple[int, ...]) -> UserError:
-    return UserError(
-        f"{what} is {_form(shape)}, but {other} is {_form(first)}: write the size that all are to have (for example "
-        'task.image_size = 224), and task.channels = "rgb" or "grey"'
-    )
+def _check_shape(what: str, shape: tuple[int, ...], other: str, first: tuple[int, ...]) -> None:
+    if shape != first:
+        raise UserError(
+            f"{what} is {_form(shape)}, but {other} is {_form(first)}: write the size that all are to have (for example "
+            'task.image_size = 224), and task.channels = "rgb" or "grey"'
+        )
 
 
 def _form(shape: tuple[int, ...]) -> str:
@@ -126,30 +120,27 @@ def _form(shape: tuple[int, ...]) -> str:
     return f"{width}x{height} pixels (width x height) of {channels} {'channel' if channels == 1 else 'channels'}"
 
 
-Differs = Callable[[int, tuple[int, ...], tuple[int, ...]], UserError]
+def _cached(key: str, n: int, make: Callable[[int], Pixels], name: Callable[[int], str]) -> Tensor:
+    """The images make(0), ..., make(n - 1), from the cache file of this key, which is written if missing.
 
-
-def _cached(key: str, n: int, make: Callable[[int], Pixels], differs: Differs) -> Tensor:
-    """The images make(0), ..., make(n - 1), from the cache file of this key, which is written if missing."""
+    `name(i)`: the i-th image in an error.
+    """
     if n == 0:
         return torch.empty((0, 1, 1, 1), dtype=torch.uint8)
     try:
         place = _folder() / f"{key}.npy"
-        found = _open(place, n)
-        if found is not None:
+        if (found := _open(place, n)) is not None:
             return torch.from_numpy(found)
         shape = (n, *make(0).shape)
         place.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(place.parent).free - int(np.prod(shape)) >= _SPARE:
-            _write(place, shape, _make_all(n, make, differs))
-            found = _open(place, n)
-            if found is not None:
+            _write(place, shape, _make_all(n, make, name))
+            if (found := _open(place, n)) is not None:
                 return torch.from_numpy(found)
     except (OSError, RuntimeError):  # no home folder, no write permission, or a full disk
         pass
-    shape = (n, *make(0).shape)
-    images = np.empty(shape, dtype=np.uint8)
-    for i, image in enumerate(_make_all(n, make, differs)):
+    images = np.empty((n, *make(0).shape), dtype=np.uint8)
+    for i, image in enumerate(_make_all(n, make, name)):
         images[i] = image
     return torch.from_numpy(images)
 
@@ -159,7 +150,7 @@ def _folder() -> Path:
     return (Path(place) if place else Path.home() / ".cache" / "meadow") / "images"
 
 
-def _make_all(n: int, make: Callable[[int], Pixels], differs: Differs) -> Iterator[Pixels]:
+def _make_all(n: int, make: Callable[[int], Pixels], name: Callable[[int], str]) -> Iterator[Pixels]:
     """Yield make(0), ..., make(n - 1), computed on all cores."""
     first: tuple[int, ...] = ()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -167,8 +158,7 @@ def _make_all(n: int, make: Callable[[int], Pixels], differs: Differs) -> Iterat
             stop = min(start + _AT_ONCE, n)
             for i, image in zip(range(start, stop), threads.map(make, range(start, stop)), strict=True):
                 first = first or image.shape
-                if image.shape != first:
-                    raise differs(i, image.shape, first)
+                _check_shape(name(i), image.shape, name(0), first)
                 yield image
 
 

@@ -40,8 +40,8 @@ def source_samples(experiment: Experiment, client: int | None) -> Data:
 
 
 def _partners(task: Task, client: int | None, sources: int) -> npt.NDArray[np.int64]:
-    splits = task.split.clients if client is None else [task.split.clients[client]]
-    index = np.concatenate([own.train for own in splits])
+    clients = range(len(task.split.clients)) if client is None else [client]
+    index = np.concatenate([task.split.clients[each].train for each in clients])
     if sources != len(task.dataset.train) or index.min(initial=0) < 0:
         raise UserError(
             f'adapt.method = "match" pairs the i-th source sample with the i-th sample of the training pool, but these '

@@ -10,9 +10,10 @@ private rows. `gaps` adds an input that is 1 if the number is missing.
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,12 @@ def tabular_raw(task: Task, train: Table, test: Table | None, public: Table | No
         x = np.concatenate([reader.read(table) for reader in readers], axis=1)
         return labelled(task, table, torch.from_numpy(x), clients)
 
-    return Raw(Path(train.source).stem, part(train, True), part(test, False) if test else None)
+    return raw_of(train, test, part)
+
+
+def raw_of(train: Table, test: Table | None, part: Callable[[Table, bool], Part], **more: Any) -> Raw:
+    """A data set from the parts of its tables; `part(table, clients)`: with the clients of the samples or without."""
+    return Raw(Path(train.source).stem, part(train, True), part(test, False) if test else None, **more)
 
 
 def read_train_and_test(task: Task, folder: Path) -> tuple[Table, Table | None]:

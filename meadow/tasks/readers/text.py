@@ -17,15 +17,15 @@ import torch
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import MISSING, Part, Raw
+from meadow.tasks.models.backbones import TRANSFORMERS, from_transformers
 from meadow.tasks.readers.tables import Table
-from meadow.tasks.readers.tabular import labelled, read_public, read_train_and_test
+from meadow.tasks.readers.tabular import labelled, raw_of, read_public, read_train_and_test
 
 UNKNOWN = 1
 CHARACTERS = "".join(chr(i) for i in range(32, 127)) + "\n"
 """The default characters of tokens = chars: printable ASCII and the newline."""
 
 _WORD = re.compile(r"[^\W_]+|[^\w\s]")
-_TRANSFORMERS = "transformers:"
 
 Ints = npt.NDArray[np.int64]
 Tokenise = Callable[[str], Sequence[int]]
@@ -52,7 +52,7 @@ def text_raw(task: Task, folder: Path | None, train: Table, test: Table | None, 
             row[: min(len(words), task.length)] = words[: task.length]
         return labelled(task, table, torch.from_numpy(x), clients)
 
-    return Raw(Path(train.source).stem, part(train, True), part(test, False) if test else None, tokens=tokens)
+    return raw_of(train, test, part, tokens=tokens)
 
 
 def characters(task: Task, folder: Path) -> Raw:
@@ -80,8 +80,7 @@ def characters(task: Task, folder: Path) -> Raw:
         client = None if owner is None else np.repeat(owner, counts)
         return Part(torch.from_numpy(x), {"next": following}, client, table.source, lines)
 
-    parts = part(train, True), part(test, False) if test else None
-    return Raw(Path(train.source).stem, *parts, kinds={"next": f"class {tokens}"}, tokens=tokens)
+    return raw_of(train, test, part, kinds={"next": f"class {tokens}"}, tokens=tokens)
 
 
 def tokeniser(task: Task, folder: Path | None, public: Iterable[str] | None) -> tuple[Tokenise, int]:
@@ -93,7 +92,7 @@ def tokeniser(task: Task, folder: Path | None, public: Iterable[str] | None) -> 
     because one from private texts would reveal their words.
     """
     kind = task.tokens
-    if kind.startswith(_TRANSFORMERS):
+    if kind.startswith(TRANSFORMERS):
         return _transformers_tokeniser(task)
     if kind not in ("hash", "words", "chars"):
         raise UserError(f'task.tokens = "{kind}": write hash, words, chars or transformers:NAME')
@@ -162,16 +161,7 @@ def _windows(tokens: Ints, length: int) -> tuple[Ints, Ints]:
 
 
 def _transformers_tokeniser(task: Task) -> tuple[Tokenise, int]:
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(
-            f"task.tokens = \"{task.tokens}\" needs the package transformers: pip install -e '.[transformers]'"
-        ) from None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(task.tokens.removeprefix(_TRANSFORMERS))
-    except (OSError, ValueError) as error:
-        raise UserError(f'task.tokens = "{task.tokens}": {str(error).splitlines()[0]}') from None
+    tokenizer = from_transformers("task.tokens", task.tokens, lambda lib, name: lib.AutoTokenizer.from_pretrained(name))
     if tokenizer.pad_token_id != 0:
         raise UserError(f'task.tokens = "{task.tokens}" pads with {tokenizer.pad_token_id}; Meadow pads with 0')
 

@@ -9,16 +9,16 @@ import numpy.typing as npt
 from meadow.config.load import nearest
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import numpy_generator
-from meadow.tasks.splits.laws import assign_evenly
+from meadow.tasks.splits.partitioners import assign_evenly
 
 
 def held(holds: Sequence[str], targets: Sequence[str], clients: int, seed: int) -> npt.NDArray[np.bool_]:
     """Which clients have labels of which targets, bool (clients, targets).
 
-    holds empty: all. ("k",): k targets for each client, drawn from the seed so that the targets' numbers of clients differ
-    by at most one (`meadow.tasks.splits.laws.assign_evenly`). Else entries of a target and client numbers, "digit 0-9 15";
-    all clients have a target without entries, and several entries of a target add up. Raises UserError for impossible
-    entries, and for a target or client left without the other.
+    holds empty: all. ("k",): k targets for each client, drawn from the seed so that the targets' numbers of clients
+    differ by at most one (`assign_evenly`). Else entries of a target and client numbers, "digit 0-9 15"; all clients
+    have a target without entries, and several entries of a target add up. Raises UserError for impossible entries, and
+    for a target or client left without the other.
     """
     if len(holds) == 1 and holds[0].isdecimal():
         each = int(holds[0])

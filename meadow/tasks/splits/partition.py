@@ -1,16 +1,15 @@
-"""Splits: divides the training samples among clients (`meadow.tasks.splits.laws`, or natural clients), and each client's
-samples into train, validation and test.
+"""Splits: divides the training samples among clients (`partitioners`, or natural clients), and each client's samples
+into train, validation and test.
 
-No sample has two clients. All laws but `natural` use every sample; a draw that gives a client fewer than `min_size` samples
-is repeated, which changes the law, so the number of tries is recorded. All data structures are flat arrays over all clients,
-so that time and memory grow with the samples and not with the clients.
+No sample has two clients. All laws but `natural` use every sample; a draw that gives a client fewer than `min_size`
+samples is repeated, which changes the law, so the number of tries is recorded. All data structures are flat arrays over
+all clients, so that time and memory grow with the samples and not with the clients.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from meadow.config.schema import Partition
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.data import MISSING, Target
-from meadow.tasks.splits.laws import LAWS, Ints, Runs
+from meadow.tasks.splits.partitioners import PARTITIONERS, Ints, Runs
 
 _TRIES = 200
 _BINS = 10
@@ -75,7 +74,7 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False)
-class Clients(Sequence[ClientIndices]):
+class Clients:
     """Each client's parts as views of the split's arrays."""
 
     order: Ints
@@ -84,20 +83,13 @@ class Clients(Sequence[ClientIndices]):
     def __len__(self) -> int:
         return len(self.bounds) // _PARTS
 
-    @overload
-    def __getitem__(self, client: int) -> ClientIndices: ...
-    @overload
-    def __getitem__(self, client: slice) -> tuple[ClientIndices, ...]: ...
-    def __getitem__(self, client: int | slice) -> ClientIndices | tuple[ClientIndices, ...]:
-        at = range(len(self))[client]  # raises IndexError beyond the last
-        return self._parts(at) if isinstance(at, int) else tuple(map(self._parts, at))
-
-    def __iter__(self) -> Iterator[ClientIndices]:
-        return map(self._parts, range(len(self)))
-
-    def _parts(self, client: int) -> ClientIndices:
+    def __getitem__(self, client: int) -> ClientIndices:
+        client = range(len(self))[client]  # raises IndexError beyond the last
         bounds = self.bounds[_PARTS * client : _PARTS * (client + 1) + 1]
         return ClientIndices(*(self.order[a:b] for a, b in itertools.pairwise(bounds)))
+
+    def __iter__(self) -> Iterator[ClientIndices]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def strata(y: Tensor, target: Target) -> Ints:
@@ -125,7 +117,7 @@ def label_counts(split: Split, labels: Ints) -> Ints:
     return np.bincount(cell, minlength=clients * classes).reshape(clients, classes)
 
 
-def deal(
+def make_split(
     partition: Partition, labels: Ints, seed: int, owner: Ints | None = None, folds: int = 0, fold: int = 0
 ) -> Split:
     """Divide samples with these labels (int64 (n,), from 0) among clients by `partition.law`.
@@ -161,7 +153,7 @@ def _draw(partition: Partition, counts: Ints, seed: int) -> tuple[Runs, int]:
     """The first draw that gives each client enough samples, and the number of draws."""
     _check_possible(partition, int(counts.sum()), len(counts))
     for attempt in range(1, _TRIES + 1):
-        runs = LAWS[partition.law](partition, counts, numpy_generator(seed, "partition", attempt))
+        runs = PARTITIONERS[partition.law](partition, counts, numpy_generator(seed, "partition", attempt))
         if np.bincount(runs.owner, runs.amount, partition.clients).min() >= partition.min_size:
             return runs, attempt
     alpha = f" with alpha = {partition.alpha}" if partition.law in _BY_ALPHA else ""

@@ -1,9 +1,9 @@
 """Shares: the part of a task that one machine of a deployment needs, without other clients' data.
 
-`deal_out` writes the shares on a machine with all the data (or each data owner writes its own in the same format); the apps
-of a deployment open their task from the share in MEADOW_SHARE (`use_share`). A node's share has its clients' samples, the
-coordinator's the global test set and the sizes of all clients. The hashes of data and split are those of the whole, so that
-the roll call detects different splits.
+`write_shares` runs on a machine with all the data (or each data owner writes its own in the same format); the apps of a
+deployment open their task from the share in MEADOW_SHARE (`use_share`). A node's share has its clients' samples, the
+coordinator's the global test set and the sizes of all clients. The hashes of data and split are those of the whole, so
+that the roll call detects different splits.
 """
 
 import functools
@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from meadow.arrays.files import DamagedFile, read_arrays, write_arrays, write_bytes, write_json
 from meadow.arrays.lru import LRU
 from meadow.arrays.named import Arrays
-from meadow.config.load import to_toml, to_tree
+from meadow.config.load import flatten, to_toml, to_tree
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.tasks.data import Data, Dataset, Target
@@ -36,7 +35,7 @@ def hosted(index: int, nodes: int, clients: int) -> range:
     return range(index * clients // nodes, (index + 1) * clients // nodes)
 
 
-def deal_out(experiment: Experiment, nodes: int, out: Path, below: str = "") -> list[Path]:
+def write_shares(experiment: Experiment, nodes: int, out: Path, below: str = "") -> list[Path]:
     """Write the shares of the coordinator and of `nodes` nodes to out/coordinator/`below`, out/node-0/`below`, ...
 
     For pooled training node 0 has all data. Raises UserError as `open_task`, and if there are more
@@ -109,8 +108,7 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
         share = json.loads((folder / "share.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"MEADOW_SHARE = {folder}: there is no share ({error}); `meadow deal` writes shares") from None
-    now = _identity(experiment)
-    for key, value in now.items():
+    for key, value in _identity(experiment).items():
         if share["of"].get(key) != value:
             raise UserError(
                 f"MEADOW_SHARE = {folder}: the share was written for {key} = {share['of'].get(key)!r}, but the experiment "
@@ -132,13 +130,12 @@ def read_share(folder: Path, experiment: Experiment) -> Task:
     kept: LRU[int, ClientData] = LRU(2**62)  # unlimited: there is no pool to read them from again
     for client, data in clients.items():
         kept.put(client, data, 0)
-    learned = {target.name: target for target in targets}
-    weights = experiment.task.target_weights or (1.0,) * len(experiment.learned)
+    by_name = {target.name: target for target in targets}
     return Task(
         dataset,
         _split(share["split"]),
-        tuple(learned[name] for name in experiment.learned),
-        weights,
+        tuple(by_name[name] for name in experiment.learned),
+        experiment.task.target_weights or (1.0,) * len(experiment.learned),
         experiment.task,
         experiment.run.seed,
         np.array(share["held"], dtype=bool),
@@ -157,16 +154,9 @@ def use_share(place: str) -> None:
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     """The settings that determine the data and the split, without the machine's paths."""
-    tree = to_tree(experiment)
-    task = {
-        f"task.{k}": v
-        for k, v in tree["task"].items()
-        if k in ("dataset", "targets", "kinds", "image_size", "channels")
-    }
-    folds = {f"evaluate.{k}": tree["evaluate"][k] for k in ("folds", "fold")}
-    return (
-        {"run.seed": experiment.run.seed} | task | {f"partition.{k}": v for k, v in tree["partition"].items()} | folds
-    )
+    keys = {"run.seed", *(f"task.{key}" for key in ("dataset", "targets", "kinds", "image_size", "channels")),
+            "evaluate.folds", "evaluate.fold"}  # fmt: skip
+    return {k: v for k, v in flatten(to_tree(experiment)) if k in keys or k.startswith("partition.")}
 
 
 def _target(entry: dict[str, Any]) -> Target:
@@ -200,5 +190,4 @@ def _arrays(part: str, data: Data) -> Arrays:
 def _data(part: str, arrays: Arrays) -> Data:
     prefix = f"{part}/y/"
     y = {n.removeprefix(prefix): torch.from_numpy(a) for n, a in arrays.items() if n.startswith(prefix)}
-    x: Tensor = torch.from_numpy(arrays[f"{part}/x"])
-    return Data(x, y)
+    return Data(torch.from_numpy(arrays[f"{part}/x"]), y)

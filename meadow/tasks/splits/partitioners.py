@@ -162,7 +162,7 @@ def _quantity(partition: Partition, counts: Ints, draw: np.random.Generator) -> 
     return Runs(*_cut(int(counts.sum()), share, draw.random()), by_label=False)
 
 
-LAWS: dict[str, Callable[[Partition, Ints, np.random.Generator], Runs]] = {
+PARTITIONERS: dict[str, Callable[[Partition, Ints, np.random.Generator], Runs]] = {
     "iid": _iid,
     "dirichlet": _dirichlet,
     "dirichlet-class": _dirichlet_class,
