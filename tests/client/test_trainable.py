@@ -1,5 +1,6 @@
 """What is trained: that nothing else moves by a bit, what is added to layers, the mask's entries, the stages, the roles."""
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.rounding import floats, in_double, stepped
+from helpers.rounding import LAMBDA, OPERATIONS, close, floats, in_double, stepped
 from helpers.runs import run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.client.loop.fisher import empirical_fisher, true_fisher
@@ -187,7 +188,8 @@ def test_what_is_added_changes_nothing_at_first(family: str, kind: Any) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_low_rank_factors_merge_into_the_weights(family: str) -> None:
-    """Of grouped and strided convolutions too. Both ways round off at about 1e-7 of each term."""
+    """Of grouped and strided convolutions too. Worked out in float64, the two differ by one rounding of each merged weight
+    to float32, which does not more than some half an ulp each way of them does, drawn at random."""
     _, task, plain = opened(family)
     _, _, model = opened(family)
     extend(model, Added("lora", 2, 0.7), seed=1)
@@ -198,12 +200,20 @@ def test_low_rank_factors_merge_into_the_weights(family: str) -> None:
     load_into(plain, merged(state_of(model), 0.7))
     x = task.client(0).train.x
     model.eval(), plain.eval()
+    model.double(), plain.double()
     with torch.no_grad():
-        a, b = model.double()(x.double()), plain.double()(x.double())
-        before = opened(family)[2].double().eval()(x.double())
+        a, b = model(x.double()), plain(x.double())
+        draw = torch.Generator().manual_seed(0)
+        for parameter in plain.parameters():
+            parameter.mul_(1 + (2 * torch.randint(2, parameter.shape, generator=draw) - 1) * 2.0**-24)
+        shaken = plain(x.double())
+        for name, parameter in model.named_parameters():  # what a thousandth more would do
+            if "lora_b" in name:
+                parameter.mul_(1.001)
+        more = model(x.double())
     for name in a:
-        assert torch.allclose(a[name], b[name], rtol=0, atol=2e-6), name
-        assert not torch.allclose(a[name], before[name], rtol=0, atol=1e-2)
+        bound = LAMBDA * float((shaken[name] - b[name]).abs().max())
+        assert float((a[name] - b[name]).abs().max()) <= bound < float((more[name] - a[name]).abs().max()), name
 
 
 def test_a_layer_that_low_rank_would_not_make_smaller_is_left_alone() -> None:
@@ -271,15 +281,25 @@ def test_fisher_information_of_a_logistic_model() -> None:
     """F(W_cj) = E[p_c (1 - p_c) x_j^2]; with the labels' own gradients E[(p_c - y_c)^2 x_j^2] (Bishop 2006, 4.3.4)."""
     task, model, x = linear(Target("t", "class", 3), 5)
     y = torch.arange(40) % 3
-    p = torch.softmax(model(x)["t"].detach().double(), 1)
+    p = torch.softmax(in_float64(model, x), 1)
     true = true_fisher(model, Data(x, {"t": y}), task, 100)
-    closed = 1.5 * torch.einsum("nc,nj->cj", p * (1 - p), x.double() ** 2) / 40
-    assert torch.allclose(true["heads.t.weight"], closed, rtol=1e-5)
-    assert torch.allclose(true["heads.t.bias"], 1.5 * (p * (1 - p)).mean(0), rtol=1e-5)
+    squares = x.double() ** 2
+    closed = 1.5 * torch.einsum("nc,nj->cj", p * (1 - p), squares) / 40
+    # A gradient is a difference of numbers in 0..1 times x, and is squared: two times its roundings.
+    terms = 1.5 * squares.mean(0).numpy()
+    close(true["heads.t.weight"], closed, 4 * OPERATIONS, terms)
+    close(true["heads.t.bias"], 1.5 * (p * (1 - p)).mean(0), 4 * OPERATIONS, 1.5)
+    with pytest.raises(AssertionError):  # a thousandth more is seen
+        close(true["heads.t.weight"] * 1.001, closed, 4 * OPERATIONS, terms)
     empirical = empirical_fisher(model, Data(x, {"t": y}), task, 100)
     error = p - torch.nn.functional.one_hot(y, 3)
-    closed = 1.5**2 * torch.einsum("nc,nj->cj", error**2, x.double() ** 2) / 40
-    assert torch.allclose(empirical["heads.t.weight"], closed, rtol=1e-5)
+    closed = 1.5**2 * torch.einsum("nc,nj->cj", error**2, squares) / 40
+    close(empirical["heads.t.weight"], closed, 4 * OPERATIONS, 1.5 * terms)
+
+
+def in_float64(model: nn.Module, x: Tensor) -> Tensor:
+    """The output of the model's target, worked out in float64."""
+    return copy.deepcopy(model).double()(x.double())["t"].detach()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("kind", ["value", "labels", "quantiles"])
@@ -288,14 +308,16 @@ def test_fisher_information_of_the_other_kinds(kind: Any) -> None:
     target = Target("t", kind, 1 if kind == "value" else 2, quantiles=(0.1, 0.7) if kind == "quantiles" else ())
     task, model, x = linear(target, 4)
     y = torch.zeros(40) if kind != "labels" else torch.zeros(40, 2)
-    p = torch.sigmoid(model(x)["t"].detach().double())
+    p = torch.sigmoid(in_float64(model, x))
     curvature = {
         "value": torch.full((40, 1), 2.0),
         "labels": p * (1 - p) if kind == "labels" else p,
         "quantiles": torch.tensor([[0.09, 0.21]]).expand(40, 2),
     }[kind].double()
     fisher = true_fisher(model, Data(x, {"t": y}), task, 100)["heads.t.weight"]
-    assert torch.allclose(fisher, 1.5 * torch.einsum("nc,nj->cj", curvature, x.double() ** 2) / 40, rtol=1e-5)
+    squares = x.double() ** 2
+    terms = 1.5 * float(curvature.max()) * squares.mean(0).numpy()
+    close(fisher, 1.5 * torch.einsum("nc,nj->cj", curvature, squares) / 40, 4 * OPERATIONS, terms)
 
 
 def test_a_sample_of_the_samples_is_drawn_from_the_seed() -> None:
@@ -303,7 +325,7 @@ def test_a_sample_of_the_samples_is_drawn_from_the_seed() -> None:
     data = Data(x, {"t": torch.zeros(40)})
     some = true_fisher(model, data, task, 7)["heads.t.weight"]
     order = torch.randperm(40, generator=torch_generator(task.seed, "fisher"))[:7]
-    assert torch.allclose(some[0], 1.5 * 2 * (x[order].double() ** 2).mean(0), rtol=1e-5)
+    close(some[0], 1.5 * 2 * (x[order].double() ** 2).mean(0), OPERATIONS)
 
 
 def test_layers_are_counted_from_the_top() -> None:

@@ -14,7 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 AWAY = torch.device("meta")
-_BETWEEN = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"}
+_PACK = "aten::_pack_padded_sequence"
+_BETWEEN = {
+    "aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense",
+    _PACK, "aten::_pack_padded_sequence_backward", "aten::_pad_packed_sequence",
+}  # fmt: skip
+"""Operations that may have tensors from both: copies, and those of packed sequences, whose lengths are always on the CPU."""
 
 
 class Away(Tensor):
@@ -35,6 +40,12 @@ class Away(Tensor):
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return _computed(function, args, kwargs or {})
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As a GPU's tensor: only if asked to come here."""
+        if not force:
+            raise TypeError("the tensor is elsewhere: .numpy(force=True)")
+        return self.here.numpy(force=True)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # what torch leaves without types
         return f"Away({self.here!r})"
@@ -73,6 +84,8 @@ def _computed(function: Any, args: Any, kwargs: Any) -> Any:
             return value
         return known[id(value)] if id(value) in known else Away(value)
 
+    if name == _PACK:
+        return wrapped(found[0]), found[1]
     return tree_map(wrapped, found)
 
 

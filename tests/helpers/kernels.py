@@ -13,13 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """The numbers in the memory layout of another tensor: torch chooses its kernels by that."""
+    return torch.empty_like(like).copy_(value)
+
+
 def _reversed(*axes: tuple[int, int]) -> Callable[..., list[Any]]:
     """The operands, each (position, axis) of them turned round: the same sum from its other end."""
 
     def turned(args: tuple[Any, ...]) -> list[Any]:
         found = list(args)
         for position, axis in axes:
-            found[position] = found[position].flip(axis)
+            found[position] = _laid_out(found[position].flip(axis), found[position])
         return found
 
     return turned
@@ -51,7 +56,7 @@ def beside(value: Any) -> Any:
         return value
     hashed = (value.contiguous().view(torch.int32).long() * 2654435761 >> 9) % 3 - 1
     moved = torch.nextafter(value, torch.where(hashed > 0, torch.inf, -torch.inf).to(value.dtype))
-    return torch.where((hashed == 0) | (value == 0) | ~value.isfinite(), value, moved)
+    return _laid_out(torch.where((hashed == 0) | (value == 0) | ~value.isfinite(), value, moved), value)
 
 
 class _Other(TorchDispatchMode):  # type: ignore[no-untyped-call]

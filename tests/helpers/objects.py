@@ -48,6 +48,23 @@ def tokens(task: Task) -> Raw:
     return Raw("tokens", part, part, tokens=2)
 
 
+def texts(task: Task) -> Raw:
+    """Sixty texts of one to six tokens, padded with 0, of two digits."""
+    draw = np.random.default_rng(0)
+    words, lengths = draw.integers(1, 9, (60, 6)), draw.integers(1, 7, (60, 1))
+    words = np.where(np.arange(6) < lengths, words, 0)
+    part = Part(torch.from_numpy(words), {"digit": words[:, 0] % 2})
+    return Raw("texts", part, part, tokens=9)
+
+
+def characters(task: Task) -> Raw:
+    """The same, with a digit at every token: the next one's, none where there is none."""
+    words = texts(task).train.x.numpy()
+    after = np.concatenate([words[:, 1:], np.zeros((len(words), 1), np.int64)], 1)
+    part = Part(torch.from_numpy(words), {"digit": np.where(after > 0, after, -1)})
+    return Raw("characters", part, part, {"digit": "class 9"}, 9)
+
+
 def owners(task: Task) -> Raw:
     """Small images of two digits: 40 of client a, 4 of b, 36 of c, mixed; and as many for the test."""
     owner = np.array(["a"] * 40 + ["b"] * 4 + ["c"] * 36)[np.random.default_rng(0).permutation(80)]

@@ -1,15 +1,24 @@
 """Bounds that follow from the arithmetic, and so hold on every processor, in whatever order its kernels add."""
 
+import copy
+import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from meadow.arrays.named import Arrays
+from meadow.arrays.named import Arrays, Named
+from meadow.client.loop.training import Trained, Training, train
+from meadow.config.schema import Experiment
 from meadow.tasks.data import Data
+from meadow.tasks.evaluation import load_into, state_of
+from meadow.tasks.start import initial_state
+from meadow.tasks.task import Task, open_task
 
 LAMBDA = 4.0
 
@@ -41,6 +50,110 @@ def close(found: Any, exact: Any, operations: float, terms: Any = 0.0, dtype: An
         one,
         other,
     )
+
+
+def same_function(found: Any, exact: Any, terms: float = 0.0) -> None:
+    """Two ways of working one thing out, both in float64, agree in half of the digits: 1.5e-8 of the largest number.
+
+    `terms`: the size of what was added up, where sums of it may cancel; the least that the largest number counts as.
+    A deep network multiplies a rounding by 10^4 or so, which leaves 1e-12; what differs by more is another function.
+    """
+    one, other = (np.asarray(v.detach() if isinstance(v, Tensor) else v) for v in (found, exact))
+    assert one.dtype == other.dtype == np.float64 and one.shape == other.shape
+    apart = np.abs(one - other).max()
+    bound = math.sqrt(np.finfo(np.float64).eps) * max(np.abs(other).max(), terms)
+    assert apart <= bound, (f"off by {apart:.3g}", f"{apart / bound:.3g} of the bound")
+
+
+def distance(a: Mapping[str, npt.NDArray[Any]], b: Mapping[str, npt.NDArray[Any]]) -> float:
+    """The 2-norm of the difference of two states, over the names of the second."""
+    return math.sqrt(sum(float(np.square(a[n].astype(np.float64) - b[n]).sum()) for n in b))
+
+
+OPERATIONS = 64
+"""Roundings between the samples of a batch and an entry of their gradient: products and sums over features, channels and
+samples forth and back, and the loss. Sums are longer than that only in wide layers, where many roundings cancel."""
+
+
+def off(steps: int, weights: float, path: float) -> float:
+    """How far from the exact end the end of a training in float32 may be, in the 2-norm.
+
+    weights: the norm of the arrays, each of which a step rounds twice (rate times gradient; the sum). path: the sum of the
+    steps' lengths: each is off by OPERATIONS roundings of its own length. An error is carried on by the later steps, which
+    neither shrink nor stretch it where rate times curvature is small.
+    """
+    return rounding(2 * steps) * weights + rounding(OPERATIONS * steps) * path
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A client's training by the loop in float64. path: the sum of its steps' lengths; slope: the largest length of a
+    gradient; stretch: how much longer a small random error of the start (a millionth of it) is at the end, 1 at least."""
+
+    start: Arrays
+    end: Mapping[str, npt.NDArray[np.float64]]
+    losses: dict[str, float]
+    steps: int
+    path: float
+    slope: float
+    stretch: float
+
+    @property
+    def moved(self) -> float:
+        return distance(self.end, self.start)
+
+    @property
+    def off(self) -> float:
+        """How far from the end a training in float32 may be (`off`), with what its errors become on the way."""
+        return self.stretch * off(self.steps, distance(self.start, Named(self.start) * 0), self.path)
+
+    @property
+    def losses_off(self) -> float:
+        """How far from the losses: by their own roundings, and by those of the weights times the slope."""
+        return rounding(OPERATIONS) * max(1.0, *self.losses.values()) + self.slope * self.off
+
+
+def exactly(
+    model: nn.Module, start: Arrays, data: Data, task: Task, experiment: Experiment, round_: int, client: int
+) -> Exact:
+    """Train a copy of the model from `start` in float64; and once more from a start that is off by a millionth."""
+    whole, samples = copy.deepcopy(model).double(), in_double(data)
+
+    def trained(begin: Arrays) -> tuple[Trained, Arrays, list[dict[str, Tensor]], float]:
+        load_into(whole, begin)
+        places: list[dict[str, Tensor]] = []
+        slopes = [0.0]
+
+        def look(learning: Mapping[str, nn.Parameter]) -> None:
+            places.append({n: p.detach().clone() for n, p in learning.items()})
+            slopes.append(math.sqrt(sum(float(p.grad.square().sum()) for p in learning.values() if p.grad is not None)))
+
+        torch.set_default_dtype(torch.float64)  # of class weights
+        try:
+            done = train(whole, Training(samples, round_, client, experiment.local, correct=look), task, experiment)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        places.append({n: p.detach().clone() for n, p in whole.named_parameters() if n in places[-1]})
+        return done, state_of(whole), places, max(slopes)
+
+    exact_values = floats(start)
+    exact_start: Arrays = {**exact_values}
+    done, end, places, slope = trained(exact_start)
+    path = sum(math.sqrt(sum(float((b[n] - a[n]).square().sum()) for n in a)) for a, b in itertools.pairwise(places))
+    draw = np.random.default_rng(0)
+    other: Arrays = {n: v * (1 + 1e-6 * draw.choice([-1, 1], v.shape)) for n, v in exact_values.items()}
+    _, beside, *_ = trained(other)
+    stretch = max(1.0, distance(beside, end) / distance(other, exact_start))
+    return Exact(exact_start, floats(end), done.losses, done.steps, path, slope, stretch)
+
+
+def run_off(experiment: Experiment) -> float:
+    """How far the end of a run in float32 may be from the exact one: each round adds what its clients' means are off, as
+    client 0 stands for here, and the later rounds carry it on."""
+    task = open_task(experiment)
+    data, start = task.client(0).train, initial_state(experiment)
+    exact, rounds = exactly(task.new_model(), start, data, task, experiment, 1, 0), experiment.run.rounds
+    return rounds * exact.stretch ** (rounds - 1) * exact.off
 
 
 def in_double(data: Data) -> Data:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import norm, trim_mean
 
-from helpers.rounding import floats
+from helpers.rounding import distance as norm_of_difference
+from helpers.rounding import floats, run_off
 from helpers.runs import Watching, run_inline, small
 from meadow.arrays.files import read_arrays
 from meadow.arrays.named import Arrays
@@ -180,8 +181,10 @@ def test_rules_that_cut_nothing_are_fedavg(plan: tuple[str, ...], tmp_path: Path
     run_inline(small("fedavg", *alike), tmp_path / "other")
     found, plain = (latest(tmp_path / n / "checkpoints")[0] for n in ("one", "other"))
     assert found is not None and plain is not None
-    for n, value in plain.arrays.items():
-        assert found.arrays[n] == pytest.approx(value, abs=2e-6), n
+    # The means are worked out in float64, each in its own way, and rounded: the second round begins a rounding apart.
+    experiment = small("fedavg", *alike)
+    moved = norm_of_difference(plain.arrays, initial_state(experiment))
+    assert norm_of_difference(found.arrays, plain.arrays) <= 2 * run_off(experiment) < moved / 500
 
 
 # Attacks

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from helpers.refusals import refused
+from helpers.rounding import same_function
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
 from meadow.runtime.seeds import torch_seeded
@@ -52,10 +53,10 @@ def test_a_trunk_is_torchvisions_model_without_its_classifier(name: str) -> None
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole.eval()(x)
-        features = trunk.eval()(x)
+        whole.double().eval()(x.double())
+        features = trunk.double().eval()(x.double())
     assert features.shape == (2, width)
-    torch.testing.assert_close(features, seen[0], rtol=1e-6, atol=1e-6)
+    same_function(features, seen[0])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
@@ -167,14 +168,14 @@ def test_parameter_counts_of_the_papers(model: str, count: int) -> None:
 def test_own_nets_give_logits_of_each_target_and_a_sample_is_alone_in_its_batch(
     model: str, inputs: Inputs, output: tuple[int, ...]
 ) -> None:
-    net = build(Task(model=model, hidden=16), TEN, inputs).eval()
+    net = build(Task(model=model, hidden=16), TEN, inputs).eval().double()
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, *inputs.shape, generator=generator)
+    x = torch.randn(3, *inputs.shape, generator=generator).double()
     if inputs.tokens:
         x = torch.randint(1, inputs.tokens, (3, *inputs.shape), generator=generator)
     assert net(x)["label"].shape == output
     alone = torch.cat([net(x[i : i + 1])["label"] for i in range(3)])
-    torch.testing.assert_close(net(x)["label"], alone, rtol=1e-5, atol=1e-6)
+    same_function(net(x)["label"], alone)
 
 
 @pytest.mark.parametrize("model", sorted(OWN))
@@ -185,24 +186,24 @@ def test_own_nets_refuse_what_they_cannot_take(model: str) -> None:
 
 
 def test_padding_changes_nothing_and_the_maximum_is_over_real_tokens() -> None:
-    net = BiLSTM(30, 6)
+    net = BiLSTM(30, 6).double()
     short = torch.tensor([[4, 9, 2], [7, 0, 0], [0, 0, 0]])
     long = torch.cat([short, torch.zeros(3, 5, dtype=torch.int64)], 1)
     assert torch.equal(net(short), net(long))
     for row, tokens in enumerate([[4, 9, 2], [7], [0]]):
         states = net.lstm(net.embedding(torch.tensor([tokens])))[0]
-        torch.testing.assert_close(net(long)[row], states[0].amax(0))
+        same_function(net(long)[row], states[0].amax(0))
 
 
 def test_a_gate_stands_between_the_features_and_each_head() -> None:
     targets = (*TEN, Target("size", "value", 1))
-    net = build(Task(model="efficientnet_b0", gated=True), targets, COLOUR).eval()
+    net = build(Task(model="efficientnet_b0", gated=True), targets, COLOUR).eval().double()
     assert isinstance(net, Multihead)
-    h = net.trunk(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    h = net.trunk(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double())
     state = net.state_dict()
     gate = torch.sigmoid(h @ state["heads.size.gate.weight"].T + state["heads.size.gate.bias"])
     expected = (h * gate) @ state["heads.size.linear.weight"].T + state["heads.size.linear.bias"]
-    torch.testing.assert_close(net.on_features(h)["size"], expected[:, 0])
+    same_function(net.on_features(h)["size"], expected[:, 0])
     assert net.on_features(h)["label"].shape == (2, 10)
 
 
@@ -223,8 +224,8 @@ def test_an_encoder_of_transformers_from_a_local_folder(tmp_path: Path) -> None:
     assert isinstance(net, Multihead)
     x = torch.tensor([[5, 6, 7, 0, 0, 0]])
     with torch.no_grad():
-        expected = source(input_ids=x[:, :3]).last_hidden_state[:, 0]
-        torch.testing.assert_close(net.trunk(x), expected, rtol=1e-5, atol=1e-6)
+        expected = source.double()(input_ids=x[:, :3]).last_hidden_state[:, 0]
+        same_function(net.double().trunk(x), expected)
     with refused("task.model", 40):
         build(task, TEN, Inputs((6,), tokens=41))
     with refused("task.model"):
