@@ -215,7 +215,7 @@ _COMMON = ("ca.crt", "node.key", "share.json", "experiment.toml")
 
 
 def test_it_ends_by_itself_with_the_bits_of_the_inline_engine(stack: Stack, tmp_path: Path) -> None:
-    stack.process.wait(400)
+    stack.process.wait(900)
     assert stack.process.returncode == 0
     services = ("run", "superlink", "serverapp", "proxy", *HOSTED)
     assert {service: inspect(service)["State"]["ExitCode"] for service in services} == dict.fromkeys(services, 0)
