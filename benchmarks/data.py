@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.output import table
+from meadow.benchmarks.output import table
 from meadow.config.schema import Partition
 from meadow.config.schema import Task as Settings
 from meadow.runtime.seeds import numpy_generator, torch_generator, torch_seeded

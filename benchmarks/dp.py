@@ -22,8 +22,8 @@ from opacus import PrivacyEngine
 from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.output import about, chosen, options, table, write
-from benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
+from meadow.benchmarks.output import about, chosen, options, table, write
+from meadow.benchmarks.workloads import BATCH, LR, SAMPLES, WORKLOADS, settings, train_plainly
 from meadow.client.loop.training import Training, train
 from meadow.config.load import apply, read_tree, resolve
 from meadow.privacy.dpsgd.choose import GradSample, chosen_mode

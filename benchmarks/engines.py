@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.output import about, chosen, options, table, write
-from benchmarks.sides import PROCESSES, SIDES
-from benchmarks.workloads import WORKLOADS
+from meadow.benchmarks.output import about, chosen, options, table, write
+from meadow.benchmarks.sides import PROCESSES, SIDES
+from meadow.benchmarks.workloads import WORKLOADS
 
 Seconds = dict[tuple[str, str], list[float]]
 """(workload, engine) -> the seconds of its rounds."""

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
-from benchmarks.workloads import CLIENTS, LR, WORKLOADS, train_plainly
+from meadow.benchmarks.workloads import CLIENTS, LR, WORKLOADS, train_plainly
 
 WORKLOAD = "MEADOW_BENCHMARK_WORKLOAD"
 ROUNDS = "MEADOW_BENCHMARK_ROUNDS"

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from benchmarks.output import Row, chosen, options, table
-from benchmarks.workloads import BATCH, CLIENTS, LR, SAMPLES, WORKLOADS
 from meadow.arrays.sums import BLOCK
+from meadow.benchmarks.output import Row, chosen, options, table
+from meadow.benchmarks.workloads import BATCH, CLIENTS, LR, SAMPLES, WORKLOADS
 from meadow.client.trainers.kernel import Member
 from meadow.client.trainers.network import network
 from meadow.client.trainers.stacked import Stacked

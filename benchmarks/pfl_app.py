@@ -24,7 +24,7 @@ from pfl.metrics import Weighted
 from pfl.model.pytorch import PyTorchModel
 from torch import Tensor, nn
 
-from benchmarks.workloads import BATCH, CLIENTS, LR, WORKLOADS
+from meadow.benchmarks.workloads import BATCH, CLIENTS, LR, WORKLOADS
 
 
 class Model(nn.Module):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.output import table
-from benchmarks.sides import WARM_UP, between, stamped
-from benchmarks.workloads import WORKLOADS, settings
+from meadow.benchmarks.output import table
+from meadow.benchmarks.sides import WARM_UP, between, stamped
+from meadow.benchmarks.workloads import WORKLOADS, settings
 from meadow.config.load import apply, parse_override, read_tree, resolve
 from meadow.config.schema import Experiment
 from meadow.experiments.api import run_many

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from benchmarks.output import about, chosen, options, table, write
+from meadow.benchmarks.output import about, chosen, options, table, write
 from meadow.config.load import resolve, to_toml
 from meadow.config.schema import Experiment, Task
 from meadow.runtime.identity import ROOT
@@ -93,7 +93,7 @@ def experiment(clients: int, cohort: int, rounds: int, strategy: str, hidden: in
         {
             "run": {"rounds": rounds},
             "task": {
-                "dataset": "benchmarks.scale:population",
+                "dataset": "meadow.benchmarks.scale:population",
                 "targets": ["label"],
                 "source_samples": max(clients, 100),
                 "model": "mlp",
@@ -101,7 +101,7 @@ def experiment(clients: int, cohort: int, rounds: int, strategy: str, hidden: in
             },
             "partition": {"law": "iid", "clients": clients, "min_size": SAMPLES},
             "cohort": {"size": cohort},
-            "strategy": {"name": f"benchmarks.scale:{strategy}"},
+            "strategy": {"name": f"meadow.benchmarks.scale:{strategy}"},
             "evaluate": {"on": ["clients"], "every": 10**6, "sample": min(100, clients)},
             "engine": {"name": "ray", "workers": WORKERS, "state_memory": 12_000},
         }
@@ -113,7 +113,7 @@ def lopsided(rounds: int) -> Experiment:
     return resolve(
         {
             "run": {"rounds": rounds},
-            "task": {"dataset": "benchmarks.scale:uneven", "targets": ["label"], "model": "mlp", "hidden": 200},
+            "task": {"dataset": "meadow.benchmarks.scale:uneven", "targets": ["label"], "model": "mlp", "hidden": 200},
             "partition": {"law": "natural", "clients": 0, "min_size": 4},
             "local": {"epochs": 1, "batch_size": 20},
             "evaluate": {"on": ["clients"], "every": 10**6},

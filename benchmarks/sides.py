@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from benchmarks.workloads import CLIENTS, LR, SAMPLES, WORKLOADS, settings, train_plainly
+from meadow.benchmarks.workloads import CLIENTS, LR, SAMPLES, WORKLOADS, settings, train_plainly
 from meadow.simulation.children import free_port
 
 PROCESSES = 2
@@ -125,7 +125,7 @@ def flower(name: str, rounds: int) -> list[float]:
     """Flower's own Ray engine, one client a call, two workers (`benchmarks/flower_app.py`)."""
     from flwr.simulation import run_simulation
 
-    from benchmarks import flower_app
+    from meadow.benchmarks import flower_app
 
     os.environ |= {flower_app.WORKLOAD: name, flower_app.ROUNDS: str(WARM_UP + rounds), "FLWR_TELEMETRY_ENABLED": "0"}
     paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

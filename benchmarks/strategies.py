@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.output import chosen, options, table
+from meadow.benchmarks.output import chosen, options, table
 from meadow.config.load import load
 from meadow.experiments.api import Summary, run_many
 from meadow.experiments.compare import Job

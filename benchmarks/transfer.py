@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 
-from benchmarks import strategies
-from benchmarks.output import table
-from benchmarks.strategies import Study, spread
+from meadow.benchmarks import strategies
+from meadow.benchmarks.output import table
+from meadow.benchmarks.strategies import Study, spread
 from meadow.experiments.pictures.style import COLOURS, STYLE, to_file
 
 METHODS = {"local": "from scratch", "transfer": "transfer (head)", "finetune": "fine-tuning (all)"}

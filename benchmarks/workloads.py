@@ -146,7 +146,7 @@ class Workload:
 
 WORKLOADS = {
     "mlp": Workload(
-        "MLP 784-200-10", "benchmarks.workloads:one_hidden", mlp_784, 10, Inputs((1, 28, 28)), 200, rounds=40
+        "MLP 784-200-10", "meadow.benchmarks.workloads:one_hidden", mlp_784, 10, Inputs((1, 28, 28)), 200, rounds=40
     ),
     "small-cnn": Workload("LeNet-size CNN (62k)", "lenet", lenet, 10, Inputs((1, 28, 28)), rounds=12),
     "large-cnn": Workload("CNN of McMahan et al. (1.66M)", "mcmahan-cnn", mcmahan, 10, Inputs((1, 28, 28)), rounds=3),
@@ -177,7 +177,7 @@ def settings(name: str, rounds: int) -> dict[str, object]:
     return {
         "run.name": name,
         "run.rounds": rounds,
-        "task.dataset": f"benchmarks.workloads:{name.replace('-', '_')}",
+        "task.dataset": f"meadow.benchmarks.workloads:{name.replace('-', '_')}",
         "task.targets": ["label"],
         "task.model": work.model,
         "task.hidden": work.hidden,

@@ -25,7 +25,11 @@ from meadow.tasks.source import source_data
 log = logging.getLogger("meadow.client")
 
 
-def answer(node: Node, requests: Sequence[Request], handler: Callable[[Node, Request], Answer]) -> list[Answer]:
+Handler = Callable[[Node, Request], Answer]
+"""Answers one request to one client."""
+
+
+def answer(node: Node, requests: Sequence[Request], handler: Handler) -> list[Answer]:
     """Answer the requests in order. If a client raises, its own answer is the traceback, and the others continue.
 
     Under DP only the error's type leaves (and a LedgerFault's text); the node's log has the rest.

@@ -17,13 +17,13 @@ from flwr.clientapp import ClientApp
 
 from meadow.arrays.flower import from_record
 from meadow.arrays.folding import fold_for_wire
-from meadow.client.answers import answer, evaluate_client, train_client
+from meadow.client.answers import Handler, answer, evaluate_client, train_client
 from meadow.client.blocks import add_up, train_blocks
 from meadow.client.node import hosted_here, open_node, store_of
 from meadow.client.store import Store
 from meadow.privacy.releases import allowed
 from meadow.runtime.identity import code_sha256, versions
-from meadow.runtime.logs import log_lines
+from meadow.runtime.logs import log_lines, printable
 from meadow.strategies.wire.packing import (
     Answer,
     NodeReply,
@@ -78,19 +78,22 @@ def join(message: Message, context: Context) -> Message:
 
 
 @app.train()
-def train(message: Message, context: Context) -> Message:
-    """Train the clients in the pack."""
+def train(message: Message, context: Context, alone: Handler | None = None) -> Message:
+    """Train the clients in the pack: block by block where a trainer can, the others one by one.
+
+    alone: answers for each client by itself, in place of blocks and `train_client`.
+    """
     began = time.perf_counter()
     requests, blocks = unpack_requests(message.content)
     node = open_node(context)
     node.clock.start("open", began)
     with kernels(node.model):
-        by_block, others = train_blocks(node, requests, blocks)
-        alone = answer(node, others, train_client)
+        by_block, others = train_blocks(node, requests, blocks) if alone is None else (NodeReply([]), requests)
+        one_by_one = answer(node, others, alone or train_client)
     node.clock.now("reduce")
     sent = {request.client: request.arrays for request in requests}
-    one_by_one = [block for block in blocks if (block[0], block[0] + 1) not in by_block.sums]
-    reply = add_up(node, alone, sent, one_by_one)
+    rest = [block for block in blocks if (block[0], block[0] + 1) not in by_block.sums]
+    reply = add_up(node, one_by_one, sent, rest)
     answers = sorted([*by_block.answers, *reply.answers], key=lambda answered: answered.client)
     _log_outcomes("trained", sorted(requests, key=lambda request: request.client), answers)
     whole = NodeReply(answers, by_block.sums | reply.sums)
@@ -102,12 +105,12 @@ def train(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the clients in the pack."""
+def evaluate(message: Message, context: Context, each: Handler = evaluate_client) -> Message:
+    """Evaluate the clients in the pack, by `each` of them."""
     requests, _ = unpack_requests(message.content)
     node = open_node(context)
     with kernels(node.model):
-        answers = answer(node, requests, evaluate_client)
+        answers = answer(node, requests, each)
     if requests[0].config["thorough"]:  # at a run's end
         store_of(node, requests[0].config["run"]).settle(hosted_here(context, node.experiment.partition.clients))
     _log_outcomes("evaluated", requests, answers)
@@ -118,6 +121,6 @@ def _log_outcomes(verb: str, requests: Sequence[Request], answers: Sequence[Answ
     for request, answered in zip(requests, answers, strict=True):
         which = {"round": request.config["round"], "client": answered.client}
         if answered.values is None:
-            log.error("failed: %s", answered.error.strip().splitlines()[-1], extra=which)
+            log.error("failed: %s", printable(answered.error.strip().splitlines()[-1]), extra=which)
         else:
             log.info(verb, extra=which)

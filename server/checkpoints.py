@@ -52,9 +52,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint, or None; and a line about each newer one that is damaged and each unknown file."""
+    """The newest intact checkpoint, or None; and a line about each file passed over: damaged, or of another name."""
     strays = [path for path in folder.glob("[!.]*") if not _NAME.fullmatch(path.name)]
-    damaged = [f"{path}: not a checkpoint of Meadow's; ignored" for path in sorted(strays)]
+    passed_over = [f"{path}: the name is not one of Meadow's" for path in sorted(strays)]
     for round_ in reversed(_rounds(folder)):
         stem = folder / f"round-{round_:08d}"
         try:
@@ -64,10 +64,10 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
                 raise DamagedFile(f"{stem}.safetensors: the arrays do not match the SHA-256 in {stem.name}.json")
             kept = of_kind(_STRATEGY, arrays)
             shared, protection = split_auxiliary(arrays)[0], about.get("privacy", {})
-            return Checkpoint(round_, shared, kept, protection, about.get("run", "")), damaged
+            return Checkpoint(round_, shared, kept, protection, about.get("run", "")), passed_over
         except DamagedFile as error:
-            damaged.append(str(error))
-    return None, damaged
+            passed_over.append(str(error))
+    return None, passed_over
 
 
 def oldest_round(folder: Path) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from meadow.arrays.files import DamagedFile, read_json, write_bytes, write_json, writing
 from meadow.config.load import flatten, load, to_toml, to_tree
 from meadow.config.schema import Experiment
-from meadow.runtime.errors import RunStopped, UserError
+from meadow.runtime.errors import UserError
 from meadow.runtime.identity import ROOT, code_sha256, versions
 
 log = logging.getLogger("meadow.server")
@@ -31,8 +31,11 @@ class RunFolder:
         self.state = path / "state"
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest that `open_folder` wrote."""
-        return read_json(self.path / "manifest.json", dict)
+        """The manifest that `open_folder` wrote. Raises DamagedFile."""
+        manifest = read_json(self.path / "manifest.json", dict)
+        if not isinstance(manifest.get("run_id"), str):
+            raise DamagedFile(f"{self.path / 'manifest.json'}: it has no run_id")
+        return manifest
 
     def rounds(self) -> list[dict[str, Any]]:
         """The round records so far, without damaged and incomplete lines."""
@@ -43,12 +46,13 @@ class RunFolder:
         path = self.path / "rounds.jsonl"
         found, damaged = list[dict[str, Any]](), list[bytes]()
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            try:
-                record = json.loads(line if line.endswith(b"\n") else b"")
-                found.append({"round": int(record["round"]), **record})
-            except (ValueError, TypeError, KeyError, RecursionError):
-                if line.endswith(b"\n"):  # else the process ended while it wrote the line
-                    damaged.append(line)
+            if not line.endswith(b"\n"):  # the process ended while it wrote the line
+                continue
+            record = read_record(line)
+            if record is None:
+                damaged.append(line)
+            else:
+                found.append(record)
         return found, damaged
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -101,6 +105,15 @@ class RunFolder:
             return None
 
 
+def read_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of rounds.jsonl; None if there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("round"), int) else None
+
+
 def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:
     """Raise UserError if the folder exists, unless it is empty or the same experiment is resumed in it."""
     if not path.exists() or (path.is_dir() and all(_disposable(p) for p in path.iterdir())):
@@ -128,14 +141,14 @@ def _disposable(path: Path) -> bool:
 
 
 def open_folder(
-    path: Path, experiment: Experiment, resume: bool, facts: Mapping[str, Any], about: Mapping[str, Any] | None = None
+    path: Path, experiment: Experiment, facts: Mapping[str, Any], about: Mapping[str, Any] | None = None
 ) -> RunFolder:
-    """Create the run folder, or open it to resume. The manifest gets `facts` (data and split hashes), which must be the same
-    when the run is resumed, and facts `about` the machine.
+    """Create the run folder, or open it to resume; `check_folder` comes first.
 
-    The manifest is written last: a folder without one contains nothing worth keeping and is started afresh.
+    facts: of data and split, for the manifest; they must be the same when the run is resumed. about: of the machine.
+    The manifest is written before the first round. A folder without manifest, rounds and checkpoints is started afresh.
+    Raises UserError if there are rounds or checkpoints without an intact manifest, or if the facts differ.
     """
-    check_folder(path, experiment, resume)
     folder = RunFolder(path)
     try:
         before = folder.manifest()
@@ -151,10 +164,7 @@ def open_folder(
                 f"--resume {path}: manifest.json, which names the run that clients' states belong to, is missing or damaged "
                 f"({error}); restore it, or start a new run in another folder"
             ) from None
-        try:
-            write_bytes(path / "experiment.toml", to_toml(experiment).encode())
-        except RunStopped as stop:
-            raise UserError(f"--out {path}: {stop}; or choose another folder") from None
+        write_bytes(path / "experiment.toml", to_toml(experiment).encode())
         manifest = {
             "run_id": uuid.uuid4().hex,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

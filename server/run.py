@@ -48,7 +48,7 @@ def run_experiment(
     """
     check_folder(out, experiment, resume)
     with locked(out):
-        return _run(open_run(grid, experiment, out, resume, checkpoint_every))
+        return _run(open_run(grid, experiment, out, checkpoint_every))
 
 
 def _run(session: Session) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _run(session: Session) -> dict[str, Any]:
     return _end(session, summarise(session, status, reason, scores))
 
 
-def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool, checkpoint_every: float) -> Session:
+def open_run(grid: Grid, experiment: Experiment, out: Path, checkpoint_every: float) -> Session:
     """Open the run folder and everything that the rounds need, without contacting any node."""
     if (folds := experiment.evaluate.folds) and not experiment.evaluate.fold:
         raise UserError(
@@ -83,7 +83,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, resume: bool, checkp
     guard, users = protection(experiment, task, parts), open_listeners(experiment.run.listeners)
     about = {"large_products": "float32 by oneDNN" if keeps_float32() else "float32 by torch's default"}
     facts = {"data_sha256": task.dataset.sha256, "split": _split(task)}
-    folder = open_folder(out, experiment, resume, facts, about)
+    folder = open_folder(out, experiment, facts, about)
     run_id = folder.manifest()["run_id"]
     own = tuple(start) if chosen.own_start else parts.personal + parts.fixed
     base = {n: start[n] for n in own} if experiment.task.pretrained else {}
@@ -154,9 +154,9 @@ def _play_rounds(session: Session) -> str:
 
 def _recover(session: Session) -> None:
     """Restore the newest intact checkpoint; without one the run begins with round 1."""
-    checkpoint, damaged = checkpoints.latest(session.folder.checkpoints)
-    for line in damaged:
-        log.warning("damaged checkpoint; using the one before it: %s", line)
+    checkpoint, passed_over = checkpoints.latest(session.folder.checkpoints)
+    for line in passed_over:
+        log.warning("passed over, not a whole checkpoint: %s", line)
     if checkpoint is not None:
         if checkpoint.run not in ("", session.run_id):
             raise DamagedFile(

@@ -8,7 +8,6 @@ from hypothesis import settings
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-import benchmarks  # noqa: F401  here, because a dependency brings a package of that name
 from helpers.kernels import other_kernels
 from meadow.runtime.seeds import one_thread
 

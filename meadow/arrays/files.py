@@ -25,7 +25,6 @@ from meadow.runtime.errors import RunStopped, UserError
 _ZEROS = "0" * 64
 """Replaces the digest while it is computed."""
 
-
 T = TypeVar("T", dict[str, Any], list[Any])
 
 
@@ -42,9 +41,8 @@ def write_bytes(path: Path, content: bytes | bytearray, private: bool = False) -
     with writing(path):
         make_folder(path.parent, private)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with os.fdopen(
-            os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666), "wb"
-        ) as file:
+        mode = 0o600 if private else 0o666
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -89,6 +87,8 @@ def locked(folder: Path) -> Iterator[None]:
                 f"--out {folder}: {file.read().strip() or 'another process'} is running it; wait until it ends, or choose "
                 "another folder"
             ) from None
+        except OSError as error:  # a file system without locks
+            raise UserError(f"--out {folder}: it cannot be locked ({error.strerror}); choose another folder") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

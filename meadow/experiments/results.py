@@ -1,7 +1,6 @@
 """Read run folders, finished or still being written."""
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from meadow.arrays.files import DamagedFile, read_json
 from meadow.config import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.server.folder import read_record
 from meadow.tasks.metrics import LOWER_IS_BETTER, PRIMARY, SHARES, kind_of
 
 Floats = NDArray[np.float64]
@@ -183,12 +184,10 @@ def read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
         lines.pop()
     records: dict[int, Mapping[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            records[int(record["round"])] = record
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not a round in JSON; the file is damaged") from None
+        if (record := read_record(line)) is not None:
+            records[record["round"]] = record
+        elif number < len(lines):
+            raise UserError(f"{path}, line {number}: not a round in JSON; the file is damaged")
     return tuple(records[r] for r in sorted(records))
 
 
@@ -276,12 +275,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object")
-    return value
+        return read_json(path, dict)
+    except DamagedFile as error:
+        raise UserError(f"{error}: the file is damaged") from None
 
 
 def _read_columns(path: Path) -> dict[str, Floats]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meadow.arrays.files import make_folder
 from meadow.privacy.accounting import epsilon
 
 _FIRST = "0" * 64
@@ -138,7 +139,7 @@ class Ledger:
         if epsilon of everything that counts towards this unit, including this release, would exceed the budget; a
         repeated release is never refused.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent, private=True)
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -219,7 +220,7 @@ def secret(folder: Path) -> bytes:
     `simulated_secret` instead.
     """
     path = folder / "secret"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, private=True)
     if not path.exists():
         temporary = path.with_name(f".secret.{os.getpid()}.tmp")
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

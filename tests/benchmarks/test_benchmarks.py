@@ -1,14 +1,19 @@
 """The benchmarks compare like with like: every engine's model is the same function with the same gradients."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.profile import measure
-from benchmarks.workloads import BATCH, WORKLOADS
 from helpers.runs import small
+from meadow.benchmarks.profile import measure
+from meadow.benchmarks.workloads import BATCH, WORKLOADS
 from meadow.config.schema import Task
 from meadow.runtime.clock import PHASES
+from meadow.runtime.identity import ROOT
 from meadow.tasks.data import Target
 from meadow.tasks.models.multihead import build
 
@@ -54,3 +59,24 @@ def test_a_rounds_phases_are_measured(settings: tuple[str, ...]) -> None:
     phases, wall = measure(small("fedavg", "engine.name=inline", "run.rounds=4", *settings))
     assert tuple(phases) == PHASES and all(seconds >= 0 for seconds in phases.values())
     assert phases["train"] > 0 and wall > 0
+
+
+def test_a_worker_finds_the_models_and_data_sets_of_benchmarks_and_documents(tmp_path: Path) -> None:
+    """It starts in another folder, and a dependency brings a package named `benchmarks`."""
+    code = """
+import sys
+from meadow.benchmarks.workloads import WORKLOADS, settings
+from meadow.config.load import flatten, read_tree
+from meadow.runtime.objects import user_object
+experiments = [settings(name, 1) for name in WORKLOADS] + [dict(flatten(read_tree(path))) for path in sys.argv[1:]]
+for experiment in experiments:
+    for key in ("task.dataset", "task.model", "strategy.name"):
+        if ":" in str(experiment.get(key, "")):
+            user_object(key, experiment[key])
+"""
+    examples = sorted((ROOT / "docs" / "examples").glob("*.toml"))
+    assert examples
+    done = subprocess.run(
+        [sys.executable, "-c", code, *examples], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu
-from benchmarks.workloads import LR
 from helpers.refusals import refused
 from helpers.rounding import distance, exactly, floats, off
 from helpers.runs import run_inline, small
 from meadow.arrays.named import Arrays, Named
+from meadow.benchmarks import gpu
+from meadow.benchmarks.workloads import LR
 from meadow.client.loop.training import Training
 from meadow.client.trainers.direct import Direct
 from meadow.client.trainers.fused import Fused

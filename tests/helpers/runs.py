@@ -9,12 +9,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from meadow.arrays.folding import fold_for_wire
-from meadow.client.answers import answer, evaluate_client, train_client
-from meadow.client.app import app, evaluate, join
-from meadow.client.blocks import add_up
+from meadow.client.answers import Handler, evaluate_client, train_client
+from meadow.client.app import app, evaluate, join, train
 from meadow.client.context import LocalContext
 from meadow.client.loop.training import Trained
-from meadow.client.node import Node, open_node
 from meadow.client.release import PrivateRelease
 from meadow.config.schema import Experiment
 from meadow.server.run import run_experiment
@@ -23,22 +21,11 @@ from meadow.simulation.grid import become_server
 from meadow.simulation.inline import InlineGrid
 from meadow.simulation.launch import engine
 from meadow.strategies.check import load
-from meadow.strategies.wire.packing import (
-    Answer,
-    NodeReply,
-    Request,
-    add_spans,
-    pack_replies,
-    unpack_requests,
-    whole_spans,
-)
 
 SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 """What of a summary is equal on every engine."""
 RESUMED = ("status", "rounds", "clients", *SAME)
 """What of a summary is equal whether a run was interrupted or not."""
-
-Handler = Callable[[Node, Request], Answer]
 
 
 def small(preset: str, *overrides: str) -> Experiment:
@@ -67,27 +54,12 @@ def run_with(
     return run_experiment(InlineGrid(experiment, out / "state", client_app), experiment, out, resume, checkpoint_every)
 
 
-def clients_answer(train: Handler = train_client, evaluate_: Handler = evaluate_client) -> ClientApp:
+def clients_answer(train_one: Handler = train_client, evaluate_one: Handler = evaluate_client) -> ClientApp:
     """A ClientApp whose clients answer by these functions, each by itself and none as part of a block."""
     own = ClientApp(mods=[fold_for_wire])
     own.query()(join)
-
-    @own.train()
-    def trained(message: Message, context: Context) -> Message:
-        requests, blocks = unpack_requests(message.content)
-        node = open_node(context)
-        sent = {request.client: request.arrays for request in requests}
-        reply = add_up(node, answer(node, requests, train), sent, blocks)
-        add_spans(reply, whole_spans(message.content))
-        return Message(pack_replies(reply), reply_to=message)
-
-    @own.evaluate()
-    def evaluated(message: Message, context: Context) -> Message:
-        if evaluate_ is evaluate_client:
-            return evaluate(message, context)
-        requests, _ = unpack_requests(message.content)
-        return Message(pack_replies(NodeReply(answer(open_node(context), requests, evaluate_))), reply_to=message)
-
+    own.train()(lambda message, context: train(message, context, train_one))
+    own.evaluate()(lambda message, context: evaluate(message, context, evaluate_one))
     return own
 
 

@@ -112,7 +112,7 @@ def test_a_client_without_confusion_counts_is_left_out(tmp_path: Path) -> None:
             reply.values["confusion"] = {"digit": LIES["negative"]}
         return reply
 
-    assert run_with(clients_answer(evaluate_=lying), small("fedper"), tmp_path)["status"] == "done"
+    assert run_with(clients_answer(evaluate_one=lying), small("fedper"), tmp_path)["status"] == "done"
     assert files(tmp_path)[1]["clients"]["digit"]["clients"] == 7
 
 

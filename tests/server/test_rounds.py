@@ -171,7 +171,9 @@ def test_never_sampled_clients_are_evaluated_and_counted(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", [OSError, SystemExit])
-def test_a_client_that_raises_costs_itself_only(kind: type[BaseException], tmp_path: Path) -> None:
+def test_a_client_that_raises_costs_itself_only(
+    kind: type[BaseException], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its text cannot act on the terminal that shows it."""
 
     def failing(node: Any, request: Any) -> Any:
@@ -181,6 +183,7 @@ def test_a_client_that_raises_costs_itself_only(kind: type[BaseException], tmp_p
 
     summary = run_with(clients_answer(failing), small("fedavg"), tmp_path)
     assert summary["status"] == "done"
+    assert all(record.getMessage().replace("\n", "").isprintable() for record in caplog.records)
     for line in (tmp_path / "rounds.jsonl").read_text().splitlines():
         (failure,) = json.loads(line)["failed"]
         assert failure["client"] == 3
