@@ -40,10 +40,8 @@ log = logging.getLogger("meadow.client")
 
 log_lines()
 use_share(os.environ.get("MEADOW_SHARE", ""))
-app = ClientApp(mods=[fold_for_wire])
 
 
-@app.query()
 def join(message: Message, context: Context) -> Message:
     """Join a run: store the base arrays, and report the hosted clients and the code, versions and data of this node."""
     node = open_node(context)
@@ -77,7 +75,6 @@ def join(message: Message, context: Context) -> Message:
     return Message(RecordDict({"roll": roll}), reply_to=message)
 
 
-@app.train()
 def train(message: Message, context: Context, alone: Handler | None = None) -> Message:
     """Train the clients in the pack: block by block where a trainer can, the others one by one.
 
@@ -104,7 +101,6 @@ def train(message: Message, context: Context, alone: Handler | None = None) -> M
     return Message(pack_replies(whole), reply_to=message)
 
 
-@app.evaluate()
 def evaluate(message: Message, context: Context, each: Handler = evaluate_client) -> Message:
     """Evaluate the clients in the pack, by `each` of them."""
     requests, _ = unpack_requests(message.content)
@@ -124,3 +120,9 @@ def _log_outcomes(verb: str, requests: Sequence[Request], answers: Sequence[Answ
             log.error("failed: %s", printable(answered.error.strip().splitlines()[-1]), extra=which)
         else:
             log.info(verb, extra=which)
+
+
+app = ClientApp(mods=[fold_for_wire])
+app.query()(join)
+app.train()(train)
+app.evaluate()(evaluate)
