@@ -34,8 +34,8 @@ class Checkpoint:
     run: str = ""
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, then delete those older than the last `KEEP`."""
+def save(folder: Path, checkpoint: Checkpoint, keep: int = KEEP) -> None:
+    """Write a checkpoint, then delete those older than the last `keep`."""
     stem = folder / f"round-{checkpoint.round:08d}"
     everything = checkpoint.arrays | auxiliary(_STRATEGY, checkpoint.strategy)
     write_arrays(stem.with_suffix(".safetensors"), everything, private=True)
@@ -46,7 +46,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "run": checkpoint.run,
     }
     write_json(stem.with_suffix(".json"), about, private=True)
-    for old in _rounds(folder)[:-KEEP]:
+    for old in _rounds(folder)[:-keep]:
         (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
         (folder / f"round-{old:08d}.safetensors").unlink(missing_ok=True)
 
@@ -56,18 +56,22 @@ def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     strays = [path for path in folder.glob("[!.]*") if not _NAME.fullmatch(path.name)]
     passed_over = [f"{path}: the name is not one of Meadow's" for path in sorted(strays)]
     for round_ in reversed(_rounds(folder)):
-        stem = folder / f"round-{round_:08d}"
         try:
-            about = read_json(stem.with_suffix(".json"), dict)
-            arrays = read_arrays(stem.with_suffix(".safetensors"))
-            if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
-                raise DamagedFile(f"{stem}.safetensors: the arrays do not match the SHA-256 in {stem.name}.json")
-            kept = of_kind(_STRATEGY, arrays)
-            shared, protection = split_auxiliary(arrays)[0], about.get("privacy", {})
-            return Checkpoint(round_, shared, kept, protection, about.get("run", "")), passed_over
+            return read(folder, round_), passed_over
         except DamagedFile as error:
             passed_over.append(str(error))
     return None, passed_over
+
+
+def read(folder: Path, round_: int) -> Checkpoint:
+    """The checkpoint of a round. Raises DamagedFile if one of its files is missing or damaged."""
+    stem = folder / f"round-{round_:08d}"
+    about = read_json(stem.with_suffix(".json"), dict)
+    arrays = read_arrays(stem.with_suffix(".safetensors"))
+    if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
+        raise DamagedFile(f"{stem}.safetensors: the arrays do not match the SHA-256 in {stem.name}.json")
+    shared, kept = split_auxiliary(arrays)[0], of_kind(_STRATEGY, arrays)
+    return Checkpoint(round_, shared, kept, about.get("privacy", {}), about.get("run", ""))
 
 
 def oldest_round(folder: Path) -> int:

@@ -85,9 +85,25 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
     return scores
 
 
-def scores_in(answer: Answer) -> dict[str, float]:
-    """The scores in an answer that are finite numbers."""
-    scores = answer.section("evaluation")
+def validation_spread(session: Session, scores: Mapping[int, Scores]) -> dict[str, Any]:
+    """The "validation" of a record or summary, from clients' scores by model/target/metric: {"clients", "global"}.
+
+    clients: as in `over_clients`, of the models that clients would use. global: {target: {metric: value}} of the shared
+    model, the mean over the clients weighted by validation samples; empty if there is none. Both {} if nothing was scored.
+    """
+    sizes = session.task.split.sizes[:, 1]
+    weights = sizes if allowed(session.experiment, "labels") else np.ones_like(sizes)
+    used = over_clients(of_model(scores, "validation"), weights)
+    shared = over_clients(of_model(scores, "validation_shared"), weights)
+    if not shared and not session.roles.personal:
+        shared = used
+    means = {t: {metric: spread["weighted"] for metric, spread in metrics.items()} for t, metrics in shared.items()}
+    return {"clients": used, "global": means} if used else {}
+
+
+def scores_in(answer: Answer, kind: str = "evaluation") -> dict[str, float]:
+    """The scores in an answer, in its section `kind`, that are finite numbers."""
+    scores = answer.section(kind)
     return {key: value for key in scores if (value := number(scores, key)) is not None}
 
 
@@ -105,10 +121,13 @@ def test_sizes(experiment: Experiment, task: Task) -> Ints:
 
 def scores_of(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, Scores]:
     """Each client's scores of one of its models, by default the one that it would use, by target/metric."""
+    return of_model({client: its.scores for client, its in scores.items()}, model)
+
+
+def of_model(scores: Mapping[int, Scores], model: str) -> dict[int, Scores]:
+    """Each client's scores of one model, by target/metric, from those by model/target/metric."""
     start = f"{model}/"
-    return {
-        c: {k.removeprefix(start): v for k, v in s.scores.items() if k.startswith(start)} for c, s in scores.items()
-    }
+    return {c: {k.removeprefix(start): v for k, v in its.items() if k.startswith(start)} for c, its in scores.items()}
 
 
 def over_clients(

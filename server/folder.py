@@ -29,6 +29,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.state = path / "state"
+        self.best = path / "best"
 
     def manifest(self) -> dict[str, Any]:
         """The manifest that `open_folder` wrote. Raises DamagedFile."""

@@ -18,6 +18,7 @@ from meadow.server.evaluation import (
     scores_in,
     scores_of,
     test_sizes,
+    validation_spread,
 )
 from meadow.server.listeners import RoundDone
 from meadow.server.session import Session
@@ -31,10 +32,14 @@ log = logging.getLogger("meadow.server")
 
 
 def play_round(session: Session, round_: int) -> str:
-    """Play a round; return a reason to stop the run after it, or "". Raises RunStopped if the round is impossible."""
+    """Play a round; return a listener's reason to stop the run after it, or "". Raises RunStopped if the round is
+    impossible."""
     tried, void = first_good(session, round_)
+    received = session.arrays
     session.arrays, session.state = next_model(session, round_, tried)
     record = measure(session, round_, tried, void)
+    if session.selection.add(record) and session.selection.keeps:
+        session.selection.save(received if record["clients_round"] < round_ else session.arrays, session.run_id)
     record["times"] = session.clock.read()
     record["seconds"] = sum(record["times"].values())
     session.clock.start("write")
@@ -109,7 +114,7 @@ def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attemp
     session.clock.now("evaluate")
     traffic = traffic_of(session, round_, tried)
     without = [_discarded(session, round_, attempt) for attempt in void]
-    scores, of_round = _clients_scores(session, round_, tried)
+    scores, validation, of_round = _clients_scores(session, round_, tried)
     return {
         "round": round_,
         "cohort": tried.cohort,
@@ -123,6 +128,7 @@ def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attemp
         **session.exchange.trainings.take().as_json(),
         "global": score_globally(session) if session.evaluates(round_) else {},
         "clients": over_clients(scores, test_sizes(session.experiment, session.task)),
+        "validation": validation_spread(session, validation),
         "clients_round": of_round,
         "epsilon": session.protection.epsilon(),
     }
@@ -147,12 +153,15 @@ def _failed(tried: Attempt) -> list[dict[str, Any]]:
     return [{"client": client, "reason": reason} for client, reason in tried.verdict.refused.items()]
 
 
-def _clients_scores(session: Session, round_: int, tried: Attempt) -> tuple[dict[int, Scores], int]:
-    """The clients' scores, and the round whose model they belong to."""
+def _clients_scores(session: Session, round_: int, tried: Attempt) -> tuple[dict[int, Scores], dict[int, Scores], int]:
+    """The clients' scores on their test parts, by target/metric, and on their validation parts, by model/target/metric; and
+    the round whose model they belong to."""
     if session.placement.evaluates_after(round_):
-        return scores_of(score_clients(session, round_, last=False)), round_
+        found = score_clients(session, round_, last=False)
+        return scores_of(found), {client: its.scores for client, its in found.items()}, round_
     evaluated = [a for a in tried.verdict.admitted if a.values is not None and "evaluation" in a.values]
-    return {answer.client: scores_in(answer) for answer in evaluated}, round_ - 1
+    validation: dict[int, Scores] = {answer.client: scores_in(answer, "validation") for answer in evaluated}
+    return {answer.client: scores_in(answer) for answer in evaluated}, validation, round_ - 1
 
 
 def _training(task: Task, metrics: Sequence[Values]) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.server import checkpoints
 from meadow.server.cohorts import read_schedule
-from meadow.server.evaluation import ClientScores, add_confusion, describe, predict_globally, score_clients
+from meadow.server.evaluation import (
+    ClientScores,
+    add_confusion,
+    describe,
+    predict_globally,
+    score_clients,
+    validation_spread,
+)
 from meadow.server.exchange import Exchange
 from meadow.server.folder import check_folder, open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
@@ -23,6 +30,7 @@ from meadow.server.placement import placement
 from meadow.server.privacy import protection
 from meadow.server.rollcall import Carrier, RollCall
 from meadow.server.rounds import play_round
+from meadow.server.selection import Selection, stop_metric
 from meadow.server.session import Session, setup, split_table
 from meadow.server.summary import client_rows, summarise
 from meadow.server.writer import EVERY, Writer
@@ -112,6 +120,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, checkpoint_every: fl
         schedule=read_schedule(experiment),
         writer=writer,
         listeners=Listeners([writer], users),
+        selection=Selection(experiment, stop_metric(experiment, task, parts), folder),
     )
 
 
@@ -123,17 +132,29 @@ def _split(task: Task) -> dict[str, Any]:
 def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
     """Hold the roll call, play the remaining rounds, evaluate every client; return status, reason and clients' scores."""
     try:
-        stop = _play_rounds(session)
-        scores = score_clients(session, session.round, last=True)
-        return "stopped" if stop else "done", stop, scores
+        status, reason = _play_rounds(session)
+        return status, reason, _last_scores(session)
     except (RunStopped, DamagedFile) as early:
         return "stopped", str(early), {}
     except KeyboardInterrupt:
         return "stopped", "stopped by the user", {}
 
 
-def _play_rounds(session: Session) -> str:
-    """Play the rounds; return a listener's reason for stopping before the last one, or ""."""
+def _last_scores(session: Session) -> dict[int, ClientScores]:
+    """Score every client with the model that the run keeps, which is the session's from then on."""
+    scores, selection = score_clients(session, session.round, last=True), session.selection
+    if selection.keeps:
+        of_clients = {client: its.scores for client, its in scores.items()}
+        last = validation_spread(session, of_clients)
+        if not selection.add({"validation": last, "clients_round": session.round}) and (best := selection.kept()):
+            session.arrays, session.kept = best.arrays, best.round
+            return score_clients(session, best.round, last=True)
+    session.kept = session.round
+    return scores
+
+
+def _play_rounds(session: Session) -> tuple[str, str]:
+    """Play the rounds. Returns "done", with the reason if validation ended the run early; or "stopped" and a listener's."""
     experiment, roll, listeners = session.experiment, session.exchange.roll, session.listeners
     try:
         roll.gather()
@@ -144,10 +165,13 @@ def _play_rounds(session: Session) -> str:
         tree = to_tree(experiment)
         listeners.run_begins(RunBegins(tree, session.folder.path, session.round + 1))
         session.clock.start("broadcast")
-        stop = ""
-        while session.round < experiment.run.rounds and not stop:
+        stop, enough = "", session.selection.reason(session.round)
+        while session.round < experiment.run.rounds and not stop and not enough:
             stop = play_round(session, session.round + 1)
-        return stop if session.round < experiment.run.rounds else ""
+            enough = session.selection.reason(session.round)
+        if session.round == experiment.run.rounds:
+            return "done", ""
+        return ("done", enough) if enough else ("stopped", stop)
     finally:
         listeners.rounds_end()
 
@@ -168,6 +192,7 @@ def _recover(session: Session) -> None:
         session.state = {**session.state, **by_kind(checkpoint.strategy)}
     session.folder.cut_back(session.round)
     for record in session.folder.rounds():
+        session.selection.add(record)
         session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]
 
 

@@ -18,6 +18,7 @@ from meadow.server.cohorts import read_schedule
 from meadow.server.folder import check_folder
 from meadow.server.listeners import open_listeners
 from meadow.server.privacy import protection
+from meadow.server.selection import stop_metric
 from meadow.simulation.launch import engine
 from meadow.strategies import check
 from meadow.strategies.check import resolve
@@ -220,6 +221,7 @@ def check_run(experiment: Experiment) -> None:
     protection(experiment, task, roles)
     stages_of(experiment, roles)
     read_schedule(experiment)
+    stop_metric(experiment, task, roles)
     open_listeners(experiment.run.listeners)
     teacher(model, task, experiment)
     if experiment.adapt.method != "none":

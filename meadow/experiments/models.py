@@ -34,7 +34,8 @@ def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:
     >>> {target: tuple(output.shape) for target, output in model(torch.zeros(5, 1, 8, 8)).items()}
     {'digit': (5, 10)}
 
-    run: a run's folder, or the summary that `run` returned. The weights are those of the newest checkpoint. A client's
+    run: a run's folder, or the summary that `run` returned. The weights are those of the newest checkpoint; of a run that
+    has ended with `run.keep = "best"`, those of the best round. A client's
     model is the one that `clients.csv` calls "used": the shared layers with the client's own, or its own model if the
     algorithm keeps one. Each call returns a new model, on the CPU. Its input is float32 samples or tokens as returned by
     `meadow.tasks.task.Task.prepare`; it returns {target: output} (`meadow.tasks.models.multihead`).
@@ -65,11 +66,12 @@ def _experiment(path: Path) -> Experiment:
 
 
 def _checkpoint(folder: RunFolder) -> Checkpoint:
-    found, damaged = latest(folder.checkpoints)
+    summary = folder.summary()
+    kept = (summary or {}).get("selected", {}).get("kept_round", 0)
+    found, damaged = latest(folder.best if kept and summary and kept < summary["rounds"] else folder.checkpoints)
     if found is None:
         reason = f"its checkpoints are damaged ({damaged[0]})" if damaged else "no round has ended yet"
         raise UserError(f"{folder.path}: {reason}; `meadow run --resume --out {folder.path}` continues the run")
-    summary = folder.summary()
     if summary and arrays_sha256(found.arrays) != summary["model_sha256"]:
         raise UserError(
             f"{folder.path}: the newest intact checkpoint, of round {found.round}, is not the model in summary.json"

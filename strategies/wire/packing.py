@@ -25,7 +25,7 @@ Record = ArrayRecord | MetricRecord | ConfigRecord
 Values = Mapping[str, Any]
 """By name: numbers, strings, bytes, booleans, or lists of one of these types."""
 
-_METRICS = ("metrics", "evaluation", "confusion")
+_METRICS = ("metrics", "evaluation", "validation", "confusion")
 """The kinds of an answer's values that contain only numbers."""
 
 
@@ -46,8 +46,8 @@ class Request:
 class Answer:
     """The answer of one client: arrays and values, or an error (with the client's traceback).
 
-    values: by kind, "metrics", "evaluation", "ledger", "identity" or "confusion"; None if the client failed. arrays:
-    None if it sent none, or if they are part of its block's sum (then `summed` is true).
+    values: by kind, "metrics", "evaluation", "validation", "ledger", "identity" or "confusion"; None if the client failed.
+    arrays: None if it sent none, or if they are part of its block's sum (then `summed` is true).
     """
 
     client: int
