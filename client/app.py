@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 
 from meadow.arrays.flower import from_record
 from meadow.arrays.folding import fold_for_wire
-from meadow.client.answers import Handler, answer, evaluate_client, train_client
+from meadow.client.answers import Handler, answer, check_state, evaluate_client, train_client
 from meadow.client.blocks import add_up, train_blocks
 from meadow.client.node import hosted_here, open_node, store_of
 from meadow.client.store import Store
@@ -102,9 +102,11 @@ def train(message: Message, context: Context, alone: Handler | None = None) -> M
 
 
 def evaluate(message: Message, context: Context, each: Handler = evaluate_client) -> Message:
-    """Evaluate the clients in the pack, by `each` of them."""
+    """Evaluate the clients in the pack, by `each` of them; or only check their states."""
     requests, _ = unpack_requests(message.content)
     node = open_node(context)
+    if "check" in requests[0].config:  # when a run is resumed
+        return Message(pack_replies(NodeReply(answer(node, requests, check_state))), reply_to=message)
     with kernels(node.model):
         answers = answer(node, requests, each)
     if requests[0].config["thorough"]:  # at a run's end

@@ -67,7 +67,7 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
         everyone = sorted(int(c) for c in draw.choice(len(everyone), sample, replace=False))
     fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
     config = {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
-    sent = session.arrays
+    sent, config = session.arrays, config | session.states.about(everyone)
     replies, _ = session.exchange.send("evaluate", [Request(client, sent, config) for client in everyone])
     scores = {}
     for reply in replies:

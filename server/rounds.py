@@ -39,6 +39,7 @@ def play_round(session: Session, round_: int) -> str:
     record["seconds"] = sum(record["times"].values())
     session.clock.start("write")
     session.round = round_
+    session.states.note(record)
     kept, guard = flat(session.state), session.protection.state()
     stop = session.listeners.round_done(RoundDone(round_, record, session.arrays, kept, guard))
     if session.protection.sync_each_round:
@@ -110,11 +111,13 @@ def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attemp
     traffic = traffic_of(session, round_, tried)
     without = [_discarded(session, round_, attempt) for attempt in void]
     scores, of_round = _clients_scores(session, round_, tried)
+    kept = [answer.client for answer in tried.verdict.admitted if answer.kept]
     return {
         "round": round_,
         "cohort": tried.cohort,
         "failed": _failed(tried),
         **({"void": without} if void else {}),
+        **({"kept": kept} if kept else {}),
         "seconds": 0.0,
         "times": {},
         "idle": session.exchange.idle,

@@ -29,6 +29,7 @@ from meadow.server.writer import EVERY, Writer
 from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
+from meadow.strategies.wire.packing import Request
 from meadow.tasks.features import view
 from meadow.tasks.numerics import keeps_float32, placed
 from meadow.tasks.start import initial_state
@@ -153,7 +154,8 @@ def _play_rounds(session: Session) -> str:
 
 
 def _recover(session: Session) -> None:
-    """Restore the newest intact checkpoint; without one the run begins with round 1."""
+    """Restore the newest intact checkpoint; without one the run begins with round 1. Raises DamagedFile, and RunStopped if a
+    client's state is lost."""
     checkpoint, passed_over = checkpoints.latest(session.folder.checkpoints)
     for line in passed_over:
         log.warning("passed over, not a whole checkpoint: %s", line)
@@ -167,8 +169,17 @@ def _recover(session: Session) -> None:
         session.protection.restore(checkpoint.privacy)
         session.state = {**session.state, **by_kind(checkpoint.strategy)}
     session.folder.cut_back(session.round)
-    for record in session.folder.rounds():
+    records = session.folder.rounds()
+    if missing := sorted({*range(1, session.round + 1)} - {record["round"] for record in records}):
+        log.warning("rounds.jsonl has no record of rounds %s", missing)
+    for record in records:
         session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]
+    states = session.states
+    states.read(session.folder.path, records)
+    if states.newest:
+        check = {"round": session.round, "run": session.run_id, "void": session.void, "check": True}
+        check |= states.about(states.newest)
+        session.exchange.send("evaluate", [Request(client, {}, check) for client in sorted(states.newest)])
 
 
 def _write_scores(session: Session, scores: dict[int, ClientScores]) -> None:

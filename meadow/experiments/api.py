@@ -18,6 +18,7 @@ from meadow.server.cohorts import read_schedule
 from meadow.server.folder import check_folder
 from meadow.server.listeners import open_listeners
 from meadow.server.privacy import protection
+from meadow.server.states import forget_states
 from meadow.simulation.launch import engine
 from meadow.strategies import check
 from meadow.strategies.check import resolve
@@ -60,6 +61,7 @@ def run(
     *,
     out: Path | str | None = None,
     resume: bool = False,
+    without_state: Sequence[int] = (),
     watch: Watch | None = None,
     **overrides: Any,
 ) -> Summary:
@@ -74,10 +76,16 @@ def run(
 
     overrides: sections, as above, or dotted keys, `**{"run.rounds": 2}`. out: the run folder, by default
     `runs/NAME-TIME`; it also gets `report.html`. resume: continue the run in `out` from its last checkpoint.
+    without_state: clients whose states are lost and which start again from nothing, if resumed; the summary names them.
     Raises UserError if the input is wrong. A run that ends early returns its summary with status "stopped" and the reason.
     """
     resolved = _resolved(experiment, overrides)
     folder = _folder(out, resume, resolved.run.name)
+    if without_state:
+        if not resume:
+            raise UserError(f"--without-state {without_state[0]}: a new run has no states; add --resume, or omit it")
+        check_folder(folder, resolved, resume)
+        forget_states(folder, without_state, resolved.partition.clients)
     return _run_and_report([Job(resolved, folder)], folder, resume, watch)[0]
 
 

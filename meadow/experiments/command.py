@@ -35,6 +35,9 @@ Engine = Annotated[Literal["inline", "ray", "processes"] | None, typer.Option(he
 Workers = Annotated[int | None, typer.Option(min=1, help="Ray actors or SuperNodes.")]
 Out = Annotated[Path | None, typer.Option(help="The folder to write; default runs/NAME-TIME.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
+Without = Annotated[
+    str, typer.Option(metavar="CLIENTS", help="With --resume: clients, as in 3,7, that start again from no state.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
@@ -48,6 +51,7 @@ def run(
     workers: Workers = None,
     out: Out = None,
     resume: Resume = False,
+    without_state: Without = "",
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
@@ -57,9 +61,11 @@ def run(
     from meadow.experiments import api
     from meadow.experiments.ranking import ranking_table
     from meadow.experiments.results import find_runs
+    from meadow.server.states import clients_in
 
     watch = _watch(Console(stderr=json_), quiet)
-    summary = api.run(experiment, out=out, resume=resume, watch=watch, **dict(map(parse_override, changes)))
+    lost, settings = clients_in(without_state), dict(map(parse_override, changes))
+    summary = api.run(experiment, out=out, resume=resume, without_state=lost, watch=watch, **settings)
     table = ranking_table(find_runs([summary.folder])) if summary.folds else None
     found = json.loads((summary.folder / "summary.json").read_text())
     _close(quiet, json_, found, table, summary.folder, [summary])
