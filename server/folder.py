@@ -105,6 +105,11 @@ class RunFolder:
             return None
 
 
+def is_done(path: Path) -> bool:
+    """Whether the run in this folder, if any, is done: nothing is left to resume."""
+    return (RunFolder(path).summary() or {}).get("status") == "done"
+
+
 def read_record(line: bytes) -> dict[str, Any] | None:
     """The record in a line of rounds.jsonl; None if there is none."""
     try:

@@ -17,7 +17,7 @@ from meadow.server import checkpoints
 from meadow.server.cohorts import read_schedule
 from meadow.server.evaluation import ClientScores, add_confusion, describe, predict_globally, score_clients
 from meadow.server.exchange import Exchange
-from meadow.server.folder import check_folder, open_folder
+from meadow.server.folder import check_folder, is_done, open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
 from meadow.server.placement import placement
 from meadow.server.privacy import protection
@@ -54,7 +54,7 @@ def run_experiment(
 
 def _run(session: Session) -> dict[str, Any]:
     folder, experiment = session.folder, session.experiment
-    if (before := folder.summary()) and before["status"] == "done":
+    if (before := folder.summary()) and is_done(folder.path):
         return before
     folder.delete_summary()
     folder.write("split", _split(session.task) | split_table(experiment, session.task))
@@ -64,8 +64,6 @@ def _run(session: Session) -> dict[str, Any]:
         reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
         _end(session, summarise(session, "failed", reason, {}))
         raise
-    if scores:
-        _write_scores(session, scores)
     return _end(session, summarise(session, status, reason, scores))
 
 
@@ -122,10 +120,13 @@ def _split(task: Task) -> dict[str, Any]:
 
 
 def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
-    """Hold the roll call, play the remaining rounds, evaluate every client; return status, reason and clients' scores."""
+    """Hold the roll call, play the remaining rounds, evaluate every client and write its scores; return status, reason and
+    clients' scores."""
     try:
         stop = _play_rounds(session)
         scores = score_clients(session, session.round, last=True)
+        if scores:
+            _write_scores(session, scores)
         return "stopped" if stop else "done", stop, scores
     except (RunStopped, DamagedFile) as early:
         return "stopped", str(early), {}

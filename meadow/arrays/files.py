@@ -61,7 +61,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunStopped(
-            f"{path} cannot be written ({error.strerror or error}); everything before it is safe: when there is room, "
+            f"{path} cannot be written ({error.strerror or error}); everything before it is safe: when it can be written, "
             "continue with --resume"
         ) from error
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from meadow.config.schema import Experiment
 from meadow.experiments.compare import METHODS, Job, methods_jobs, sweep_jobs, values_of
 from meadow.experiments.folds import check_empty, check_folds_folder, fold_runs, in_folds, write_folds
 from meadow.experiments.plan import plan as costs_of
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.server.cohorts import read_schedule
-from meadow.server.folder import check_folder
+from meadow.server.folder import RunFolder, check_folder, is_done
 from meadow.server.listeners import open_listeners
 from meadow.server.privacy import protection
 from meadow.server.states import forget_states
@@ -177,10 +177,15 @@ def _folder(out: Path | str | None, resume: bool, name: str) -> Path:
 
 
 def _run_and_report(jobs: Sequence[Job], folder: Path, resume: bool, watch: Watch | None) -> list[Summary]:
+    before = [is_done(job.folder) for job in jobs]
+    summaries = run_many(jobs, resume, watch)
+    if all(before) and (folder / "report.html").exists():
+        return summaries
     from meadow.experiments.report import write_report  # imports matplotlib, which would delay the start of the run
 
-    summaries = run_many(jobs, resume, watch)
-    write_report([folder], folder / "report.html")
+    # A run that stopped because its folder cannot be written has said so.
+    with suppress(RunStopped) if exit_status(summaries) else nullcontext():
+        write_report([folder], folder / "report.html")
     return summaries
 
 
@@ -189,7 +194,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
 
     A job with `evaluate.folds` runs once for each fold and gives one summary. `watch` returns a context manager that
     surrounds each run (the progress display). A run that fails because of a bug raises. After a run that ends early
-    (status "stopped") the next one still starts, unless the user stopped it.
+    (status "stopped") the next one still starts, unless the user stopped it. Resumed jobs that are all done start nothing.
     """
     jobs = [replace(job, experiment=settle(job.experiment)) for job in jobs]
     for job in jobs:
@@ -198,6 +203,10 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
             check_folds_folder(job.folder, resume)
         for experiment, folder in fold_runs(job.experiment, job.folder):
             check_folder(folder, experiment, resume)
+    if all(is_done(job.folder) for job in jobs):
+        return [_summary(job.folder, RunFolder(job.folder).summary() or {}) for job in jobs]
+    for job in jobs:
+        for experiment, _ in fold_runs(job.experiment, job.folder):
             check_run(experiment)
         initial_state(job.experiment)
     plan = jobs[0].experiment.engine
@@ -213,11 +222,14 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
                 if by_user := found[-1]["reason"] == "stopped by the user":
                     break
             whole = write_folds(job.folder, job.experiment, found) if in_folds(job.experiment) else found[0]
-            known = Summary.__dataclass_fields__.keys() - {"folder"}
-            summaries.append(Summary(job.folder, **{k: v for k, v in whole.items() if k in known}))
+            summaries.append(_summary(job.folder, whole))
             if by_user:
                 break
     return summaries
+
+
+def _summary(folder: Path, found: Mapping[str, Any]) -> Summary:
+    return Summary(folder, **{k: v for k, v in found.items() if k in Summary.__dataclass_fields__.keys() - {"folder"}})
 
 
 def check_run(experiment: Experiment) -> None:
