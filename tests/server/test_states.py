@@ -16,6 +16,8 @@ from meadow.client.store import SHARED_MEMORY
 from meadow.config.load import to_tree
 from meadow.config.schema import Experiment
 from meadow.experiments import api
+from meadow.server.folder import RunFolder
+from meadow.server.states import forget_states
 from meadow.strategies.wire.states import Known, known_state, pack_states
 
 Harm = Callable[[Path], None]
@@ -34,7 +36,7 @@ def stopped_after(round_: int, experiment: Experiment, out: Path) -> None:
 
 def states(out: Path) -> Path:
     """The folder of the clients' states, on disk or in memory."""
-    run = json.loads((out / "manifest.json").read_text())["run_id"]
+    run = RunFolder(out).manifest()["run_id"]
     memory = SHARED_MEMORY / f"meadow-{os.getuid()}" / run
     return memory if memory.exists() else out / "state" / run / "clients"
 
@@ -97,12 +99,12 @@ def test_the_user_may_go_on_without_lost_states(memory: int, tmp_path: Path) -> 
     shutil.rmtree(out / "state")
     assert "--without-state 0,1,2,3" in run_inline(experiment, out, resume=True)["reason"]
     shutil.copytree(out, again)
-    found = api.run(to_tree(experiment), out=out, resume=True, without_state=[0, 1, 2, 3], **{"engine.name": "inline"})
+    found = api.run(to_tree(experiment), out=out, resume=True, without_state=[0, 1, 2, 3])
     assert found.status == "done"
     summary = json.loads((out / "summary.json").read_text())
     assert summary["without_state"] == dict.fromkeys("0123", 2)
     assert run_inline(experiment, again, resume=True)["status"] == "stopped"
-    api.forget_states(again, [0, 1, 2, 3], 4)
+    forget_states(again, [0, 1, 2, 3], 4)
 
     def until(message: Message, context: Context) -> Message:
         if any(record.get("round") == 4 for record in message.content.config_records.values()):
