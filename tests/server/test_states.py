@@ -36,7 +36,7 @@ def stopped_after(round_: int, experiment: Experiment, out: Path) -> None:
 
 def states(out: Path) -> Path:
     """The folder of the clients' states, on disk or in memory."""
-    run = RunFolder(out).manifest()["run_id"]
+    run = str(RunFolder(out).manifest()["run_id"])
     memory = SHARED_MEMORY / f"meadow-{os.getuid()}" / run
     return memory if memory.exists() else out / "state" / run / "clients"
 
