@@ -22,6 +22,7 @@ from meadow.client.blocks import add_up, train_blocks
 from meadow.client.node import hosted_here, open_node, store_of
 from meadow.client.store import Store
 from meadow.privacy.releases import allowed
+from meadow.runtime.errors import RunStopped
 from meadow.runtime.identity import code_sha256, versions
 from meadow.runtime.logs import log_lines, printable
 from meadow.strategies.wire.packing import (
@@ -110,7 +111,10 @@ def evaluate(message: Message, context: Context, each: Handler = evaluate_client
     with kernels(node.model):
         answers = answer(node, requests, each)
     if requests[0].config["thorough"]:  # at a run's end
-        store_of(node, requests[0].config["run"]).settle(hosted_here(context, node.experiment.partition.clients))
+        try:
+            store_of(node, requests[0].config["run"]).settle(hosted_here(context, node.experiment.partition.clients))
+        except RunStopped as full:  # the states stay in memory: the run is not done
+            answers = [Answer(each.client, error=str(full)) for each in answers]
     _log_outcomes("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 

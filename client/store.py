@@ -75,21 +75,24 @@ class Store:
         later than the one that counted (the server was stopped in it and began the round again). `known`: what the server
         knows of the client's states. Raises LostState if the file is damaged, or if the server knows of a newer one.
         """
+        try:
+            return self._load(client, before, void, known)
+        except (OSError, DamagedFile) as error:
+            raise LostState(str(error)) from None
+
+    def _load(self, client: int, before: int, void: Collection[str], known: Known) -> Arrays:
         files = self._files(client)
         kept = [key for key in sorted(files) if known.forgotten < key[0] < before and _counts(key, void)]
         if known.newest > max((round_ for round_, _ in kept), default=0):
             mark, there = self._folder / _MARK, (self._in_memory / _MARK).exists()
-            raise LostState(
+            raise DamagedFile(
                 f"{self._on_disk(client)}: its state of round {known.newest} is gone"
                 + ("; it was in shared memory (engine.state_memory)" if mark.exists() and not there else "")
             )
         if not kept:
             return {}
         path = files[kept[-1]]
-        try:
-            return read_arrays(path) if path.is_relative_to(self._folder) else _read(path)
-        except DamagedFile as error:
-            raise LostState(str(error)) from None
+        return read_arrays(path) if path.is_relative_to(self._folder) else _read(path)
 
     def save(
         self,

@@ -128,8 +128,10 @@ def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
         if scores:
             _write_scores(session, scores)
         return "stopped" if stop else "done", stop, scores
-    except (RunStopped, DamagedFile) as early:
+    except RunStopped as early:
         return "stopped", str(early), {}
+    except DamagedFile as fault:
+        return "stopped", f"{fault}; restore it and continue with --resume, or start a new run in another folder", {}
     except KeyboardInterrupt:
         return "stopped", "stopped by the user", {}
 
@@ -164,11 +166,13 @@ def _recover(session: Session) -> None:
         if checkpoint.run not in ("", session.run_id):
             raise DamagedFile(
                 f"{session.folder.path / 'manifest.json'}: run_id is {session.run_id}, but the checkpoints are of run "
-                f"{checkpoint.run}, whose clients' states would not be found; restore it"
+                f"{checkpoint.run}, whose clients' states would not be found"
             )
         session.round, session.arrays = checkpoint.round, checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
         session.state = {**session.state, **by_kind(checkpoint.strategy)}
+    elif session.folder.rounds():
+        log.warning("there is no whole checkpoint: the run begins again with round 1")
     session.folder.cut_back(session.round)
     records = session.folder.rounds()
     if missing := sorted({*range(1, session.round + 1)} - {record["round"] for record in records}):

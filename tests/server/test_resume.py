@@ -20,7 +20,7 @@ from meadow.arrays.files import DamagedFile, read_arrays, write_arrays
 from meadow.client.app import app
 from meadow.config.load import to_toml
 from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.server.checkpoints import Checkpoint, latest, save
 from meadow.server.folder import RunFolder
 from meadow.server.listeners import Listener, RoundDone, RunBegins
@@ -114,6 +114,7 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(tmp_path: Pat
 
 def test_there_is_no_checkpoint_without_its_rounds_record(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
+    folder.cut_back(0)
     writer = Writer(folder, "run", every=3600)
     for round_, loss in enumerate((1.0, 2.0, float("nan")), 1):
         writer.round_done(RoundDone(round_, {"round": round_, "loss": loss}, {}))
@@ -192,9 +193,27 @@ class RemovesState(RemovesRun):
     gone = "state"
 
 
-def test_a_run_folder_that_is_removed_during_the_run_stops_it(tmp_path: Path) -> None:
-    summary = run_inline(small("fedper", "run.rounds=4", f"run.listeners={__name__}:RemovesRun"), tmp_path / "run")
-    assert summary["status"] == "stopped" and str(tmp_path / "run") in summary["reason"]
+class MovesRun(RemovesRun):
+    """Renames the run's folder after the second round."""
+
+    def round_done(self, done: RoundDone) -> None:
+        if done.round == 2:
+            self.folder.rename(self.folder.with_name("moved"))
+
+
+@pytest.mark.parametrize("memory", [0, 1024])
+@pytest.mark.parametrize("listener", ["RemovesRun", "MovesRun"])
+def test_a_run_folder_that_is_removed_during_the_run_stops_it(listener: str, memory: int, tmp_path: Path) -> None:
+    """It is not made again; a moved one can be resumed where it is."""
+    settings = ("fedper", "run.rounds=4", f"engine.state_memory={memory}")
+    with refused(str(tmp_path / "run"), kind=RunStopped):
+        run_inline(small(*settings, f"run.listeners={__name__}:{listener}"), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    if listener == "MovesRun":
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        resumed = run_inline(small(*settings), tmp_path / "moved", resume=True)
+        whole = run_inline(small(*settings), tmp_path / "whole")
+        assert [resumed[k] for k in RESUMED] == [whole[k] for k in RESUMED]
 
 
 def test_states_that_are_removed_during_the_run_stop_it(tmp_path: Path) -> None:
