@@ -221,8 +221,7 @@ def run_app(
         )
     status, details = run_status(link)
     if status != "finished:completed":
-        server = next((child.log for child in group.running if child.name == "serverapp"), submitted.log)
-        for line in reversed(tail(server).splitlines()):  # a folder that cannot be written has no summary
+        for line in tail(submitted.log, 200).splitlines():  # a folder that cannot be written has no summary
             if line.startswith(_STOPPED):
                 raise RunStopped(line.removeprefix(_STOPPED))
         logs = [submitted.log, *(child.log for child in group.running if child.name.startswith("node-"))]

@@ -45,6 +45,13 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(size: int, file: str, 
     assert [resumed[k] for k in RESUMED] == [whole[k] for k in RESUMED]
 
 
+@pytest.mark.slow
+def test_a_full_disk_stops_real_processes_too(tmp_path: Path) -> None:
+    asked = command(tmp_path, "run", "--quiet", "--engine", "processes")
+    full = subprocess.run(asked, preexec_fn=limited(20_000), capture_output=True, text=True)
+    assert full.returncode == 3 and str(tmp_path / "run") in full.stderr and "Traceback" not in full.stderr
+
+
 @pytest.mark.parametrize(("redirect", "options"), [(">/dev/full", ()), (">&-", ("--json",)), ("| true", ())])
 def test_a_full_or_closed_output_costs_no_result(redirect: str, options: tuple[str, ...], tmp_path: Path) -> None:
     script = f'"$@" {redirect}; exit ${{PIPESTATUS[0]}}'
