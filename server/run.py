@@ -37,6 +37,9 @@ from meadow.tasks.task import Task, open_task
 
 log = logging.getLogger("meadow.server")
 
+BY_USER = "stopped by the user"
+"""The reason of a run that a signal stopped."""
+
 
 def run_experiment(
     grid: Grid, experiment: Experiment, out: Path, resume: bool, checkpoint_every: float = EVERY
@@ -61,8 +64,11 @@ def _run(session: Session) -> dict[str, Any]:
     try:
         status, reason, scores = _play(session)
     except BaseException as fault:
-        reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
-        _end(session, summarise(session, "failed", reason, {}))
+        if isinstance(fault, SystemExit) and not fault.code:  # Flower ends its ServerApp so, after SIGTERM
+            _end(session, summarise(session, "stopped", BY_USER, {}))
+        else:
+            reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
+            _end(session, summarise(session, "failed", reason, {}))
         raise
     return _end(session, summarise(session, status, reason, scores))
 
@@ -133,7 +139,7 @@ def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
     except DamagedFile as fault:
         return "stopped", f"{fault}; restore it and continue with --resume, or start a new run in another folder", {}
     except KeyboardInterrupt:
-        return "stopped", "stopped by the user", {}
+        return "stopped", BY_USER, {}
 
 
 def _play_rounds(session: Session) -> str:

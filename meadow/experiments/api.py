@@ -18,6 +18,7 @@ from meadow.server.cohorts import read_schedule
 from meadow.server.folder import RunFolder, check_folder, is_done
 from meadow.server.listeners import open_listeners
 from meadow.server.privacy import protection
+from meadow.server.run import BY_USER
 from meadow.server.states import forget_states
 from meadow.simulation.launch import engine
 from meadow.strategies import check
@@ -219,7 +220,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
             for experiment, folder in fold_runs(job.experiment, job.folder):
                 with watch(folder, experiment) if watch else nullcontext():
                     found.append(launch(experiment, folder, resume))
-                if by_user := found[-1]["reason"] == "stopped by the user":
+                if by_user := found[-1]["reason"] == BY_USER:
                     break
             whole = write_folds(job.folder, job.experiment, found) if in_folds(job.experiment) else found[0]
             summaries.append(_summary(job.folder, whole))

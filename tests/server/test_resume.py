@@ -405,3 +405,18 @@ def test_a_done_run_is_not_started_again(tmp_path: Path) -> None:
     report = (tmp_path / "report.html").stat().st_mtime_ns
     again = api.run(tree, out=tmp_path, resume=True, engine={"name": "ray", "address": "127.0.0.1:1"})
     assert again == first and (tmp_path / "report.html").stat().st_mtime_ns == report
+
+
+def test_flowers_way_to_end_a_server_is_a_stop(tmp_path: Path) -> None:
+    """After SIGTERM, Flower's ServerApp process ends by SystemExit(0), wherever it is."""
+
+    def ended(message: Message, context: Context) -> Message:
+        if any(record.get("round") == 2 for record in message.content.config_records.values()):
+            sys.exit(0)
+        return app(message, context)
+
+    experiment = small("fedper", "run.rounds=3")
+    with pytest.raises(SystemExit):
+        run_with(ended, experiment, tmp_path)
+    assert (RunFolder(tmp_path).summary() or {})["status"] == "stopped"
+    assert run_inline(experiment, tmp_path, resume=True)["status"] == "done"
