@@ -247,21 +247,23 @@ def doctor() -> None:
 def main() -> None:
     """Run the command. A user's mistake gives one message and exit status 2, never a traceback.
 
-    SIGTERM and SIGHUP end a run like Ctrl-C: with a summary, resumable, exit status 3. Another one ends it at once,
-    with the same status.
+    SIGTERM and SIGHUP end a run like Ctrl-C: with a summary, resumable, exit status 3. More of them do not change it.
     """
-    signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    handled = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # not as under nohup
-    for number in handled:
-        signal.signal(number, signal.default_int_handler)
-    status, text = 3, "stopped by the user; to continue, add --resume --out DIR to the command"
+    status, text, over = 3, "stopped by the user; to continue, add --resume --out DIR to the command", False
+
+    def stop(*_: object) -> None:
+        if over:
+            os._exit(status)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, stop)
     try:
         status, text = _run_command()
+        over = True
     except KeyboardInterrupt:  # another Ctrl-C, while the first one was handled
-        pass
-    finally:
-        for number in handled:
-            signal.signal(number, lambda *_: os._exit(status))
+        over = True
     if text:
         Console(stderr=True).print(f"[bold red]meadow:[/] {escape(text)}", highlight=False, soft_wrap=True)
     sys.exit(status)
