@@ -9,8 +9,9 @@ from typing import Any
 from meadow.arrays.named import Arrays, arrays_sha256, flat
 from meadow.client.context import LocalContext
 from meadow.client.loop.training import LOOP, Training, train
-from meadow.client.node import Node, open_context, samples, store_of
+from meadow.client.node import Node, load_state, open_context, samples, store_of
 from meadow.client.release import Exhausted, PrivateRelease, charge, noised_update
+from meadow.client.store import LostState
 from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
@@ -38,6 +39,8 @@ def answer(node: Node, requests: Sequence[Request], handler: Handler) -> list[An
     for request in requests:
         try:
             answers.append(handler(node, request))
+        except LostState as fault:
+            answers.append(Answer(request.client, error=f"client {request.client}: {fault}", lost=True))
         except LedgerFault as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
         except (Exception, SystemExit) as error:  # any error of a client's data or model is that client's alone
@@ -96,7 +99,14 @@ def train_client(node: Node, request: Request) -> Answer:
         attempt, void = config.get("attempt", 1), config.get("void", [])
         store_of(node, config["run"]).save(client, context.round, lasting, config["keep-from"], attempt, void)
     node.clock.now("reduce")
-    return Answer(client, reply, left.arrays | {name: a for name, a in auxiliary.items() if weights[name] > 0})
+    sent = left.arrays | {name: a for name, a in auxiliary.items() if weights[name] > 0}
+    return Answer(client, reply, sent, kept=bool(lasting))
+
+
+def check_state(node: Node, request: Request) -> Answer:
+    """Read the client's state, and answer nothing. Raises LostState."""
+    load_state(node, request, request.config["round"] + 1)
+    return Answer(request.client, {})
 
 
 def _metrics(node: Node, context: LocalContext, result: ClientResult) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from meadow.arrays.files import DamagedFile, read_arrays, read_json, write_arrays, write_json
 from meadow.arrays.named import Arrays, arrays_sha256, auxiliary, of_kind, split_auxiliary
+from meadow.runtime.errors import RunStopped
 
 KEEP = 3
 
@@ -52,9 +53,12 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = KEEP) -> None:
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint, or None; and a line about each file passed over: damaged, or of another name."""
-    strays = [path for path in folder.glob("[!.]*") if not _NAME.fullmatch(path.name)]
-    passed_over = [f"{path}: the name is not one of Meadow's" for path in sorted(strays)]
+    """The newest intact checkpoint, or None; and a line about each file passed over: damaged, or of another name.
+
+    Raises RunStopped if the folder cannot be read.
+    """
+    strays = [path for path in _files(folder) if not _NAME.fullmatch(path.name) and not path.name.startswith(".")]
+    passed_over = [f"{path}: the name is not one of Meadow's" for path in strays]
     for round_ in reversed(_rounds(folder)):
         try:
             return read(folder, round_), passed_over
@@ -81,4 +85,15 @@ def oldest_round(folder: Path) -> int:
 
 def _rounds(folder: Path) -> list[int]:
     """The rounds with at least one of the two files: a checkpoint that lacks the other one counts as damaged, not absent."""
-    return sorted({int(path.stem.removeprefix("round-")) for path in folder.glob("*") if _NAME.fullmatch(path.name)})
+    return sorted({int(path.stem.removeprefix("round-")) for path in _files(folder) if _NAME.fullmatch(path.name)})
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunStopped(
+            f"{folder} cannot be read ({error.strerror}); restore it, and continue with --resume"
+        ) from None

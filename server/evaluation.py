@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
+from meadow.runtime.errors import RunStopped
 from meadow.runtime.seeds import numpy_generator
 from meadow.server.session import Session
 from meadow.strategies.wire.packing import Answer, Request, Values
@@ -57,7 +58,8 @@ def predict_globally(session: Session) -> dict[str, Tensor]:
 
 
 def score_clients(session: Session, round_: int, last: bool) -> dict[int, ClientScores]:
-    """Ask every client to score the model that it would use after `round_`; clients that do not answer are omitted.
+    """Ask every client to score the model that it would use after `round_`; clients that do not answer are omitted. Raises
+    RunStopped if none answers the last time.
 
     `last`: with all metrics and, if evaluate.fine_tune_epochs is set, after local fine-tuning, too.
     """
@@ -67,7 +69,7 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
         everyone = sorted(int(c) for c in draw.choice(len(everyone), sample, replace=False))
     fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
     config = {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
-    sent = session.arrays
+    sent, config = session.arrays, config | session.states.about(everyone)
     replies, _ = session.exchange.send("evaluate", [Request(client, sent, config) for client in everyone])
     scores = {}
     for reply in replies:
@@ -82,6 +84,8 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
             bool(identity.get("trained")),
             read_confusion(reply.section("confusion"), session.task, reply.client),
         )
+    if last and replies and not scores:
+        raise RunStopped(f"no client could be evaluated: {reason.strip().splitlines()[-1]}")
     return scores
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meadow.arrays.named import Arrays, flat, nbytes
-from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
+from meadow.arrays.sums import Span, WeightedSum, add, cut, fault, total, weighted_sum
 from meadow.runtime.errors import RunStopped
 from meadow.server.admission import Verdict
 from meadow.server.attempt import Attempt, attempt
@@ -34,9 +34,8 @@ log = logging.getLogger("meadow.server")
 def play_round(session: Session, round_: int) -> str:
     """Play a round; return a listener's reason to stop the run after it, or "". Raises RunStopped if the round is
     impossible."""
-    tried, void = first_good(session, round_)
     received = session.arrays
-    session.arrays, session.state = next_model(session, round_, tried)
+    tried, void, (session.arrays, session.state) = first_good(session, round_)
     record = measure(session, round_, tried, void)
     if session.selection.add(record) and session.selection.keeps:
         session.selection.save(received if record["clients_round"] < round_ else session.arrays, session.run_id)
@@ -44,6 +43,7 @@ def play_round(session: Session, round_: int) -> str:
     record["seconds"] = sum(record["times"].values())
     session.clock.start("write")
     session.round = round_
+    session.states.note(record)
     kept, guard = flat(session.state), session.protection.state()
     stop = session.listeners.round_done(RoundDone(round_, record, session.arrays, kept, guard))
     if session.protection.sync_each_round:
@@ -51,24 +51,29 @@ def play_round(session: Session, round_: int) -> str:
     return stop
 
 
-def first_good(session: Session, round_: int) -> tuple[Attempt, list[Attempt]]:
-    """The first attempt that counts, and the void attempts before it.
+def first_good(session: Session, round_: int) -> tuple[Attempt, list[Attempt], tuple[Arrays, State]]:
+    """The first attempt that counts, the void attempts before it, and the next model and state.
 
-    An attempt with too few valid replies is void: it has no effect, and the round is tried again with a new cohort. Raises
-    RunStopped if all `cohort.attempts` are void.
+    An attempt with too few valid replies is void, and so is one that gives no usable model: it has no effect, and the
+    round is tried again with a new cohort. Raises RunStopped if all `cohort.attempts` are void.
     """
     cohort, void = session.experiment.cohort, list[Attempt]()
     for count in range(1, cohort.attempts + 1):
         tried = attempt(session, round_, count)
+        reason = ""
         if tried.counts:
-            return tried, void
-        log.warning("round %d, attempt %d is void: %d valid replies", round_, count, len(tried.verdict.admitted))
+            found = next_model(session, round_, tried)
+            if not (reason := fault(found[0], session.arrays)):
+                return tried, void, found
+            reason = f"the next model: {reason}"
+        valid = len(tried.verdict.admitted)
+        log.warning("round %d, attempt %d is void: %s", round_, count, reason or f"{valid} valid replies")
         void.append(tried)
         session.void.append(f"{round_}.{count}")
     del session.void[len(session.void) - len(void) :]  # a resumed run starts with the round's first attempt
-    first = next(iter(tried.verdict.refused.values()), "").strip().splitlines()
+    first = (reason or next(iter(tried.verdict.refused.values()), "")).strip().splitlines()
     raise RunStopped(
-        f"round {round_}: {len(tried.verdict.admitted)} of {len(tried.cohort)} clients gave a valid reply "
+        f"round {round_}: {valid} of {len(tried.cohort)} clients gave a valid reply "
         f"(cohort.quorum = {cohort.quorum}, cohort.attempts = {cohort.attempts})"
         + (f"; the first failure: {first[-1]}" if first else "")
     )
@@ -115,11 +120,13 @@ def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attemp
     traffic = traffic_of(session, round_, tried)
     without = [_discarded(session, round_, attempt) for attempt in void]
     scores, validation, of_round = _clients_scores(session, round_, tried)
+    kept = [answer.client for answer in tried.verdict.admitted if answer.kept]
     return {
         "round": round_,
         "cohort": tried.cohort,
         "failed": _failed(tried),
         **({"void": without} if void else {}),
+        **({"kept": kept} if kept else {}),
         "seconds": 0.0,
         "times": {},
         "idle": session.exchange.idle,

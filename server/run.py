@@ -24,7 +24,7 @@ from meadow.server.evaluation import (
     validation_spread,
 )
 from meadow.server.exchange import Exchange
-from meadow.server.folder import check_folder, open_folder
+from meadow.server.folder import check_folder, is_done, open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
 from meadow.server.placement import placement
 from meadow.server.privacy import protection
@@ -37,12 +37,16 @@ from meadow.server.writer import EVERY, Writer
 from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
+from meadow.strategies.wire.packing import Request
 from meadow.tasks.features import view
 from meadow.tasks.numerics import keeps_float32, placed
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import Task, open_task
 
 log = logging.getLogger("meadow.server")
+
+BY_USER = "stopped by the user"
+"""The reason of a run that a signal stopped."""
 
 
 def run_experiment(
@@ -61,18 +65,19 @@ def run_experiment(
 
 def _run(session: Session) -> dict[str, Any]:
     folder, experiment = session.folder, session.experiment
-    if (before := folder.summary()) and before["status"] == "done":
+    if (before := folder.summary()) and is_done(folder.path):
         return before
     folder.delete_summary()
     folder.write("split", _split(session.task) | split_table(experiment, session.task))
     try:
         status, reason, scores = _play(session)
     except BaseException as fault:
-        reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
-        _end(session, summarise(session, "failed", reason, {}))
+        if isinstance(fault, SystemExit) and not fault.code:  # Flower ends its ServerApp so, after SIGTERM
+            _end(session, summarise(session, "stopped", BY_USER, {}))
+        else:
+            reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
+            _end(session, summarise(session, "failed", reason, {}))
         raise
-    if scores:
-        _write_scores(session, scores)
     return _end(session, summarise(session, status, reason, scores))
 
 
@@ -130,14 +135,20 @@ def _split(task: Task) -> dict[str, Any]:
 
 
 def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
-    """Hold the roll call, play the remaining rounds, evaluate every client; return status, reason and clients' scores."""
+    """Hold the roll call, play the remaining rounds, evaluate every client and write its scores; return status, reason and
+    clients' scores."""
     try:
         status, reason = _play_rounds(session)
-        return status, reason, _last_scores(session)
-    except (RunStopped, DamagedFile) as early:
+        scores = _last_scores(session)
+        if scores:
+            _write_scores(session, scores)
+        return status, reason, scores
+    except RunStopped as early:
         return "stopped", str(early), {}
+    except DamagedFile as fault:
+        return "stopped", f"{fault}; restore it and continue with --resume, or start a new run in another folder", {}
     except KeyboardInterrupt:
-        return "stopped", "stopped by the user", {}
+        return "stopped", BY_USER, {}
 
 
 def _last_scores(session: Session) -> dict[int, ClientScores]:
@@ -148,6 +159,7 @@ def _last_scores(session: Session) -> dict[int, ClientScores]:
         last = validation_spread(session, of_clients)
         if not selection.add({"validation": last, "clients_round": session.round}) and (best := selection.kept()):
             session.arrays, session.kept = best.arrays, best.round
+            session.states = session.states.at(best.round, session.folder.rounds())
             return score_clients(session, best.round, last=True)
     session.kept = session.round
     return scores
@@ -177,7 +189,8 @@ def _play_rounds(session: Session) -> tuple[str, str]:
 
 
 def _recover(session: Session) -> None:
-    """Restore the newest intact checkpoint; without one the run begins with round 1."""
+    """Restore the newest intact checkpoint; without one the run begins with round 1. Raises DamagedFile, and RunStopped if a
+    client's state is lost."""
     checkpoint, passed_over = checkpoints.latest(session.folder.checkpoints)
     for line in passed_over:
         log.warning("passed over, not a whole checkpoint: %s", line)
@@ -185,15 +198,26 @@ def _recover(session: Session) -> None:
         if checkpoint.run not in ("", session.run_id):
             raise DamagedFile(
                 f"{session.folder.path / 'manifest.json'}: run_id is {session.run_id}, but the checkpoints are of run "
-                f"{checkpoint.run}, whose clients' states would not be found; restore it"
+                f"{checkpoint.run}, whose clients' states would not be found"
             )
         session.round, session.arrays = checkpoint.round, checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
         session.state = {**session.state, **by_kind(checkpoint.strategy)}
+    elif session.folder.rounds():
+        log.warning("there is no whole checkpoint: the run begins again with round 1")
     session.folder.cut_back(session.round)
-    for record in session.folder.rounds():
+    records = session.folder.rounds()
+    if missing := sorted({*range(1, session.round + 1)} - {record["round"] for record in records}):
+        log.warning("rounds.jsonl has no record of rounds %s", missing)
+    for record in records:
         session.selection.add(record)
         session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]
+    states = session.states
+    states.read(session.folder.path, records)
+    if states.newest:
+        check = {"round": session.round, "run": session.run_id, "void": session.void, "check": True}
+        check |= states.about(states.newest)
+        session.exchange.send("evaluate", [Request(client, {}, check) for client in sorted(states.newest)])
 
 
 def _write_scores(session: Session, scores: dict[int, ClientScores]) -> None:

@@ -18,6 +18,7 @@ from meadow.server.listeners import Listeners
 from meadow.server.placement import AtClients
 from meadow.server.protection import Protection
 from meadow.server.selection import Selection
+from meadow.server.states import States
 from meadow.server.writer import Writer
 from meadow.strategies import equal_weights
 from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
@@ -36,7 +37,7 @@ class Session:
 
     arrays: the shared arrays. state: the algorithm's state. clock: measures the phases of the current round. round: the
     last finished round. kept: the round whose model the run keeps, once it has ended. void: attempts that did not count,
-    "ROUND.ATTEMPT"; clients discard their effects.
+    "ROUND.ATTEMPT"; clients discard their effects. states: which clients have a state.
     """
 
     experiment: Experiment
@@ -62,6 +63,7 @@ class Session:
     round: int = 0
     kept: int = 0
     void: list[str] = field(default_factory=list)
+    states: States = field(default_factory=States)
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:

@@ -72,6 +72,7 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
             **_model_costs(experiment, task, records),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
+        **({"without_state": session.states.forgotten} if session.states.forgotten else {}),
         "privacy": session.protection.summary(session.stages),
         "engine": {
             "exact": experiment.engine.exact,

@@ -15,6 +15,7 @@ from meadow.experiments.folds import in_folds
 from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import Checkpoint, latest
 from meadow.server.folder import RunFolder
+from meadow.server.states import States
 from meadow.simulation.grid import node_context
 from meadow.strategies.roles import roles_of
 from meadow.strategies.wire.packing import Request
@@ -99,7 +100,9 @@ def _used(experiment: Experiment, checkpoint: Checkpoint, folder: RunFolder, cli
     records = [record for record in folder.rounds() if record["round"] <= checkpoint.round]
     run, node = str(folder.manifest()["run_id"]), open_node(node_context(experiment, 0, 1, folder.state))
     void = [f"{r['round']}.{attempt + 1}" for r in records for attempt in range(len(r.get("void", [])))]
-    config: dict[str, Any] = {"round": checkpoint.round, "run": run, "void": void}
+    states = States()
+    states.read(folder.path, [])  # a state that is elsewhere counts as missing only if an algorithm reads it
+    config: dict[str, Any] = {"round": checkpoint.round, "run": run, "void": void, **states.about([client])}
     context = open_context(node, Request(client, checkpoint.arrays, config), before=checkpoint.round + 1)
     if not context.personal and not context.memory and any(client in _trained(r) for r in records):
         missing = _Missing(

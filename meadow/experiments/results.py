@@ -14,7 +14,7 @@ from meadow.arrays.files import DamagedFile, read_json
 from meadow.config import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
-from meadow.server.folder import read_record
+from meadow.server.folder import read_lines, read_record
 from meadow.tasks.metrics import LOWER_IS_BETTER, PRIMARY, SHARES, kind_of
 
 Floats = NDArray[np.float64]
@@ -188,8 +188,8 @@ def read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
 
     Raises UserError for a damaged line that is not the last.
     """
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    while lines and not lines[-1].strip():
+    lines = [line.strip() for line in read_lines(path)]
+    while lines and not lines[-1]:
         lines.pop()
     records: dict[int, Mapping[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
