@@ -9,14 +9,15 @@ from typing import Any
 from meadow.arrays.named import Arrays, arrays_sha256, flat
 from meadow.client.context import LocalContext
 from meadow.client.loop.training import LOOP, Training, train
-from meadow.client.node import Node, open_context, samples, store_of
+from meadow.client.node import Node, load_state, open_context, samples, store_of
 from meadow.client.release import Exhausted, PrivateRelease, charge, noised_update
+from meadow.client.store import LostState
 from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import UserError
 from meadow.strategies import algorithm
-from meadow.strategies.protocol import ClientResult
+from meadow.strategies.protocol import ClientAlgorithm, ClientResult
 from meadow.strategies.roles import name_weights
 from meadow.strategies.wire.packing import Answer, Request, Values
 from meadow.tasks.evaluation import evaluate, examine
@@ -38,6 +39,8 @@ def answer(node: Node, requests: Sequence[Request], handler: Handler) -> list[An
     for request in requests:
         try:
             answers.append(handler(node, request))
+        except LostState as fault:
+            answers.append(Answer(request.client, error=f"client {request.client}: {fault}", lost=True))
         except LedgerFault as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
         except (Exception, SystemExit) as error:  # any error of a client's data or model is that client's alone
@@ -55,7 +58,8 @@ def train_client(node: Node, request: Request) -> Answer:
 
     The answer has arrays (the trained shared ones and the algorithm's auxiliary ones, without heads for which the client
     has no labels), "metrics" (num-examples in all and by target, steps, loss by target, and the algorithm's own) and, if
-    the request asks for it, "evaluation" (target/metric of the model that the client would use, on its test part).
+    the request asks for it, "evaluation" (target/metric of the model that the client would use, on its test part) and
+    "validation" (`_validation_scores`).
 
     Under example-level and local DP the release is charged first, and "ledger" reports the ledger's new state. If the
     budget does not allow the release, the answer has only "ledger", with the reason as "exhausted". Under DP the answer
@@ -78,6 +82,7 @@ def train_client(node: Node, request: Request) -> Answer:
         context.load(node.algorithm.used(context))
         data = node.view.data(f"{client}/test", node.task.client(client).test)
         reply["evaluation"] = evaluate(node.view.model, data, node.view.task)
+        reply["validation"] = _validation_scores(node, context)
         context.load(context.start())
     node.clock.now("train")
     result = node.algorithm.train(context)
@@ -94,7 +99,14 @@ def train_client(node: Node, request: Request) -> Answer:
         attempt, void = config.get("attempt", 1), config.get("void", [])
         store_of(node, config["run"]).save(client, context.round, lasting, config["keep-from"], attempt, void)
     node.clock.now("reduce")
-    return Answer(client, reply, left.arrays | {name: a for name, a in auxiliary.items() if weights[name] > 0})
+    sent = left.arrays | {name: a for name, a in auxiliary.items() if weights[name] > 0}
+    return Answer(client, reply, sent, kept=bool(lasting))
+
+
+def check_state(node: Node, request: Request) -> Answer:
+    """Read the client's state, and answer nothing. Raises LostState."""
+    load_state(node, request, request.config["round"] + 1)
+    return Answer(request.client, {})
 
 
 def _metrics(node: Node, context: LocalContext, result: ClientResult) -> dict[str, Any]:
@@ -130,10 +142,31 @@ def _refuse_undeclared(experiment: Experiment, result: ClientResult) -> None:
         )
 
 
+def validation_scores(node: Node, client: int, model: str = "validation") -> dict[str, float]:
+    """Scores of the loaded model on the client's validation part, by model/target/metric; empty if evaluate.validation is
+    off or the part is empty."""
+    part, seen = node.task.client(client).validation, node.view
+    if not node.experiment.evaluate.validation or not len(part):
+        return {}
+    scores = evaluate(seen.model, seen.data(f"{client}/validation", part), seen.task)
+    return {f"{model}/{key}": value for key, value in scores.items()}
+
+
+def _validation_scores(node: Node, context: LocalContext) -> dict[str, float]:
+    """`validation_scores` of the model that the client would use, which is loaded; and as "validation_shared" of the
+    received one, if the algorithm lets clients use another. That one may be loaded afterwards."""
+    scores = validation_scores(node, context.client)
+    if scores and not node.roles.personal and type(node.algorithm).used is not ClientAlgorithm.used:
+        context.load(context.start())
+        scores |= validation_scores(node, context.client, "validation_shared")
+    return scores
+
+
 def evaluate_client(node: Node, request: Request) -> Answer:
     """Evaluate the model that the client would use on its test part, and again after local fine-tuning if that is set.
 
-    The answer has "evaluation" (model/target/metric; model is "used" or "finetuned") and "identity" (SHA-256 of the
+    The answer has "evaluation" (model/target/metric; model is "used" or "finetuned", or as in `_validation_scores`) and
+    "identity" (SHA-256 of the
     client's personal state, and whether it has any). A thorough evaluation adds "confusion" (of the used model, by class
     target: the counts, row by row) and, if evaluate.on has it, "source" in "evaluation": the used model on the source
     task's test set. Under DP only what `meadow.privacy.releases.allowed` permits.
@@ -156,7 +189,9 @@ def evaluate_client(node: Node, request: Request) -> Answer:
     if config["thorough"] and "source" in node.experiment.evaluate.on:
         again = seen.data("source/test", source_data(node.experiment).test)
         scores |= {f"source/{key}": value for key, value in evaluate(seen.model, again, seen.task).items()}
+    scores |= _validation_scores(node, context)
     if config["finetune"]:
+        context.load(node.algorithm.used(context))
         plan, epochs = node.experiment.local, node.experiment.evaluate.fine_tune_epochs
         training = Training(
             seen.data(f"{client}/train", own.train), config["round"] + 1, client, plan, epochs,

@@ -17,11 +17,12 @@ from flwr.clientapp import ClientApp
 
 from meadow.arrays.flower import from_record
 from meadow.arrays.folding import fold_for_wire
-from meadow.client.answers import Handler, answer, evaluate_client, train_client
+from meadow.client.answers import Handler, answer, check_state, evaluate_client, train_client
 from meadow.client.blocks import add_up, train_blocks
 from meadow.client.node import hosted_here, open_node, store_of
 from meadow.client.store import Store
 from meadow.privacy.releases import allowed
+from meadow.runtime.errors import RunStopped
 from meadow.runtime.identity import code_sha256, versions
 from meadow.runtime.logs import log_lines, printable
 from meadow.strategies.wire.packing import (
@@ -102,13 +103,18 @@ def train(message: Message, context: Context, alone: Handler | None = None) -> M
 
 
 def evaluate(message: Message, context: Context, each: Handler = evaluate_client) -> Message:
-    """Evaluate the clients in the pack, by `each` of them."""
+    """Evaluate the clients in the pack, by `each` of them; or only check their states."""
     requests, _ = unpack_requests(message.content)
     node = open_node(context)
+    if "check" in requests[0].config:  # when a run is resumed
+        return Message(pack_replies(NodeReply(answer(node, requests, check_state))), reply_to=message)
     with kernels(node.model):
         answers = answer(node, requests, each)
     if requests[0].config["thorough"]:  # at a run's end
-        store_of(node, requests[0].config["run"]).settle(hosted_here(context, node.experiment.partition.clients))
+        try:
+            store_of(node, requests[0].config["run"]).settle(hosted_here(context, node.experiment.partition.clients))
+        except RunStopped as full:  # the states stay in memory: the run is not done
+            answers = [Answer(each.client, error=str(full)) for each in answers]
     _log_outcomes("evaluated", requests, answers)
     return Message(pack_replies(NodeReply(answers)), reply_to=message)
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from meadow.arrays.named import Arrays
-from meadow.arrays.sums import Span, WeightedSum, weighted_sum
+from meadow.arrays.sums import Span, WeightedSum, fault, weighted_sum
+from meadow.client.answers import validation_scores
 from meadow.client.loop.training import Training
 from meadow.client.node import Facts, Node, samples, size_of
 from meadow.client.trainers.kernel import KernelTrainer
@@ -110,16 +111,17 @@ def _plain(node: Node) -> bool:
 def _train(
     node: Node, trainer: KernelTrainer, config: Values, received: Arrays, clients: Sequence[Sequence[int]]
 ) -> Sequence[tuple[list[Answer], WeightedSum] | None]:
-    """Answers and weighted sum of each block. A block is None if one of its arrays is not finite; all blocks are None if
+    """Answers and weighted sum of each block. A block is None if one of its arrays is not usable; all blocks are None if
     another trainer was chosen for one of the clients."""
     round_, local = config["round"], node.experiment.local
-    scores = dict[int, Values]()
+    scores = dict[int, dict[str, Values]]()
     if config["evaluate"]:
         node.clock.now("evaluate")
         load_into(node.model, received)
         for client in (client for block in clients for client in block):
             data = node.view.data(f"{client}/test", node.task.client(client).test)
-            scores[client] = evaluate(node.view.model, data, node.view.task)
+            tested = evaluate(node.view.model, data, node.view.task)
+            scores[client] = {"evaluation": tested, "validation": validation_scores(node, client)}
     node.clock.now("open")
     own = {client: node.task.client(client).train for block in clients for client in block}
     facts = {client: _facts(node, client, data) for client, data in own.items()}
@@ -134,19 +136,17 @@ def _train(
     node.clock.now("reduce")
     found = list[tuple[list[Answer], WeightedSum] | None]()
     for block, each, total in zip(clients, trained, totals, strict=True):
+        summed = {name: sum(counts[client][name] for client in block) for name in received}
         whole = all(counts[client][name] > 0 for client in block for name in received)
-        if total is None or not whole:
+        if total is None or not whole or fault(total, received, summed, summed=True):
             found.append(None)
             continue
         answers = []
         for client, one in zip(block, each, strict=True):
             metrics: dict[str, Any] = {**facts[client].samples, "steps": one.steps}
             metrics |= {f"loss/{target}": value for target, value in one.losses.items()}
-            values: dict[str, Values] = {"metrics": metrics}
-            if client in scores:
-                values["evaluation"] = scores[client]
+            values: dict[str, Values] = {"metrics": metrics, **scores.get(client, {})}
             answers.append(Answer(client, values, summed=True))
         node.trainers.count(facts[block[0]].choice, len(block))
-        summed = {name: sum(counts[client][name] for client in block) for name in received}
         found.append((answers, WeightedSum(total, summed)))
     return found

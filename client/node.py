@@ -32,6 +32,7 @@ from meadow.strategies.protocol import ClientAlgorithm, Roles
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import Stages, stages_of
 from meadow.strategies.wire.packing import Request
+from meadow.strategies.wire.states import known_state
 from meadow.tasks.data import Data, concatenate
 from meadow.tasks.features import View, view
 from meadow.tasks.numerics import placed
@@ -151,7 +152,7 @@ def open_context(node: Node, request: Request, before: int, pooled: bool = False
     config, client, seen = request.config, request.client, node.view
     store = store_of(node, config["run"])
     received, sent_along = split_auxiliary(request.arrays)
-    personal, memory = split_auxiliary(store.load(client, before, config.get("void", [])))
+    personal, memory = split_auxiliary(load_state(node, request, before))
     context = LocalContext(
         experiment=node.experiment,
         task=seen.task,
@@ -213,6 +214,13 @@ def store_of(node: Node, run: str) -> Store:
     if run not in node._stores:
         node._stores[run] = Store(node.state_root, run, node.memory)
     return node._stores[run]
+
+
+def load_state(node: Node, request: Request, before: int) -> Arrays:
+    """The state of the request's client from rounds before `before` (`Store.load`). Raises LostState."""
+    config = request.config
+    known = known_state(config, request.client)
+    return store_of(node, config["run"]).load(request.client, before, config.get("void", []), known)
 
 
 def _initial(node: Node, store: Store) -> Arrays:

@@ -36,6 +36,11 @@ from meadow.runtime.errors import UserError
 from meadow.runtime.identity import code_sha256, versions
 from meadow.strategies.wire.packing import Values
 
+MEASUREMENT = {"run.name", "run.listeners", "evaluate.validation"} | {
+    f"run.{name}" for name in ("stop_metric", "patience", "min_delta", "target", "min_rounds", "keep")
+}
+"""Settings that change no release: they say what is measured and shown, and when a run ends."""
+
 
 class Exhausted(Exception):
     """The next release would exceed the budget. `state`: what the client reports to the server about its ledger."""
@@ -147,7 +152,7 @@ def _run(ledgers: Ledgers) -> str:
     settings: dict[str, Any] = {
         key: value
         for key, value in to_flat(ledgers.experiment).items()
-        if key not in ("run.name", "run.listeners")
+        if key not in MEASUREMENT
         and not (key == "strategy.stages" and not value)  # keeps the hashes of ledgers older than this setting
         and not (ledgers.simulated and key.startswith("engine."))
     }

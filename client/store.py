@@ -6,14 +6,16 @@ round; so states newer than the server's oldest checkpoint are kept.
 
 Writing a state to disk can take longer than training a small client. A simulation may therefore keep states in files in
 shared memory (`engine.state_memory`). They survive the end of any process and move to disk when the run ends; only a
-restart of the machine loses them. A mark on disk records that they exist: a process that finds the mark without them raises
-an error. States that do not fit go to disk. (Segments of `meadow/arrays/memory.py` would not do: they end with the command
-that made them, so a killed run would lose its clients.)
+restart of the machine loses them. A mark on disk records that they are there. States that do not fit go to disk.
+(Segments of `meadow/arrays/memory.py` would not do: they end with the command that made them, so a killed run would lose its
+clients.)
 """
 
+import logging
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +25,25 @@ import numpy as np
 from meadow.arrays.codec import DamagedArrays, decode, encode
 from meadow.arrays.files import DamagedFile, read_arrays, write_arrays, write_bytes
 from meadow.arrays.named import Arrays
+from meadow.strategies.wire.states import Known
+
+log = logging.getLogger("meadow.client")
 
 SHARED_MEMORY = Path("/dev/shm")
 _PATTERN = "round-*.safetensors"
 _MARK = "in-memory"
+_CHECKSUM = 4
 _FRESH = 600.0
 """Seconds that may pass between the mark in memory and the mark in the run's folder."""
 
 Key = tuple[int, int]
 """Round and attempt that made a state."""
+
+_NOTHING = Known()
+
+
+class LostState(DamagedFile):
+    """A client's state is damaged or gone: to continue would silently forget what the client learned."""
 
 
 @dataclass
@@ -47,7 +59,6 @@ class Store:
     shared: Path = SHARED_MEMORY
     _used: int = field(default=0, repr=False)
     _marked: bool = field(default=False, repr=False)
-    _saved: bool = field(default=False, repr=False)
 
     def put_base(self, arrays: Arrays) -> None:
         """Store the arrays that every client starts from."""
@@ -57,15 +68,27 @@ class Store:
         """The arrays of `put_base`. Raises DamagedFile if this node never joined the run."""
         return read_arrays(self._folder / "base.safetensors")
 
-    def load(self, client: int, before: int, void: Collection[str] = ()) -> Arrays:
+    def load(self, client: int, before: int, void: Collection[str] = (), known: Known = _NOTHING) -> Arrays:
         """The client's newest arrays from a round before `before`; empty if there are none.
 
         `void`: discarded attempts at rounds, "ROUND.ATTEMPT"; their states are ignored, and so is the state of an attempt
-        later than the one that counted (the server was stopped in it and began the round again). Raises DamagedFile if
-        the file is damaged or was in lost memory: to continue would silently forget what the client learned.
+        later than the one that counted (the server was stopped in it and began the round again). `known`: what the server
+        knows of the client's states. Raises LostState if the file is damaged, or if the server knows of a newer one.
         """
+        try:
+            return self._load(client, before, void, known)
+        except (OSError, DamagedFile) as error:
+            raise LostState(str(error)) from None
+
+    def _load(self, client: int, before: int, void: Collection[str], known: Known) -> Arrays:
         files = self._files(client)
-        kept = [key for key in sorted(files) if key[0] < before and _counts(key, void)]
+        kept = [key for key in sorted(files) if known.forgotten < key[0] < before and _counts(key, void)]
+        if known.newest > max((round_ for round_, _ in kept), default=0):
+            mark, there = self._folder / _MARK, (self._in_memory / _MARK).exists()
+            raise DamagedFile(
+                f"{self._on_disk(client)}: its state of round {known.newest} is gone"
+                + ("; it was in shared memory (engine.state_memory)" if mark.exists() and not there else "")
+            )
         if not kept:
             return {}
         path = files[kept[-1]]
@@ -84,9 +107,6 @@ class Store:
 
         `keep_from`: the round of the server's oldest checkpoint. The newest state up to that round is kept as well.
         """
-        if self._saved and not self._folder.exists():
-            raise DamagedFile(f"{self._folder}: the states of this run were removed while it ran; start a new run")
-        self._saved = True
         files, key = self._files(client), (round_, attempt)
         past = sorted(k for k in {*files, key} if k[0] <= keep_from)
         counting = [k for k in past if _counts(k, void)]
@@ -113,7 +133,12 @@ class Store:
             if int(folder.name) not in clients:
                 continue
             for path in sorted(folder.glob(_PATTERN)):
-                write_arrays(self._on_disk(int(folder.name)) / path.name, _read(path), private=True)
+                try:
+                    arrays = _read(path)
+                except DamagedFile as error:  # if it is the newest, the client's evaluation has told the server
+                    log.warning("a state is lost: %s", error)
+                else:
+                    write_arrays(self._on_disk(int(folder.name)) / path.name, arrays, private=True)
             shutil.rmtree(folder)
         if self._in_memory.exists() and not _clients_in(self._in_memory):  # no other node has states left here
             (self._folder / _MARK).unlink(missing_ok=True)
@@ -155,14 +180,8 @@ class Store:
         return True
 
     def _check(self) -> None:
-        if self._marked or not (self._folder / _MARK).exists():
-            return
-        if not (self._in_memory / _MARK).exists():
-            raise DamagedFile(
-                f"{self._folder}: the clients' states were in shared memory and are lost (did the machine restart?): "
-                "start a new run; engine.state_memory = 0 keeps states on disk"
-            )
-        self._adopt()
+        if not self._marked and (self._folder / _MARK).exists() and (self._in_memory / _MARK).exists():
+            self._adopt()
 
     def _adopt(self) -> None:
         """Count the states already in memory towards the limit, including those of other nodes."""
@@ -197,7 +216,7 @@ def _key(path: Path) -> Key:
 
 
 def _write(path: Path, arrays: Arrays, spare: Path | None) -> int:
-    """Write arrays to a file in shared memory, atomically, and return its size in bytes.
+    """Write arrays and their CRC-32 to a file in shared memory, atomically, and return its size in bytes.
 
     `spare`: an obsolete file whose memory is reused, which is five times as fast as new memory.
     """
@@ -207,8 +226,11 @@ def _write(path: Path, arrays: Arrays, spare: Path | None) -> int:
         spare.replace(temporary)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        total = 0
-        for part in encode(arrays):
+        total = checksum = 0
+        parts = encode(arrays)
+        for part in parts:
+            checksum = zlib.crc32(part, checksum)
+        for part in (*parts, checksum.to_bytes(_CHECKSUM, "little")):
             view = memoryview(part)
             while len(view):
                 written = os.write(descriptor, view)
@@ -223,7 +245,10 @@ def _write(path: Path, arrays: Arrays, spare: Path | None) -> int:
 def _read(path: Path) -> Arrays:
     """Read a file of `_write`. Raises DamagedFile if it cannot be read."""
     try:
-        return decode(np.fromfile(path, np.uint8).data)
+        content = np.fromfile(path, np.uint8).data
+        if zlib.crc32(content[:-_CHECKSUM]) != int.from_bytes(content[-_CHECKSUM:], "little"):
+            raise DamagedArrays("its content does not match its checksum")
+        return decode(content[:-_CHECKSUM])
     except (OSError, DamagedArrays) as error:
         raise DamagedFile(f"{path}: {error}") from None
 

@@ -4,9 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from meadow.arrays.named import Arrays
 from meadow.arrays.sums import Span, WeightedSum, cut, fault, total
 from meadow.strategies.roles import name_weights
@@ -82,7 +79,9 @@ def _reply_fault(reply: Answer, sent: Arrays, size: int, inside: bool) -> str:
         return str(exhausted)
     if reason := weight_fault(reply.metrics, size):
         return reason
-    return "" if inside else arrays_fault(reply.arrays, reply.metrics, sent)
+    if not inside:
+        return arrays_fault(reply.arrays, reply.metrics, sent)
+    return "" if reply.arrays is None else "its reply has arrays that nobody asked for: its update is part of a sum"
 
 
 def _sum_fault(
@@ -91,9 +90,9 @@ def _sum_fault(
     sent: Mapping[int, Arrays],
     weights: Mapping[int, Mapping[str, float]],
 ) -> str:
-    form: dict[str, npt.NDArray[np.float64]] = {}
+    form: Arrays = {}
     for arrays in {id(sent[client]): sent[client] for client in clients}.values():
-        form |= {name: np.broadcast_to(np.float64(0), value.shape) for name, value in arrays.items()}
+        form |= arrays
     blocks = cut(clients)
 
     def of_block(span: Span) -> dict[str, float] | None:
@@ -102,7 +101,7 @@ def _sum_fault(
     expected = dict.fromkeys(form, 0.0) | (total((0, len(blocks)), of_block, _add_weights) or {})
     if found.weights != {name: weight for name, weight in expected.items() if weight > 0}:
         return "the weight of the sum differs from the sum of its clients' weights"
-    return fault(found.sums, form, expected)
+    return fault(found.sums, form, expected, summed=True)
 
 
 def _add_weights(weights: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -71,8 +71,9 @@ def _requests(session: Session, round_: int, number: int, called: Cohort) -> lis
         "round": round_,
         "attempt": number,
         "run": session.run_id,
-        "keep-from": checkpoints.oldest_round(session.folder.checkpoints),
+        "keep-from": session.selection.keep_from(checkpoints.oldest_round(session.folder.checkpoints)),
         "void": session.void,
+        **session.states.about(called.trained),
         "evaluate": session.placement.evaluates_received(round_),
     }
     auxiliary = session.algorithm.auxiliary(session.state, session.arrays)

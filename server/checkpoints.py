@@ -11,6 +11,7 @@ from typing import Any
 
 from meadow.arrays.files import DamagedFile, read_arrays, read_json, write_arrays, write_json
 from meadow.arrays.named import Arrays, arrays_sha256, auxiliary, of_kind, split_auxiliary
+from meadow.runtime.errors import RunStopped
 
 KEEP = 3
 
@@ -34,8 +35,8 @@ class Checkpoint:
     run: str = ""
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, then delete those older than the last `KEEP`."""
+def save(folder: Path, checkpoint: Checkpoint, keep: int = KEEP) -> None:
+    """Write a checkpoint, then delete those older than the last `keep`."""
     stem = folder / f"round-{checkpoint.round:08d}"
     everything = checkpoint.arrays | auxiliary(_STRATEGY, checkpoint.strategy)
     write_arrays(stem.with_suffix(".safetensors"), everything, private=True)
@@ -46,28 +47,35 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "run": checkpoint.run,
     }
     write_json(stem.with_suffix(".json"), about, private=True)
-    for old in _rounds(folder)[:-KEEP]:
+    for old in _rounds(folder)[:-keep]:
         (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
         (folder / f"round-{old:08d}.safetensors").unlink(missing_ok=True)
 
 
 def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest intact checkpoint, or None; and a line about each file passed over: damaged, or of another name."""
-    strays = [path for path in folder.glob("[!.]*") if not _NAME.fullmatch(path.name)]
-    passed_over = [f"{path}: the name is not one of Meadow's" for path in sorted(strays)]
+    """The newest intact checkpoint, or None; and a line about each file passed over: damaged, or of another name.
+
+    Raises RunStopped if the folder cannot be read.
+    """
+    strays = [path for path in _files(folder) if not _NAME.fullmatch(path.name) and not path.name.startswith(".")]
+    passed_over = [f"{path}: the name is not one of Meadow's" for path in strays]
     for round_ in reversed(_rounds(folder)):
-        stem = folder / f"round-{round_:08d}"
         try:
-            about = read_json(stem.with_suffix(".json"), dict)
-            arrays = read_arrays(stem.with_suffix(".safetensors"))
-            if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
-                raise DamagedFile(f"{stem}.safetensors: the arrays do not match the SHA-256 in {stem.name}.json")
-            kept = of_kind(_STRATEGY, arrays)
-            shared, protection = split_auxiliary(arrays)[0], about.get("privacy", {})
-            return Checkpoint(round_, shared, kept, protection, about.get("run", "")), passed_over
+            return read(folder, round_), passed_over
         except DamagedFile as error:
             passed_over.append(str(error))
     return None, passed_over
+
+
+def read(folder: Path, round_: int) -> Checkpoint:
+    """The checkpoint of a round. Raises DamagedFile if one of its files is missing or damaged."""
+    stem = folder / f"round-{round_:08d}"
+    about = read_json(stem.with_suffix(".json"), dict)
+    arrays = read_arrays(stem.with_suffix(".safetensors"))
+    if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
+        raise DamagedFile(f"{stem}.safetensors: the arrays do not match the SHA-256 in {stem.name}.json")
+    shared, kept = split_auxiliary(arrays)[0], of_kind(_STRATEGY, arrays)
+    return Checkpoint(round_, shared, kept, about.get("privacy", {}), about.get("run", ""))
 
 
 def oldest_round(folder: Path) -> int:
@@ -77,4 +85,15 @@ def oldest_round(folder: Path) -> int:
 
 def _rounds(folder: Path) -> list[int]:
     """The rounds with at least one of the two files: a checkpoint that lacks the other one counts as damaged, not absent."""
-    return sorted({int(path.stem.removeprefix("round-")) for path in folder.glob("*") if _NAME.fullmatch(path.name)})
+    return sorted({int(path.stem.removeprefix("round-")) for path in _files(folder) if _NAME.fullmatch(path.name)})
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunStopped(
+            f"{folder} cannot be read ({error.strerror}); restore it, and continue with --resume"
+        ) from None

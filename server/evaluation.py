@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
+from meadow.runtime.errors import RunStopped
 from meadow.runtime.seeds import numpy_generator
 from meadow.server.session import Session
 from meadow.strategies.wire.packing import Answer, Request, Values
@@ -57,7 +58,8 @@ def predict_globally(session: Session) -> dict[str, Tensor]:
 
 
 def score_clients(session: Session, round_: int, last: bool) -> dict[int, ClientScores]:
-    """Ask every client to score the model that it would use after `round_`; clients that do not answer are omitted.
+    """Ask every client to score the model that it would use after `round_`; clients that do not answer are omitted. Raises
+    RunStopped if none answers the last time.
 
     `last`: with all metrics and, if evaluate.fine_tune_epochs is set, after local fine-tuning, too.
     """
@@ -67,7 +69,7 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
         everyone = sorted(int(c) for c in draw.choice(len(everyone), sample, replace=False))
     fine_tuned = last and session.experiment.evaluate.fine_tune_epochs > 0
     config = {"round": round_, "run": session.run_id, "finetune": fine_tuned, "void": session.void, "thorough": last}
-    sent = session.arrays
+    sent, config = session.arrays, config | session.states.about(everyone)
     replies, _ = session.exchange.send("evaluate", [Request(client, sent, config) for client in everyone])
     scores = {}
     for reply in replies:
@@ -82,12 +84,30 @@ def score_clients(session: Session, round_: int, last: bool) -> dict[int, Client
             bool(identity.get("trained")),
             read_confusion(reply.section("confusion"), session.task, reply.client),
         )
+    if last and replies and not scores:
+        raise RunStopped(f"no client could be evaluated: {reason.strip().splitlines()[-1]}")
     return scores
 
 
-def scores_in(answer: Answer) -> dict[str, float]:
-    """The scores in an answer that are finite numbers."""
-    scores = answer.section("evaluation")
+def validation_spread(session: Session, scores: Mapping[int, Scores]) -> dict[str, Any]:
+    """The "validation" of a record or summary, from clients' scores by model/target/metric: {"clients", "global"}.
+
+    clients: as in `over_clients`, of the models that clients would use. global: {target: {metric: value}} of the shared
+    model, the mean over the clients weighted by validation samples; empty if there is none. Both {} if nothing was scored.
+    """
+    sizes = session.task.split.sizes[:, 1]
+    weights = sizes if allowed(session.experiment, "labels") else np.ones_like(sizes)
+    used = over_clients(of_model(scores, "validation"), weights)
+    shared = over_clients(of_model(scores, "validation_shared"), weights)
+    if not shared and not session.roles.personal:
+        shared = used
+    means = {t: {metric: spread["weighted"] for metric, spread in metrics.items()} for t, metrics in shared.items()}
+    return {"clients": used, "global": means} if used else {}
+
+
+def scores_in(answer: Answer, kind: str = "evaluation") -> dict[str, float]:
+    """The scores in an answer, in its section `kind`, that are finite numbers."""
+    scores = answer.section(kind)
     return {key: value for key in scores if (value := number(scores, key)) is not None}
 
 
@@ -105,10 +125,13 @@ def test_sizes(experiment: Experiment, task: Task) -> Ints:
 
 def scores_of(scores: Mapping[int, ClientScores], model: str = "used") -> dict[int, Scores]:
     """Each client's scores of one of its models, by default the one that it would use, by target/metric."""
+    return of_model({client: its.scores for client, its in scores.items()}, model)
+
+
+def of_model(scores: Mapping[int, Scores], model: str) -> dict[int, Scores]:
+    """Each client's scores of one model, by target/metric, from those by model/target/metric."""
     start = f"{model}/"
-    return {
-        c: {k.removeprefix(start): v for k, v in s.scores.items() if k.startswith(start)} for c, s in scores.items()
-    }
+    return {c: {k.removeprefix(start): v for k, v in its.items() if k.startswith(start)} for c, its in scores.items()}
 
 
 def over_clients(

@@ -13,6 +13,7 @@ from meadow.arrays.sums import Span, WeightedSum, cut, spans
 from meadow.runtime.logs import printable
 from meadow.server.assignment import Paces
 from meadow.server.rollcall import RollCall
+from meadow.server.states import require_states
 from meadow.strategies.wire.packing import Answer, NodeReply, Record, Request, pack_requests, unpack_replies
 from meadow.strategies.wire.trainings import Trainings
 
@@ -51,7 +52,7 @@ class Exchange:
 
         Returns one answer for each request, in the same order, with an error if the client did not answer; and, if
         `whole_blocks` lets nodes add up updates, the sums of the blocks and spans of blocks that one node answered
-        entirely (their clients' answers then have no arrays).
+        entirely (their clients' answers then have no arrays). Raises RunStopped if a client has lost its state.
         """
         self.roll.meet()
         blocks = cut([request.client for request in requests])
@@ -75,9 +76,9 @@ class Exchange:
         answers, sums = _accepted(found, asked, whole)
         for reply in [reply for reply in found.values() if isinstance(reply, NodeReply)]:
             self.trainings.merge(reply.trainings)
-        return [
-            answers.get(r.client) or Answer(r.client, error="no node that hosts it answered") for r in requests
-        ], sums
+        whose = [answers.get(r.client) or Answer(r.client, error="no node that hosts it answered") for r in requests]
+        require_states(whose)
+        return whose, sums
 
     def _nodes_of(
         self, requests: Sequence[Request], blocks: Sequence[tuple[int, ...]], work: Mapping[int, float] | None

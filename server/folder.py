@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from meadow.arrays.files import DamagedFile, read_json, write_bytes, write_json, writing
 from meadow.config.load import flatten, load, to_toml, to_tree
@@ -29,6 +30,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.state = path / "state"
+        self.best = path / "best"
 
     def manifest(self) -> dict[str, Any]:
         """The manifest that `open_folder` wrote. Raises DamagedFile."""
@@ -43,9 +45,8 @@ class RunFolder:
 
     def _lines(self) -> tuple[list[dict[str, Any]], list[bytes]]:
         """The round records, and the lines that are none."""
-        path = self.path / "rounds.jsonl"
         found, damaged = list[dict[str, Any]](), list[bytes]()
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        for line in read_lines(self.path / "rounds.jsonl"):
             if not line.endswith(b"\n"):  # the process ended while it wrote the line
                 continue
             record = read_record(line)
@@ -56,16 +57,22 @@ class RunFolder:
         return found, damaged
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one round's record; it is safely on disk after `sync`."""
-        path = self.path / "rounds.jsonl"
-        with writing(path), path.open("a") as file:
+        """Add one round's record; it is safely on disk after `sync`. Raises RunStopped if the folder is gone."""
+        with self._records() as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def sync(self) -> None:
         """Wait until all records are on disk."""
-        path = self.path / "rounds.jsonl"
-        with writing(path), path.open("a") as file:
+        with self._records() as file:
             os.fsync(file.fileno())
+
+    @contextmanager
+    def _records(self) -> Iterator[TextIO]:
+        """rounds.jsonl, to append to. `cut_back` has made it: where it is missing now, the folder is not this run's."""
+        path = self.path / "rounds.jsonl"
+        with writing(path), path.open("r+") as file:
+            file.seek(0, os.SEEK_END)
+            yield file
 
     def cut_back(self, round_: int) -> None:
         """Delete an incomplete last line and the records after `round_`, the round of the checkpoint to resume from. Other
@@ -82,7 +89,10 @@ class RunFolder:
 
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write `NAME.json`: the split, the summary, or the evaluation (`meadow.server.evaluation.describe`)."""
-        write_json(self.path / f"{name}.json", content)
+        path = self.path / f"{name}.json"
+        with writing(path):
+            (self.path / "experiment.toml").stat()  # a folder that was removed is not made again
+        write_json(path, content)
 
     def write_clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `clients.csv`: one row per client, a column for each key of any row."""
@@ -103,6 +113,21 @@ class RunFolder:
             return read_json(self.path / "summary.json", dict)
         except DamagedFile:
             return None
+
+
+def is_done(path: Path) -> bool:
+    """Whether the run in this folder, if any, is done: nothing is left to resume."""
+    return (RunFolder(path).summary() or {}).get("status") == "done"
+
+
+def read_lines(path: Path) -> list[bytes]:
+    """The lines of a file, with their ends; none if it does not exist. Raises UserError if it cannot be read."""
+    try:
+        return path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; restore it, or name another folder") from None
 
 
 def read_record(line: bytes) -> dict[str, Any] | None:

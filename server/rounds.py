@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meadow.arrays.named import Arrays, flat, nbytes
-from meadow.arrays.sums import Span, WeightedSum, add, cut, total, weighted_sum
+from meadow.arrays.sums import Span, WeightedSum, add, cut, fault, total, weighted_sum
 from meadow.runtime.errors import RunStopped
 from meadow.server.admission import Verdict
 from meadow.server.attempt import Attempt, attempt
@@ -18,6 +18,7 @@ from meadow.server.evaluation import (
     scores_in,
     scores_of,
     test_sizes,
+    validation_spread,
 )
 from meadow.server.listeners import RoundDone
 from meadow.server.session import Session
@@ -31,14 +32,18 @@ log = logging.getLogger("meadow.server")
 
 
 def play_round(session: Session, round_: int) -> str:
-    """Play a round; return a reason to stop the run after it, or "". Raises RunStopped if the round is impossible."""
-    tried, void = first_good(session, round_)
-    session.arrays, session.state = next_model(session, round_, tried)
+    """Play a round; return a listener's reason to stop the run after it, or "". Raises RunStopped if the round is
+    impossible."""
+    received = session.arrays
+    tried, void, (session.arrays, session.state) = first_good(session, round_)
     record = measure(session, round_, tried, void)
+    if session.selection.add(record) and session.selection.keeps:
+        session.selection.save(received if record["clients_round"] < round_ else session.arrays, session.run_id)
     record["times"] = session.clock.read()
     record["seconds"] = sum(record["times"].values())
     session.clock.start("write")
     session.round = round_
+    session.states.note(record)
     kept, guard = flat(session.state), session.protection.state()
     stop = session.listeners.round_done(RoundDone(round_, record, session.arrays, kept, guard))
     if session.protection.sync_each_round:
@@ -46,24 +51,29 @@ def play_round(session: Session, round_: int) -> str:
     return stop
 
 
-def first_good(session: Session, round_: int) -> tuple[Attempt, list[Attempt]]:
-    """The first attempt that counts, and the void attempts before it.
+def first_good(session: Session, round_: int) -> tuple[Attempt, list[Attempt], tuple[Arrays, State]]:
+    """The first attempt that counts, the void attempts before it, and the next model and state.
 
-    An attempt with too few valid replies is void: it has no effect, and the round is tried again with a new cohort. Raises
-    RunStopped if all `cohort.attempts` are void.
+    An attempt with too few valid replies is void, and so is one that gives no usable model: it has no effect, and the
+    round is tried again with a new cohort. Raises RunStopped if all `cohort.attempts` are void.
     """
     cohort, void = session.experiment.cohort, list[Attempt]()
     for count in range(1, cohort.attempts + 1):
         tried = attempt(session, round_, count)
+        reason = ""
         if tried.counts:
-            return tried, void
-        log.warning("round %d, attempt %d is void: %d valid replies", round_, count, len(tried.verdict.admitted))
+            found = next_model(session, round_, tried)
+            if not (reason := fault(found[0], session.arrays)):
+                return tried, void, found
+            reason = f"the next model: {reason}"
+        valid = len(tried.verdict.admitted)
+        log.warning("round %d, attempt %d is void: %s", round_, count, reason or f"{valid} valid replies")
         void.append(tried)
         session.void.append(f"{round_}.{count}")
     del session.void[len(session.void) - len(void) :]  # a resumed run starts with the round's first attempt
-    first = next(iter(tried.verdict.refused.values()), "").strip().splitlines()
+    first = (reason or next(iter(tried.verdict.refused.values()), "")).strip().splitlines()
     raise RunStopped(
-        f"round {round_}: {len(tried.verdict.admitted)} of {len(tried.cohort)} clients gave a valid reply "
+        f"round {round_}: {valid} of {len(tried.cohort)} clients gave a valid reply "
         f"(cohort.quorum = {cohort.quorum}, cohort.attempts = {cohort.attempts})"
         + (f"; the first failure: {first[-1]}" if first else "")
     )
@@ -109,12 +119,14 @@ def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attemp
     session.clock.now("evaluate")
     traffic = traffic_of(session, round_, tried)
     without = [_discarded(session, round_, attempt) for attempt in void]
-    scores, of_round = _clients_scores(session, round_, tried)
+    scores, validation, of_round = _clients_scores(session, round_, tried)
+    kept = [answer.client for answer in tried.verdict.admitted if answer.kept]
     return {
         "round": round_,
         "cohort": tried.cohort,
         "failed": _failed(tried),
         **({"void": without} if void else {}),
+        **({"kept": kept} if kept else {}),
         "seconds": 0.0,
         "times": {},
         "idle": session.exchange.idle,
@@ -123,6 +135,7 @@ def measure(session: Session, round_: int, tried: Attempt, void: Sequence[Attemp
         **session.exchange.trainings.take().as_json(),
         "global": score_globally(session) if session.evaluates(round_) else {},
         "clients": over_clients(scores, test_sizes(session.experiment, session.task)),
+        "validation": validation_spread(session, validation),
         "clients_round": of_round,
         "epsilon": session.protection.epsilon(),
     }
@@ -147,12 +160,15 @@ def _failed(tried: Attempt) -> list[dict[str, Any]]:
     return [{"client": client, "reason": reason} for client, reason in tried.verdict.refused.items()]
 
 
-def _clients_scores(session: Session, round_: int, tried: Attempt) -> tuple[dict[int, Scores], int]:
-    """The clients' scores, and the round whose model they belong to."""
+def _clients_scores(session: Session, round_: int, tried: Attempt) -> tuple[dict[int, Scores], dict[int, Scores], int]:
+    """The clients' scores on their test parts, by target/metric, and on their validation parts, by model/target/metric; and
+    the round whose model they belong to."""
     if session.placement.evaluates_after(round_):
-        return scores_of(score_clients(session, round_, last=False)), round_
+        found = score_clients(session, round_, last=False)
+        return scores_of(found), {client: its.scores for client, its in found.items()}, round_
     evaluated = [a for a in tried.verdict.admitted if a.values is not None and "evaluation" in a.values]
-    return {answer.client: scores_in(answer) for answer in evaluated}, round_ - 1
+    validation: dict[int, Scores] = {answer.client: scores_in(answer, "validation") for answer in evaluated}
+    return {answer.client: scores_in(answer) for answer in evaluated}, validation, round_ - 1
 
 
 def _training(task: Task, metrics: Sequence[Values]) -> dict[str, Any]:

@@ -15,26 +15,38 @@ from meadow.privacy.releases import allowed
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.server import checkpoints
 from meadow.server.cohorts import read_schedule
-from meadow.server.evaluation import ClientScores, add_confusion, describe, predict_globally, score_clients
+from meadow.server.evaluation import (
+    ClientScores,
+    add_confusion,
+    describe,
+    predict_globally,
+    score_clients,
+    validation_spread,
+)
 from meadow.server.exchange import Exchange
-from meadow.server.folder import check_folder, open_folder
+from meadow.server.folder import check_folder, is_done, open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
 from meadow.server.placement import placement
 from meadow.server.privacy import protection
 from meadow.server.rollcall import Carrier, RollCall
 from meadow.server.rounds import play_round
+from meadow.server.selection import Selection, stop_metric
 from meadow.server.session import Session, setup, split_table
 from meadow.server.summary import client_rows, summarise
 from meadow.server.writer import EVERY, Writer
 from meadow.strategies import algorithm, server_of
 from meadow.strategies.roles import roles_of
 from meadow.strategies.stages import stages_of
+from meadow.strategies.wire.packing import Request
 from meadow.tasks.features import view
 from meadow.tasks.numerics import keeps_float32, placed
 from meadow.tasks.start import initial_state
 from meadow.tasks.task import Task, open_task
 
 log = logging.getLogger("meadow.server")
+
+BY_USER = "stopped by the user"
+"""The reason of a run that a signal stopped."""
 
 
 def run_experiment(
@@ -53,18 +65,19 @@ def run_experiment(
 
 def _run(session: Session) -> dict[str, Any]:
     folder, experiment = session.folder, session.experiment
-    if (before := folder.summary()) and before["status"] == "done":
+    if (before := folder.summary()) and is_done(folder.path):
         return before
     folder.delete_summary()
     folder.write("split", _split(session.task) | split_table(experiment, session.task))
     try:
         status, reason, scores = _play(session)
     except BaseException as fault:
-        reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
-        _end(session, summarise(session, "failed", reason, {}))
+        if isinstance(fault, SystemExit) and not fault.code:  # Flower ends its ServerApp so, after SIGTERM
+            _end(session, summarise(session, "stopped", BY_USER, {}))
+        else:
+            reason = repr(fault) if allowed(experiment, "errors") else type(fault).__name__
+            _end(session, summarise(session, "failed", reason, {}))
         raise
-    if scores:
-        _write_scores(session, scores)
     return _end(session, summarise(session, status, reason, scores))
 
 
@@ -112,6 +125,7 @@ def open_run(grid: Grid, experiment: Experiment, out: Path, checkpoint_every: fl
         schedule=read_schedule(experiment),
         writer=writer,
         listeners=Listeners([writer], users),
+        selection=Selection(experiment, stop_metric(experiment, task, parts), folder),
     )
 
 
@@ -121,19 +135,38 @@ def _split(task: Task) -> dict[str, Any]:
 
 
 def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
-    """Hold the roll call, play the remaining rounds, evaluate every client; return status, reason and clients' scores."""
+    """Hold the roll call, play the remaining rounds, evaluate every client and write its scores; return status, reason and
+    clients' scores."""
     try:
-        stop = _play_rounds(session)
-        scores = score_clients(session, session.round, last=True)
-        return "stopped" if stop else "done", stop, scores
-    except (RunStopped, DamagedFile) as early:
+        status, reason = _play_rounds(session)
+        scores = _last_scores(session)
+        if scores:
+            _write_scores(session, scores)
+        return status, reason, scores
+    except RunStopped as early:
         return "stopped", str(early), {}
+    except DamagedFile as fault:
+        return "stopped", f"{fault}; restore it and continue with --resume, or start a new run in another folder", {}
     except KeyboardInterrupt:
-        return "stopped", "stopped by the user", {}
+        return "stopped", BY_USER, {}
 
 
-def _play_rounds(session: Session) -> str:
-    """Play the rounds; return a listener's reason for stopping before the last one, or ""."""
+def _last_scores(session: Session) -> dict[int, ClientScores]:
+    """Score every client with the model that the run keeps, which is the session's from then on."""
+    scores, selection = score_clients(session, session.round, last=True), session.selection
+    if selection.keeps:
+        of_clients = {client: its.scores for client, its in scores.items()}
+        last = validation_spread(session, of_clients)
+        if not selection.add({"validation": last, "clients_round": session.round}) and (best := selection.kept()):
+            session.arrays, session.kept = best.arrays, best.round
+            session.states = session.states.at(best.round, session.folder.rounds())
+            return score_clients(session, best.round, last=True)
+    session.kept = session.round
+    return scores
+
+
+def _play_rounds(session: Session) -> tuple[str, str]:
+    """Play the rounds. Returns "done", with the reason if validation ended the run early; or "stopped" and a listener's."""
     experiment, roll, listeners = session.experiment, session.exchange.roll, session.listeners
     try:
         roll.gather()
@@ -144,16 +177,20 @@ def _play_rounds(session: Session) -> str:
         tree = to_tree(experiment)
         listeners.run_begins(RunBegins(tree, session.folder.path, session.round + 1))
         session.clock.start("broadcast")
-        stop = ""
-        while session.round < experiment.run.rounds and not stop:
+        stop, enough = "", session.selection.reason(session.round)
+        while session.round < experiment.run.rounds and not stop and not enough:
             stop = play_round(session, session.round + 1)
-        return stop if session.round < experiment.run.rounds else ""
+            enough = session.selection.reason(session.round)
+        if session.round == experiment.run.rounds:
+            return "done", ""
+        return ("done", enough) if enough else ("stopped", stop)
     finally:
         listeners.rounds_end()
 
 
 def _recover(session: Session) -> None:
-    """Restore the newest intact checkpoint; without one the run begins with round 1."""
+    """Restore the newest intact checkpoint; without one the run begins with round 1. Raises DamagedFile, and RunStopped if a
+    client's state is lost."""
     checkpoint, passed_over = checkpoints.latest(session.folder.checkpoints)
     for line in passed_over:
         log.warning("passed over, not a whole checkpoint: %s", line)
@@ -161,14 +198,26 @@ def _recover(session: Session) -> None:
         if checkpoint.run not in ("", session.run_id):
             raise DamagedFile(
                 f"{session.folder.path / 'manifest.json'}: run_id is {session.run_id}, but the checkpoints are of run "
-                f"{checkpoint.run}, whose clients' states would not be found; restore it"
+                f"{checkpoint.run}, whose clients' states would not be found"
             )
         session.round, session.arrays = checkpoint.round, checkpoint.arrays
         session.protection.restore(checkpoint.privacy)
         session.state = {**session.state, **by_kind(checkpoint.strategy)}
+    elif session.folder.rounds():
+        log.warning("there is no whole checkpoint: the run begins again with round 1")
     session.folder.cut_back(session.round)
-    for record in session.folder.rounds():
+    records = session.folder.rounds()
+    if missing := sorted({*range(1, session.round + 1)} - {record["round"] for record in records}):
+        log.warning("rounds.jsonl has no record of rounds %s", missing)
+    for record in records:
+        session.selection.add(record)
         session.void += [f"{record['round']}.{attempt + 1}" for attempt in range(len(record.get("void", [])))]
+    states = session.states
+    states.read(session.folder.path, records)
+    if states.newest:
+        check = {"round": session.round, "run": session.run_id, "void": session.void, "check": True}
+        check |= states.about(states.newest)
+        session.exchange.send("evaluate", [Request(client, {}, check) for client in sorted(states.newest)])
 
 
 def _write_scores(session: Session, scores: dict[int, ClientScores]) -> None:

@@ -17,6 +17,8 @@ from meadow.server.folder import RunFolder
 from meadow.server.listeners import Listeners
 from meadow.server.placement import AtClients
 from meadow.server.protection import Protection
+from meadow.server.selection import Selection
+from meadow.server.states import States
 from meadow.server.writer import Writer
 from meadow.strategies import equal_weights
 from meadow.strategies.protocol import Roles, ServerAlgorithm, Setup, State
@@ -34,7 +36,8 @@ class Session:
     """What the rounds of one run share. Each round replaces `arrays`, `state`, `round` and `void` and changes `protection`.
 
     arrays: the shared arrays. state: the algorithm's state. clock: measures the phases of the current round. round: the
-    last finished round. void: attempts that did not count, "ROUND.ATTEMPT"; clients discard their effects.
+    last finished round. kept: the round whose model the run keeps, once it has ended. void: attempts that did not count,
+    "ROUND.ATTEMPT"; clients discard their effects. states: which clients have a state.
     """
 
     experiment: Experiment
@@ -55,9 +58,12 @@ class Session:
     schedule: list[list[int]]
     writer: Writer
     listeners: Listeners
+    selection: Selection
     clock: Clock = field(default_factory=Clock)
     round: int = 0
+    kept: int = 0
     void: list[str] = field(default_factory=list)
+    states: States = field(default_factory=States)
 
     @property
     def sizes(self) -> npt.NDArray[np.int64]:

@@ -11,7 +11,15 @@ from meadow.arrays.named import arrays_sha256
 from meadow.config.cohort import unseen
 from meadow.config.schema import Experiment
 from meadow.privacy.releases import allowed
-from meadow.server.evaluation import ClientScores, mean_tree, over_clients, scores_of, test_sizes
+from meadow.server.evaluation import (
+    ClientScores,
+    mean_tree,
+    over_clients,
+    score_globally,
+    scores_of,
+    test_sizes,
+    validation_spread,
+)
 from meadow.server.session import Session
 from meadow.strategies.trainable import HEADS, is_added, trained
 from meadow.strategies.wire.trainings import Trainings
@@ -27,6 +35,7 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
     """The summary of a run that has ended. `scores` is empty if the run did not reach the last evaluation."""
     experiment, task, records = session.experiment, session.task, session.folder.rounds()
     global_curve = [r["global"] for r in records if r["global"]]
+    shared = next((r["global"] for r in records if r["round"] == session.kept and r["global"]), None)
     at_end = over_clients(scores_of(scores), test_sizes(experiment, task))
     return {
         "name": experiment.run.name,
@@ -37,14 +46,16 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
         "personal_sha256": _personal_sha256(scores),
         "split_sha256": task.split.sha256,
         "metrics": {
-            "global": global_curve[-1] if global_curve else {},
+            "global": shared or (score_globally(session) if scores else global_curve[-1] if global_curve else {}),
             "clients": at_end,
+            "validation": validation_spread(session, {c: its.scores for c, its in scores.items()}),
             **_optional_spreads(experiment, scores, test_sizes(experiment, task)),
             "last10": {
                 "global": mean_tree(global_curve[-LAST:]),
                 "clients": mean_tree(_clients_curve(records, at_end)[-LAST:]),
             },
         },
+        **({"selected": session.selection.summary(session.kept)} if experiment.run.selects else {}),
         **forgetting(experiment, task, scores),
         "clients": {
             "total": experiment.partition.clients,
@@ -61,6 +72,7 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
             **_model_costs(experiment, task, records),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         },
+        **({"without_state": session.states.forgotten} if session.states.forgotten else {}),
         "privacy": session.protection.summary(session.stages),
         "engine": {
             "exact": experiment.engine.exact,

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import tomli_w
 
+from meadow.arrays.files import writing
 from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
 from meadow.native import build
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.runtime.objects import user_paths
 from meadow.simulation.bundle import write_app
 from meadow.simulation.children import MEMORY, Children, children, free_port, tail
@@ -34,6 +35,7 @@ START_TIMEOUT = 60.0
 """Seconds that a SuperLink may take to answer its health check (importing flwr takes 0.7 s on an idle core)."""
 EXECUTOR_POLL = 0.1
 """Seconds between a SuperExec's polls for a task; Flower's default is 1 s."""
+_STOPPED = f"{RunStopped.__module__}.{RunStopped.__name__}: "
 STATUS_GRACE = 10.0
 """Seconds that Flower may take to give a run that ended its final status."""
 
@@ -57,12 +59,14 @@ def run_processes(experiment: Experiment, out: Path, resume: bool, nodes: int) -
     out = out.resolve()  # the processes run in other folders, where a relative path would mean another place
     logs, work = out / "logs", out / "flower"
     config: dict[str, Value] = {**to_flat(experiment), "out": str(out), "resume": resume}
+    with writing(work):
+        app = write_app(work / "app")
     with (
         children(logs) as group,
         superlink(group, work) as link,
         supernodes(group, link, nodes, work, out / "state"),
     ):
-        run_app(group, link, write_app(work / "app"), config)
+        run_app(group, link, app, config)
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,9 @@ def run_app(
         )
     status, details = run_status(link)
     if status != "finished:completed":
+        for line in tail(submitted.log, 200).splitlines():  # a folder that cannot be written has no summary
+            if line.startswith(_STOPPED):
+                raise RunStopped(line.removeprefix(_STOPPED))
         logs = [submitted.log, *(child.log for child in group.running if child.name.startswith("node-"))]
         raise RuntimeError(f"the run ended as {status}: {details}\n" + "\n".join(tail(log, 25) for log in logs))
 

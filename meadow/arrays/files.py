@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -60,8 +61,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = (
+            error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror or error
+        )  # of several files
         raise RunStopped(
-            f"{path} cannot be written ({error.strerror or error}); everything before it is safe: when there is room, "
+            f"{path} cannot be written ({reason}); everything before it is safe: when it can be written, "
             "continue with --resume"
         ) from error
 

@@ -7,6 +7,7 @@ of `FAN` blocks, then the spans of each span of `FAN` spans, up to the whole coh
 span sends its sum; otherwise the server adds up the available parts in the same order.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +23,10 @@ BLOCK = 10
 """Clients per block. Another value changes the last bits of results."""
 FAN = 5
 """Parts per span. Another value changes the last bits of results."""
+GROWTH = 1e6
+"""An array of an update may be this many times as long as the one that was sent, or as 1: far more than training gives, and
+little enough to compute with. For statistics of activations, which may jump to the scale of the data, its square."""
+_STATISTICS = ("running_mean", "running_var")
 
 Span = tuple[int, int]
 """Consecutive blocks of a cohort: the index of the first, and the one after the last."""
@@ -86,11 +91,12 @@ def fault(
     arrays: Mapping[str, npt.NDArray[np.generic]],
     sent: Mapping[str, npt.NDArray[np.generic]],
     weights: Mapping[str, float] | None = None,
+    summed: bool = False,
 ) -> str:
-    """Return why an update must be rejected, or "": checks names, shapes, dtypes and finite values, in that order.
+    """Return why an update must be rejected, or "": checks names, shapes, dtypes, finite values and `GROWTH`, in that order.
 
     The update must have the names of `sent`, except those of weight 0 (`meadow.strategies.roles.name_weights`), and the
-    same shapes and dtypes.
+    same shapes and dtypes. `summed`: it is a sum over clients, in float64, of these weights.
     """
     expected = {name for name in sent if weights is None or weights[name] > 0}
     if arrays.keys() != expected:
@@ -99,19 +105,31 @@ def fault(
     for name, value in arrays.items():
         if value.shape != sent[name].shape:
             return f"{name} has shape {value.shape}, not {sent[name].shape}"
-        if value.dtype != sent[name].dtype:
-            return f"{name} has dtype {value.dtype}, not {sent[name].dtype}"
-        if not _finite(value):
+        dtype = np.dtype(np.float64) if summed else sent[name].dtype
+        if value.dtype != dtype:
+            return f"{name} has dtype {value.dtype}, not {dtype}"
+        norm, most = _norm(value), GROWTH * (weights[name] if summed and weights else 1)
+        if not math.isfinite(norm):
             return f"{name} has values that are not finite"
+        if name.endswith(_STATISTICS):
+            most *= GROWTH
+        if norm > most and norm > most * _norm(sent[name]):
+            return (
+                f"{name} has values that are not usable: it is over {GROWTH:g} times as long as the array that was sent"
+            )
     return ""
 
 
-def _finite(value: npt.NDArray[np.generic]) -> bool:
-    """Whether all values are finite. Tries the sum of squares first, which is faster."""
+def _norm(value: npt.NDArray[np.generic]) -> float:
+    """The Euclidean norm; not finite if a value is not, or if its square is not a float64. 0 for integers."""
+    if not np.issubdtype(value.dtype, np.inexact):
+        return 0.0
     flat = value.ravel(order="K")
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.dot(flat, flat)
-    return bool(np.isfinite(squares)) or bool(np.isfinite(value).all())
+        squares = np.dot(flat, flat)  # in the array's own precision, which is faster
+        if not np.isfinite(squares):
+            squares = np.square(flat, dtype=np.float64).sum()
+    return float(np.sqrt(squares))
 
 
 def weighted_sum(

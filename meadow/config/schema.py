@@ -75,6 +75,32 @@ class Run(Section):
         description="federated; local: each client trains alone; pooled: all training data in one place (centralised).",
     )
     listeners: Objects = Field((), description="Your own module:object, called at each event (docs/listeners.md).")
+    stop_metric: str = Field(
+        "",
+        description='The validation metric that patience, target and keep = "best" go by: "clients.TARGET.METRIC" (mean '
+        'over clients) or "global.TARGET.METRIC" (shared model); empty: the clients\' primary metric of the first target.',
+    )
+    patience: int = Field(0, ge=0, description="Stop after so many rounds without a better stop_metric; 0: never.")
+    min_delta: float = Field(0.0, ge=0, description="A change of stop_metric up to this counts as none.")
+    target: float = Field(0.0, description="Stop when stop_metric is this or better; 0: never.")
+    min_rounds: int = Field(0, ge=0, description="Do not stop before this round.")
+    keep: Literal["last", "best"] = Field(
+        "last", description="Score, report and keep the last round's model, or that of the best round by stop_metric."
+    )
+
+    @field_validator("stop_metric")
+    @classmethod
+    def _known_place(cls, value: str) -> str:
+        if value and not re.fullmatch(r"(clients|global)\..+\.[^.]+", value):
+            raise ValueError(
+                f'"{value}": write clients.TARGET.METRIC or global.TARGET.METRIC, e.g. "clients.digit.loss"'
+            )
+        return value
+
+    @property
+    def selects(self) -> bool:
+        """Whether validation metrics decide when the run stops or which model it keeps."""
+        return bool(self.patience or self.target or self.keep == "best")
 
 
 class Task(Section):
@@ -499,6 +525,7 @@ class Evaluate(Section):
         ("global", "clients"),
         description="Any of global, clients, source (the source task before and after the run: forgetting).",
     )
+    validation: bool = Field(True, description="Also score models on clients' validation parts, where test parts are.")
     sample: int = Field(0, ge=0, description="Clients evaluated at the end, drawn from the seed; 0: all.")
     fine_tune_epochs: int = Field(0, ge=0, description="Also evaluate clients' models after this many local epochs.")
     folds: int = Field(0, ge=0, description="Number of cross-validation folds; 0: none.")

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from meadow.config.schema import Experiment
 from meadow.experiments.compare import METHODS, Job, methods_jobs, sweep_jobs, values_of
 from meadow.experiments.folds import check_empty, check_folds_folder, fold_runs, in_folds, write_folds
 from meadow.experiments.plan import plan as costs_of
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.server.cohorts import read_schedule
-from meadow.server.folder import check_folder
+from meadow.server.folder import RunFolder, check_folder, is_done
 from meadow.server.listeners import open_listeners
 from meadow.server.privacy import protection
+from meadow.server.run import BY_USER
+from meadow.server.selection import stop_metric
+from meadow.server.states import forget_states
 from meadow.simulation.launch import engine
 from meadow.strategies import check
 from meadow.strategies.check import resolve
@@ -60,6 +63,7 @@ def run(
     *,
     out: Path | str | None = None,
     resume: bool = False,
+    without_state: Sequence[int] = (),
     watch: Watch | None = None,
     **overrides: Any,
 ) -> Summary:
@@ -74,10 +78,16 @@ def run(
 
     overrides: sections, as above, or dotted keys, `**{"run.rounds": 2}`. out: the run folder, by default
     `runs/NAME-TIME`; it also gets `report.html`. resume: continue the run in `out` from its last checkpoint.
+    without_state: clients whose states are lost and which start again from nothing, if resumed; the summary names them.
     Raises UserError if the input is wrong. A run that ends early returns its summary with status "stopped" and the reason.
     """
     resolved = _resolved(experiment, overrides)
     folder = _folder(out, resume, resolved.run.name)
+    if without_state:
+        if not resume:
+            raise UserError(f"--without-state {without_state[0]}: a new run has no states; add --resume, or omit it")
+        check_folder(folder, resolved, resume)
+        forget_states(folder, without_state, resolved.partition.clients)
     return _run_and_report([Job(resolved, folder)], folder, resume, watch)[0]
 
 
@@ -169,10 +179,15 @@ def _folder(out: Path | str | None, resume: bool, name: str) -> Path:
 
 
 def _run_and_report(jobs: Sequence[Job], folder: Path, resume: bool, watch: Watch | None) -> list[Summary]:
+    before = [is_done(job.folder) for job in jobs]
+    summaries = run_many(jobs, resume, watch)
+    if all(before) and (folder / "report.html").exists():
+        return summaries
     from meadow.experiments.report import write_report  # imports matplotlib, which would delay the start of the run
 
-    summaries = run_many(jobs, resume, watch)
-    write_report([folder], folder / "report.html")
+    # A run that stopped because its folder cannot be written has said so.
+    with suppress(RunStopped) if exit_status(summaries) else nullcontext():
+        write_report([folder], folder / "report.html")
     return summaries
 
 
@@ -181,7 +196,7 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
 
     A job with `evaluate.folds` runs once for each fold and gives one summary. `watch` returns a context manager that
     surrounds each run (the progress display). A run that fails because of a bug raises. After a run that ends early
-    (status "stopped") the next one still starts, unless the user stopped it.
+    (status "stopped") the next one still starts, unless the user stopped it. Resumed jobs that are all done start nothing.
     """
     jobs = [replace(job, experiment=settle(job.experiment)) for job in jobs]
     for job in jobs:
@@ -190,6 +205,10 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
             check_folds_folder(job.folder, resume)
         for experiment, folder in fold_runs(job.experiment, job.folder):
             check_folder(folder, experiment, resume)
+    if all(is_done(job.folder) for job in jobs):
+        return [_summary(job.folder, RunFolder(job.folder).summary() or {}) for job in jobs]
+    for job in jobs:
+        for experiment, _ in fold_runs(job.experiment, job.folder):
             check_run(experiment)
         initial_state(job.experiment)
     plan = jobs[0].experiment.engine
@@ -202,14 +221,17 @@ def run_many(jobs: Sequence[Job], resume: bool = False, watch: Watch | None = No
             for experiment, folder in fold_runs(job.experiment, job.folder):
                 with watch(folder, experiment) if watch else nullcontext():
                     found.append(launch(experiment, folder, resume))
-                if by_user := found[-1]["reason"] == "stopped by the user":
+                if by_user := found[-1]["reason"] == BY_USER:
                     break
             whole = write_folds(job.folder, job.experiment, found) if in_folds(job.experiment) else found[0]
-            known = Summary.__dataclass_fields__.keys() - {"folder"}
-            summaries.append(Summary(job.folder, **{k: v for k, v in whole.items() if k in known}))
+            summaries.append(_summary(job.folder, whole))
             if by_user:
                 break
     return summaries
+
+
+def _summary(folder: Path, found: Mapping[str, Any]) -> Summary:
+    return Summary(folder, **{k: v for k, v in found.items() if k in Summary.__dataclass_fields__.keys() - {"folder"}})
 
 
 def check_run(experiment: Experiment) -> None:
@@ -220,6 +242,7 @@ def check_run(experiment: Experiment) -> None:
     protection(experiment, task, roles)
     stages_of(experiment, roles)
     read_schedule(experiment)
+    stop_metric(experiment, task, roles)
     open_listeners(experiment.run.listeners)
     teacher(model, task, experiment)
     if experiment.adapt.method != "none":

@@ -19,8 +19,10 @@ from rich.markup import escape
 
 from meadow.config.load import Tree, apply, parse_override, preset_about, preset_names, read_tree, to_toml
 from meadow.config.schema import Experiment
+from meadow.experiments.closing import close, close_group
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.runtime.identity import versions
+from meadow.runtime.terminal import checked_output
 
 app = typer.Typer(
     add_completion=False,
@@ -35,6 +37,9 @@ Engine = Annotated[Literal["inline", "ray", "processes"] | None, typer.Option(he
 Workers = Annotated[int | None, typer.Option(min=1, help="Ray actors or SuperNodes.")]
 Out = Annotated[Path | None, typer.Option(help="The folder to write; default runs/NAME-TIME.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
+Without = Annotated[
+    str, typer.Option(metavar="CLIENTS", help="With --resume: clients, as in 3,7, that start again from no state.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
@@ -48,21 +53,28 @@ def run(
     workers: Workers = None,
     out: Out = None,
     resume: Resume = False,
+    without_state: Without = "",
     quiet: Quiet = False,
     json_: Json = False,
 ) -> None:
     """Run one experiment: a preset's name or a TOML file, then dotted overrides."""
+    from meadow.server.folder import is_done
+
     changes = [*(overrides or []), *_engine_overrides(engine, workers)]
-    _warm_up(_load(experiment, changes))
+    wanted = _load(experiment, changes)
+    if not (resume and out and is_done(out)):
+        _warm_up(wanted)
     from meadow.experiments import api
     from meadow.experiments.ranking import ranking_table
     from meadow.experiments.results import find_runs
+    from meadow.server.states import clients_in
 
     watch = _watch(Console(stderr=json_), quiet)
-    summary = api.run(experiment, out=out, resume=resume, watch=watch, **dict(map(parse_override, changes)))
+    lost, settings = clients_in(without_state), dict(map(parse_override, changes))
+    summary = api.run(experiment, out=out, resume=resume, without_state=lost, watch=watch, **settings)
     table = ranking_table(find_runs([summary.folder])) if summary.folds else None
     found = json.loads((summary.folder / "summary.json").read_text())
-    _close(quiet, json_, found, table, summary.folder, [summary])
+    close(quiet, json_, found, table, summary.folder, [summary])
     raise typer.Exit(api.exit_status([summary]))
 
 
@@ -90,7 +102,7 @@ def compare(
     summaries = api.compare(
         experiment or None, methods=names, seeds=seeds, out=out, resume=resume, watch=watch, **changes
     )
-    _close_group(summaries, quiet, json_)
+    close_group(summaries, quiet, json_)
 
 
 @app.command()
@@ -111,7 +123,7 @@ def sweep(
     changes = [*(overrides or []), *_engine_overrides(engine, workers)]
     axes = {parse_override(text)[0]: text.partition("=")[2] for text in changes}
     watch = _watch(Console(stderr=json_), quiet)
-    _close_group(api.sweep(experiment, seeds=seeds, out=out, resume=resume, watch=watch, **axes), quiet, json_)
+    close_group(api.sweep(experiment, seeds=seeds, out=out, resume=resume, watch=watch, **axes), quiet, json_)
 
 
 @app.command()
@@ -235,24 +247,42 @@ def doctor() -> None:
 def main() -> None:
     """Run the command. A user's mistake gives one message and exit status 2, never a traceback.
 
-    SIGTERM and SIGHUP end a run like Ctrl-C: with a summary, resumable, exit status 3.
+    SIGTERM and SIGHUP end a run like Ctrl-C: with a summary, resumable, exit status 3. More of them do not change it.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    status, text, over = 3, "stopped by the user; to continue, add --resume --out DIR to the command", False
+
+    def stop(*_: object) -> None:
+        if over:
+            os._exit(status)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, stop)
     try:
-        app(standalone_mode=True)
+        status, text = _run_command()
+        over = True
+    except KeyboardInterrupt:  # another Ctrl-C, while the first one was handled
+        over = True
+    if text:
+        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(text)}", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+def _run_command() -> tuple[int, str]:
+    """Run the command; return its exit status, and a message that goes with it or ""."""
+    try:
+        with checked_output():
+            app(standalone_mode=True)
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        return 2, str(error)
     except RunStopped as stop:
-        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(stop))}", highlight=False, soft_wrap=True)
-        sys.exit(3)
+        return 3, str(stop)
     except SystemExit as end:
-        if end.code != 130:  # typer's status after Ctrl-C
-            raise
-        Console(stderr=True).print("meadow: stopped by the user; to continue, add --resume --out DIR to the command")
-        sys.exit(3)
+        if end.code == 130:  # typer's status after Ctrl-C
+            raise KeyboardInterrupt from None
+        return int(end.code or 0), ""
+    return 0, ""
 
 
 def _optional(experiment: str, overrides: list[str] | None) -> tuple[str, list[str]]:
@@ -303,34 +333,6 @@ def _open(experiment: Experiment) -> None:
 
     with suppress(Exception):  # the run itself opens the data again and reports the error
         initial_state(settle(experiment))
-
-
-def _close_group(summaries: Sequence[Any], quiet: bool, as_json: bool) -> None:
-    from meadow.experiments.api import exit_status
-    from meadow.experiments.ranking import ranking, ranking_table
-    from meadow.experiments.results import find_runs
-
-    folder = summaries[0].folder.parent
-    runs = find_runs([folder])
-    result = {"ranking": ranking(runs), "runs": [asdict(s) | {"folder": str(s.folder)} for s in summaries]}
-    _close(quiet, as_json, result, ranking_table(runs), folder, summaries)
-    raise typer.Exit(exit_status(summaries))
-
-
-def _close(quiet: bool, as_json: bool, result: object, table: object, folder: Path, summaries: Sequence[Any]) -> None:
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-    console = Console(stderr=as_json)
-    for summary in summaries:
-        if summary.status != "done":
-            Console(stderr=True).print(f"{summary.name}: {summary.status}: {escape(summary.reason)}", soft_wrap=True)
-    if not quiet:
-        if table is not None:
-            console.print(table)
-        for summary in summaries:
-            counts = ", ".join(f"{name} {count:,}" for name, count in summary.engine.get("training", {}).items())
-            console.print(f"{summary.name}: trained by {counts or 'no trainer'}", soft_wrap=True)
-        console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
 def _watch(console: Console, quiet: bool) -> Any:

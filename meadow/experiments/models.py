@@ -15,6 +15,7 @@ from meadow.experiments.folds import in_folds
 from meadow.runtime.errors import UserError
 from meadow.server.checkpoints import Checkpoint, latest
 from meadow.server.folder import RunFolder
+from meadow.server.states import States
 from meadow.simulation.grid import node_context
 from meadow.strategies.roles import roles_of
 from meadow.strategies.wire.packing import Request
@@ -34,7 +35,8 @@ def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:
     >>> {target: tuple(output.shape) for target, output in model(torch.zeros(5, 1, 8, 8)).items()}
     {'digit': (5, 10)}
 
-    run: a run's folder, or the summary that `run` returned. The weights are those of the newest checkpoint. A client's
+    run: a run's folder, or the summary that `run` returned. The weights are those of the newest checkpoint; of a run that
+    has ended with `run.keep = "best"`, those of the best round. A client's
     model is the one that `clients.csv` calls "used": the shared layers with the client's own, or its own model if the
     algorithm keeps one. Each call returns a new model, on the CPU. Its input is float32 samples or tokens as returned by
     `meadow.tasks.task.Task.prepare`; it returns {target: output} (`meadow.tasks.models.multihead`).
@@ -65,11 +67,12 @@ def _experiment(path: Path) -> Experiment:
 
 
 def _checkpoint(folder: RunFolder) -> Checkpoint:
-    found, damaged = latest(folder.checkpoints)
+    summary = folder.summary()
+    kept = (summary or {}).get("selected", {}).get("kept_round", 0)
+    found, damaged = latest(folder.best if kept and summary and kept < summary["rounds"] else folder.checkpoints)
     if found is None:
         reason = f"its checkpoints are damaged ({damaged[0]})" if damaged else "no round has ended yet"
         raise UserError(f"{folder.path}: {reason}; `meadow run --resume --out {folder.path}` continues the run")
-    summary = folder.summary()
     if summary and arrays_sha256(found.arrays) != summary["model_sha256"]:
         raise UserError(
             f"{folder.path}: the newest intact checkpoint, of round {found.round}, is not the model in summary.json"
@@ -97,7 +100,9 @@ def _used(experiment: Experiment, checkpoint: Checkpoint, folder: RunFolder, cli
     records = [record for record in folder.rounds() if record["round"] <= checkpoint.round]
     run, node = str(folder.manifest()["run_id"]), open_node(node_context(experiment, 0, 1, folder.state))
     void = [f"{r['round']}.{attempt + 1}" for r in records for attempt in range(len(r.get("void", [])))]
-    config: dict[str, Any] = {"round": checkpoint.round, "run": run, "void": void}
+    states = States()
+    states.read(folder.path, [])  # a state that is elsewhere counts as missing only if an algorithm reads it
+    config: dict[str, Any] = {"round": checkpoint.round, "run": run, "void": void, **states.about([client])}
     context = open_context(node, Request(client, checkpoint.arrays, config), before=checkpoint.round + 1)
     if not context.personal and not context.memory and any(client in _trained(r) for r in records):
         missing = _Missing(

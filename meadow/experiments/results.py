@@ -14,7 +14,7 @@ from meadow.arrays.files import DamagedFile, read_json
 from meadow.config import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
-from meadow.server.folder import read_record
+from meadow.server.folder import read_lines, read_record
 from meadow.tasks.metrics import LOWER_IS_BETTER, PRIMARY, SHARES, kind_of
 
 Floats = NDArray[np.float64]
@@ -85,10 +85,10 @@ class RunResult:
     def final(self, place: str, target: str, metric: str) -> Any:
         """A metric at the end, or of the newest evaluated round while the run continues; None if not measured.
 
-        For place "global" a number, for "clients" a mapping with mean, weighted, std, p10, worst_decile and min.
+        For "global" and "train" a number, else a mapping with mean, weighted, std, p10, worst_decile and min.
         """
-        at_end = (self.summary or {}).get("metrics", {}).get(place) or {}
-        newest: Mapping[str, Any] = next((r[place] for r in reversed(self.rounds) if r.get(place)), {})
+        at_end = _scores((self.summary or {}).get("metrics", {}), place)
+        newest: Mapping[str, Any] = next((s for r in reversed(self.rounds) if (s := _scores(r, place))), {})
         return (at_end or newest).get(target, {}).get(metric)
 
     def last10(self, place: str, target: str, metric: str) -> float | None:
@@ -105,18 +105,21 @@ class RunResult:
         return {int(c): float(v) for c, v in zip(self.columns["client"], values, strict=True) if np.isfinite(v)}
 
     def curve(self, place: str, target: str, metric: str) -> Curve:
-        """(rounds, values), both [n]: the metric of the model *after* each round; for "clients" their unweighted mean.
+        """(rounds, values), both [n]: the metric of the model *after* each round; over clients their unweighted mean.
 
+        place: "clients" and "global", on test parts; "validation", of the clients; "train", only the loss while it trained.
         In a round, clients evaluate the model that they received: `clients_round` says after which round it was made.
         """
         points: dict[int, float] = {}
         for record in self.rounds:
-            value = (record.get(place) or {}).get(target, {}).get(metric)
+            value = _scores(record, place).get(target, {}).get(metric)
             if value is not None:
-                at = record.get("clients_round", record["round"]) if place == "clients" else record["round"]
-                points[int(at)] = float(value["mean"] if place == "clients" else value)
+                of_received = place in ("clients", "validation")
+                at = record.get("clients_round", record["round"]) if of_received else record["round"]
+                points[int(at)] = float(value["mean"] if of_received else value)
         if self.summary and (value := self.final(place, target, metric)) is not None:
-            points[self.rounds_done] = float(value["mean"] if place == "clients" else value)
+            at = self.summary.get("selected", {}).get("kept_round", self.rounds_done)
+            points[at] = float(value["mean"] if isinstance(value, Mapping) else value)
         ordered = sorted(points)
         return np.array(ordered, dtype=np.float64), np.array([points[r] for r in ordered], dtype=np.float64)
 
@@ -127,6 +130,12 @@ class RunResult:
         total = np.concatenate([[0.0], np.cumsum(np.array(steps, dtype=np.float64))])
         done = np.array([r["round"] for r in self.rounds], dtype=np.float64)
         return np.asarray(total[np.searchsorted(done, rounds, side="right")], dtype=np.float64)
+
+
+def _scores(record: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """The scores in a record or in a summary's metrics, by target; of validation parts those of the clients."""
+    found = record.get(place) or {}
+    return found.get("clients", {}) if place == "validation" else found
 
 
 def find_runs(paths: Iterable[Path]) -> list[RunResult]:
@@ -179,8 +188,8 @@ def read_rounds(path: Path) -> tuple[Mapping[str, Any], ...]:
 
     Raises UserError for a damaged line that is not the last.
     """
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    while lines and not lines[-1].strip():
+    lines = [line.strip() for line in read_lines(path)]
+    while lines and not lines[-1]:
         lines.pop()
     records: dict[int, Mapping[str, Any]] = {}
     for number, line in enumerate(lines, start=1):

@@ -35,7 +35,7 @@ class Quantity:
 SWITCHES: dict[str, tuple[str, ...]] = {
     "samples": ("number of training samples, in all and of each target (and so weights by them), and steps",),
     "loss": ("training loss",),
-    "metrics": ("metrics on the test part", "confusion counts of the test part"),
+    "metrics": ("metrics on the test part", "metrics on the validation part", "confusion counts of the test part"),
     "labels": ("label counts and sizes of the parts (in the split manifest)",),
     "hashes": ("SHA-256 of the personal arrays",),
     "errors": ("text of errors",),

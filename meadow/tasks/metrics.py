@@ -22,6 +22,14 @@ Floats = npt.NDArray[np.float64]
 PRIMARY: dict[str, str] = {"class": "accuracy", "labels": "f1", "value": "rmse", "quantiles": "pinball"}
 """Kind of target -> the metric by which methods are ranked."""
 
+METRICS: dict[str, tuple[str, ...]] = {
+    "class": ("accuracy", "balanced_accuracy", "precision", "recall", "f1", "loss"),
+    "labels": ("accuracy", "exact_match", "precision", "recall", "f1", "loss"),
+    "value": ("mae", "rmse", "r2", "loss"),
+    "quantiles": ("pinball", "loss"),
+}
+"""Kind of target -> the metrics of each evaluation that say which of two models is better."""
+
 LOWER_IS_BETTER = frozenset({"loss", "mae", "rmse", "pinball"})
 """Metrics for which lower is better. For coverage the best value is its level; for all others higher is better."""
 

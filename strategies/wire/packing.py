@@ -25,7 +25,9 @@ Record = ArrayRecord | MetricRecord | ConfigRecord
 Values = Mapping[str, Any]
 """By name: numbers, strings, bytes, booleans, or lists of one of these types."""
 
-_METRICS = ("metrics", "evaluation", "confusion")
+_FLAGS = ("summed", "kept", "lost")
+"""The yes-or-no attributes of an answer."""
+_METRICS = ("metrics", "evaluation", "validation", "confusion")
 """The kinds of an answer's values that contain only numbers."""
 
 
@@ -46,8 +48,9 @@ class Request:
 class Answer:
     """The answer of one client: arrays and values, or an error (with the client's traceback).
 
-    values: by kind, "metrics", "evaluation", "ledger", "identity" or "confusion"; None if the client failed. arrays:
-    None if it sent none, or if they are part of its block's sum (then `summed` is true).
+    values: by kind, "metrics", "evaluation", "validation", "ledger", "identity" or "confusion"; None if the client failed.
+    arrays: None if it sent none, or if they are part of its block's sum (then `summed` is true). kept: it stored a state.
+    lost: it failed because its stored state cannot be read.
     """
 
     client: int
@@ -55,6 +58,8 @@ class Answer:
     arrays: Arrays | None = None
     error: str = ""
     summed: bool = False
+    kept: bool = False
+    lost: bool = False
 
     @property
     def metrics(self) -> Values:
@@ -168,7 +173,7 @@ def pack_replies(reply: NodeReply) -> RecordDict:
     packed["pack"] = ConfigRecord(
         {
             "clients": [a.client for a in reply.answers],
-            "summed": [a.client for a in reply.answers if a.summed],
+            **{flag: [a.client for a in reply.answers if getattr(a, flag)] for flag in _FLAGS},
             **({"times": [reply.times[phase] for phase in PHASES]} if reply.times else {}),
             **({"trainings": json.dumps(reply.trainings.as_json())} if reply.trainings.counts else {}),
         }
@@ -191,8 +196,9 @@ def unpack_replies(packed: RecordDict) -> NodeReply:
             arrays = cast(dict[str, npt.NDArray[np.float64]], from_record(record))
             _, first, stop = owner.split("-")
             sums[int(first), int(stop)] = WeightedSum(arrays, weights)
-    for client in cast(list[int], plan["summed"]):
-        answers[client].summed = True
+    for flag in _FLAGS:
+        for client in cast(list[int], plan[flag]):
+            setattr(answers[client], flag, True)
     times = [float(seconds) for seconds in cast(list[float], plan.get("times", []))]
     trainings = Trainings.from_json(json.loads(str(plan.get("trainings", "{}"))))
     return NodeReply(list(answers.values()), sums, dict(zip(PHASES, times, strict=True)) if times else {}, trainings)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from helpers.runs import run_inline, small
-from meadow.arrays.files import DamagedFile
 from meadow.arrays.named import Arrays
-from meadow.client.store import SHARED_MEMORY, Store
+from meadow.client.store import SHARED_MEMORY, LostState, Store
+from meadow.strategies.wire.states import Known
 
 ODD: Arrays = {
     "w": np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
@@ -78,8 +78,31 @@ def test_states_that_a_restart_of_the_machine_lost_are_missed(tmp_path: Path, st
     store(tmp_path / "state", "run", 10**6).save(0, 1, ODD, 0)
     shutil.rmtree(next((tmp_path / "shm").iterdir()))
     for memory in (0, 10**6):
-        with pytest.raises(DamagedFile, match="state_memory"):
-            store(tmp_path / "state", "run", memory).load(0, 2)
+        with pytest.raises(LostState, match="state_memory"):
+            store(tmp_path / "state", "run", memory).load(0, 2, known=Known(1))
+
+
+@pytest.mark.parametrize("memory", [0, 10**6])
+def test_a_damaged_state_is_found_and_so_is_an_older_one_than_the_server_knows(
+    memory: int, tmp_path: Path, store: Callable[..., Store]
+) -> None:
+    kept = store(tmp_path / "state", "run", memory)
+    kept.save(0, 3, ODD, 0)
+    assert same(dict(sorted(kept.load(0, 9, known=Known(3)).items())), dict(sorted(ODD.items())))
+    with pytest.raises(LostState, match="round 4"):
+        kept.load(0, 9, known=Known(4))
+    assert kept.load(0, 9, known=Known(0, forgotten=3)) == {}
+    (path,) = tmp_path.rglob("round-00000003.safetensors")
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(LostState):
+            kept.load(0, 9)
+    for size in (0, 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(LostState):
+            kept.load(0, 9)
+    kept.settle([0])  # what cannot be read does not hinder the others
 
 
 def test_the_memory_of_a_run_whose_folder_is_gone_is_freed(tmp_path: Path, store: Callable[..., Store]) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -32,6 +33,7 @@ def in_a_process(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]
 def meadow(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command in this process, which has imported all that it needs."""
     command, out, err = ["meadow", *arguments], io.StringIO(), io.StringIO()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with chdir(cwd), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         try:
@@ -39,6 +41,9 @@ def meadow(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
             status: Any = 0
         except SystemExit as end:
             status = end.code
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return subprocess.CompletedProcess(command, status or 0, out.getvalue(), err.getvalue())
 
 

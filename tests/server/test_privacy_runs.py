@@ -438,7 +438,7 @@ KNOWN = {
     "roll": {"clients", "sizes", "simulated", "code", "data", "split", "versions", "keeps"},
     "ledger": {"entries", "sha256", "epsilon", "secret"},
     "identity": {"personal", "trained"},
-    "pack": {"clients", "summed", "times", "trainings"},
+    "pack": {"clients", "summed", "kept", "lost", "times", "trainings"},
     "error": {"reason"},
 }
 

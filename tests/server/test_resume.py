@@ -15,16 +15,20 @@ import pytest
 from flwr.app import Context, Message
 
 from helpers.refusals import refused
-from helpers.runs import RESUMED, run_inline, run_with, small
+from helpers.runs import RESUMED, clients_answer, run_inline, run_with, small
 from meadow.arrays.files import DamagedFile, read_arrays, write_arrays
 from meadow.client.app import app
-from meadow.config.load import to_toml
+from meadow.client.node import Node
+from meadow.config.load import to_toml, to_tree
 from meadow.config.schema import Experiment
-from meadow.runtime.errors import UserError
+from meadow.experiments import api
+from meadow.experiments.report import write_report
+from meadow.runtime.errors import RunStopped, UserError
 from meadow.server.checkpoints import Checkpoint, latest, save
 from meadow.server.folder import RunFolder
 from meadow.server.listeners import Listener, RoundDone, RunBegins
 from meadow.server.writer import EVERY, Writer
+from meadow.strategies.wire.packing import Answer, Request
 
 
 class Killed(BaseException):
@@ -114,6 +118,7 @@ def test_rounds_share_a_checkpoint_only_where_clients_keep_nothing(tmp_path: Pat
 
 def test_there_is_no_checkpoint_without_its_rounds_record(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
+    folder.cut_back(0)
     writer = Writer(folder, "run", every=3600)
     for round_, loss in enumerate((1.0, 2.0, float("nan")), 1):
         writer.round_done(RoundDone(round_, {"round": round_, "loss": loss}, {}))
@@ -192,9 +197,27 @@ class RemovesState(RemovesRun):
     gone = "state"
 
 
-def test_a_run_folder_that_is_removed_during_the_run_stops_it(tmp_path: Path) -> None:
-    summary = run_inline(small("fedper", "run.rounds=4", f"run.listeners={__name__}:RemovesRun"), tmp_path / "run")
-    assert summary["status"] == "stopped" and str(tmp_path / "run") in summary["reason"]
+class MovesRun(RemovesRun):
+    """Renames the run's folder after the second round."""
+
+    def round_done(self, done: RoundDone) -> None:
+        if done.round == 2:
+            self.folder.rename(self.folder.with_name("moved"))
+
+
+@pytest.mark.parametrize("memory", [0, 1024])
+@pytest.mark.parametrize("listener", ["RemovesRun", "MovesRun"])
+def test_a_run_folder_that_is_removed_during_the_run_stops_it(listener: str, memory: int, tmp_path: Path) -> None:
+    """It is not made again; a moved one can be resumed where it is."""
+    settings = ("fedper", "run.rounds=4", f"engine.state_memory={memory}")
+    with refused(str(tmp_path / "run"), kind=RunStopped):
+        run_inline(small(*settings, f"run.listeners={__name__}:{listener}"), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()
+    if listener == "MovesRun":
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        resumed = run_inline(small(*settings), tmp_path / "moved", resume=True)
+        whole = run_inline(small(*settings), tmp_path / "whole")
+        assert [resumed[k] for k in RESUMED] == [whole[k] for k in RESUMED]
 
 
 def test_states_that_are_removed_during_the_run_stop_it(tmp_path: Path) -> None:
@@ -331,3 +354,69 @@ def test_signals_end_a_run_like_ctrl_c(engine: str, number: signal.Signals, tmp_
     assert process.returncode == 3 and "Traceback" not in told
     summary = RunFolder(out).summary()
     assert summary is not None and summary["status"] == "stopped"
+    left = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True).stdout
+    assert not left, left
+
+
+@pytest.mark.parametrize(("preset", "name"), [("fedper", "rounds.jsonl"), ("fedper", "checkpoints")])
+def test_what_cannot_be_read_is_told_and_nothing_begins_again(preset: str, name: str, tmp_path: Path) -> None:
+    experiment = small(preset, "run.rounds=2")
+    run_inline(experiment, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    path = tmp_path / name
+    path.rename(tmp_path / "elsewhere")
+    path.mkdir() if name == "rounds.jsonl" else path.write_text("a file")
+    try:
+        reason = run_inline(experiment, tmp_path, resume=True)["reason"]
+    except UserError as error:
+        reason = str(error)
+    assert str(path) in reason
+    path.rmdir() if name == "rounds.jsonl" else path.unlink()
+    (tmp_path / "elsewhere").rename(path)
+    assert run_inline(experiment, tmp_path, resume=True)["status"] == "done"
+
+
+def test_damaged_releases_stop_a_private_run(tmp_path: Path) -> None:
+    """They count what the budget was spent on. A run that released nothing has a report, too."""
+    private = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
+    experiment = small("fedavg", *private, "run.rounds=2")
+    run_inline(experiment, tmp_path)
+    (tmp_path / "summary.json").unlink()
+    (tmp_path / "releases.json").write_text("{")
+    summary = run_inline(experiment, tmp_path, resume=True)
+    assert summary["status"] == "stopped" and "releases.json" in summary["reason"]
+    assert write_report([tmp_path], tmp_path / "report.html").exists()
+
+
+def test_a_run_whose_clients_cannot_be_evaluated_at_the_end_is_not_done(tmp_path: Path) -> None:
+    def fails(node: Node, request: Request) -> Answer:
+        raise OSError("no data")
+
+    experiment = small("fedper", "run.rounds=2")
+    summary = run_with(clients_answer(evaluate_one=fails), experiment, tmp_path)
+    assert summary["status"] == "stopped" and "no data" in summary["reason"]
+    assert run_inline(experiment, tmp_path, resume=True)["status"] == "done"
+
+
+def test_a_done_run_is_not_started_again(tmp_path: Path) -> None:
+    """Neither an engine nor the data is opened: they are not even there any more."""
+    tree = to_tree(small("fedper", "run.rounds=2", "engine.name=inline"))
+    first = api.run(tree, out=tmp_path)
+    report = (tmp_path / "report.html").stat().st_mtime_ns
+    again = api.run(tree, out=tmp_path, resume=True, engine={"name": "ray", "address": "127.0.0.1:1"})
+    assert again == first and (tmp_path / "report.html").stat().st_mtime_ns == report
+
+
+def test_flowers_way_to_end_a_server_is_a_stop(tmp_path: Path) -> None:
+    """After SIGTERM, Flower's ServerApp process ends by SystemExit(0), wherever it is."""
+
+    def ended(message: Message, context: Context) -> Message:
+        if any(record.get("round") == 2 for record in message.content.config_records.values()):
+            sys.exit(0)
+        return app(message, context)
+
+    experiment = small("fedper", "run.rounds=3")
+    with pytest.raises(SystemExit):
+        run_with(ended, experiment, tmp_path)
+    assert (RunFolder(tmp_path).summary() or {})["status"] == "stopped"
+    assert run_inline(experiment, tmp_path, resume=True)["status"] == "done"

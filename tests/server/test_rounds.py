@@ -194,8 +194,14 @@ def test_a_client_that_raises_costs_itself_only(
     assert [int(r["rounds"]) for r in rows] == [3, 3, 3, 0, 3, 3, 3, 3]
 
 
-def test_a_poisoned_update_costs_its_client_only(tmp_path: Path) -> None:
-    """The client sits in the middle of a block that its node would have added up: the others still count, bit by bit."""
+@pytest.mark.parametrize("preset", ["fedavg", "scaffold", "fedadam", "median", "fedper"])
+@pytest.mark.parametrize("value", [np.nan, 3e38, 1e12, "stranger"])
+def test_a_poisoned_update_costs_its_client_only(value: float | str, preset: str, tmp_path: Path) -> None:
+    """The client sits in the middle of a block that its node would have added up: the others still count, bit by bit.
+
+    A finite value may be as harmful as none: with 1e12 in the model, nobody's training stays finite.
+    """
+    experiment = small(preset, "local.steps=1")
 
     def without(node: Any, request: Any) -> Any:
         if request.client == 3:
@@ -206,14 +212,24 @@ def test_a_poisoned_update_costs_its_client_only(tmp_path: Path) -> None:
         reply = train_client(node, request)
         if request.client == 3:
             assert reply.arrays is not None
-            reply.arrays = {k: np.full_like(v, np.nan) for k, v in reply.arrays.items()}
+            if isinstance(value, str):
+                reply.arrays[value] = np.zeros(2, np.float32)  # nobody asked for it
+            else:
+                reply.arrays = {k: np.full_like(v, value) for k, v in reply.arrays.items()}
         return reply
 
-    expected = run_with(clients_answer(without), small("fedavg"), tmp_path / "without")
-    summary = run_with(clients_answer(poisoned), small("fedavg"), tmp_path / "poisoned")
+    expected = run_with(clients_answer(without), experiment, tmp_path / "without")
+    summary = run_with(clients_answer(poisoned), experiment, tmp_path / "poisoned")
     assert summary["model_sha256"] == expected["model_sha256"]
     records = [json.loads(line) for line in (tmp_path / "poisoned" / "rounds.jsonl").read_text().splitlines()]
-    assert all([f["client"] for f in r["failed"]] == [3] and "not finite" in r["failed"][0]["reason"] for r in records)
+    assert [[f["client"] for f in record["failed"]] for record in records] == [[3]] * 3
+    assert value != "stranger" or all(value in record["failed"][0]["reason"] for record in records)
+
+
+def test_a_next_model_that_nobody_can_compute_with_is_void(tmp_path: Path) -> None:
+    """It is not sent to the clients, whose failures would be told in its place."""
+    summary = run_inline(small("fedadam", "strategy.server_lr=1e30"), tmp_path / "run")
+    assert (summary["status"], summary["rounds"]) == ("stopped", 0) and "next model" in summary["reason"]
 
 
 def test_training_depends_on_round_and_client_and_on_nothing_else() -> None:

@@ -271,18 +271,34 @@ def test_missing_arrays_bytes_that_are_none_and_errors_are_turned_away() -> None
     assert fault(sent, sent) == ""
 
 
-def test_a_sum_counts_only_as_a_whole() -> None:
+@pytest.mark.parametrize("value", [np.nan, 3e38, 1e300, 1e10])
+def test_a_sum_counts_only_as_a_whole(value: float) -> None:
     sent = arrays_of(0)
     clients = list(range(3 * BLOCK))
     first, second, third = cut(clients)
     sums = {b: weighted_sum((10.0, arrays_of(c)) for c in b) for b in (first, second, third)}
-    sums[third].sums["trunk.w"][0] = np.nan
+    sums[third].sums["trunk.w"][0] = value
     replies = [reply(c, None, **({"num-examples": 1e9} if c == 3 else {})) for c in clients]
     verdict = admitted(replies, sums, sent, dict.fromkeys(clients, 10))
     assert set(verdict.refused) == {*first, *third}
     assert "declared" in verdict.refused[3] and "client 3 is refused" in verdict.refused[4]
     total = round_sum(clients, verdict)
     assert total is not None and all(np.array_equal(total.sums[k], sums[second].sums[k]) for k in sent)
+
+
+def test_arrays_beside_a_sum_that_has_them_are_refused() -> None:
+    sent = arrays_of(0)
+    sums = {block: weighted_sum((10.0, arrays_of(c)) for c in block) for block in cut([0, 1])}
+    verdict = admitted([reply(0, None), reply(1, sent)], sums, sent, {0: 10, 1: 10})
+    assert "nobody asked" in verdict.refused[1] and not verdict.sums
+
+
+def test_statistics_of_activations_may_jump_to_the_scale_of_the_data() -> None:
+    """Of inputs in the hundred thousands the variance is 10^10; a weight of that size is no result of training."""
+    sent = {"norm.running_var": np.ones(3, np.float32), "norm.weight": np.ones(3, np.float32)}
+    assert fault(sent | {"norm.running_var": np.full(3, 1e10, np.float32)}, sent) == ""
+    assert "norm.weight" in fault(sent | {"norm.weight": np.full(3, 1e10, np.float32)}, sent)
+    assert fault({"half": np.full(9, 6e4, np.float16)}, {"half": np.ones(9, np.float16)}) == ""
 
 
 def test_arrays_that_are_in_no_sum_are_missing() -> None:

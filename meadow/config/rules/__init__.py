@@ -6,11 +6,12 @@ Rules that depend on the algorithm are in `strategies/check.py`.
 from meadow.config.rules.cohort import COHORT
 from meadow.config.rules.privacy import PRIVACY
 from meadow.config.rules.rule import Rule as Rule
+from meadow.config.rules.selection import SELECTION
 from meadow.config.rules.strategy import STRATEGY
 from meadow.config.rules.training import TRAINING
 from meadow.config.schema import Experiment
 
-RULES: tuple[Rule, ...] = (*COHORT, *TRAINING, *STRATEGY, *PRIVACY)
+RULES: tuple[Rule, ...] = (*COHORT, *TRAINING, *STRATEGY, *SELECTION, *PRIVACY)
 
 
 def faults(experiment: Experiment) -> list[str]:

@@ -27,14 +27,21 @@ LONGEST = 23
 """The largest number of characters of a method's name in a figure."""
 
 
-def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
-    """The clients' mean and the global test metric by round: the mean over the runs, a band of one standard deviation."""
+TEST = {"clients": "Mean over the clients' own test samples", "global": "Shared model on the global test set"}
+LOSSES = {"train": "While training", "validation": "Mean over the clients' validation samples"}
+"""Panels of `learning_curves`: the place of `RunResult.curve`, and the title."""
+
+
+def learning_curves(methods: Methods, target: str, metric: str, panels: Mapping[str, str] = TEST) -> Figure:
+    """A metric by round, a panel for each place: the mean over the runs, a band of one standard deviation. The panels of
+    LOSSES have one scale."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.9))
-        panels = {"clients": "Mean over the clients' own test samples", "global": "Shared model on the global test set"}
         shown = [p for p in panels if any(_mean_curve(runs, p, target, metric) for runs in methods.values())]
+        drawn = []
         for at, place in enumerate(shown or ["clients"]):
-            axes = figure.add_axes(box(figure, at, max(1, len(shown)), right=_label_room(methods)))
+            share = figure.axes[0] if panels is LOSSES and at else None
+            axes = figure.add_axes(box(figure, at, max(1, len(shown)), right=_label_room(methods)), sharey=share)
             labels = []
             for name, runs in methods.items():
                 if found := _mean_curve(runs, place, target, metric):
@@ -49,6 +56,8 @@ def learning_curves(methods: Methods, target: str, metric: str) -> Figure:
             axes.set_xlim(0, max((x for _, x, _, _ in labels), default=1.0) or 1.0)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             value_axis(axes, target, metric, "y")
+            drawn.append((axes, labels))
+        for axes, labels in drawn:  # once the scale is final
             label_ends(axes, labels)
         return figure
 

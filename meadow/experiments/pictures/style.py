@@ -13,6 +13,7 @@ import matplotlib
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from meadow.arrays.files import writing
 from meadow.runtime.errors import UserError
 
 COLOURS: dict[str, tuple[str, str]] = {
@@ -79,7 +80,7 @@ def to_file(figure: Figure, path: Path) -> None:
         raise UserError(f"--out {path}: this suffix is no figure format; write .png, .svg or .pdf")
     if not path.parent.is_dir():
         raise UserError(f"--out {path}: the folder {path.parent} does not exist; make it first, or name another")
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), writing(path):
         figure.savefig(path, dpi=150, facecolor="white")
 
 

@@ -1,12 +1,12 @@
 """Write the report: gather its parts as plain values and render the template."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from meadow.arrays.files import write_bytes
 from meadow.experiments.budgets import sentences as budgets
 from meadow.experiments.budgets.costs import lines_of
 from meadow.experiments.pictures import splits
@@ -21,14 +21,12 @@ from meadow.privacy.releases import NOT_PROTECTED
 def write_report(paths: Sequence[Path], out: Path) -> Path:
     """Write the report of the runs under `paths` to `out` (or to report.html in the folder `out`) and return its path.
 
-    The file is self-contained and is written atomically. Raises UserError as `find_runs` does.
+    The file is self-contained and is written atomically. Raises UserError as `find_runs` does, RunStopped if it cannot be
+    written.
     """
     page = render(find_runs(paths))
     path = out / "report.html" if out.is_dir() else out
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(page, encoding="utf-8")
-    part.replace(path)
+    write_bytes(path, page.encode())
     return path
 
 
