@@ -83,15 +83,19 @@ def _parser(every: Mapping[str, Kind]) -> argparse.ArgumentParser:
 
 def _faults(chosen: Sequence[Kind], tries: int, seed: int) -> Iterator[tuple[dict[str, Any], list[str]]]:
     wholes: dict[tuple[tuple[str, ...], bool], Whole] = {}
-    for kind in chosen:
-        settings = tuple(text for text in kind.like or kind.settings if not text.startswith("engine.workers"))
-        if (settings, kind.half) not in wholes:
-            wholes[settings, kind.half] = prepare(settings, kind.half)
-        seeds = range(seed, seed + (tries or kind.tries))
-        # A run on Ray or of real processes has the machine for itself.
-        workers = 2 if kind.engine == "inline" else 1
-        outcomes = _mapped(partial(play, kind, wholes[settings, kind.half]), seeds, workers)
-        yield row(kind, outcomes), [problem for outcome in outcomes for problem in outcome.problems]
+    try:
+        for kind in chosen:
+            settings = tuple(text for text in kind.like or kind.settings if not text.startswith("engine.workers"))
+            if (settings, kind.half) not in wholes:
+                wholes[settings, kind.half] = prepare(settings, kind.half)
+            whole, seeds = wholes[settings, kind.half], range(seed, seed + (tries or kind.tries))
+            # A run on Ray or of real processes has the machine for itself.
+            outcomes = _mapped(partial(play, kind, whole), seeds, 2 if kind.engine == "inline" else 1)
+            yield row(kind, outcomes), [problem for outcome in outcomes for problem in outcome.problems]
+    finally:
+        for whole in wholes.values():
+            if whole.half:
+                shutil.rmtree(whole.half.parent, ignore_errors=True)
 
 
 def _inputs(count: int, seed: int) -> Iterator[tuple[dict[str, Any], list[str]]]:
