@@ -38,7 +38,8 @@ def check_folds_folder(folder: Path, resume: bool) -> None:
 
 
 def check_empty(folder: Path, resume: bool) -> None:
-    """Raise UserError if runs may not be written to this folder: it is in a file, or has files and is not resumed."""
+    """Raise UserError if runs may not be written to this folder: it is in a file, or has files and is not resumed; or if it
+    is to be resumed and does not exist."""
     try:
         above = next(p for p in (folder, *folder.parents) if p.exists())
         if not above.is_dir():
@@ -46,6 +47,8 @@ def check_empty(folder: Path, resume: bool) -> None:
         full = folder.exists() and any(folder.iterdir())
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}; write the name of another folder") from None
+    if resume and not folder.exists():
+        raise UserError(f"--resume --out {folder}: this folder does not exist; omit --resume to start a run in it")
     if not resume and full:
         raise UserError(
             f"--out {folder}: this folder is not empty; add --resume to continue its runs, or name another folder"

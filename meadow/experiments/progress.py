@@ -92,7 +92,7 @@ def _show_live(
             live.update(render(tail.records, total, label, time.monotonic() - began, before), refresh=True)
     tail.read()
     if tail.records:
-        console.print(Text(line(tail.records, total, label, before)), soft_wrap=True)
+        console.print(Text(line(tail.records, total, label, before, over=True)), soft_wrap=True)
 
 
 def _show_lines(
@@ -104,24 +104,32 @@ def _show_lines(
         tail.read()
         newest = max(tail.records, default=0)
         if newest != printed and (over or time.monotonic() - at >= 1.0):
-            console.print(Text(line(tail.records, total, label, before)), soft_wrap=True)
+            console.print(Text(line(tail.records, total, label, before, over)), soft_wrap=True)
             printed, at = newest, time.monotonic()
         if over:
             return
 
 
-def line(records: Mapping[int, Record], total: int, label: str, before: Mapping[int, Record] | None = None) -> str:
-    """The newest round in one line; `before` as in `time_left`."""
+def line(
+    records: Mapping[int, Record],
+    total: int,
+    label: str,
+    before: Mapping[int, Record] | None = None,
+    over: bool = False,
+) -> str:
+    """The newest round in one line; `before` as in `time_left`; `over`: no further round follows."""
     newest = records[max(records)]
     target, metric = subject(records)
     parts = [f"{label}: round {newest['round']}/{total}"]
     parts += [f"loss {loss}"] if (loss := _loss(newest, target)) else []
-    for name, value in zip(("global", "clients", "worst tenth"), _metrics(newest, target, metric), strict=True):
+    scored = newest.get("clients_round", newest["round"])
+    clients = "clients" if scored == newest["round"] else f"clients after round {scored}"
+    for name, value in zip(("global", clients, "worst tenth"), _metrics(newest, newest, target, metric), strict=True):
         if value is not None:
             parts.append(f"{name} {worded(value, metric, target)}")
     sent = sum(_bytes(record) for record in records.values())
     spent = sum(float(record.get("seconds") or 0) for record in records.values())
-    left = time_left(records, total, before)
+    left = None if over else time_left(records, total, before)
     return ", ".join(
         [*parts, bytes_text(sent), f"{seconds_text(left)} left" if left else f"{seconds_text(spent)} in all"]
     )
@@ -144,12 +152,13 @@ def render(
         table.add_column(head, justify="right")
     if failing:
         table.add_column("failed", justify="right", style="yellow")
-    sent = 0.0
+    sent, scored = 0.0, {record.get("clients_round", number): record for number, record in records.items()}
     for number in sorted(records):
         record = records[number]
         sent += _bytes(record)
         if number > max(records) - SHOWN:
-            values = [worded(v, metric, target) if v is not None else "" for v in _metrics(record, target, metric)]
+            found = _metrics(record, scored.get(number, {}), target, metric)
+            values = [worded(value, metric, target) if value is not None else "" for value in found]
             spent = seconds_text(float(record.get("seconds") or 0))
             failed = [str(len(record.get("failed") or []) or "")] if failing else []
             table.add_row(f"{number}/{total}", _loss(record, target), *values, bytes_text(sent), spent, *failed)
@@ -182,9 +191,11 @@ def time_left(records: Mapping[int, Record], total: int, before: Mapping[int, Re
     return max(total - max(records), 0) * sum(float(records[n].get("seconds") or 0) for n in fresh) / len(fresh)
 
 
-def _metrics(record: Record, target: str, metric: str) -> tuple[float | None, float | None, float | None]:
-    """Global metric, clients' mean and worst tenth; the clients evaluate the model that they received in this round."""
-    clients = (record.get("clients") or {}).get(target, {}).get(metric) or {}
+def _metrics(
+    record: Record, scored: Record, target: str, metric: str
+) -> tuple[float | None, float | None, float | None]:
+    """Global metric of a record; clients' mean and worst tenth of the record in which they scored that model."""
+    clients = (scored.get("clients") or {}).get(target, {}).get(metric) or {}
     return (record.get("global") or {}).get(target, {}).get(metric), clients.get("mean"), clients.get("worst_decile")
 
 

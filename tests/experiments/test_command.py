@@ -105,6 +105,7 @@ def test_a_plan_is_what_the_run_then_costs(preset: str, override: str, tmp_path:
         (["run", "fedavg", "--engine", "spark"], ["--engine", "spark", "inline"]),
         (["run", "fedavg", "--out", "taken", *INLINE], ["taken", "--resume"]),
         (["run", "fedavg", "--resume", *INLINE], ["--resume", "--out"]),
+        (["run", "fedavg", "--resume", "--out", "nothing-here", *INLINE], ["--resume", "nothing-here"]),
         (["compare", "--methods", "fedavgg"], ["fedavgg", "fedavg"]),
         (["compare", "--seeds", "0"], ["--seeds", "0"]),
         (["sweep", "fedavg", "local.lr=0.1"], ["local.lr"]),

@@ -20,7 +20,7 @@ from meadow.experiments.pairs import compare_paired, t_interval
 from meadow.experiments.pictures.confusion import confusion_matrices
 from meadow.experiments.pictures.plots import spread_apart
 from meadow.experiments.pictures.roc import mean_roc
-from meadow.experiments.progress import Tail, follow, line, time_left
+from meadow.experiments.progress import Tail, follow, line, render, time_left
 from meadow.experiments.ranking import number, ranking, ranking_table, worded
 from meadow.experiments.report import write_report
 from meadow.experiments.report.runs import Fact, entry
@@ -423,3 +423,16 @@ def test_every_kind_is_ranked_by_its_primary_metric(kind: str, tmp_path: Path) -
     assert {column.group for column in part["metrics"].columns} == {"", "clients' mean", GLOBAL}
     shown = line(dict(enumerate(runs[0].rounds, 1)), 2, "x")
     assert f"global {worded(0.3, primary, 'digit')}" in shown
+
+
+def test_progress_names_the_round_whose_model_the_clients_scored() -> None:
+    """Clients score the model that they received, so what a record says of them is of the round before."""
+    scores = {"digit": {"accuracy": {"mean": 0.5, "worst_decile": 0.1}}}
+    records = {
+        round_: {"round": round_, "seconds": 1.0, "clients": scores, "clients_round": round_ - 1} for round_ in (1, 2)
+    }
+    assert "clients after round 1 50.0%" in line(records, 5, "run")
+    shown = io.StringIO()
+    Console(width=120, file=shown, force_terminal=False).print(render(records, 5, "run", 0.0))
+    first, second = (row.split() for row in shown.getvalue().splitlines() if "/5" in row)
+    assert "50.0%" in first and "50.0%" not in second
