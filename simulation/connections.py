@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 RETRIES = 2
-"""How often a call is repeated after its worker died; then the call is lost."""
+"""How often a call is repeated after its worker died without any news in its note; then the call is lost."""
 
 
 def connect(path: str, key: bytes, worker: int) -> "Connection":
@@ -28,14 +28,21 @@ def connect(path: str, key: bytes, worker: int) -> "Connection":
     return connection
 
 
+def note_of(path: str, worker: int) -> Path:
+    """The file in which a worker notes what it has in hand (`meadow.runtime.hand`)."""
+    return Path(path).with_name(f"hand-{worker}")
+
+
 @dataclass
 class _Worker:
-    """The calls to one worker. While connected, it works on the first one; the others wait."""
+    """The calls to one worker. While connected, it works on the first one; the others wait. note: see `note_of`."""
 
+    note: Path
     connection: Connection | None = None
     waiting: deque[tuple[int, bytes]] = field(default_factory=deque)
     deaths: int = 0
-    """How often the worker died during the first call."""
+    """How often the worker died during the first call since there was news in its note."""
+    noted: bytes = b""
 
     def advance(self) -> None:
         """Send the first call."""
@@ -50,7 +57,8 @@ class _Worker:
         except (EOFError, OSError):
             connection.close()
             self.connection = None
-            self.deaths += bool(self.waiting)
+            before, self.noted = self.noted, self.note.read_bytes() if self.note.exists() else b""
+            self.deaths = (self.deaths if self.noted == before else 0) + bool(self.waiting)
             return self.end(None) if self.deaths > RETRIES else []
         found = self.end(answer)
         self.advance()
@@ -58,7 +66,7 @@ class _Worker:
 
     def end(self, answer: bytes | None) -> list[tuple[int, bytes | None]]:
         """Finish the first call, with its answer or None if it is lost."""
-        self.deaths = 0
+        self.deaths, self.noted = 0, b""
         return [(self.waiting.popleft()[0], answer)]
 
 
@@ -73,7 +81,7 @@ class Calls:
         self._folder = tempfile.TemporaryDirectory(prefix="meadow-", dir="/tmp", ignore_cleanup_errors=True)
         self.path, self.key = str(Path(self._folder.name) / "calls"), secrets.token_bytes(32)
         self._listener = Listener(self.path, "AF_UNIX", backlog=workers, authkey=self.key)
-        self._workers = [_Worker() for _ in range(workers)]
+        self._workers = [_Worker(note_of(self.path, number)) for number in range(workers)]
         self._numbers = itertools.count()
         listener: Any = self._listener
         self._socket: socket.socket = listener._listener._socket
@@ -103,6 +111,16 @@ class Calls:
         """Mark all calls to a worker that will not come back as lost; return them as `answers` does."""
         queue = self._workers[worker]
         return [lost for _ in list(queue.waiting) for lost in queue.end(None)]
+
+    def drop(self, number: int) -> None:
+        """Forget a call to a worker that is about to be killed."""
+        for worker in self._workers:
+            kept = deque(call for call in worker.waiting if call[0] != number)
+            if len(kept) < len(worker.waiting):
+                worker.waiting, worker.deaths, worker.noted = kept, 0, b""
+                if worker.connection is not None:  # it may still answer
+                    worker.connection.close()
+                    worker.connection = None
 
     def close(self) -> None:
         """Close all connections; the workers then stop serving."""
