@@ -8,7 +8,6 @@ the key before anything is read, and only the user who runs the command can open
 import itertools
 import secrets
 import socket
-import tempfile
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
+
+from meadow.simulation.scratch import Scratch
 
 RETRIES = 2
 """How often a call is repeated after its worker died without any news in its note; then the call is lost."""
@@ -77,9 +78,8 @@ class Calls:
     """
 
     def __init__(self, workers: int) -> None:
-        # Not in TMPDIR: a socket's path may have at most 107 characters.
-        self._folder = tempfile.TemporaryDirectory(prefix="meadow-", dir="/tmp", ignore_cleanup_errors=True)
-        self.path, self.key = str(Path(self._folder.name) / "calls"), secrets.token_bytes(32)
+        self._folder = Scratch()
+        self.path, self.key = str(self._folder.path / "calls"), secrets.token_bytes(32)
         self._listener = Listener(self.path, "AF_UNIX", backlog=workers, authkey=self.key)
         self._workers = [_Worker(note_of(self.path, number)) for number in range(workers)]
         self._numbers = itertools.count()
@@ -128,7 +128,7 @@ class Calls:
             if worker.connection is not None:
                 worker.connection.close()
         self._listener.close()
-        self._folder.cleanup()
+        self._folder.remove()
 
     def _accept(self) -> None:
         with suppress(EOFError, OSError, AuthenticationError):  # the worker is gone again, or a stranger connected

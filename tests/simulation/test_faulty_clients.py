@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.faulty import CLIENT, ROUND
-from helpers.runs import SAME, clients_answer, run_with, small
+from helpers.runs import SAME, clients_answer, run_inline, run_with, small
 from meadow.client.answers import train_client
 from meadow.client.node import Node
 from meadow.config.schema import Experiment
@@ -37,6 +37,11 @@ def without_the_client(experiment: Experiment, out: Path) -> dict[str, Any]:
         return train_client(node, request)
 
     return run_with(clients_answer(one), experiment, out)
+
+
+def releases(run: Path) -> dict[str, int]:
+    """The lines of each client's ledger."""
+    return {path.name: len(path.read_bytes().splitlines()) for path in (run / "state").rglob("*.ledger")}
 
 
 def failures(run: Path) -> list[list[int]]:
@@ -78,8 +83,6 @@ def test_several_clients_that_die_or_hang_in_one_round_are_all_that_is_lost(ray_
 def test_a_private_client_that_dies_is_charged_and_the_others_once(ray_launch: Launch, tmp_path: Path) -> None:
     private = ("privacy.unit=example", "privacy.noise_multiplier=1", "privacy.epsilon=0", "privacy.clip=1")
     summary = ray_launch(faulty("EXITS", *private), tmp_path / "ray")
+    run_inline(faulty("FINE", *private), tmp_path / "inline")
     assert failures(tmp_path / "ray") == [[], [CLIENT], []] and summary["status"] == "done"
-    entries = [
-        len(p.read_text().splitlines()) for p in sorted((tmp_path / "ray" / "state" / "ledgers").rglob("*.jsonl"))
-    ]
-    assert entries == [3] * 23
+    assert releases(tmp_path / "ray") == releases(tmp_path / "inline")
