@@ -6,8 +6,11 @@ the key before anything is read, and only the user who runs the command can open
 """
 
 import itertools
+import os
 import secrets
+import signal
 import socket
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,16 +19,20 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
+from meadow.runtime.hand import deadline
 from meadow.simulation.scratch import Scratch
 
 RETRIES = 2
 """How often a call is repeated after its worker died without any news in its note; then the call is lost."""
 
+_GRACE = 10.0
+"""Seconds after a worker's own deadline until it is killed."""
+
 
 def connect(path: str, key: bytes, worker: int) -> "Connection":
     """A worker's connection to the command. Raises OSError if the command is gone, AuthenticationError for a wrong key."""
     connection = Client(path, "AF_UNIX", authkey=key)
-    connection.send_bytes(str(worker).encode())
+    connection.send_bytes(f"{worker} {os.getpid()}".encode())
     return connection
 
 
@@ -40,10 +47,13 @@ class _Worker:
 
     note: Path
     connection: Connection | None = None
+    process: int = 0
     waiting: deque[tuple[int, bytes]] = field(default_factory=deque)
     deaths: int = 0
     """How often the worker died during the first call since there was news in its note."""
     noted: bytes = b""
+    overdue: float = 0.0
+    """The last deadline that it missed."""
 
     def advance(self) -> None:
         """Send the first call."""
@@ -64,6 +74,11 @@ class _Worker:
         found = self.end(answer)
         self.advance()
         return found
+
+    def kill(self) -> None:
+        """Kill the worker; Ray starts it again."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGKILL)
 
     def end(self, answer: bytes | None) -> list[tuple[int, bytes | None]]:
         """Finish the first call, with its answer or None if it is lost."""
@@ -113,7 +128,7 @@ class Calls:
         return [lost for _ in list(queue.waiting) for lost in queue.end(None)]
 
     def drop(self, number: int) -> None:
-        """Forget a call to a worker that is about to be killed."""
+        """Forget a call, and kill its worker."""
         for worker in self._workers:
             kept = deque(call for call in worker.waiting if call[0] != number)
             if len(kept) < len(worker.waiting):
@@ -121,6 +136,15 @@ class Calls:
                 if worker.connection is not None:  # it may still answer
                     worker.connection.close()
                     worker.connection = None
+                    worker.kill()
+
+    def kill_frozen(self) -> None:
+        """Kill workers that should have ended themselves a while ago: something stopped the whole process."""
+        for worker in self._workers:
+            ends = deadline(worker.note)
+            if worker.connection is not None and time.monotonic() > ends + _GRACE and ends != worker.overdue:
+                worker.overdue = ends
+                worker.kill()
 
     def close(self) -> None:
         """Close all connections; the workers then stop serving."""
@@ -133,6 +157,7 @@ class Calls:
     def _accept(self) -> None:
         with suppress(EOFError, OSError, AuthenticationError):  # the worker is gone again, or a stranger connected
             connection = self._listener.accept()
-            worker = self._workers[int(connection.recv_bytes())]
-            worker.connection = connection
+            number, process = map(int, connection.recv_bytes().split())
+            worker = self._workers[number]
+            worker.connection, worker.process = connection, process
             worker.advance()

@@ -237,6 +237,7 @@ class MachineGrid(RayGrid):
         ready = any(each in self._arrived for each in asked)
         found = self._calls.answers(0 if ready else _WAIT)
         if not found and not ready:
+            self._calls.kill_frozen()
             serving = self._workers.serving
             ended, _ = ray.wait(serving, num_returns=len(serving), timeout=0)
             found = [lost for reference in ended for lost in self._calls.fail(serving.index(reference))]
@@ -253,13 +254,10 @@ class MachineGrid(RayGrid):
         Their segments are not used again: a worker may still write.
         """
         gone = {*message_ids}
-        sent = {number: self._workers.sent[number].message.metadata for number in self._ours}
-        for number, metadata in sent.items():
-            if metadata.message_id in gone:
-                self._ours.remove(number)
-                del self._workers.sent[number]
-                self._calls.drop(number)
-                ray.kill(self._workers.actors[self._node_ids.index(metadata.dst_node_id)], no_restart=False)
+        for number in [n for n in self._ours if self._workers.sent[n].message.metadata.message_id in gone]:
+            self._ours.remove(number)
+            del self._workers.sent[number]
+            self._calls.drop(number)
 
     def _reply(self, sent: Sent, answer: bytes | None) -> Message:
         """The reply to a message; its segments are given back for reuse."""

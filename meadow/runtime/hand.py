@@ -75,7 +75,7 @@ class Hand:
         """What the note of a worker that died says, if it had the same message."""
         with suppress(OSError, ValueError, TypeError):
             head, hand, *_ = self._note.read_text().split("\n")
-            past, (clients, limit) = Past(**json.loads(head)), json.loads(hand)
+            past, (clients, limit, _) = Past(**json.loads(head)), json.loads(hand)
             if past.message == message:
                 past.lost = {int(client): reason for client, reason in past.lost.items()}
                 trace = self._trace.read_text().strip().splitlines()
@@ -85,6 +85,14 @@ class Hand:
                 past.add(clients, late + (_innermost(trace) if tells else ""))
                 return past
         return Past(message)
+
+
+def deadline(note: Path) -> float:
+    """When the worker will end itself, by `time.monotonic`; infinity if it answers no message."""
+    try:
+        return float(json.loads(note.read_text().split("\n")[1])[2])
+    except (OSError, ValueError, IndexError):
+        return float("inf")
 
 
 def take(*clients: int) -> None:
@@ -111,12 +119,12 @@ class _Open:
     """When the worker ends itself."""
 
     def take(self, clients: tuple[int, ...]) -> None:
-        os.pwrite(self.file, f"{json.dumps((clients, self.limit))}\n".encode(), self.at)
         now, least = time.monotonic(), self.limit * max(1, len(clients))
         most = least * (1 + SLACK)
         if not now + least <= self.ends <= now + most:
             faulthandler.dump_traceback_later(most, exit=True, file=self.trace)
             self.ends = now + most
+        os.pwrite(self.file, f"{json.dumps((clients, self.limit, self.ends))}\n".encode(), self.at)
 
 
 def _innermost(trace: list[str]) -> str:

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, Message
 
 from helpers.faulty import CLIENT, ROUND
 from helpers.runs import SAME, clients_answer, run_inline, run_with, small
 from meadow.client.answers import train_client
+from meadow.client.app import app
 from meadow.client.node import Node
 from meadow.config.schema import Experiment
 from meadow.simulation.launch import Launch, engine
-from meadow.strategies.wire.packing import Answer, Request
+from meadow.strategies.wire.packing import Answer, Request, add_errors, leave_out
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,39 @@ def test_several_clients_that_die_or_hang_in_one_round_are_all_that_is_lost(ray_
 
 @pytest.mark.slow
 def test_a_private_client_that_dies_is_charged_and_the_others_once(ray_launch: Launch, tmp_path: Path) -> None:
-    private = ("privacy.unit=example", "privacy.noise_multiplier=1", "privacy.epsilon=0", "privacy.clip=1")
+    private = (
+        "privacy.unit=example",
+        "privacy.noise_multiplier=1",
+        "privacy.sample_rate=0.2",
+        "privacy.epsilon=0",
+        "privacy.clip=1",
+    )
     summary = ray_launch(faulty("EXITS", *private), tmp_path / "ray")
     run_inline(faulty("FINE", *private), tmp_path / "inline")
     assert failures(tmp_path / "ray") == [[], [CLIENT], []] and summary["status"] == "done"
     assert releases(tmp_path / "ray") == releases(tmp_path / "inline")
+
+
+def test_a_block_whose_clients_go_one_by_one_has_the_same_bits(tmp_path: Path) -> None:
+    """As after a death in a block; then one of its clients is left out."""
+    experiment = small("fedavg", "partition.clients=23")
+    whole = run_inline(experiment, tmp_path / "whole")
+
+    def apart(message: Message, context: Context) -> Message:
+        if "pack" in message.content:
+            leave_out(message.content, (), range(CLIENT, 23))
+        return app(message, context)
+
+    def without(message: Message, context: Context) -> Message:
+        lost = {CLIENT: "its worker died"} if message.metadata.message_type == "train" else {}
+        if "pack" in message.content:
+            leave_out(message.content, lost)
+        reply = app(message, context)
+        if lost:
+            add_errors(reply.content, lost)
+        return reply
+
+    found = run_with(apart, experiment, tmp_path / "apart")
+    assert [found[key] for key in SAME] == [whole[key] for key in SAME]
+    run_with(without, experiment, tmp_path / "without")
+    assert failures(tmp_path / "without") == [[CLIENT]] * 3
