@@ -35,6 +35,10 @@ def _crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def _freeze() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def _interrupt() -> None:
     raise KeyboardInterrupt
 
@@ -63,6 +67,7 @@ def _faulty(*faults: Callable[[], object]) -> Algorithm:
 
 HANGS, HANGS_IN_C = _faulty(_hang), _faulty(_hang_in_c)
 EXITS, CRASHES = _faulty(_exit), _faulty(_crash)
+FREEZES = _faulty(_freeze)
 MANY = _faulty(_hang, _exit, _crash)
 INTERRUPTS, CANCELS, INTERRUPTS_LATER = _faulty(_interrupt), _faulty(_cancel), _faulty(_interrupt_later)
 FINE = _faulty()

@@ -57,11 +57,11 @@ def failures(run: Path) -> list[list[int]]:
         "EXITS",
         "INTERRUPTS",
         "CANCELS",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("CRASHES", "HANGS", "HANGS_IN_C")),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("CRASHES", "HANGS", "HANGS_IN_C", "FREEZES")),
     ],
 )
 def test_the_others_get_the_bits_of_a_run_in_which_it_fails(name: str, ray_launch: Launch, tmp_path: Path) -> None:
-    experiment = faulty(name, *(["cohort.timeout=20"] if name.startswith("HANGS") else []))
+    experiment = faulty(name, *(["cohort.timeout=20"] if name in ("HANGS", "HANGS_IN_C", "FREEZES") else []))
     summary = ray_launch(experiment, tmp_path / "ray")
     assert failures(tmp_path / "ray") == [[], [CLIENT], []]
     expected = without_the_client(faulty("FINE"), tmp_path / "inline")
