@@ -16,6 +16,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import UserError
+from meadow.runtime.hand import costs_its_client, take
 from meadow.strategies import algorithm
 from meadow.strategies.protocol import ClientAlgorithm, ClientResult
 from meadow.strategies.roles import name_weights
@@ -37,19 +38,23 @@ def answer(node: Node, requests: Sequence[Request], handler: Handler) -> list[An
     """
     answers = []
     for request in requests:
+        take(request.client)
         try:
             answers.append(handler(node, request))
         except LostState as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}", lost=True))
         except LedgerFault as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
-        except (Exception, SystemExit) as error:  # any error of a client's data or model is that client's alone
+        except BaseException as error:  # of a client's data or model
+            if not costs_its_client(error):
+                raise
             if not allowed(node.experiment, "errors"):
                 log.exception("client %d failed", request.client)
                 text = f"{type(error).__name__}; see the node's log, or write privacy.release = errors"
             else:
                 text = traceback.format_exc()
             answers.append(Answer(request.client, error=f"client {request.client}: {text}"))
+    take()
     return answers
 
 
