@@ -45,7 +45,9 @@ def test_mypy_sees_every_room() -> None:
     linked = {path.name: path.resolve() for path in (ROOT / "typings" / "meadow").iterdir()}
     here = {path.name: path for path in (ROOT / "meadow").iterdir() if path.name not in ("__pycache__", "py.typed")}
     rooms = {name.partition(".")[2]: place for name, place in PLACES.items() if name != "meadow"}
-    assert linked == here | rooms | {"benchmarks": ROOT / "benchmarks"}  # of the checkout only: a wheel has no benchmarks
+    assert linked == here | rooms | {
+        "benchmarks": ROOT / "benchmarks"
+    }  # of the checkout only: a wheel has no benchmarks
 
 
 def test_the_version_is_said_once() -> None:

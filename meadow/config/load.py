@@ -14,12 +14,12 @@ from pydantic import BaseModel, ValidationError
 from meadow.config import rules
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import is_file, read_file
 
 Tree = dict[str, Any]
 
-LARGEST_FILE, LONGEST_LINE, LONGEST_NAME = 64 * 1024, 4000, 255
-"""Bytes of an experiment file, characters of its lines and of its name. TOML's parser takes quadratic time for a key with
-many dots."""
+LARGEST_FILE, LONGEST_LINE = 64 * 1024, 4000
+"""Bytes of an experiment file, characters of its lines. TOML's parser takes quadratic time for a key with many dots."""
 
 
 def preset_names() -> list[str]:
@@ -45,7 +45,7 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
     if name in preset_names():
         return tomllib.loads(resources.files("meadow.config.presets").joinpath(f"{name}.toml").read_text())
     path = Path(name)
-    if len(path.name) > LONGEST_NAME or not path.is_file():
+    if not is_file(path):
         if path.suffix == ".toml" or len(path.parts) > 1:
             raise UserError(f"experiment = {shortened(name)}: there is no such file")
         raise UserError(
@@ -53,11 +53,7 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
             f"Presets: {', '.join(preset_names())}"
         )
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise ValueError(f"it has over {LARGEST_FILE:,} bytes")
-        tree = _toml(content.decode())
+        tree = _toml(read_file(path, LARGEST_FILE).decode())
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
     except ValueError as error:

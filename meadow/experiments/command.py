@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
@@ -19,7 +18,8 @@ from rich.markup import escape
 
 from meadow.config.load import Tree, apply, parse_override, preset_about, preset_names, read_tree, to_toml
 from meadow.config.schema import Experiment
-from meadow.runtime.errors import RunStopped, UserError
+from meadow.experiments.endings import exit_status_of_errors
+from meadow.runtime.errors import UserError
 from meadow.runtime.identity import versions
 
 app = typer.Typer(
@@ -240,19 +240,8 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)
-    try:
+    with exit_status_of_errors():
         app(standalone_mode=True)
-    except UserError as error:
-        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except RunStopped as stop:
-        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(str(stop))}", highlight=False, soft_wrap=True)
-        sys.exit(3)
-    except SystemExit as end:
-        if end.code != 130:  # typer's status after Ctrl-C
-            raise
-        Console(stderr=True).print("meadow: stopped by the user; to continue, add --resume --out DIR to the command")
-        sys.exit(3)
 
 
 def _optional(experiment: str, overrides: list[str] | None) -> tuple[str, list[str]]:

@@ -104,7 +104,7 @@ TABLES: dict[str, tuple[str, bytes, str]] = {
     "other keys": ("t.jsonl", b'{"a": 1, "b": 2}\n\n{"a": 1, "c": 2}\n',
                    r"ROOT/t.jsonl, line 3: the keys are \['a', 'c'\], those of the first line \['a', 'b'\]"),
     "a nested object": ("t.jsonl", b'{"a": {"b": 1}}\n',
-                        'ROOT/t.jsonl, line 1, "a": expected a text, a number or a list, found dict'),
+                        'ROOT/t.jsonl, line 1, "a": expected a text, a number or a list of them, found dict'),
 }  # fmt: skip
 
 
