@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meadow.arrays.files import DamagedFile, read_json, write_bytes, write_json, writing
+from meadow.arrays.files import DamagedFile, write_bytes, write_json, writing
 from meadow.config.load import flatten, load, to_toml, to_tree
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.identity import ROOT, code_sha256, versions
+from meadow.runtime.limits import read_file
+from meadow.server.recorded import Manifest, Record, Summary, fault, read_recorded
 
 log = logging.getLogger("meadow.server")
 
@@ -32,7 +34,7 @@ class RunFolder:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest that `open_folder` wrote. Raises DamagedFile."""
-        manifest = read_json(self.path / "manifest.json", dict)
+        manifest = read_recorded(self.path / "manifest.json", Manifest)
         if not isinstance(manifest.get("run_id"), str):
             raise DamagedFile(f"{self.path / 'manifest.json'}: it has no run_id")
         return manifest
@@ -45,7 +47,7 @@ class RunFolder:
         """The round records, and the lines that are none."""
         path = self.path / "rounds.jsonl"
         found, damaged = list[dict[str, Any]](), list[bytes]()
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        for line in read_file(path).splitlines(keepends=True) if path.exists() else []:
             if not line.endswith(b"\n"):  # the process ended while it wrote the line
                 continue
             record = read_record(line)
@@ -100,7 +102,7 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The summary of a run that has ended, else None."""
         try:
-            return read_json(self.path / "summary.json", dict)
+            return read_recorded(self.path / "summary.json", Summary)
         except DamagedFile:
             return None
 
@@ -111,7 +113,7 @@ def read_record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("round"), int) else None
+    return None if fault(Record, record) else record
 
 
 def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:

@@ -18,8 +18,9 @@ from meadow.runtime.limits import is_file, read_file
 
 Tree = dict[str, Any]
 
-LARGEST_FILE, LONGEST_LINE = 64 * 1024, 4000
-"""Bytes of an experiment file, characters of its lines. TOML's parser takes quadratic time for a key with many dots."""
+LARGEST_FILE, LONGEST_LINE, DEEPEST = 64 * 1024, 4000, 10
+"""Bytes of an experiment file, characters of its lines, tables and lists in one another. TOML's parser takes quadratic
+time for a key with many dots."""
 
 
 def preset_names() -> list[str]:
@@ -69,14 +70,23 @@ def _toml(text: str) -> Tree:
     if any(len(line) > LONGEST_LINE for line in text.splitlines()):
         raise ValueError(f"a line has over {LONGEST_LINE:,} characters")
     try:
-        return tomllib.loads(text)
+        tree = tomllib.loads(text)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+    level: list[Any] = [tree]
+    for _ in range(DEEPEST):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        level = [each for each in level if isinstance(each, dict | list)]
+    if level:
+        raise ValueError("its values are nested too deeply")
+    return tree
 
 
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `section.key=value`; the value is read as TOML or, if it is not TOML, as a string."""
     key, separator, value = text.partition("=")
+    if any(not char.isprintable() for char in key) or not _is_text(value):
+        raise UserError(f"{shortened(ascii(text))}: an override is UTF-8 text, and its key has no control characters")
     if not separator or key.count(".") != 1:
         raise UserError(f"{shortened(text)}: an override is written section.key=value, for example run.rounds=5")
     try:
@@ -85,6 +95,11 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value
     except ValueError as error:
         raise UserError(f"{shortened(key)} = {shortened(value)}: {error}") from None
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can say it: an argument of other bytes has half characters in their place."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def apply(tree: Tree, overrides: Iterable[tuple[str, Any]]) -> Tree:

@@ -67,7 +67,7 @@ Fractions = Annotated[tuple[float, ...], BeforeValidator(_listed_floats)]
 Count = Annotated[int, Field(le=1_000_000)]
 """How many or how often. Beyond this limit, and that of `Units`, a value is a slip: a run would not end, or not begin."""
 Units = Annotated[int, Field(le=100_000)]
-"""The width of a layer."""
+"""The width of a layer, or the length of a sequence."""
 Place = Annotated[str, AfterValidator(_path)]
 """A file or folder."""
 
@@ -81,7 +81,9 @@ class Section(BaseModel):
 class Run(Section):
     """`[run]`: the name, the seed, the number of rounds, and where training happens."""
 
-    name: str = Field("experiment", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(
+        "experiment", min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+    )
     seed: int = Field(0, ge=0, lt=2**63)
     rounds: int = Field(
         30, ge=1, le=100_000, description="Communication rounds; without federation, blocks of local epochs."
@@ -139,7 +141,7 @@ class Task(Section):
     tokens: str = Field("hash", description="Tokeniser of texts: words, hash, chars, or transformers:NAME.")
     vocabulary: Place = Field("", description="A file with one token per line, for tokens = words or chars.")
     vocabulary_size: Count = Field(10000, ge=3, description="Most distinct tokens, with padding and the unknown token.")
-    length: Count = Field(128, ge=1, description="Tokens kept of each text; characters per window.")
+    length: Units = Field(128, ge=1, description="Tokens kept of each text; characters per window.")
     source: Literal["printed-digits"] = "printed-digits"
     source_samples: Count = Field(4000, ge=100, description="Samples generated to train the source model.")
     source_epochs: Count = Field(10, ge=1)

@@ -27,7 +27,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     path = out / "report.html" if out.is_dir() else out
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(page, encoding="utf-8")
+    part.write_text(page, encoding="utf-8", errors="backslashreplace")  # a name in no encoding
     part.replace(path)
     return path
 
