@@ -151,7 +151,8 @@ def _tables(draw: Random) -> Made:
         lines = [json.dumps(row) for row in rows] if ".jsonl" in name else ["a,b,text", *(",".join(row.values()) for row in rows)]
         text = "\n".join(line if ".jsonl" in name else line.replace(",", mark) for line in lines).encode("utf-8", "surrogatepass")
     elif draw.random() < 0.2:
-        text = draw.choice([b"a,b\n1,2\n", b"\n", b'{"a":1,"b":2}\n', b"a"]) * (4 * 10**7 // draw.choice([1, 8]))
+        text = draw.choice([b"a,b\n1,2\n", b"\n" * 9, b'{"a":1,"b":2}\n', b"a" * 9]) * 10**draw.choice([5, 6, 7])
+        name = f"train{draw.choice(['.csv', '.jsonl'])}{draw.choice(['.gz', '.xz'])}"
     packed = gzip.compress(text, 1) if name.endswith(".gz") else lzma.compress(text, preset=0) if name.endswith(".xz") else text
     raw, kind = _damaged(draw, packed), draw.choice(["tabular", "text", "characters", "image-table"])
     column = draw.choice(["a", "text", "a category", "text category", "a scaled", "a mean 0 std 0", "a among x y", '"'])

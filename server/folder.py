@@ -47,7 +47,11 @@ class RunFolder:
         """The round records, and the lines that are none."""
         path = self.path / "rounds.jsonl"
         found, damaged = list[dict[str, Any]](), list[bytes]()
-        for line in read_file(path).splitlines(keepends=True) if path.exists() else []:
+        try:
+            content = read_file(path) if path.exists() else b""
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); restore it, or start a new run") from None
+        for line in content.splitlines(keepends=True):
             if not line.endswith(b"\n"):  # the process ended while it wrote the line
                 continue
             record = read_record(line)

@@ -67,6 +67,7 @@ class _Release(Form):
 
 class _Epsilon(Form):
     max: Number
+    median: Number
 
 
 class _Privacy(Form):

@@ -504,7 +504,7 @@ class Privacy(Section):
         is_drawn = len(numbers) == len(words) > 0 and (
             kind == "choice" or (kind == "uniform" and len(numbers) == 2 and numbers[0] <= numbers[1])
         )
-        if self.budgets and not is_drawn and not (kind == "file" and len(words) == 1):
+        if self.budgets and not is_drawn and not (kind == "file" and words):
             raise ValueError(
                 f'budgets = "{self.budgets}": write "uniform 1 8", "choice 1 2 4", with positive numbers, or "file '
                 'budgets.csv"'

@@ -25,7 +25,7 @@ from meadow.privacy.accounting import (
 )
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.runtime.errors import UserError
-from meadow.runtime.limits import read_file
+from meadow.runtime.limits import read_file, user_path
 from meadow.runtime.seeds import numpy_generator
 
 LARGEST_BUDGETS = 64 * 2**20
@@ -43,7 +43,7 @@ def budgets(experiment: Experiment, clients: int) -> list[float]:
     if not kind:
         return [privacy.epsilon or math.inf] * clients
     if kind == "file":
-        return _from_file(privacy.budgets, Path(words[0]), clients)
+        return _from_file(privacy.budgets, user_path(privacy.budgets.strip().removeprefix("file").strip()), clients)
     numbers = [float(word) for word in words]
     drawn = []
     for client in range(clients):
