@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from meadow.config.schema import Experiment
+from meadow.privacy.dpsgd.choose import chosen_mode
 from meadow.privacy.dpsgd.mechanism import Mechanism
-from meadow.privacy.dpsgd.step import Privatiser
+from meadow.privacy.dpsgd.step import Privatiser, refuse_what_mixes_samples
 from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError
 from meadow.server.client_level import client_level
@@ -24,8 +25,8 @@ def protection(experiment: Experiment, task: Task, roles: Roles) -> Protection:
     return (Protection if unit == "none" else Ledgers)(experiment)
 
 
-def _rehearse(experiment: Experiment, task: Task, model: nn.Module) -> None:
-    """Compute the private gradient of one empty sample. Raises UserError if the model cannot be trained so."""
+def _rehearse(task: Task, model: nn.Module) -> None:
+    """Compute the private gradient of an empty sample by Opacus. Raises UserError if it cannot take the model apart."""
     x = task.prepare(torch.zeros_like(task.dataset.train.x[:1]))
 
     def losses(_: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def _rehearse(experiment: Experiment, task: Task, model: nn.Module) -> None:
         return torch.stack([output.sum() for output in outputs.values()]).sum().reshape(1)
 
     noise = Stream(0)
-    with Privatiser(model, Mechanism(1, 0, 1, 1, 1), noise, noise, experiment.privacy.grad_sample) as trial:
+    with Privatiser(model, Mechanism(1, 0, 1, 1, 1), noise, noise, "hooks") as trial:
         trial.gradients(torch.tensor([0]), losses)
 
 
@@ -54,7 +55,9 @@ def _refuse_unprotectable(experiment: Experiment, task: Task, roles: Roles) -> N
             module.training = any((f"{place}.{name}" if place else name) in roles.trained for name, _ in own)
             if experiment.local.statistics == "kept" and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
-        _rehearse(experiment, task, model)
+        refuse_what_mixes_samples(model)
+        if chosen_mode(model, experiment.privacy.grad_sample) == "hooks":  # the others take what they are chosen for
+            _rehearse(task, model)
         return
     for name in roles.shared:
         if name in roles.trained and name not in parameters:

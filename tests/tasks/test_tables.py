@@ -240,4 +240,4 @@ def test_a_file_that_holds_no_arrays_is_told(tmp_path: Path) -> None:
     damaged = bytearray((tmp_path / "c.npz").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (tmp_path / "c.npz").write_bytes(bytes(damaged))
-    refused("ROOT/c.npz: the .npz file is damaged", tmp_path, lambda: opened("arrays", tmp_path, **gone))
+    refused("ROOT/c.npz: .* damaged", tmp_path, lambda: opened("arrays", tmp_path, **gone))
