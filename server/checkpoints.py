@@ -1,9 +1,11 @@
 """Checkpoints: the shared arrays after a round and what the next round needs, so that a resumed run gives the same bits.
 
-A checkpoint is `round-N.safetensors`, then `round-N.json` with the arrays' SHA-256. Without a readable, matching JSON file
-the checkpoint is ignored and the one before it is used. The last `KEEP` checkpoints stay.
+A checkpoint is `round-N.safetensors`, then `round-N.json` with the arrays' SHA-256 and its own. Without a whole, matching
+JSON file the checkpoint is ignored and the one before it is used. The last `KEEP` checkpoints stay.
 """
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ KEEP = 3
 
 _NAME = re.compile(r"round-\d{8}\.(json|safetensors)")
 
+_OWN = "own_sha256"
+"""Key of the SHA-256 of the JSON file's other entries."""
 _STRATEGY = "strategy"
 """Prefix of the strategy's arrays in a checkpoint: its "m@w" is stored as "strategy@m@w", next to the shared "w"."""
 
@@ -46,7 +50,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int = KEEP) -> None:
         "privacy": checkpoint.privacy,
         "run": checkpoint.run,
     }
-    write_json(stem.with_suffix(".json"), about, private=True)
+    write_json(stem.with_suffix(".json"), about | {_OWN: _digest(about)}, private=True)
     for old in _rounds(folder)[:-keep]:
         (folder / f"round-{old:08d}.json").unlink(missing_ok=True)
         (folder / f"round-{old:08d}.safetensors").unlink(missing_ok=True)
@@ -72,6 +76,8 @@ def read(folder: Path, round_: int) -> Checkpoint:
     stem = folder / f"round-{round_:08d}"
     about = read_json(stem.with_suffix(".json"), dict)
     arrays = read_arrays(stem.with_suffix(".safetensors"))
+    if about.pop(_OWN, None) not in (None, _digest(about)):  # files of earlier versions have none
+        raise DamagedFile(f"{stem}.json: its content does not match its SHA-256")
     if about.get("round") != round_ or about.get("sha256") != arrays_sha256(arrays):
         raise DamagedFile(f"{stem}.safetensors: the arrays do not match the SHA-256 in {stem.name}.json")
     shared, kept = split_auxiliary(arrays)[0], of_kind(_STRATEGY, arrays)
@@ -97,3 +103,7 @@ def _files(folder: Path) -> list[Path]:
         raise RunStopped(
             f"{folder} cannot be read ({error.strerror}); restore it, and continue with --resume"
         ) from None
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()

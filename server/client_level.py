@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from meadow.arrays.files import read_json, write_json
+from meadow.arrays.files import DamagedFile, read_json, write_json
 from meadow.arrays.named import Arrays, arrays_sha256
 from meadow.config.schema import Experiment
 from meadow.privacy import plan
@@ -104,7 +104,13 @@ class ClientLevel(Protection):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.bound = float(state["bound"])
-        self.made += [str(inputs) for inputs in state["made"] if inputs not in self.made]
+        known = [str(inputs) for inputs in state["made"] if inputs not in self.made]
+        if known and self._folder is not None:  # each was on disk before its checkpoint
+            raise DamagedFile(
+                f"{self._folder / _MADE}: {len(known)} releases that the checkpoint knows are missing or altered; restore "
+                "the file and continue with --resume, or start a new run"
+            )
+        self.made += known
 
     def summary(self, stages: Iterable[Stage]) -> dict[str, Any]:
         return self._claim(stages, bool(self._secret) and not self._simulated, 0)

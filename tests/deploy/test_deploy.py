@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -112,6 +113,22 @@ def test_the_compose_files_are_valid_by_the_compose_specification(name: str) -> 
     PyCompose.from_yaml(merged).validate()
     with pytest.raises(ValueError, match="read_onli"):
         PyCompose.from_yaml(merged.replace("read_only", "read_onli"))
+
+
+def test_the_image_is_of_exact_versions_by_their_hashes() -> None:
+    """The packages that the project asks for by an exact version have that one; the base image has a digest."""
+    lists = [(ROOT / "deploy" / f"requirements{kind}.txt").read_text() for kind in ("", "-cpu", "-cuda")]
+    for text in lists:
+        hashed = re.findall(r"^[\w.-]+==\S+ \\\n    --hash=sha256:\w{64}", text, re.M)
+        assert len(hashed) == len(re.findall(r"^\w", text, re.M)) > 0
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    exact = [re.sub(r"\[.*\]", "", name) for name in asked if "==" in name]
+    assert len(exact) > 3 and [name for name in exact if f"\n{name} " not in "".join(lists)] == []
+    dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
+    assert "--require-hashes" in dockerfile and re.search(
+        r"^FROM \$\{BASE:-\S+@sha256:\w{64}\} AS base$", dockerfile, re.M
+    )
+    assert set(re.findall(r"^FROM (\S+)", dockerfile, re.M)[1:]) == {"base"}
 
 
 class Federation:

@@ -16,10 +16,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "meadowtest"
+LOCAL_BASE = "python:3.11-slim"
+"""Where no registry is in reach, an image of this name that was made there; it has no digest."""
 
 
 def start_engine() -> None:
     """Have a Docker engine run, started by the script that MEADOW_DOCKER_UP names if need be, or skip the test."""
+    _run_engine()
+    if docker("image", "inspect", "--format", "{{.RepoDigests}}", LOCAL_BASE).strip() == "[]":
+        os.environ.setdefault("MEADOW_BASE", LOCAL_BASE)
+
+
+def _run_engine() -> None:
     if engine_answers():
         return
     if not (script := os.environ.get("MEADOW_DOCKER_UP")):

@@ -1,5 +1,6 @@
 """Killed and resumed: the run that was cut off ends with the bits of the run that never was."""
 
+import json
 import os
 import random
 import shutil
@@ -291,6 +292,17 @@ def test_a_flipped_bit_anywhere_in_a_file_of_arrays_is_found(tmp_path: Path) -> 
             read_arrays(path)
 
 
+def test_a_flipped_bit_in_what_a_checkpoint_says_is_found(tmp_path: Path) -> None:
+    """The privacy that was spent is there alone."""
+    save(tmp_path, Checkpoint(2, {"w": np.zeros(1, np.float32)}, privacy={"bound": 1.0, "made": ["ab"]}, run="r"))
+    path = tmp_path / "round-00000002.json"
+    whole, expected = path.read_bytes(), latest(tmp_path)[0]
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        found, _ = latest(tmp_path)
+        assert found is None or repr(found) == repr(expected), place  # but for blanks, and the name of the SHA-256
+
+
 def test_arrays_of_another_round_are_no_checkpoint(tmp_path: Path) -> None:
     for round_ in (1, 2):
         save(tmp_path, Checkpoint(round_, {"w": np.array([round_], dtype=np.float32)}))
@@ -381,10 +393,13 @@ def test_damaged_releases_stop_a_private_run(tmp_path: Path) -> None:
     private = ("privacy.unit=client", "privacy.noise_multiplier=1.0", "cohort.sampling=poisson", "cohort.fraction=0.5")
     experiment = small("fedavg", *private, "run.rounds=2")
     run_inline(experiment, tmp_path)
-    (tmp_path / "summary.json").unlink()
-    (tmp_path / "releases.json").write_text("{")
-    summary = run_inline(experiment, tmp_path, resume=True)
-    assert summary["status"] == "stopped" and "releases.json" in summary["reason"]
+    releases = tmp_path / "releases.json"
+    whole = releases.read_text()
+    for damaged in ("{", "[]", whole.replace(json.loads(whole)[0][:9], "0" * 9), ""):
+        (tmp_path / "summary.json").unlink()
+        releases.write_text(damaged) if damaged else releases.unlink()
+        summary = run_inline(experiment, tmp_path, resume=True)
+        assert summary["status"] == "stopped" and "releases.json" in summary["reason"]
     assert write_report([tmp_path], tmp_path / "report.html").exists()
 
 
