@@ -98,10 +98,10 @@ class Run(Section):
         description='The validation metric that patience, target and keep = "best" go by: "clients.TARGET.METRIC" (mean '
         'over clients) or "global.TARGET.METRIC" (shared model); empty: the clients\' primary metric of the first target.',
     )
-    patience: int = Field(0, ge=0, description="Stop after so many rounds without a better stop_metric; 0: never.")
+    patience: Count = Field(0, ge=0, description="Stop after so many rounds without a better stop_metric; 0: never.")
     min_delta: float = Field(0.0, ge=0, description="A change of stop_metric up to this counts as none.")
     target: float = Field(0.0, description="Stop when stop_metric is this or better; 0: never.")
-    min_rounds: int = Field(0, ge=0, description="Do not stop before this round.")
+    min_rounds: Count = Field(0, ge=0, description="Do not stop before this round.")
     keep: Literal["last", "best"] = Field(
         "last", description="Score, report and keep the last round's model, or that of the best round by stop_metric."
     )
