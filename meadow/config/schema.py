@@ -196,7 +196,11 @@ class Cohort(Section):
     schedule: str = Field("", description="For sampling = schedule: a file with one line of clients per round.")
     quorum: int = Field(1, ge=0, description="A round with fewer valid replies than this is discarded.")
     attempts: int = Field(1, ge=1, description="Times a round is tried, each with a new cohort, before the run stops.")
-    timeout: float = Field(600.0, gt=0, description="Seconds after which a missing reply counts as failed.")
+    timeout: float = Field(
+        600.0,
+        gt=0,
+        description="Seconds after which a missing reply counts as failed; on Ray each client's, from its turn on.",
+    )
     max_norm: float = Field(0.0, ge=0, description="Updates with a larger L2 norm are refused; 0: no limit.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Simulated: probability that a cohort's client never replies.")
     stragglers: float = Field(
