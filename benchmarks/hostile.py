@@ -145,7 +145,7 @@ def _npz(draw: Random) -> Made:
     with zipfile.ZipFile(content, "w", draw.choice([zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_STORED])) as file:
         for name in names:
             usual = _npy(np.arange(60) % 3) if "b" in name else good
-            file.writestr(f"{name}.npy", draw.choice(members) if name == bad else usual)
+            file.writestr(zipfile.ZipInfo(f"{name}.npy"), draw.choice(members) if name == bad else usual, file.compression)
     return _data(draw, "arrays", "task.targets=b"), {"data/train.npz": _damaged(draw, content.getvalue())}
 
 
@@ -160,7 +160,7 @@ def _tables(draw: Random) -> Made:
     elif draw.random() < 0.2:
         text = draw.choice([b"a,b\n1,2\n", b"\n" * 9, b'{"a":1,"b":2}\n', b"a" * 9]) * 10**draw.choice([5, 6, 7])
         name = f"train{draw.choice(['.csv', '.jsonl'])}{draw.choice(['.gz', '.xz'])}"
-    packed = gzip.compress(text, 1) if name.endswith(".gz") else lzma.compress(text, preset=0)
+    packed = gzip.compress(text, 1, mtime=0) if name.endswith(".gz") else lzma.compress(text, preset=0)
     raw = _damaged(draw, packed if name.endswith((".gz", ".xz")) else text)
     kind = draw.choice(["tabular", "text", "characters", "image-table"])
     column = draw.choice(["a", "text", "a category", "text category", "a scaled", "a mean 0 std 0", "a among x y", '"'])

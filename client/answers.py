@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from meadow.arrays.files import DamagedFile
 from meadow.arrays.named import Arrays, arrays_sha256, flat
 from meadow.client.context import LocalContext
 from meadow.client.loop.training import LOOP, Training, train
@@ -16,6 +19,7 @@ from meadow.config.schema import Experiment
 from meadow.privacy.ledger import LedgerFault
 from meadow.privacy.releases import allowed
 from meadow.runtime.errors import UserError
+from meadow.runtime.hand import costs_its_client, take
 from meadow.strategies import algorithm
 from meadow.strategies.protocol import ClientAlgorithm, ClientResult
 from meadow.strategies.roles import name_weights
@@ -37,19 +41,23 @@ def answer(node: Node, requests: Sequence[Request], handler: Handler) -> list[An
     """
     answers = []
     for request in requests:
+        take(request.client)
         try:
             answers.append(handler(node, request))
         except LostState as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}", lost=True))
         except LedgerFault as fault:
             answers.append(Answer(request.client, error=f"client {request.client}: {fault}"))
-        except (Exception, SystemExit) as error:  # any error of a client's data or model is that client's alone
+        except BaseException as error:  # of a client's data or model
+            if not costs_its_client(error):
+                raise
             if not allowed(node.experiment, "errors"):
                 log.exception("client %d failed", request.client)
                 text = f"{type(error).__name__}; see the node's log, or write privacy.release = errors"
             else:
-                text = traceback.format_exc()
+                text = str(error) if isinstance(error, DamagedFile | UserError) else traceback.format_exc()
             answers.append(Answer(request.client, error=f"client {request.client}: {text}"))
+    take()
     return answers
 
 
@@ -93,7 +101,10 @@ def train_client(node: Node, request: Request) -> Answer:
     trained = {name: result.model[name] for name in node.roles.shared}
     noise = _noise(node, client, release)
     left = node.stages.leave(trained, client, context.round, context.received, weights, noise, context.memory)
-    lasting = {name: result.model[name] for name in node.roles.personal} | flat(result.memory)
+    own = {name: result.model[name] for name in node.roles.personal}
+    if diverged := next((name for name, array in own.items() if not np.isfinite(array).all()), None):
+        raise UserError(f"{diverged} has values that are not finite after training; write a smaller local.lr")
+    lasting = own | flat(result.memory)
     lasting |= context.remembered | left.memory
     if lasting:
         attempt, void = config.get("attempt", 1), config.get("void", [])

@@ -14,6 +14,7 @@ from meadow.client.answers import validation_scores
 from meadow.client.loop.training import Training
 from meadow.client.node import Facts, Node, samples, size_of
 from meadow.client.trainers.kernel import KernelTrainer
+from meadow.runtime.hand import costs_its_client, take
 from meadow.strategies import equal_weights
 from meadow.strategies.protocol import ClientAlgorithm
 from meadow.strategies.roles import name_weights
@@ -49,7 +50,9 @@ def train_blocks(
             if not same or "work" in first.config or received.keys() != names:
                 continue
             found = _train(node, trainer, first.config, received, [clients for _, clients in part])
-        except (Exception, SystemExit):  # the same clients are trained again, one by one, which attributes the error
+        except BaseException as error:  # the same clients are trained again, one by one, which attributes the error
+            if not costs_its_client(error):
+                raise
             log.debug("blocks %s go one by one", [index for index, _ in part], exc_info=True)
             continue
         for (index, clients), answered in zip(part, found, strict=True):
@@ -57,6 +60,7 @@ def train_blocks(
                 done.answers.extend(answered[0])
                 done.sums[index, index + 1] = answered[1]
                 left -= set(clients)
+    take()
     return done, [request for request in requests if request.client in left]
 
 
@@ -119,10 +123,12 @@ def _train(
         node.clock.now("evaluate")
         load_into(node.model, received)
         for client in (client for block in clients for client in block):
+            take(client)
             data = node.view.data(f"{client}/test", node.task.client(client).test)
             tested = evaluate(node.view.model, data, node.view.task)
             scores[client] = {"evaluation": tested, "validation": validation_scores(node, client)}
     node.clock.now("open")
+    take(*(client for block in clients for client in block))
     own = {client: node.task.client(client).train for block in clients for client in block}
     facts = {client: _facts(node, client, data) for client, data in own.items()}
     if any(each.choice.trainer is not trainer for each in facts.values()):

@@ -24,7 +24,9 @@ class Paces:
     def places(
         self, nodes: Sequence[int], blocks: Sequence[tuple[int, ...]], work: Mapping[int, float]
     ) -> dict[int, int]:
-        """The node of each client: whole blocks, assigned by their expected time on each node."""
+        """The node of each client: whole blocks, assigned by their expected time on each node. None without nodes."""
+        if not nodes:
+            return {}
         usual = statistics.fmean(self._rates.values()) if self._rates else 1.0
         rates = [self._rates.get(node, usual) for node in nodes]
         places = assign([sum(work[c] for c in block) for block in blocks], rates)

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +9,11 @@ import numpy.typing as npt
 from meadow.config.cohort import draw_cohort, unseen
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import read_file, user_path
 from meadow.runtime.seeds import numpy_generator
+
+LARGEST_SCHEDULE = 64 * 2**20
+"""Bytes of the file `cohort.schedule`."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_schedule(experiment: Experiment) -> list[list[int]]:
     if not place:
         return []
     try:
-        text = Path(place).expanduser().read_text(encoding="utf-8")
+        text = read_file(user_path(place), LARGEST_SCHEDULE).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'cohort.schedule = "{place}": the file cannot be read: {error}') from None
     rounds = []

@@ -69,16 +69,24 @@ class Exchange:
             single = [(first, clients) for (first, stop), clients in whole[node].items() if stop - first == 1]
             contents[node] = kind, pack_requests(theirs, single, [s for s in whole[node] if s[1] - s[0] > 1], made)
         began = time.perf_counter()
-        replies = self.roll.carrier.carry(contents, self.roll.timeout, meanwhile)
+        replies = self.roll.carrier.carry(contents, self._limit(asked), meanwhile)
         lasted = time.perf_counter() - began
         found = {node: _unpack(reply) for node, reply in replies.items()}
         self._note_times(found, lasted, asked, work)
+        if self.roll.carrier.restarting is not None:
+            self.roll.lose(node for node, reply in replies.items() if reply is None or reply.has_error())
         answers, sums = _accepted(found, asked, whole)
         for reply in [reply for reply in found.values() if isinstance(reply, NodeReply)]:
             self.trainings.merge(reply.trainings)
         whose = [answers.get(r.client) or Answer(r.client, error="no node that hosts it answered") for r in requests]
         require_states(whose)
         return whose, sums
+
+    def _limit(self, asked: Mapping[int, Sequence[Request]]) -> float:
+        """Seconds to wait for the nodes: `cohort.timeout`; of workers that end themselves, what they may take at most."""
+        if self.roll.carrier.restarting is None:
+            return self.roll.timeout
+        return self.roll.carrier.start_time + self.roll.timeout * (2 + max(map(len, asked.values()), default=0))
 
     def _nodes_of(
         self, requests: Sequence[Request], blocks: Sequence[tuple[int, ...]], work: Mapping[int, float] | None

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from meadow.arrays.files import DamagedFile, read_json, write_bytes, write_json, writing
+from meadow.arrays.files import DamagedFile, write_bytes, write_json, writing
 from meadow.config.load import flatten, load, to_toml, to_tree
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
 from meadow.runtime.identity import ROOT, code_sha256, versions
+from meadow.runtime.limits import read_file
+from meadow.server.recorded import Manifest, Record, Summary, fault, read_recorded
 
 log = logging.getLogger("meadow.server")
 
@@ -34,7 +36,7 @@ class RunFolder:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest that `open_folder` wrote. Raises DamagedFile."""
-        manifest = read_json(self.path / "manifest.json", dict)
+        manifest = read_recorded(self.path / "manifest.json", Manifest)
         if not isinstance(manifest.get("run_id"), str):
             raise DamagedFile(f"{self.path / 'manifest.json'}: it has no run_id")
         return manifest
@@ -110,7 +112,7 @@ class RunFolder:
     def summary(self) -> dict[str, Any] | None:
         """The summary of a run that has ended, else None."""
         try:
-            return read_json(self.path / "summary.json", dict)
+            return read_recorded(self.path / "summary.json", Summary)
         except DamagedFile:
             return None
 
@@ -123,7 +125,7 @@ def is_done(path: Path) -> bool:
 def read_lines(path: Path) -> list[bytes]:
     """The lines of a file, with their ends; none if it does not exist. Raises UserError if it cannot be read."""
     try:
-        return path.read_bytes().splitlines(keepends=True)
+        return read_file(path).splitlines(keepends=True)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -136,7 +138,7 @@ def read_record(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("round"), int) else None
+    return None if fault(Record, record) else record
 
 
 def check_folder(path: Path, experiment: Experiment, resume: bool) -> None:

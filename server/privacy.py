@@ -1,10 +1,13 @@
 """Makes the protection that `[privacy]` asks for, and refuses tasks that it cannot protect."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from meadow.config.schema import Experiment
 from meadow.privacy.dpsgd.choose import chosen_mode
-from meadow.privacy.dpsgd.step import refuse_what_mixes_samples
+from meadow.privacy.dpsgd.mechanism import Mechanism
+from meadow.privacy.dpsgd.step import Privatiser, refuse_what_mixes_samples
+from meadow.privacy.noise import Stream
 from meadow.runtime.errors import UserError
 from meadow.server.client_level import client_level
 from meadow.server.protection import Ledgers, Protection
@@ -20,6 +23,19 @@ def protection(experiment: Experiment, task: Task, roles: Roles) -> Protection:
     if unit == "client":
         return client_level(experiment, [name for name in roles.shared if name in roles.trained])
     return (Protection if unit == "none" else Ledgers)(experiment)
+
+
+def _rehearse(task: Task, model: nn.Module) -> None:
+    """Compute the private gradient of an empty sample by Opacus. Raises UserError if it cannot take the model apart."""
+    x = task.prepare(torch.zeros_like(task.dataset.train.x[:1]))
+
+    def losses(_: Tensor) -> Tensor:
+        outputs: dict[str, Tensor] = model(x)
+        return torch.stack([output.sum() for output in outputs.values()]).sum().reshape(1)
+
+    noise = Stream(0)
+    with Privatiser(model, Mechanism(1, 0, 1, 1, 1), noise, noise, "hooks") as trial:
+        trial.gradients(torch.tensor([0]), losses)
 
 
 def _refuse_unprotectable(experiment: Experiment, task: Task, roles: Roles) -> None:
@@ -40,7 +56,8 @@ def _refuse_unprotectable(experiment: Experiment, task: Task, roles: Roles) -> N
             if experiment.local.statistics == "kept" and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         refuse_what_mixes_samples(model)
-        chosen_mode(model, experiment.privacy.grad_sample)
+        if chosen_mode(model, experiment.privacy.grad_sample) == "hooks":  # the others take what they are chosen for
+            _rehearse(task, model)
         return
     for name in roles.shared:
         if name in roles.trained and name not in parameters:

@@ -6,9 +6,9 @@ A node's code, data, split and versions must match the server's.
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,19 @@ PATIENCE = 5.0
 """Grace period, in seconds, for a node whose roll call fails before round 1; then the run stops."""
 DECISIVE = ("flwr", "torch")
 """Libraries whose release must be the same on server and nodes; the build (+cpu, +cu130) may differ."""
+_START = 60.0
+"""Seconds, on top of the limit for replies, in which workers may start."""
 _PAUSE = 0.05
 _REMOTE_PAUSE = 0.25
 """Seconds between two polls for replies, where each poll is a call to the SuperLink."""
+
+
+@runtime_checkable
+class Restarting(Protocol):
+    """A grid whose workers give each client `cohort.timeout` from its turn on, and are started again if they end."""
+
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """Expect no reply to these messages any more, and end their workers."""
 
 
 class Carrier:
@@ -38,6 +48,8 @@ class Carrier:
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
+        self.restarting = grid if isinstance(grid, Restarting) else None
+        self.start_time = _START if self.restarting is not None else 0.0
         self._remote = is_remote(grid)
 
     def carry(
@@ -66,6 +78,8 @@ class Carrier:
                     replies[node] = _unfolded(reply)
             if waiting and not arrived:
                 time.sleep(_REMOTE_PAUSE if self._remote else _PAUSE)
+        if self.restarting is not None:
+            self.restarting.abandon(waiting)
         return replies
 
 
@@ -119,9 +133,13 @@ class RollCall:
         place = int(self._hosts[client])
         return self._known[place] if place >= 0 and self._known[place] in self._nodes else None
 
+    def lose(self, nodes: Iterable[int]) -> None:
+        """Treat nodes as new: they get no clients until they answer the roll call."""
+        self._nodes -= {*nodes}
+
     def gather(self) -> None:
         """Wait until some node hosts each client. Raises RunStopped after the time limit, or if a node cannot take part."""
-        end = time.monotonic() + self.timeout
+        end = time.monotonic() + self.timeout + self.carrier.start_time
         while True:
             self.meet()
             missing = np.flatnonzero(self._hosts < 0)
@@ -142,7 +160,8 @@ class RollCall:
         if new := sorted(present - self._nodes):
             content = RecordDict({"base": to_record(self.base), "config": ConfigRecord({"run": self.run_id})})
             asked = dict.fromkeys(new, (MessageType.QUERY, content))
-            for node, reply in self.carrier.carry(asked, self.timeout).items():
+            limit = self.timeout + self.carrier.start_time
+            for node, reply in self.carrier.carry(asked, limit).items():
                 if reply is None:
                     log.warning("node %d did not answer the roll call in time", node)
                     self._faulty.pop(node, None)

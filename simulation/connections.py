@@ -6,9 +6,11 @@ the key before anything is read, and only the user who runs the command can open
 """
 
 import itertools
+import os
 import secrets
+import signal
 import socket
-import tempfile
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,25 +19,41 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
+from meadow.runtime.hand import deadline
+from meadow.simulation.scratch import Scratch
+
 RETRIES = 2
-"""How often a call is repeated after its worker died; then the call is lost."""
+"""How often a call is repeated after its worker died without any news in its note; then the call is lost."""
+
+_GRACE = 10.0
+"""Seconds after a worker's own deadline until it is killed."""
 
 
 def connect(path: str, key: bytes, worker: int) -> "Connection":
     """A worker's connection to the command. Raises OSError if the command is gone, AuthenticationError for a wrong key."""
     connection = Client(path, "AF_UNIX", authkey=key)
-    connection.send_bytes(str(worker).encode())
+    connection.send_bytes(f"{worker} {os.getpid()}".encode())
     return connection
+
+
+def note_of(path: str, worker: int) -> Path:
+    """The file in which a worker notes what it has in hand (`meadow.runtime.hand`)."""
+    return Path(path).with_name(f"hand-{worker}")
 
 
 @dataclass
 class _Worker:
-    """The calls to one worker. While connected, it works on the first one; the others wait."""
+    """The calls to one worker. While connected, it works on the first one; the others wait. note: see `note_of`."""
 
+    note: Path
     connection: Connection | None = None
+    process: int = 0
     waiting: deque[tuple[int, bytes]] = field(default_factory=deque)
     deaths: int = 0
-    """How often the worker died during the first call."""
+    """How often the worker died during the first call since there was news in its note."""
+    noted: bytes = b""
+    overdue: float = 0.0
+    """The last deadline that it missed."""
 
     def advance(self) -> None:
         """Send the first call."""
@@ -50,15 +68,21 @@ class _Worker:
         except (EOFError, OSError):
             connection.close()
             self.connection = None
-            self.deaths += bool(self.waiting)
+            before, self.noted = self.noted, self.note.read_bytes() if self.note.exists() else b""
+            self.deaths = (self.deaths if self.noted == before else 0) + bool(self.waiting)
             return self.end(None) if self.deaths > RETRIES else []
         found = self.end(answer)
         self.advance()
         return found
 
+    def kill(self) -> None:
+        """Kill the worker; Ray starts it again."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGKILL)
+
     def end(self, answer: bytes | None) -> list[tuple[int, bytes | None]]:
         """Finish the first call, with its answer or None if it is lost."""
-        self.deaths = 0
+        self.deaths, self.noted = 0, b""
         return [(self.waiting.popleft()[0], answer)]
 
 
@@ -69,11 +93,10 @@ class Calls:
     """
 
     def __init__(self, workers: int) -> None:
-        # Not in TMPDIR: a socket's path may have at most 107 characters.
-        self._folder = tempfile.TemporaryDirectory(prefix="meadow-", dir="/tmp", ignore_cleanup_errors=True)
-        self.path, self.key = str(Path(self._folder.name) / "calls"), secrets.token_bytes(32)
+        self._folder = Scratch()
+        self.path, self.key = str(self._folder.path / "calls"), secrets.token_bytes(32)
         self._listener = Listener(self.path, "AF_UNIX", backlog=workers, authkey=self.key)
-        self._workers = [_Worker() for _ in range(workers)]
+        self._workers = [_Worker(note_of(self.path, number)) for number in range(workers)]
         self._numbers = itertools.count()
         listener: Any = self._listener
         self._socket: socket.socket = listener._listener._socket
@@ -104,17 +127,37 @@ class Calls:
         queue = self._workers[worker]
         return [lost for _ in list(queue.waiting) for lost in queue.end(None)]
 
+    def drop(self, number: int) -> None:
+        """Forget a call, and kill its worker."""
+        for worker in self._workers:
+            kept = deque(call for call in worker.waiting if call[0] != number)
+            if len(kept) < len(worker.waiting):
+                worker.waiting, worker.deaths, worker.noted = kept, 0, b""
+                if worker.connection is not None:  # it may still answer
+                    worker.connection.close()
+                    worker.connection = None
+                    worker.kill()
+
+    def kill_frozen(self) -> None:
+        """Kill workers that should have ended themselves a while ago: something stopped the whole process."""
+        for worker in self._workers:
+            ends = deadline(worker.note)
+            if worker.connection is not None and time.monotonic() > ends + _GRACE and ends != worker.overdue:
+                worker.overdue = ends
+                worker.kill()
+
     def close(self) -> None:
         """Close all connections; the workers then stop serving."""
         for worker in self._workers:
             if worker.connection is not None:
                 worker.connection.close()
         self._listener.close()
-        self._folder.cleanup()
+        self._folder.remove()
 
     def _accept(self) -> None:
         with suppress(EOFError, OSError, AuthenticationError):  # the worker is gone again, or a stranger connected
             connection = self._listener.accept()
-            worker = self._workers[int(connection.recv_bytes())]
-            worker.connection = connection
+            number, process = map(int, connection.recv_bytes().split())
+            worker = self._workers[number]
+            worker.connection, worker.process = connection, process
             worker.advance()

@@ -7,99 +7,36 @@ get it from Ray's object store and are called through Ray.
 
 import os
 import pickle
-import traceback
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from meadow.arrays.memory import Address, Place, Segment, Segments
-from meadow.config.load import from_flat, to_flat
+from meadow.arrays.memory import Segment, Segments
+from meadow.config.load import to_flat
 from meadow.config.schema import Experiment
-from meadow.simulation.connections import RETRIES, Calls, connect
+from meadow.simulation.connections import Calls
 from meadow.simulation.grid import LocalGrid, error_reply, node_context
 from meadow.simulation.ray_start import start_ray, stop_ray
+from meadow.simulation.worker import Call
+from meadow.simulation.worker import NodeActor as NodeActor
 from meadow.tasks.task import share_task
 
 _WAIT = 0.5
 _NUM_CPUS = 0.001
 """`num_cpus` of each actor. Tiny, because Meadow decides how many workers run; not zero, because Ray 2.55.1 ignores the node
 affinity of actors that request nothing."""
-
-
-class Call(NamedTuple):
-    """A call to a worker on this machine, pickled by the command that started the worker.
-
-    message, records: places in the segment `sent`; the records belong to the message, by name. context: pickled, the same
-    for all calls of a run. reply: the segment for the reply.
-    """
-
-    message: Place
-    records: dict[str, Place]
-    context: bytes
-    sent: Address
-    reply: Address
-
-
-class NodeActor:
-    """Runs the ClientApp in a worker. Records that messages share arrive separately from the messages."""
-
-    def __init__(self) -> None:
-        self._segments: dict[int, Segment] = {}
-        self._contexts: dict[bytes, Context] = {}
-
-    def home(self) -> str:
-        """Ray's id of this worker's machine."""
-        return ray.get_runtime_context().get_node_id()
-
-    def share(self, flat: dict[str, Any]) -> str:
-        """Put an experiment's data into this machine's shared memory; return the addresses, "" without shared memory."""
-        return " ".join(share_task(from_flat(flat)))
-
-    def serve(self, path: str, key: bytes, worker: int) -> None:
-        """Answer calls over a connection, one after another, until the command closes it or is gone."""
-        with suppress(EOFError, OSError), connect(path, key, worker) as connection:
-            while True:
-                connection.send_bytes(self.handle_pickled(connection.recv_bytes()))
-
-    def handle_pickled(self, call: bytes) -> bytes:
-        """`handle` for a pickled `Call`. Returns the pickled place of the reply, or a pickled traceback."""
-        try:
-            return pickle.dumps(self._answer(pickle.loads(call)))
-        except Exception:  # a segment that cannot be opened costs this call, not the worker
-            return pickle.dumps(traceback.format_exc())
-
-    def _answer(self, call: Call) -> Place:
-        if call.context not in self._contexts:
-            self._contexts = {call.context: pickle.loads(call.context)}
-        segment = self._segment(call.sent)
-        message, *records = (segment.read(place) for place in (call.message, *call.records.values()))
-        answer = self.handle(message, self._contexts[call.context], list(call.records), *records)
-        (place,) = self._segment(call.reply).write([answer])
-        return place
-
-    def _segment(self, address: Address) -> Segment:
-        if address.number not in self._segments:
-            self._segments[address.number] = Segment(address)
-        return self._segments[address.number]
-
-    def handle(self, message: Message, context: Context, names: list[str], *records: ArrayRecord) -> Message:
-        """Answer a message, with the records put back under their names."""
-        from meadow.client.app import app  # imported only in the worker
-
-        for name, record in zip(names, records, strict=True):
-            message.content[name] = record
-        try:
-            return app(message, context)
-        except Exception:  # a node that fails costs its clients, not the run
-            return error_reply(message, traceback.format_exc())
+_DEATHS = 20
+"""How often a worker of a cluster may die of a message; then its clients are lost. Most of them are answered long before,
+because it leaves out a client that it died of twice."""
 
 
 class Workers:
@@ -122,7 +59,7 @@ class Workers:
             options = remote.options(
                 num_cpus=_NUM_CPUS,
                 max_restarts=-1,
-                max_task_retries=-1 if self.calls else RETRIES,
+                max_task_retries=-1 if self.calls else _DEATHS,
                 scheduling_strategy=where,
             )
             self.actors.append(options.remote())
@@ -178,6 +115,10 @@ class RayGrid(LocalGrid):
         super().__init__(nodes)
         self._contexts = {n: node_context(experiment, i, nodes, state) for i, n in enumerate(self._node_ids)}
 
+    @abstractmethod
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """Expect no reply to these messages any more; end their workers, which are then started again."""
+
     def _take_records(self, messages: Sequence[Message]) -> tuple[list[dict[str, int]], list[ArrayRecord]]:
         """Remove the array records from messages. Returns each message's records as {name: index}, and the list of distinct
         records that these indices refer to."""
@@ -230,6 +171,12 @@ class ClusterGrid(RayGrid):
         done, _ = ray.wait(list(waiting), num_returns=1, timeout=_WAIT) if waiting else ([], [])
         more, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0) if done else ([], [])
         return [self._reply(*self._running.pop(waiting[reference])) for reference in more]
+
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """Expect no reply to these messages any more; end their workers, which are then started again."""
+        for each in message_ids:
+            _, message = self._running.pop(each)
+            ray.kill(self._actors[message.metadata.dst_node_id], no_restart=False)
 
     def _reply(self, reference: Any, message: Message) -> Message:
         try:
@@ -290,6 +237,7 @@ class MachineGrid(RayGrid):
         ready = any(each in self._arrived for each in asked)
         found = self._calls.answers(0 if ready else _WAIT)
         if not found and not ready:
+            self._calls.kill_frozen()
             serving = self._workers.serving
             ended, _ = ray.wait(serving, num_returns=len(serving), timeout=0)
             found = [lost for reference in ended for lost in self._calls.fail(serving.index(reference))]
@@ -299,6 +247,17 @@ class MachineGrid(RayGrid):
                 self._ours.remove(number)
                 self._arrived[reply.metadata.reply_to_message_id] = reply
         return [self._arrived.pop(each) for each in asked if each in self._arrived]
+
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """Expect no reply to these messages any more; end their workers, which are then started again.
+
+        Their segments are not used again: a worker may still write.
+        """
+        gone = {*message_ids}
+        for number in [n for n in self._ours if self._workers.sent[n].message.metadata.message_id in gone]:
+            self._ours.remove(number)
+            del self._workers.sent[number]
+            self._calls.drop(number)
 
     def _reply(self, sent: Sent, answer: bytes | None) -> Message:
         """The reply to a message; its segments are given back for reuse."""

@@ -3,6 +3,7 @@
 Imports neither torch nor Flower, so that a command can start Ray while another thread imports them and opens the data.
 """
 
+import atexit
 import logging
 import os
 import secrets
@@ -21,6 +22,7 @@ from meadow.runtime.errors import RunStopped, UserError
 from meadow.runtime.identity import ROOT
 from meadow.runtime.objects import user_paths
 from meadow.simulation.children import MEMORY
+from meadow.simulation.scratch import Scratch
 
 log = logging.getLogger("meadow.simulation")
 
@@ -29,6 +31,8 @@ _PATIENCE = 10.0
 _ATTEMPTS = 3
 _TOKEN = secrets.token_hex(32)
 """Ray listens at all addresses of the machine. A Ray that `start_ray` starts answers this process and its children only."""
+_scratch: Scratch | None = None
+"""The folder of the Ray that `start_ray` started."""
 _mine = False
 """Whether `start_ray` started or joined Ray: `stop_ray` leaves a session that existed before alone."""
 
@@ -39,7 +43,7 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
     Does nothing if this process already uses Ray. Raises UserError if no cluster answers at `address`, RunStopped if Ray
     does not start on this machine.
     """
-    global _mine
+    global _mine, _scratch
     if ray.is_initialized():
         return
     if not address or os.environ.get("RAY_AUTH_MODE", "token") == "token":
@@ -69,8 +73,9 @@ def start_ray(count: int, threads: int, address: str = "") -> None:
         # Ray starts workers in advance. They inherit these variables (with a runtime_env, Ray would start other workers
         # and waste the first ones) and import the client's code at once.
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN, "RAY_preload_python_modules": "meadow.client.app"}
+        _scratch = Scratch()
         with _variables(variables | own):
-            _init(num_cpus=count or os.cpu_count(), **quiet)
+            _init(num_cpus=count or os.cpu_count(), _temp_dir=str(_scratch.path), **quiet)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_term)  # Ray's own handler would abort the run
     _mine = True
@@ -95,10 +100,16 @@ def _init(**settings: Any) -> None:
 
 def stop_ray() -> None:
     """Stop what `start_ray` started, or leave the cluster that it joined."""
-    global _mine
+    global _mine, _scratch
     if _mine:
         ray.shutdown()
         _mine = False
+    if _scratch is not None:
+        _scratch.remove()
+        _scratch = None
+
+
+atexit.register(stop_ray)
 
 
 def _environment(threads: int) -> dict[str, str]:

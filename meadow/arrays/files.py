@@ -22,6 +22,7 @@ from safetensors.numpy import load, save
 
 from meadow.arrays.named import Arrays
 from meadow.runtime.errors import RunStopped, UserError
+from meadow.runtime.limits import read_file
 
 _ZEROS = "0" * 64
 """Replaces the digest while it is computed."""
@@ -114,7 +115,7 @@ def write_json(path: Path, value: Any, private: bool = False) -> None:
 def read_json(path: Path, kind: type[T]) -> T:
     """Read a JSON file that contains a `kind`: dict, list. Raises DamagedFile if it is missing or contains anything else."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_file(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DamagedFile(f"{path}: {error}") from None
     if not isinstance(found, kind):
@@ -135,7 +136,7 @@ def read_arrays(path: Path) -> Arrays:
     """Read a file of `write_arrays`, or an older one whose last 32 bytes are the digest. Raises DamagedFile if it is
     missing, incomplete or modified."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
         end = 8 + int.from_bytes(content[:8], "little")
         expected = str(json.loads(content[8:end]).get("__metadata__", {}).get("sha256", ""))
         if expected:
@@ -150,5 +151,5 @@ def read_arrays(path: Path) -> Arrays:
         return arrays
     except OSError as error:
         raise DamagedFile(f"{path}: {error}") from None
-    except (SafetensorError, ValueError, AttributeError) as error:
+    except (SafetensorError, ValueError, AttributeError, RecursionError) as error:
         raise DamagedFile(f"{path}: its header cannot be read, so its SHA-256 cannot be checked: {error}") from None

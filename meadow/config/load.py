@@ -14,12 +14,13 @@ from pydantic import BaseModel, ValidationError
 from meadow.config import rules
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import is_file, read_file
 
 Tree = dict[str, Any]
 
-LARGEST_FILE, LONGEST_LINE, LONGEST_NAME = 64 * 1024, 4000, 255
-"""Bytes of an experiment file, characters of its lines and of its name. TOML's parser takes quadratic time for a key with
-many dots."""
+LARGEST_FILE, LONGEST_LINE, DEEPEST = 64 * 1024, 4000, 10
+"""Bytes of an experiment file, characters of its lines, tables and lists in one another. TOML's parser takes quadratic
+time for a key with many dots."""
 
 
 def preset_names() -> list[str]:
@@ -45,7 +46,7 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
     if name in preset_names():
         return tomllib.loads(resources.files("meadow.config.presets").joinpath(f"{name}.toml").read_text())
     path = Path(name)
-    if len(path.name) > LONGEST_NAME or not path.is_file():
+    if not is_file(path):
         if path.suffix == ".toml" or len(path.parts) > 1:
             raise UserError(f"experiment = {shortened(name)}: there is no such file")
         raise UserError(
@@ -53,11 +54,7 @@ def read_tree(experiment: str | Path | Mapping[str, Any]) -> Tree:
             f"Presets: {', '.join(preset_names())}"
         )
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise ValueError(f"it has over {LARGEST_FILE:,} bytes")
-        tree = _toml(content.decode())
+        tree = _toml(read_file(path, LARGEST_FILE).decode())
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -73,14 +70,23 @@ def _toml(text: str) -> Tree:
     if any(len(line) > LONGEST_LINE for line in text.splitlines()):
         raise ValueError(f"a line has over {LONGEST_LINE:,} characters")
     try:
-        return tomllib.loads(text)
+        tree = tomllib.loads(text)
     except RecursionError:
         raise ValueError("its values are nested too deeply") from None
+    level: list[Any] = [tree]
+    for _ in range(DEEPEST):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        level = [each for each in level if isinstance(each, dict | list)]
+    if level:
+        raise ValueError("its values are nested too deeply")
+    return tree
 
 
 def parse_override(text: str) -> tuple[str, Any]:
     """Split `section.key=value`; the value is read as TOML or, if it is not TOML, as a string."""
     key, separator, value = text.partition("=")
+    if any(not char.isprintable() for char in key) or not _is_text(value):
+        raise UserError(f"{shortened(ascii(text))}: an override is UTF-8 text, and its key has no control characters")
     if not separator or key.count(".") != 1:
         raise UserError(f"{shortened(text)}: an override is written section.key=value, for example run.rounds=5")
     try:
@@ -89,6 +95,11 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value
     except ValueError as error:
         raise UserError(f"{shortened(key)} = {shortened(value)}: {error}") from None
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can say it: an argument of other bytes has half characters in their place."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def apply(tree: Tree, overrides: Iterable[tuple[str, Any]]) -> Tree:

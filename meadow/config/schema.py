@@ -4,6 +4,7 @@ A method such as FedPer or transfer learning is a preset, a set of values (`mead
 an empty string means "not set" where a description says so, because TOML and Flower's run configuration have no null.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
@@ -52,10 +53,23 @@ def _objects(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
+def _path(value: str) -> str:
+    """Refuse what no file system takes, which Python's functions for files answer by different exceptions."""
+    if "\0" in value or max(len(os.fsencode(part)) for part in value.split("/")) > 255 or len(value) > 4000:
+        raise ValueError("no file can have this name: write at most 255 bytes between slashes, and no zero bytes")
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Objects = Annotated[Names, AfterValidator(_objects)]
 """A user's own objects, each "module:object"."""
 Fractions = Annotated[tuple[float, ...], BeforeValidator(_listed_floats)]
+Count = Annotated[int, Field(le=1_000_000)]
+"""How many or how often. Beyond this limit, and that of `Units`, a value is a slip: a run would not end, or not begin."""
+Units = Annotated[int, Field(le=100_000)]
+"""The width of a layer, or the length of a sequence."""
+Place = Annotated[str, AfterValidator(_path)]
+"""A file or folder."""
 
 
 class Section(BaseModel):
@@ -67,9 +81,13 @@ class Section(BaseModel):
 class Run(Section):
     """`[run]`: the name, the seed, the number of rounds, and where training happens."""
 
-    name: str = Field("experiment", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(
+        "experiment", min_length=1, max_length=200, pattern=r"^[A-Za-z0-9._-]*[A-Za-z0-9_-][A-Za-z0-9._-]*$"
+    )
     seed: int = Field(0, ge=0, lt=2**63)
-    rounds: int = Field(30, ge=1, description="Communication rounds; without federation, blocks of local epochs.")
+    rounds: int = Field(
+        30, ge=1, le=100_000, description="Communication rounds; without federation, blocks of local epochs."
+    )
     placement: Literal["federated", "local", "pooled"] = Field(
         "federated",
         description="federated; local: each client trains alone; pooled: all training data in one place (centralised).",
@@ -80,10 +98,10 @@ class Run(Section):
         description='The validation metric that patience, target and keep = "best" go by: "clients.TARGET.METRIC" (mean '
         'over clients) or "global.TARGET.METRIC" (shared model); empty: the clients\' primary metric of the first target.',
     )
-    patience: int = Field(0, ge=0, description="Stop after so many rounds without a better stop_metric; 0: never.")
+    patience: Count = Field(0, ge=0, description="Stop after so many rounds without a better stop_metric; 0: never.")
     min_delta: float = Field(0.0, ge=0, description="A change of stop_metric up to this counts as none.")
     target: float = Field(0.0, description="Stop when stop_metric is this or better; 0: never.")
-    min_rounds: int = Field(0, ge=0, description="Do not stop before this round.")
+    min_rounds: Count = Field(0, ge=0, description="Do not stop before this round.")
     keep: Literal["last", "best"] = Field(
         "last", description="Score, report and keep the last round's model, or that of the best round by stop_metric."
     )
@@ -112,45 +130,47 @@ class Task(Section):
         description="digits, printed-digits or stars; a torchvision data set's name; ImageFolder, image-table, arrays, "
         "text, characters or tabular for files under root; hub:NAME; or a user's module:object.",
     )
-    root: str = Field("", description="The folder of the data files.")
+    root: Place = Field("", description="The folder of the data files.")
     download: bool = Field(False, description="Let torchvision download a data set that is not under root.")
-    train: str = Field(
+    train: Place = Field(
         "", description="File or folder of training data, relative to root; empty: the format's default."
     )
-    test: str = Field("", description="The same for the global test set; empty: the default, or test_fraction.")
+    test: Place = Field("", description="The same for the global test set; empty: the default, or test_fraction.")
     test_fraction: float = Field(0.2, gt=0, lt=1, description="Share held out as the global test set if there is none.")
     inputs: Names = Field((), description="The input columns; in tables each with its constants (docs/data.md).")
     targets: Names = Field(("digit", "slant"), min_length=1, description="The targets of the experiment.")
     kinds: Names = Field((), description="Type of each target: class, labels, value or quantiles (docs/data.md).")
     client: str = Field("", description="The column with each sample's client, for partition.law = natural.")
-    public: str = Field(
+    public: Place = Field(
         "", description='Public file for vocabulary, categories and scaling; "train": the training file is public.'
     )
     learn: str = Field("all", description='"all" targets at once (multi-task), or only the "first" or a named one.')
     model: str = Field("mlp", min_length=1, description="A model of docs/models.md, or a user's module:object.")
-    hidden: int = Field(64, ge=2, description="Units of the hidden layers, or channels of the CNN (docs/models.md).")
+    hidden: Units = Field(64, ge=2, description="Units of the hidden layers, or channels of the CNN (docs/models.md).")
     norm: Literal["", "group"] = Field("", description='"group": every batch normalisation is replaced by a GroupNorm.')
     trunks: Literal["shared", "cross-stitch"] = Field(
         "shared", description='"cross-stitch": one trunk for each learned target, coupled after each layer.'
     )
     gated: bool = Field(False, description="Put a sigmoid gate on the trunk's features before each head.")
-    pretrained: str = Field(
+    pretrained: Place = Field(
         "",
         description='Empty: random start; "source": a model trained on task.source; "DEFAULT": torchvision\'s '
         "published weights; else a .safetensors file.",
     )
-    image_size: int = Field(0, ge=0, description="Resize and crop images to squares of this side, in pixels; 0: off.")
+    image_size: int = Field(
+        0, ge=0, le=4096, description="Resize and crop images to squares of this side, in pixels; 0: off."
+    )
     channels: Literal["", "grey", "rgb", "bgr"] = Field("", description="Colour channels to convert to; empty: off.")
     mean: Fractions = Field((), description="Mean subtracted from each channel, for pixels in 0..1; empty: none.")
     std: Fractions = Field((), description="Standard deviation that each channel is then divided by; empty: none.")
     augment: Names = Field((), description='Image augmentation: "flip", "crop 4", "rotate 15", "jitter 0.2", ...')
     tokens: str = Field("hash", description="Tokeniser of texts: words, hash, chars, or transformers:NAME.")
-    vocabulary: str = Field("", description="A file with one token per line, for tokens = words or chars.")
-    vocabulary_size: int = Field(10000, ge=3, description="Most distinct tokens, with padding and the unknown token.")
-    length: int = Field(128, ge=1, description="Tokens kept of each text; characters per window.")
+    vocabulary: Place = Field("", description="A file with one token per line, for tokens = words or chars.")
+    vocabulary_size: Count = Field(10000, ge=3, description="Most distinct tokens, with padding and the unknown token.")
+    length: Units = Field(128, ge=1, description="Tokens kept of each text; characters per window.")
     source: Literal["printed-digits"] = "printed-digits"
-    source_samples: int = Field(4000, ge=100, description="Samples generated to train the source model.")
-    source_epochs: int = Field(10, ge=1)
+    source_samples: Count = Field(4000, ge=100, description="Samples generated to train the source model.")
+    source_epochs: Count = Field(10, ge=1)
     target_weights: Fractions = Field((), description="Loss weight of each learned target, in order; empty: all 1.")
 
     @model_validator(mode="after")
@@ -181,12 +201,12 @@ class Partition(Section):
         "natural",
         "feature-shift",
     ] = "dirichlet"
-    clients: int = Field(20, ge=0, description="Number of clients; 0, with law = natural: all clients in the data.")
+    clients: Count = Field(20, ge=0, description="Number of clients; 0, with law = natural: all clients in the data.")
     alpha: float = Field(3.0, gt=0, description="Concentration of the Dirichlet laws; the lower, the more uneven.")
-    shards: int = Field(2, ge=1, description="Shards per client, for law = shards.")
-    labels: int = Field(2, ge=1, description="Labels per client, for law = labels.")
+    shards: Count = Field(2, ge=1, description="Shards per client, for law = shards.")
+    labels: Count = Field(2, ge=1, description="Labels per client, for law = labels.")
     noise: float = Field(0.1, gt=0, description="Variance of the last client's noise, for law = feature-shift.")
-    min_size: int = Field(
+    min_size: Count = Field(
         10,
         ge=3,
         description="Fewest samples per client: splits with fewer are drawn again; natural omits such clients.",
@@ -213,16 +233,23 @@ class Cohort(Section):
     """`[cohort]`: which clients take part in a round, and how many must reply."""
 
     fraction: float = Field(1.0, gt=0, le=1, description="Share of the clients that take part in a round.")
-    size: int = Field(0, ge=0, description="Clients per round; 0: use the fraction.")
+    size: Count = Field(0, ge=0, description="Clients per round; 0: use the fraction.")
     sampling: Literal["fixed", "poisson", "size", "schedule"] = Field(
         "fixed",
         description="fixed: that many, without replacement; poisson: each client with probability size / clients; size: "
         "that many, with chances in proportion to training samples; schedule: from a file.",
     )
-    schedule: str = Field("", description="For sampling = schedule: a file with one line of clients per round.")
-    quorum: int = Field(1, ge=0, description="A round with fewer valid replies than this is discarded.")
-    attempts: int = Field(1, ge=1, description="Times a round is tried, each with a new cohort, before the run stops.")
-    timeout: float = Field(600.0, gt=0, description="Seconds after which a missing reply counts as failed.")
+    schedule: Place = Field("", description="For sampling = schedule: a file with one line of clients per round.")
+    quorum: Count = Field(1, ge=0, description="A round with fewer valid replies than this is discarded.")
+    attempts: int = Field(
+        1, ge=1, le=1_000, description="Times a round is tried, each with a new cohort, before the run stops."
+    )
+    timeout: float = Field(
+        600.0,
+        gt=0,
+        le=10_000_000,
+        description="Seconds after which a missing reply counts as failed; on Ray each client's, from its turn on.",
+    )
     max_norm: float = Field(0.0, ge=0, description="Updates with a larger L2 norm are refused; 0: no limit.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Simulated: probability that a cohort's client never replies.")
     stragglers: float = Field(
@@ -234,9 +261,9 @@ class Cohort(Section):
 class Local(Section):
     """`[local]`: how a client trains within a round. `docs/training.md` gives formulas and sources."""
 
-    epochs: int = Field(3, ge=1, description="Local epochs per round.")
-    steps: int = Field(0, ge=0, description="Optimiser steps per round; 0: use the epochs.")
-    batch_size: int = Field(16, ge=0, description="0: the full batch.")
+    epochs: Count = Field(3, ge=1, description="Local epochs per round.")
+    steps: Count = Field(0, ge=0, description="Optimiser steps per round; 0: use the epochs.")
+    batch_size: Count = Field(16, ge=0, description="0: the full batch.")
     optimizer: Literal["sgd", "adagrad", "rmsprop", "adam", "adamw"] = "sgd"
     lr: float = Field(0.05, gt=0, description="Learning rate.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and rmsprop.")
@@ -248,12 +275,14 @@ class Local(Section):
     schedule: Literal["constant", "step", "cosine", "plateau"] = Field(
         "constant", description="How the learning rate changes from round to round."
     )
-    schedule_every: int = Field(10, ge=1, description="Rounds between drops of the rate, for schedule = step.")
+    schedule_every: Count = Field(10, ge=1, description="Rounds between drops of the rate, for schedule = step.")
     schedule_factor: float = Field(0.1, gt=0, lt=1, description="Factor of each drop, for schedule = step or plateau.")
-    schedule_patience: int = Field(3, ge=0, description="Rounds without a better validation loss before plateau drops.")
-    warmup: int = Field(0, ge=0, description="Rounds of linear warm-up, with any schedule.")
+    schedule_patience: Count = Field(
+        3, ge=0, description="Rounds without a better validation loss before plateau drops."
+    )
+    warmup: Count = Field(0, ge=0, description="Rounds of linear warm-up, with any schedule.")
     clip_norm: float = Field(0.0, ge=0, description="Clip a batch's gradient to this L2 norm; 0: no clipping.")
-    patience: int = Field(
+    patience: Count = Field(
         0, ge=0, description="Stop after so many epochs without a better validation loss and keep the best; 0: off."
     )
     statistics: Literal["batch", "kept"] = Field(
@@ -271,20 +300,20 @@ class Local(Section):
     gradnorm_alpha: float = Field(1.5, ge=0, description="How strongly balance = gradnorm speeds up slow targets.")
     gradnorm_lr: float = Field(0.025, gt=0, description="Learning rate of gradnorm's weights.")
     trainable: str = Field("all", description="What is trained: all, head, last:N, gradual, lora, adapters or fisher.")
-    gradual_every: int = Field(1, ge=1, description="Rounds or epochs per stage of trainable = gradual.")
+    gradual_every: Count = Field(1, ge=1, description="Rounds or epochs per stage of trainable = gradual.")
     gradual_unit: Literal["rounds", "epochs"] = "rounds"
-    gradual_modules: int = Field(1, ge=1, description="Modules of the trunk that each stage unfreezes, from the top.")
+    gradual_modules: Count = Field(1, ge=1, description="Modules of the trunk that each stage unfreezes, from the top.")
     gradual_divide: float = Field(1.0, ge=1, description="Each stage divides the learning rate by this.")
-    lora_rank: int = Field(4, ge=1, description="Rank of the LoRA factors.")
+    lora_rank: Units = Field(4, ge=1, description="Rank of the LoRA factors.")
     lora_alpha: float = Field(4.0, gt=0, description="The low-rank term is multiplied by lora_alpha / lora_rank.")
     lora_share: Literal["both", "b", "a"] = Field(
         "both", description='"b": A is frozen (FFA-LoRA); "a": A is shared and B personal (FedSA-LoRA).'
     )
-    adapter_size: int = Field(8, ge=1, description="Units of an adapter's bottleneck.")
+    adapter_size: Units = Field(8, ge=1, description="Units of an adapter's bottleneck.")
     adapter_place: Literal["series", "parallel"] = "series"
     fisher_fraction: float = Field(0.1, gt=0, le=1, description="Share of the trunk's weights that fisher trains.")
     fisher_on: Literal["source", "local"] = Field("source", description="The data that these weights are chosen by.")
-    fisher_samples: int = Field(256, ge=1, description="Most samples that a Fisher information is computed from.")
+    fisher_samples: Count = Field(256, ge=1, description="Most samples that a Fisher information is computed from.")
 
     @field_validator("trainable")
     @classmethod
@@ -322,9 +351,9 @@ class Anchor(Section):
     kl: float = Field(0.0, ge=0, description="Weight of the cross-entropy to the reference model's outputs.")
     distill: float = Field(0.0, ge=0, le=1, description="Distillation's share of the loss.")
     temperature: float = Field(2.0, gt=0, description="Distillation's temperature.")
-    teacher: str = Field("", description="A .safetensors file with another model whose outputs kl and distill use.")
+    teacher: Place = Field("", description="A .safetensors file with another model whose outputs kl and distill use.")
     teacher_model: str = Field("", description="The teacher's task.model; empty: the same.")
-    teacher_hidden: int = Field(0, ge=0, description="The teacher's task.hidden; 0: the same.")
+    teacher_hidden: Units = Field(0, ge=0, description="The teacher's task.hidden; 0: the same.")
 
 
 class Adapt(Section):
@@ -339,15 +368,15 @@ class Adapt(Section):
         "public", description="public: every client has all source samples; clients: each has a share."
     )
     dataset: str = Field("", description="The source domain's task.dataset; empty: task.source.")
-    root: str = Field("", description="Its task.root.")
-    train: str = Field("", description="Its task.train.")
+    root: Place = Field("", description="Its task.root.")
+    train: Place = Field("", description="Its task.train.")
     targets: Names = Field((), description="Its columns for task.targets, in order; empty: the same names.")
     widths: Fractions = Field(
         (0.25, 0.5, 1.0, 2.0, 4.0), min_length=1, description="MMD kernel widths / median squared distance."
     )
     ridge: float = Field(1.0, ge=0, description="Added to the covariances' diagonals by method = coral.")
     dann_gamma: float = Field(10.0, gt=0, description="How fast DANN's gradient reversal reaches full strength.")
-    dann_hidden: int = Field(64, ge=1, description="Units of DANN's domain classifier.")
+    dann_hidden: Units = Field(64, ge=1, description="Units of DANN's domain classifier.")
 
     @model_validator(mode="after")
     def _widths_are_positive(self) -> Self:
@@ -385,16 +414,18 @@ class Strategy(Section):
     pull: float = Field(1.0, ge=0, description="lambda of Ditto and pFedMe: pull towards the shared model.")
     mix: float = Field(0.5, ge=0, le=1, description="APFL: initial share of the personal model.")
     mix_lr: float = Field(0.0, ge=0, description="APFL: learning rate of that share; 0: fixed.")
-    head_epochs: int = Field(0, ge=0, description="FedRep, FedAlt: epochs for the personal arrays; 0: local.epochs.")
-    body_epochs: int = Field(0, ge=0, description="FedRep, FedAlt: epochs for the shared arrays; 0: local.epochs.")
-    inner_steps: int = Field(5, ge=1, description="pFedMe: steps on each batch.")
+    head_epochs: Count = Field(0, ge=0, description="FedRep, FedAlt: epochs for the personal arrays; 0: local.epochs.")
+    body_epochs: Count = Field(0, ge=0, description="FedRep, FedAlt: epochs for the shared arrays; 0: local.epochs.")
+    inner_steps: Count = Field(5, ge=1, description="pFedMe: steps on each batch.")
     inner_lr: float = Field(0.0, ge=0, description="pFedMe's personal learning rate; Per-FedAvg's alpha; 0: local.lr.")
-    byzantine: int = Field(0, ge=0, description="Byzantine clients per cohort that Krum, Multi-Krum and Bulyan assume.")
-    keep: int = Field(0, ge=0, description="Updates that Multi-Krum averages; 0: all but byzantine.")
+    byzantine: Count = Field(
+        0, ge=0, description="Byzantine clients per cohort that Krum, Multi-Krum and Bulyan assume."
+    )
+    keep: Count = Field(0, ge=0, description="Updates that Multi-Krum averages; 0: all but byzantine.")
     trim: float = Field(0.2, ge=0, lt=0.5, description="Share of values that the trimmed mean drops at each end.")
-    bucket: int = Field(1, ge=1, description="Bucketing: updates averaged at random before a robust rule; 1: off.")
+    bucket: Count = Field(1, ge=1, description="Bucketing: updates averaged at random before a robust rule; 1: off.")
     radius: float = Field(1.0, gt=0, description="L2 norm to which centred clipping and norm-bound clip an update.")
-    iterations: int = Field(10, ge=1, description="Iterations of centred clipping and the geometric median.")
+    iterations: Count = Field(10, ge=1, description="Iterations of centred clipping and the geometric median.")
     smoothing: float = Field(1e-6, gt=0, description="Smallest distance in the geometric median's weights.")
 
     @field_validator("name")
@@ -502,7 +533,7 @@ class Privacy(Section):
         is_drawn = len(numbers) == len(words) > 0 and (
             kind == "choice" or (kind == "uniform" and len(numbers) == 2 and numbers[0] <= numbers[1])
         )
-        if self.budgets and not is_drawn and not (kind == "file" and len(words) == 1):
+        if self.budgets and not is_drawn and not (kind == "file" and words):
             raise ValueError(
                 f'budgets = "{self.budgets}": write "uniform 1 8", "choice 1 2 4", with positive numbers, or "file '
                 'budgets.csv"'
@@ -520,16 +551,18 @@ def _is_positive(word: str) -> bool:
 class Evaluate(Section):
     """`[evaluate]`: what is measured, and how often."""
 
-    every: int = Field(1, ge=1, description="Evaluate in every n-th round, and always after the last.")
+    every: Count = Field(1, ge=1, description="Evaluate in every n-th round, and always after the last.")
     on: Names = Field(
         ("global", "clients"),
         description="Any of global, clients, source (the source task before and after the run: forgetting).",
     )
     validation: bool = Field(True, description="Also score models on clients' validation parts, where test parts are.")
-    sample: int = Field(0, ge=0, description="Clients evaluated at the end, drawn from the seed; 0: all.")
-    fine_tune_epochs: int = Field(0, ge=0, description="Also evaluate clients' models after this many local epochs.")
-    folds: int = Field(0, ge=0, description="Number of cross-validation folds; 0: none.")
-    fold: int = Field(0, ge=0, description="k: use the k-th fold as each client's test set; 0: use partition.parts.")
+    sample: Count = Field(0, ge=0, description="Clients evaluated at the end, drawn from the seed; 0: all.")
+    fine_tune_epochs: Count = Field(0, ge=0, description="Also evaluate clients' models after this many local epochs.")
+    folds: int = Field(0, ge=0, le=1_000, description="Number of cross-validation folds; 0: none.")
+    fold: int = Field(
+        0, ge=0, le=1_000, description="k: use the k-th fold as each client's test set; 0: use partition.parts."
+    )
     unseen: float = Field(
         0.0, ge=0, lt=1, description="Share of clients kept out of all cohorts, evaluated at the end."
     )
@@ -550,8 +583,10 @@ class Engine(Section):
     other settings change nothing."""
 
     name: Literal["inline", "ray", "processes"] = "ray"
-    workers: int = Field(0, ge=0, description="Ray actors, or SuperNodes; 0: one actor per core, or four SuperNodes.")
-    threads: int = Field(1, ge=1, description="Threads per worker; one is fastest on a shared machine.")
+    workers: int = Field(
+        0, ge=0, le=10_000, description="Ray actors, or SuperNodes; 0: one actor per core, or four SuperNodes."
+    )
+    threads: int = Field(1, ge=1, le=1_000, description="Threads per worker; one is fastest on a shared machine.")
     exact: bool = Field(
         True,
         description="Bit-reproducible: a client's result does not depend on which clients it is trained with; false: faster "
@@ -566,7 +601,7 @@ class Engine(Section):
         "float32", description="Precision of matrix products in trainer = stacked on a GPU; all else is float32."
     )
     state_memory: int = Field(
-        1024, ge=0, description="Megabytes of client states in a machine's memory; the rest is on disk."
+        1024, ge=0, le=100_000_000, description="Megabytes of client states in a machine's memory; the rest is on disk."
     )
     address: str = Field("", description='Ray cluster to join, "HOST:6379" or "auto"; empty: Ray on this machine.')
 

@@ -13,6 +13,7 @@ from meadow.config.schema import Experiment
 from meadow.experiments.compare import METHODS, Job, methods_jobs, sweep_jobs, values_of
 from meadow.experiments.folds import check_empty, check_folds_folder, fold_runs, in_folds, write_folds
 from meadow.experiments.plan import plan as costs_of
+from meadow.privacy.plan import budgets
 from meadow.runtime.errors import RunStopped, UserError
 from meadow.server.cohorts import read_schedule
 from meadow.server.folder import RunFolder, check_folder, is_done
@@ -174,8 +175,9 @@ def _folder(out: Path | str | None, resume: bool, name: str) -> Path:
         if resume:
             raise UserError("--resume needs --out DIR: write the folder of the run to continue")
         return default_folder(name)
-    check_empty(Path(out), resume)
-    return Path(out)
+    folder = Path(out)
+    check_empty(folder, resume)
+    return folder.resolve() if ".." in folder.parts else folder  # x/../y is y, whether or not there is an x
 
 
 def _run_and_report(jobs: Sequence[Job], folder: Path, resume: bool, watch: Watch | None) -> list[Summary]:
@@ -240,6 +242,7 @@ def check_run(experiment: Experiment) -> None:
     model = task.new_model()
     roles = roles_of(experiment, model)
     protection(experiment, task, roles)
+    budgets(experiment, experiment.partition.clients)
     stages_of(experiment, roles)
     read_schedule(experiment)
     stop_metric(experiment, task, roles)

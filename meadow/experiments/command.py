@@ -20,8 +20,10 @@ from rich.markup import escape
 from meadow.config.load import Tree, apply, parse_override, preset_about, preset_names, read_tree, to_toml
 from meadow.config.schema import Experiment
 from meadow.experiments.closing import close, close_group
-from meadow.runtime.errors import RunStopped, UserError
+from meadow.experiments.endings import outcome
+from meadow.runtime.errors import UserError
 from meadow.runtime.identity import versions
+from meadow.runtime.logs import printable
 from meadow.runtime.terminal import checked_output
 
 app = typer.Typer(
@@ -260,29 +262,18 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
     try:
-        status, text = _run_command()
+        status, text = outcome(_checked_app)
         over = True
     except KeyboardInterrupt:  # another Ctrl-C, while the first one was handled
         over = True
     if text:
-        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]meadow:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)
     sys.exit(status)
 
 
-def _run_command() -> tuple[int, str]:
-    """Run the command; return its exit status, and a message that goes with it or ""."""
-    try:
-        with checked_output():
-            app(standalone_mode=True)
-    except UserError as error:
-        return 2, str(error)
-    except RunStopped as stop:
-        return 3, str(stop)
-    except SystemExit as end:
-        if end.code == 130:  # typer's status after Ctrl-C
-            raise KeyboardInterrupt from None
-        return int(end.code or 0), ""
-    return 0, ""
+def _checked_app() -> None:
+    with checked_output():
+        app(standalone_mode=True)
 
 
 def _optional(experiment: str, overrides: list[str] | None) -> tuple[str, list[str]]:

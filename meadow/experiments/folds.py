@@ -1,6 +1,7 @@
 """Cross-validation: one experiment as K runs, each with another fold as every client's test split, and their summary."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,9 @@ def check_empty(folder: Path, resume: bool) -> None:
     """Raise UserError if runs may not be written to this folder: it is in a file, or has files and is not resumed; or if it
     is to be resumed and does not exist."""
     try:
-        above = next(p for p in (folder, *folder.parents) if p.exists())
+        above = next(p for p in (folder, *folder.parents) if os.path.lexists(p))
+        if not above.exists():
+            raise UserError(f"--out {folder}: {above} is a link to nothing, or to itself; write the name of a folder")
         if not above.is_dir():
             raise UserError(f"--out {folder}: {above} is a file; write the name of a folder")
         full = folder.exists() and any(folder.iterdir())

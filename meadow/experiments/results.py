@@ -1,6 +1,7 @@
 """Read run folders, finished or still being written."""
 
 import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from meadow.arrays.files import DamagedFile, read_json
+from meadow.arrays.files import DamagedFile
 from meadow.config import load
 from meadow.config.schema import Experiment
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import read_file
+from meadow.server import recorded
 from meadow.server.folder import read_lines, read_record
+from meadow.server.recorded import Form, read_recorded
 from meadow.tasks.metrics import LOWER_IS_BETTER, PRIMARY, SHARES, kind_of
 
 Floats = NDArray[np.float64]
@@ -167,19 +171,19 @@ def read_run(path: Path) -> RunResult:
     if not _is_run(path):
         raise UserError(f"{path} has no experiment.toml, so it is not a run: name a folder that `meadow run` made")
     # The summary is written last and read first: if it exists, so do the other files.
-    summary = _read_json(path / "summary.json")
+    summary = _read_json(path / "summary.json", recorded.Summary)
     rounds = read_rounds(path / "rounds.jsonl")
     if summary and rounds and rounds[-1]["round"] > summary.get("rounds", 0):
         summary = None  # It was written before a resume, and the run has continued since.
     return RunResult(
         folder=path,
         experiment=load.load(path / "experiment.toml"),
-        manifest=_read_json(path / "manifest.json") or {},
-        split=_read_json(path / "split.json") or {},
+        manifest=_read_json(path / "manifest.json", recorded.Manifest) or {},
+        split=_read_json(path / "split.json", recorded.Split) or {},
         rounds=rounds,
         columns=_read_columns(path / "clients.csv") if summary else {},
         summary=summary,
-        evaluation=(_read_json(path / "evaluation.json") or {}) if summary else {},
+        evaluation=(_read_json(path / "evaluation.json", recorded.Evaluation) or {}) if summary else {},
     )
 
 
@@ -280,21 +284,23 @@ def settings_of(run: RunResult) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in same and not key.startswith("engine.")}
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+def _read_json(path: Path, form: type[Form]) -> dict[str, Any] | None:
+    if not path.exists():
         return None
     try:
-        return read_json(path, dict)
+        return read_recorded(path, form)
     except DamagedFile as error:
         raise UserError(f"{error}: the file is damaged") from None
 
 
 def _read_columns(path: Path) -> dict[str, Floats]:
-    if not path.is_file():
+    if not path.exists():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
     try:
-        return {key: np.array([float(row[key] or "nan") for row in rows]) for key in (rows[0] if rows else {})}
-    except (TypeError, ValueError) as error:
+        rows = list(csv.DictReader(io.StringIO(read_file(path).decode(), newline=""), strict=True))
+        found = {key: np.array([float(row[key] or "nan") for row in rows]) for key in (rows[0] if rows else {})}
+        if rows and not np.isfinite(found["client"]).all():
+            raise ValueError("a row without a client")
+        return found
+    except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None

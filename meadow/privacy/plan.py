@@ -6,6 +6,7 @@ only on the seed. What a client spent in earlier runs counts.
 
 import csv
 import functools
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +25,11 @@ from meadow.privacy.accounting import (
 )
 from meadow.privacy.dpsgd.mechanism import Mechanism
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import read_file, user_path
 from meadow.runtime.seeds import numpy_generator
+
+LARGEST_BUDGETS = 64 * 2**20
+"""Bytes of the file in `privacy.budgets`."""
 
 
 def budgets(experiment: Experiment, clients: int) -> list[float]:
@@ -38,7 +43,7 @@ def budgets(experiment: Experiment, clients: int) -> list[float]:
     if not kind:
         return [privacy.epsilon or math.inf] * clients
     if kind == "file":
-        return _from_file(privacy.budgets, Path(words[0]), clients)
+        return _from_file(privacy.budgets, user_path(privacy.budgets.strip().removeprefix("file").strip()), clients)
     numbers = [float(word) for word in words]
     drawn = []
     for client in range(clients):
@@ -203,10 +208,11 @@ def _rate(experiment: Experiment) -> float:
 
 def _from_file(setting: str, path: Path, clients: int) -> list[float]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows: Sequence[dict[str, str]] = list(csv.DictReader(file))
+        rows: Sequence[dict[str, str]] = list(
+            csv.DictReader(io.StringIO(read_file(path, LARGEST_BUDGETS).decode("utf-8-sig"), ""))
+        )
         found = {int(row["client"]): float(row["epsilon"]) for row in rows}
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, csv.Error, KeyError, OverflowError, ValueError, TypeError) as error:
         raise UserError(
             f'privacy.budgets = "{setting}": {type(error).__name__}: {error}; give a CSV file with the columns client and '
             "epsilon, both numbers"

@@ -19,7 +19,7 @@ from meadow.tasks.models.vision import torchvision
 
 # Augmentations with a number above 0: its largest value, and an example.
 _NUMBERS = {
-    "crop": (math.inf, "4"),
+    "crop": (1024, "4"),
     "resized-crop": (1.0, "0.5"),
     "rotate": (180.0, "15"),
     "jitter": (1.0, "0.2"),

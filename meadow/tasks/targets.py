@@ -19,11 +19,13 @@ from torch import Tensor
 
 from meadow.config.load import nearest
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import check_fits
 from meadow.tasks.data import MISSING, Data, Part, Raw, Target
 
 KINDS: tuple[str, ...] = get_args(Target.__dataclass_fields__["kind"].type)
 _KEYWORDS = {"class": ("above", "weights", "balanced"), "labels": ("weights", "balanced")}
 """Kind -> its keywords; the others take scale and offset."""
+MOST_CLASSES = 1_000_000
 Column = npt.NDArray[Any]
 
 
@@ -173,6 +175,8 @@ def _target(kind: Kind, columns: list[Column]) -> Target:
     if kind.above is not None:
         names: tuple[str, ...] = kind.words or (f"at most {kind.above:g}", f"above {kind.above:g}")
     elif len(kind.words) == 1 and kind.words[0].isdecimal():
+        if int(kind.words[0]) > MOST_CLASSES:
+            raise kind.wrong(f"so many classes are too many; the most is {MOST_CLASSES:,}")
         names = tuple(map(str, range(int(kind.words[0]))))
     else:
         names = kind.words or (_label_names(columns) if kind.kind == "labels" else _distinct(columns))
@@ -251,6 +255,9 @@ def _rows(target: Target, kind: Kind, part: Part) -> npt.NDArray[np.float32]:
             raise kind.wrong("rows of labels contain 0 and 1 (NaN for missing)")
         return rows
     index = {name: i for i, name in enumerate(target.names)}
+    check_fits(
+        f'task.targets = "{target.name}": {len(column):,} rows of {target.size:,}', 4 * len(column) * target.size
+    )
     rows = np.zeros((len(column), target.size), dtype=np.float32)
     words, inverse = _words(column)
     for row, word in enumerate(inverse):

@@ -6,7 +6,7 @@ and its arrays or its error; or no arrays, if they are part of the sum of a whol
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -140,6 +140,23 @@ def unpack_requests(packed: RecordDict) -> tuple[list[Request], list[tuple[int, 
         index, *clients = map(int, line.split(" "))
         blocks.append((index, tuple(clients)))
     return requests, blocks
+
+
+def leave_out(packed: RecordDict, clients: Collection[int], apart: Collection[int] = ()) -> None:
+    """Remove clients from a packed request. The blocks of those in `apart` go client by client."""
+    plan, single = cast(ConfigRecord, packed["pack"]), {*clients, *apart}
+    plan["requests"] = [
+        each for each in cast(list[str], plan["requests"]) if int(each.partition(" ")[0]) not in clients
+    ]
+    blocks = cast(list[str], plan["blocks"])
+    plan["blocks"] = [block for block in blocks if single.isdisjoint(map(int, block.split(" ")[1:]))]
+
+
+def add_errors(packed: RecordDict, reasons: Mapping[int, str]) -> None:
+    """Add the answers of clients that were left out of the request to a packed reply."""
+    cast(list[int], cast(ConfigRecord, packed["pack"])["clients"]).extend(reasons)
+    for client, reason in reasons.items():
+        packed[f"{client}.error"] = ConfigRecord({"reason": reason})
 
 
 def whole_spans(packed: RecordDict) -> list[Span]:

@@ -54,7 +54,8 @@ def make_run(
             writer.writerow(["client", "train_samples", "test_samples", "rounds", "epsilon", "used.digit.accuracy"])
             writer.writerows([c, 3, 1, 2, "", v] for c, v in enumerate(values))
         found = {
-            "status": "done", "reason": "", "rounds": 2, "model_sha256": "ab",
+            "name": method, "status": "done", "reason": "", "rounds": 2, "model_sha256": "ab",
+            "personal_sha256": "cd", "split_sha256": split["sha256"],
             "metrics": {"global": {"digit": {"accuracy": 0.5}},
                         "clients": {"digit": {"accuracy": over_clients(values)}},
                         "last10": {"global": {}, "clients": {"digit": {"accuracy": over_clients(values)}}}},

@@ -240,3 +240,40 @@ def test_a_nodes_first_round_tells_nothing_of_its_pace() -> None:
         dealt.append({})
         found.send("train", [Request(c, SENT, {"round": 1}) for c in range(40)], work=dict.fromkeys(range(40), 1.0))
     assert dealt == [{5: 20, 9: 20}, {5: 20, 9: 20}, {5: 30, 9: 10}]
+
+
+class RestartingGrid(FakeGrid):
+    """A grid that starts its workers again."""
+
+    def abandon(self, message_ids: Iterable[str]) -> None:
+        """All replies are there at once."""
+
+
+def test_a_node_that_was_lost_gets_clients_only_after_it_answers_the_roll_call() -> None:
+    """Any node may train any client here, so none is lost in the meantime."""
+    well, lost, got = node(range(40), simulated=True), set[int](), dict[int, int]()
+
+    def mortal(number: int) -> Callable[[Message], RecordDict]:
+        def answer(message: Message) -> RecordDict:
+            if number in lost:
+                raise OSError("the worker was lost")
+            if message.metadata.message_type == "train":
+                got[number] = len(unpack_requests(message.content)[0])
+            return well(message)
+
+        return answer
+
+    nodes = RollCall(
+        Carrier(RestartingGrid({5: mortal(5), 9: mortal(9)})), "run", {}, {"data": "d", "split": "s"}, 40, 1.0
+    )
+    found, dealt = Exchange(nodes, movable=True), []
+    found.roll.gather()
+    for gone in ({9}, {9}, {5, 9}, {5, 9}, set[int]()):
+        lost.clear()
+        lost |= gone
+        got.clear()
+        answers, _ = found.send(
+            "train", [Request(c, SENT, {"round": 1}) for c in range(40)], work=dict.fromkeys(range(40), 1.0)
+        )
+        dealt.append((dict(got), sum(bool(answer.error) for answer in answers)))
+    assert dealt == [({5: 20}, 20), ({5: 40}, 0), ({}, 40), ({}, 40), ({5: 20, 9: 20}, 0)]

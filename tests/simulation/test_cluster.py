@@ -11,6 +11,7 @@ import ray
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
 
+from helpers.faulty import CLIENT
 from helpers.runs import run_inline, small
 from meadow.runtime.errors import UserError
 from meadow.simulation.launch import _run_local, engine
@@ -21,6 +22,7 @@ SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
     AuthenticationTokenLoader.instance().reset_cache()
     found: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -47,6 +49,20 @@ def test_a_run_joins_a_cluster_and_goes_on_without_a_lost_machine(cluster: Any, 
         assert found["status"] == "done" and [found[key] for key in SAME] == [expected[key] for key in SAME]
         records = [json.loads(line) for line in (tmp_path / folder / "rounds.jsonl").read_text().splitlines()]
         assert [r["failed"] for r in records] == [[]] * 5
+
+
+@pytest.mark.slow
+def test_a_client_that_ends_its_process_or_hangs_costs_itself_only(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    address, out = f"engine.address={cluster.address}", tmp_path / "run"
+    experiment = small("fedavg", "strategy.name=helpers.faulty:MANY", address, "cohort.timeout=20")
+    with engine("ray", 2, address=cluster.address) as launch:
+        summary = launch(experiment, out)
+    records = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    failed = [[each["client"] for each in record["failed"]] for record in records]
+    assert failed == [[], [CLIENT, CLIENT + 1, CLIENT + 2], []] and summary["status"] == "done"
 
 
 @pytest.mark.slow

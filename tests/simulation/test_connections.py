@@ -1,5 +1,9 @@
 """Calls to workers: each is answered once, in its order; a worker that dies of one is given it again, twice at most."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -7,7 +11,7 @@ from multiprocessing import AuthenticationError
 
 import pytest
 
-from meadow.simulation.connections import RETRIES, Calls, connect
+from meadow.simulation.connections import RETRIES, Calls, connect, note_of
 
 
 @pytest.fixture
@@ -72,6 +76,52 @@ def test_a_worker_that_dies_of_a_call_gets_it_again_and_at_last_the_next(calls: 
     expected: dict[int, bytes | None] = {n: None if call == b"never" else call for n, call in asked.items()}
     assert gather(calls, 6) == expected | {other: b"other"}
     assert lives[b"never"] == 10**9 - 1 - RETRIES
+
+
+def test_a_worker_that_dies_with_news_in_its_note_each_time_gets_the_call_again(calls: Calls) -> None:
+    lives = [10]
+
+    def work(call: bytes) -> bytes:
+        lives[0] -= 1
+        note_of(calls.path, 0).write_text(str(lives[0]))
+        if lives[0]:
+            raise ZeroDivisionError
+        return call
+
+    worker(calls, 0, work)
+    number = calls.call(0, b"x")
+    assert gather(calls, 1) == {number: b"x"} and lives == [0]
+
+
+def test_a_worker_that_does_not_end_itself_in_time_is_killed(calls: Calls) -> None:
+    code = (
+        "import os, signal, sys; from meadow.simulation.connections import connect;"
+        "line = connect(sys.argv[1], bytes.fromhex(sys.argv[2]), 0); os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, calls.path, calls.key.hex()])
+    assert calls.answers(60) == []
+    os.waitpid(process.pid, os.WUNTRACED)
+    note_of(calls.path, 0).write_text("{}\n[[3], 1.0, 1e9]\n")
+    calls.kill_frozen()
+    assert process.poll() is None
+    note_of(calls.path, 0).write_text("{}\n[[3], 1.0, 0.5]\n")
+    calls.kill_frozen()
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_call_that_is_dropped_is_not_answered_and_its_worker_killed(calls: Calls) -> None:
+    code = (
+        "import sys, time; from meadow.simulation.connections import connect;"
+        "connect(sys.argv[1], bytes.fromhex(sys.argv[2]), 0).recv_bytes(); time.sleep(1000)"
+    )
+    first = calls.call(0, b"x")
+    process = subprocess.Popen([sys.executable, "-c", code, calls.path, calls.key.hex()])
+    assert calls.answers(60) == []
+    calls.drop(first)
+    assert process.wait() == -signal.SIGKILL
+    worker(calls, 0, lambda call: call)
+    number = calls.call(0, b"y")
+    assert gather(calls, 1) == {number: b"y"}
 
 
 def test_the_calls_of_a_worker_that_is_given_up_are_lost(calls: Calls) -> None:

@@ -104,7 +104,7 @@ TABLES: dict[str, tuple[str, bytes, str]] = {
     "other keys": ("t.jsonl", b'{"a": 1, "b": 2}\n\n{"a": 1, "c": 2}\n',
                    r"ROOT/t.jsonl, line 3: the keys are \['a', 'c'\], those of the first line \['a', 'b'\]"),
     "a nested object": ("t.jsonl", b'{"a": {"b": 1}}\n',
-                        'ROOT/t.jsonl, line 1, "a": expected a text, a number or a list, found dict'),
+                        'ROOT/t.jsonl, line 1, "a": expected a text, a number or a list of them, found dict'),
 }  # fmt: skip
 
 
@@ -240,4 +240,4 @@ def test_a_file_that_holds_no_arrays_is_told(tmp_path: Path) -> None:
     damaged = bytearray((tmp_path / "c.npz").read_bytes())
     damaged[len(damaged) // 2] ^= 255
     (tmp_path / "c.npz").write_bytes(bytes(damaged))
-    refused("ROOT/c.npz: the .npz file is damaged", tmp_path, lambda: opened("arrays", tmp_path, **gone))
+    refused("ROOT/c.npz: .* damaged", tmp_path, lambda: opened("arrays", tmp_path, **gone))

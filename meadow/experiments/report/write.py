@@ -26,7 +26,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     """
     page = render(find_runs(paths))
     path = out / "report.html" if out.is_dir() else out
-    write_bytes(path, page.encode())
+    write_bytes(path, page.encode(errors="backslashreplace"))  # a name in no encoding
     return path
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meadow.config.load import nearest
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import check_fits
 from meadow.runtime.objects import user_object
 from meadow.runtime.seeds import torch_seeded
 from meadow.tasks.data import Dataset, Inputs, Target
@@ -34,6 +35,11 @@ def build(task: Task, targets: Sequence[Target], inputs: Inputs, seed: int = 0) 
     the same trunk; coupled trunks' on (seed, "init", "trunk", name). The heads are float64 if the trunk is. Raises UserError
     if the model cannot take samples of this shape.
     """
+    if task.model in OWN:
+        with torch.device("meta"):  # shapes without memory
+            large, features = OWN[task.model](task, inputs)
+        count = sum(p.numel() for p in large.parameters()) + sum(features * target.size for target in targets)
+        check_fits(f"task.hidden = {task.hidden}: {task.model} with {count:,} weights and their gradients", 8 * count)
     with torch_seeded(seed, "init", "trunk"):
         trunk, features = _trunk(task)(task, inputs)
     heads: dict[str, nn.Module] = {}

@@ -1,6 +1,5 @@
 """Reads pretrained trunks: published weights, or a .safetensors file."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +12,7 @@ from torch import Tensor
 from meadow.arrays.files import DamagedFile, read_arrays
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import is_file, opened, user_path
 from meadow.tasks.models.backbones import TRANSFORMERS, torchvision_names, transformers_weights
 from meadow.tasks.models.vision import torchvision
 
@@ -67,8 +67,8 @@ def _fitting(name: str, arrays: Mapping[str, Tensor], trunk: Mapping[str, Tensor
 
 
 def _from_file(place: str) -> dict[str, Tensor]:
-    path = Path(os.path.expandvars(place)).expanduser()
-    if not path.is_file():
+    path = user_path(place)
+    if not is_file(path):
         raise UserError(
             f'task.pretrained = "{place}": there is no such file; write "source", "{PUBLISHED}", the path of a '
             ".safetensors file, or an empty string for a random start"
@@ -84,7 +84,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     try:
         return {name: torch.from_numpy(value) for name, value in read_arrays(path).items()}
     except DamagedFile:
-        return load_file(path)
+        with opened(path):  # the library would wait for a pipe
+            return load_file(path)
 
 
 def _published(task: Task) -> dict[str, Tensor]:

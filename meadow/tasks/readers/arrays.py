@@ -1,7 +1,7 @@
 """Reads arrays from an .npz file, never pickles: x, one or more targets, and optionally the clients."""
 
+import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from meadow.config.load import nearest
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import check_fits, check_ratio, is_file, opened
 from meadow.tasks.data import Part, Raw
 from meadow.tasks.readers.decoding import resize_arrays
 from meadow.tasks.targets import missing
@@ -46,28 +47,42 @@ def _file(task: Task, folder: Path) -> Path:
             f'task.train = "{task.train}": {folder} has {len(names)} .npz files; name the one to read'
             f"{': ' if names else ''}{', '.join(names)}"
         )
-    if not (folder / names[0]).is_file():
+    if not is_file(folder / names[0]):
         raise UserError(f'task.train = "{task.train}": there is no file {folder / names[0]}')
     return folder / names[0]
 
 
 def _load(path: Path) -> dict[str, npt.NDArray[Any]]:
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"{path}: this is not an .npz file, or it is truncated; write one by numpy.savez(path, x=..., y=...)"
-        )
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except ValueError as error:
-        if "allow_pickle" in str(error):
+        with opened(path) as file, zipfile.ZipFile(file) as found:
+            members = found.infolist()
+            size = sum(each.file_size for each in members)
+            check_ratio(str(path), size, path.stat().st_size)
+            check_fits(str(path), size)
+            return {each.filename.removesuffix(".npy"): _array(path, found, each) for each in members}
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and numpy raise exceptions of many kinds for damaged files
+        raise UserError(
+            f"{path}: this is not an .npz file, or it is damaged ({error}); write one by numpy.savez(path, x=..., y=...)"
+        ) from None
+
+
+def _array(path: Path, file: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
+    """Read one array, after its header has shown that the file contains as much as it claims."""
+    with file.open(member) as content:
+        version = np.lib.format.read_magic(content)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, kind = read_header[version](content) if version in read_header else ((), False, np.dtype(object))
+        if kind.hasobject:
             raise UserError(
-                f"{path}: an array contains Python objects, which are not unpickled; save it as numbers or text "
-                '(array.astype("U"))'
-            ) from None
-        raise UserError(f"{path}: the .npz file is damaged ({error})") from None
-    except (OSError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError) as error:
-        raise UserError(f"{path}: the .npz file is damaged ({error})") from None
+                f"{path}: the array {member.filename} contains Python objects, which are not unpickled; save it as numbers "
+                'or text (array.astype("U"))'
+            )
+        if min(shape, default=0) < 0 or math.prod(shape) * kind.itemsize > member.file_size:
+            raise ValueError(f"{member.filename} has {member.file_size:,} bytes, which is no array of shape {shape}")
+    with file.open(member) as content:
+        return np.asarray(np.lib.format.read_array(content, allow_pickle=False))
 
 
 def _part(task: Task, path: Path, found: dict[str, npt.NDArray[Any]], suffix: str) -> Part:
@@ -126,6 +141,7 @@ def _samples(task: Task, path: Path, name: str, array: npt.NDArray[Any]) -> Tens
                 f'task.{setting} = {value!r}: "{name}" of {path} is {array.dtype} of shape {array.shape}, but images are '
                 "uint8 of shape (n, h, w), (n, h, w, 1 or 3) or (n, 1 or 3, h, w)"
             )
+    check_fits(f'{path}: "{name}" as float32', 4 * array.size)
     with np.errstate(over="ignore"):  # numbers beyond float32 become infinite, and are refused below
         samples = array.astype(np.float32)
     if not np.isfinite(samples).all():

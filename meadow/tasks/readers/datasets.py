@@ -17,6 +17,7 @@ from meadow.arrays import memory
 from meadow.config import schema
 from meadow.config.load import nearest
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import is_folder, user_path
 from meadow.runtime.objects import user_object
 from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.data import Dataset, Raw, make_dataset
@@ -99,8 +100,8 @@ def folder(task: schema.Task) -> Path:
             f'task.root is empty: task.dataset = "{task.dataset}" reads files; write their folder '
             '(for example root = "$MEADOW_DATA/heart")'
         )
-    path = Path(os.path.expandvars(task.root)).expanduser()
-    if not path.is_dir():
+    path = user_path(task.root)
+    if not is_folder(path):
         raise UserError(f'task.root = "{task.root}": there is no such folder{_unset(task.root)}')
     return path
 

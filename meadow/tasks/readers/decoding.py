@@ -6,6 +6,7 @@ same images are kept in memory.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -22,12 +23,14 @@ from PIL import Image
 from torch import Tensor
 
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import check_fits, opened
 from meadow.tasks.models.vision import torchvision
 
 Pixels = npt.NDArray[np.uint8]
 
 _LAYOUT = "1"  # version of the cache files and of their pixels: increase it when either changes
 _SPARE = 2**30  # bytes of disk space that a new file must leave free
+_MOST_PIXELS = 2**26  # of an image: each core has one in memory, with its copies
 _AT_ONCE = 64  # images decoded in parallel before they are written
 
 
@@ -50,9 +53,13 @@ def decode_files(paths: Sequence[Path], where: Callable[[int], str], size: int, 
 
     def decode(i: int) -> Pixels:
         try:
-            with Image.open(paths[i]) as image:
+            with opened(paths[i]) as file, Image.open(file) as image:
+                if image.width * image.height > _MOST_PIXELS:
+                    raise ValueError(
+                        f"it has {image.width}x{image.height} pixels, over {_MOST_PIXELS:,}; make it smaller"
+                    )
                 return pixels(image, size, channels)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's readers raise exceptions of many kinds for damaged files
             raise UserError(f"{where(i)}: {paths[i]} cannot be read as an image: {error}") from None
 
     return _cached(digest.hexdigest(), len(paths), decode, lambda i: f"{where(i)}: {paths[i]}" if i else str(paths[0]))
@@ -133,12 +140,13 @@ def _cached(key: str, n: int, make: Callable[[int], Pixels], name: Callable[[int
             return torch.from_numpy(found)
         shape = (n, *make(0).shape)
         place.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(place.parent).free - int(np.prod(shape)) >= _SPARE:
+        if shutil.disk_usage(place.parent).free - math.prod(shape) >= _SPARE:
             _write(place, shape, _make_all(n, make, name))
             if (found := _open(place, n)) is not None:
                 return torch.from_numpy(found)
     except (OSError, RuntimeError):  # no home folder, no write permission, or a full disk
         pass
+    check_fits(f"{name(0)} and {n - 1:,} other images of its size", math.prod((n, *make(0).shape)))
     images = np.empty((n, *make(0).shape), dtype=np.uint8)
     for i, image in enumerate(_make_all(n, make, name)):
         images[i] = image

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from meadow.config import schema
 from meadow.config.load import nearest
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import is_file, is_folder
 from meadow.tasks.data import Part, Raw
 from meadow.tasks.models.vision import torchvision
 from meadow.tasks.readers.decoding import decode_files, resize_arrays
@@ -69,8 +70,8 @@ def image_folder(task: schema.Task, root: Path) -> Raw:
     ignored. Raises UserError for folders that are missing, empty or have other classes.
     """
     _refuse_unused(task, "inputs", "client")
-    train = task.train or ("train" if (root / "train").is_dir() else ".")
-    defaults = [name for name in ("val", "test") if (root / name).is_dir() and train != "."]
+    train = task.train or ("train" if is_folder(root / "train") else ".")
+    defaults = [name for name in ("val", "test") if is_folder(root / name) and train != "."]
     test = task.test or next(iter(defaults), "")
     pool, classes = _folder_part(task, "train", root / train)
     if not test:
@@ -161,7 +162,7 @@ def _owners(task: schema.Task, root: Path, n: int) -> npt.NDArray[np.str_]:
     """The client of each of n training samples, from the file in `task.client`."""
     file, _, name = task.client.rpartition(":")
     setting = f'task.client = "{task.client}"'
-    if not file or not (root / file).is_file():
+    if not file or not is_file(root / file):
         raise UserError(
             f"{setting}: there is no file {root / file}: write FILE:COLUMN, where FILE is a CSV file under task.root with "
             'the columns "index" (of the training sample, from 0) and COLUMN (its client)'
@@ -179,7 +180,7 @@ def _owners(task: schema.Task, root: Path, n: int) -> npt.NDArray[np.str_]:
 
 def _folder_part(task: schema.Task, key: str, folder: Path) -> tuple[Part, list[str]]:
     """The images of a folder and the names of its classes."""
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f'task.{key} = "{getattr(task, key)}": there is no folder {folder}')
     reader = torchvision().datasets.folder
     try:

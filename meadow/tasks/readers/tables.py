@@ -20,10 +20,12 @@ import numpy.typing as npt
 
 from meadow.config.load import nearest
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import LARGEST_RATIO, SMALL, check_ratio, is_file, memory, read_file
 
 Text = npt.NDArray[np.object_]
 FORMATS = (".csv", ".tsv", ".jsonl")
 PACKED = (".xz", ".gz")
+_LISTS = 10  # in one another, in a cell
 GAPS = ("", "?", "NA", "nan", "NaN")
 """Cells of a column of numbers or categories that mean a missing value."""
 
@@ -100,7 +102,7 @@ def read_table(path: Path) -> Table:
 def find_file(folder: Path, name: str, setting: str, candidates: Sequence[str]) -> Path:
     """The file `name` in the folder or, if name is "", the first candidate that exists. Raises UserError if none does."""
     for candidate in [name] if name else candidates:
-        if (folder / candidate).is_file():
+        if is_file(folder / candidate):
             return folder / candidate
     files = sorted(p.name for p in folder.iterdir() if p.is_file())
     wanted = f'"{name}"' if name else "none of " + ", ".join(candidates)
@@ -117,11 +119,12 @@ def candidates(stem: str) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        raw = path.read_bytes()
-        if path.suffix == ".xz":
-            raw = lzma.decompress(raw)
-        elif path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+        raw = read_file(path, memory() // 16)  # Python's texts take many times that
+        if path.suffix in PACKED:
+            packed, opener = len(raw), lzma.open if path.suffix == ".xz" else gzip.open
+            with opener(io.BytesIO(raw)) as file:
+                raw = file.read(max(SMALL, LARGEST_RATIO * packed) + 1)
+            check_ratio(str(path), len(raw), packed)
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: the compressed file is damaged or truncated ({error})") from None
     except OSError as error:
@@ -164,7 +167,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: this is not a JSON object on one line ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
@@ -176,11 +179,13 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
         yield number, {name: _cell(path, number, name, row[name]) for name in names}
 
 
-def _cell(path: Path, line: int, name: str, value: Any) -> str:
-    if isinstance(value, list):
-        return "|".join(_cell(path, line, name, v) for v in value)
+def _cell(path: Path, line: int, name: str, value: Any, inside: int = 0) -> str:
+    if isinstance(value, list) and inside < _LISTS:
+        return "|".join(_cell(path, line, name, v, inside + 1) for v in value)
     if value is None or value != value:  # null, NaN
         return ""
     if isinstance(value, str | int | float):
         return str(value)
-    raise UserError(f'{path}, line {line}, "{name}": expected a text, a number or a list, found {type(value).__name__}')
+    raise UserError(
+        f'{path}, line {line}, "{name}": expected a text, a number or a list of them, found {type(value).__name__}'
+    )

@@ -21,6 +21,7 @@ import torch
 
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import check_fits, is_file
 from meadow.tasks.data import Part, Raw
 from meadow.tasks.readers.tables import GAPS, Table, candidates, find_file, read_table
 
@@ -54,7 +55,7 @@ def read_train_and_test(task: Task, folder: Path) -> tuple[Table, Table | None]:
     train = read_table(find_file(folder, task.train, "task.train", candidates("train")))
     if task.test:
         return train, read_table(find_file(folder, task.test, "task.test", []))
-    there = [name for name in candidates("test") if (folder / name).is_file()]
+    there = [name for name in candidates("test") if is_file(folder / name)]
     return train, read_table(folder / there[0]) if there and not task.train else None
 
 
@@ -90,6 +91,10 @@ class _Column:
         setting = f'task.inputs = "{self.text}"'
         if self.how == "category":
             values = table.column(self.name, setting)
+            check_fits(
+                f"{setting}: {len(values):,} rows of {len(self.categories):,} categories",
+                4 * len(values) * len(self.categories),
+            )
             rows = np.zeros((len(values), len(self.categories) + 1), dtype=np.float32)
             place = {category: i for i, category in enumerate(self.categories)} | {"": len(self.categories)}
             for i, value in enumerate(values):

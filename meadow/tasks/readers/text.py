@@ -16,12 +16,15 @@ import torch
 
 from meadow.config.schema import Task
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import check_fits, read_file
 from meadow.tasks.data import MISSING, Part, Raw
 from meadow.tasks.models.backbones import TRANSFORMERS, from_transformers
 from meadow.tasks.readers.tables import Table
 from meadow.tasks.readers.tabular import labelled, raw_of, read_public, read_train_and_test
 
 UNKNOWN = 1
+LARGEST_VOCABULARY = 64 * 2**20
+"""Bytes of the file `task.vocabulary`."""
 CHARACTERS = "".join(chr(i) for i in range(32, 127)) + "\n"
 """The default characters of tokens = chars: printable ASCII and the newline."""
 
@@ -47,6 +50,7 @@ def text_raw(task: Task, folder: Path | None, train: Table, test: Table | None, 
 
     def part(table: Table, clients: bool) -> Part:
         texts = table.column(column, f'task.inputs = "{column}"')
+        check_fits(f"task.length = {task.length}: {len(texts):,} texts of so many tokens", 8 * len(texts) * task.length)
         x = np.zeros((len(texts), task.length), dtype=np.int64)
         for row, words in zip(x, map(tokenise, texts), strict=True):
             row[: min(len(words), task.length)] = words[: task.length]
@@ -73,6 +77,8 @@ def characters(task: Task, folder: Path) -> Raw:
     def part(table: Table, clients: bool) -> Part:
         texts = table.column(column, f'task.inputs = "{column}"')
         owner = labelled(task, table, torch.empty(len(texts), 0), clients).client
+        whole = sum(-(-len(t) // task.length) for t in texts) * task.length
+        check_fits(f"task.length = {task.length}: windows of so many characters", 16 * whole)
         windows = [_windows(np.asarray(tokenise(t), dtype=np.int64), task.length) for t in texts]
         x, following = (np.concatenate(parts) for parts in zip(*windows, strict=True))
         counts = [len(w[0]) for w in windows]
@@ -136,7 +142,13 @@ def _vocabulary(task: Task, folder: Path | None) -> list[str] | None:
         return None
     path = (folder or Path()) / task.vocabulary
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = (
+            read_file(path, LARGEST_VOCABULARY)
+            .decode("utf-8-sig")
+            .replace("\r\n", "\n")
+            .replace("\r", "\n")
+            .split("\n")
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'task.vocabulary = "{task.vocabulary}": {path} cannot be read: {error}') from None
     words = [r"\n" if line == "" else line for line in (lines[:-1] if lines[-1] == "" else lines)]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from meadow.config.schema import Partition
 from meadow.runtime.errors import UserError
+from meadow.runtime.limits import check_fits
 from meadow.runtime.seeds import numpy_generator
 from meadow.tasks.data import MISSING, Target
 from meadow.tasks.splits.partitioners import PARTITIONERS, Ints, Runs
@@ -129,6 +130,9 @@ def make_split(
     Raises UserError if the split is impossible, or not found within 200 tries.
     """
     counts = np.bincount(labels)
+    check_fits(
+        f"partition.clients = {partition.clients} with {len(counts)} labels", 8 * partition.clients * len(counts)
+    )
     shuffled = numpy_generator(seed, "samples").permutation(len(labels))
     small = labels.astype(np.min_scalar_type(len(counts)))  # small integers are sorted by radix, in linear time
     by_label = shuffled[np.argsort(small[shuffled], kind="stable")]
