@@ -41,7 +41,8 @@ def attack(count: int, seed: int, parts: int, part: int) -> list[Answer]:
 
 
 def _answer(hostile: Hostile, room: int) -> Answer:
-    folder = Path(tempfile.mkdtemp(prefix="h", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="h", dir="/tmp")) / "in"  # some name the folder above
+    folder.mkdir()
     hostile.write(folder)
     limits = [(resource.RLIMIT_AS, room), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_CORE, 0)]
     began = time.monotonic()
@@ -60,7 +61,7 @@ def _answer(hostile: Hostile, room: int) -> Answer:
             f"status {status}, {spent:.0f} s, {memory >> 20} MB: {last} ({folder}: {' '.join(hostile.argv)[:300]!r})"
         )
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder.parent, ignore_errors=True)
     return Answer(hostile.family, status, seconds, memory, trace, hung, problem)
 
 

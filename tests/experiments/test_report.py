@@ -226,6 +226,18 @@ def test_settings_part_runs_of_one_name(tmp_path: Path) -> None:
     assert list(by_method(find_runs([tmp_path]))) == ["fedavg (lr=0.1)", "fedavg (lr=0.2)"]
 
 
+def test_a_method_s_name_may_be_longer_than_a_page_is_wide(tmp_path: Path) -> None:
+    names = ("lr", "epochs", "batch_size", "weight_decay", "trunk_lr_factor", "depth_lr_factor", "clip_norm", "warmup")
+    settings = [f"local.{name}={{}}" for name in names]
+    for value in (1, 2):
+        folder = make_run(tmp_path / str(value), "fedavg", 0, [0.5, 0.6])
+        (folder / "experiment.toml").write_text(
+            to_toml(load("fedavg", [setting.format(value) for setting in settings]))
+        )
+    assert max(map(len, by_method(find_runs([tmp_path])))) > 110
+    assert "…" in text_of(write_report([tmp_path], tmp_path / "report.html"))
+
+
 def test_the_terminals_table_has_every_method(compared: Path) -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(ranking_table(find_runs([compared])))
