@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from meadow.runtime.errors import RunStopped
+
 STOP_GRACE = 5.0
 """Seconds between SIGTERM and SIGKILL."""
 PORTS = range(15000, 32000)
@@ -82,9 +84,12 @@ class Children:
         return child
 
     def require_alive(self) -> None:
-        """Raise ``RuntimeError`` with the tail of its log when a child has ended."""
+        """Raise RunStopped if a child was ended by a signal, RuntimeError with the tail of its log if it ended by itself."""
         for child in self.running:
             code = child.process.poll()
+            if code is not None and code < 0:
+                name = signal.Signals(-code).name
+                raise RunStopped(f"the process {child.name} was ended by {name} ({child.log}); continue with --resume")
             if code is not None:
                 raise RuntimeError(f"{child.name} ended with exit code {code}.\n{tail(child.log)}")
 

@@ -224,6 +224,10 @@ def run_app(
         for line in tail(submitted.log, 200).splitlines():  # a folder that cannot be written has no summary
             if line.startswith(_STOPPED):
                 raise RunStopped(line.removeprefix(_STOPPED))
+        if "No heartbeat" in details:  # a task's process that fails tells why
+            raise RunStopped(
+                f"the ServerApp was ended, or gave no sign of life ({submitted.log}); continue with --resume"
+            )
         logs = [submitted.log, *(child.log for child in group.running if child.name.startswith("node-"))]
         raise RuntimeError(f"the run ended as {status}: {details}\n" + "\n".join(tail(log, 25) for log in logs))
 
