@@ -165,15 +165,37 @@ def free_port() -> Iterator[int]:
     """
     folder = Path(tempfile.gettempdir()) / f"meadow-ports-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    for left in folder.iterdir():  # by killed runs
+        with _reserved(left):
+            pass
     for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        lock = (folder / str(port)).open("w")
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            yield port
-            return
+        with _reserved(folder / str(port)) as reserved:
+            if reserved and _is_free(port):
+                yield port
+                return
     raise RuntimeError(f"no free port between {PORTS.start} and {PORTS.stop}")
+
+
+@contextmanager
+def _reserved(path: Path) -> Iterator[bool]:
+    """Lock a file, and remove it at the end; False if another process has it."""
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(lock.fileno()), path.stat())  # not one that was removed meanwhile
+        except OSError:
+            mine = False
+        try:
+            yield mine
+        finally:
+            if mine:
+                path.unlink(missing_ok=True)
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from meadow.experiments.command import main
+from meadow.runtime.identity import ROOT
 
 HUNG = 124
 """Stands for the exit status of a command that had to be killed."""
@@ -78,7 +79,7 @@ def start(
     """Start `meadow WORDS` in a folder, with `folder/t` for temporary files.
 
     forked: in a copy of this process, which saves the seconds of the imports (`preload`); else in a new one. output: its
-    standard output; its errors go to `log`. path: where its modules are, besides the folder.
+    standard output; its errors go to `log`. path: where its code is, if elsewhere.
     """
     sys.stdout.flush()
     if pid := os.fork():
@@ -113,7 +114,7 @@ def _settle(folder: Path, limits: Iterable[Limit], output: int | Path, path: Pat
     os.dup2(log, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     (folder / "t").mkdir(exist_ok=True)
-    places = [str(place) for place in (folder, path) if place]
+    places = [str(folder), str(path or ROOT)]
     os.environ |= {MARK: str(folder), "TMPDIR": str(folder / "t"), "PYTHONPATH": os.pathsep.join(places)}
     sys.path[:0], tempfile.tempdir = places, None
     for what, limit in limits:

@@ -119,7 +119,7 @@ DEATHS = {"hangs": "HANGS", "hangs in C": "HANGS_IN_C", "os._exit": "ENDS", "SIG
 
 def _client(name: str, engine: str, tries: int = 2, more: Settings = ("run.rounds=6",)) -> Kind:
     """A client does this in round 2. It alone is lost: the bits are those of a run where it raised."""
-    settings = (*PLAIN, *more, "cohort.timeout=20")
+    settings = (*PLAIN, "cohort.timeout=20", *more)
     this, like = ((*settings, f"strategy.name=faulty:{what}") for what in ({**MISBEHAVIOURS, **DEATHS}[name], "RAISES"))
     return Kind(f"client: {name}", stories.plain, (DONE,), this, engine, tries, lost=1, like=like)
 
@@ -129,7 +129,7 @@ def _clients() -> Iterator[Kind]:
         yield _client(name, "inline", 4)
     for name in (*MISBEHAVIOURS, *DEATHS):
         yield _client(name, "ray", more=("run.rounds=6", "engine.workers=2"))
-    few = ("run.rounds=3", "engine.workers=2")
+    few = ("run.rounds=3", "engine.workers=2", "cohort.timeout=90")
     for name in ("raises", "NaN", "KeyboardInterrupt"):
         yield _client(name, "processes", 1, few)
     yield replace(_client("os._exit", "processes", 1, few), lost=3, same=False)  # with the other clients of its node
