@@ -219,7 +219,8 @@ def _words(column: Column) -> tuple[list[str], npt.NDArray[np.int64]]:
     elif column.dtype.kind in "iub":
         words = [str(int(v)) for v in distinct]
     else:
-        words = [str(v) for v in distinct]
+        # Half characters, as of a name in another encoding, become escapes: no file and no font takes them.
+        words = [str(v).encode(errors="backslashreplace").decode() for v in distinct]
     return words, inverse.reshape(column.shape)
 
 
