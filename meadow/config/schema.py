@@ -245,7 +245,10 @@ class Cohort(Section):
         1, ge=1, le=1_000, description="Times a round is tried, each with a new cohort, before the run stops."
     )
     timeout: float = Field(
-        600.0, gt=0, le=10_000_000, description="Seconds after which a missing reply counts as failed."
+        600.0,
+        gt=0,
+        le=10_000_000,
+        description="Seconds after which a missing reply counts as failed; on Ray each client's, from its turn on.",
     )
     max_norm: float = Field(0.0, ge=0, description="Updates with a larger L2 norm are refused; 0: no limit.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Simulated: probability that a cohort's client never replies.")

@@ -22,6 +22,7 @@ SAME = ("model_sha256", "personal_sha256", "split_sha256", "metrics")
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
     AuthenticationTokenLoader.instance().reset_cache()
     found: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
