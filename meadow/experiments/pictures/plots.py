@@ -69,7 +69,8 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
     with matplotlib.rc_context(STYLE):
         height = 0.95 + 0.47 * max(1, len(rows))
         figure = Figure(figsize=(WIDTH, height))
-        left = 0.35 + 0.078 * max(map(len, rows), default=10)
+        names = [shortened(name, 60) for name in rows]
+        left = 0.35 + 0.078 * max(map(len, names), default=10)
         axes = figure.add_axes((left / WIDTH, 0.55 / height, 1 - (left + 1.45) / WIDTH, 1 - 0.95 / height))
         pairs = [(run, run.scores(target, metric)) for runs in rows.values() for run in runs]
         many = sum(len(scores) for _, scores in pairs) > 3000
@@ -95,7 +96,7 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
                 colour = COLOURS["loser" if versus.lost else "muted"][0]
                 note, at = f"{versus.lost} of {versus.clients} lost", ("axes fraction", "data")
                 axes.annotate(note, (1, row), (10, 0), at, "offset points", va="center", color=colour)
-        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"][0], pad=8)
         axes.grid(visible=False, axis="y")
