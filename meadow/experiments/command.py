@@ -276,7 +276,7 @@ def main() -> None:
 
 
 def _ignore_signals() -> None:
-    """Python ends by giving signals their default back, which would replace the exit status; ignored ones it leaves alone."""
+    """At its end Python gives signals their default back, which would replace the exit status; but not to ignored ones."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
