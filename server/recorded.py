@@ -130,7 +130,7 @@ class _Curve(Form):
 
 class _Evaluation(Form):
     classes: list[str] = []
-    confusion: list[list[Whole]] = []
+    confusion: list[list[Whole]] = Field([], min_length=1)
     roc: dict[str, _Curve] = {}
 
     @model_validator(mode="after")

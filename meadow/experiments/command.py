@@ -1,5 +1,6 @@
 """The `meadow` command. Exit status: 0 done; 1 a bug in Meadow; 2 the input is wrong; 3 ended early for a stated reason."""
 
+import atexit
 import importlib.util
 import json
 import os
@@ -32,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated-learning experiments: transfer, fine-tuning, multi-task and federated, on the same data.",
 )
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Name = Annotated[str, typer.Argument(metavar="EXPERIMENT", help="A preset's name (meadow presets) or a TOML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example run.rounds=5.")]
@@ -258,7 +261,8 @@ def main() -> None:
             os._exit(status)
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    atexit.register(_ignore_signals)
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, stop)
     try:
@@ -269,6 +273,12 @@ def main() -> None:
     if text:
         Console(stderr=True).print(f"[bold red]meadow:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)
     sys.exit(status)
+
+
+def _ignore_signals() -> None:
+    """At its end Python gives signals their default back, which would replace the exit status; but not to ignored ones."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _checked_app() -> None:

@@ -126,6 +126,8 @@ def encode(raw: Raw, names: tuple[str, ...], kinds: Mapping[str, str]) -> tuple[
             )
     targets, train, test = [], {}, {}
     for name in names:
+        if (kind_of := np.asarray(raw.train.columns[name]).dtype).kind not in "fiubOUSM":
+            raise UserError(f'task.targets: "{name}" is of type {kind_of}; expected numbers or text')
         kind = read_kind(name, kinds.get(name) or raw.kinds.get(name) or _guess(raw.train.columns[name]))
         both = [np.asarray(part.columns[name]) for part in (raw.train, raw.test)]
         _check_shapes(raw, kind, both)
@@ -219,7 +221,8 @@ def _words(column: Column) -> tuple[list[str], npt.NDArray[np.int64]]:
     elif column.dtype.kind in "iub":
         words = [str(int(v)) for v in distinct]
     else:
-        words = [str(v) for v in distinct]
+        # Half characters, as of a name in another encoding, become escapes: no file and no font takes them.
+        words = [str(v).encode(errors="backslashreplace").decode() for v in distinct]
     return words, inverse.reshape(column.shape)
 
 

@@ -423,6 +423,9 @@ OBSERVED: dict[str, Callable[[dict[str, Any], dict[str, Any], list[dict[str, str
     ),
     "training loss": lambda left, split, rows: any(key.startswith("loss/") for key in left.get("metrics", ())),
     "metrics on the test part": lambda left, split, rows: bool(left.get("evaluation")),
+    "metrics on the validation part": lambda left, split, rows: (
+        bool(left.get("validation")) or any(key.startswith("validation") for key in left.get("evaluation", ()))
+    ),
     "confusion counts": lambda left, split, rows: "confusion" in left,
     "label counts": lambda left, split, rows: (
         bool({"sizes", "labels", "left_out"} & split.keys()) or any(row["train_samples"] for row in rows)
@@ -512,7 +515,7 @@ def test_no_accepted_file_releases_what_it_does_not_declare(
     for kind, keys in KNOWN.items():
         assert set(left.get(kind, ())) <= keys | ({"exhausted"} if kind == "ledger" else set())
     assert {key.partition("/")[0] for key in left.get("metrics", ())} <= {"num-examples", "steps", "loss"}
-    assert set(left) <= {*KNOWN, "metrics", "evaluation", "confusion", "arrays", "weights"}
+    assert set(left) <= {*KNOWN, "metrics", "evaluation", "validation", "confusion", "arrays", "weights"}
     if experiment.privacy.unit in ("example", "local"):
         trained_ = sum(len(entries) for entries in ledgers(out).values())
         assert trained_ >= sum(len(set(r["cohort"])) - len(r["failed"]) for r in lines(out))

@@ -28,6 +28,7 @@ CHANGES: dict[str, tuple[str, Change]] = {
     "the manifest's split": ("manifest.json", lambda found: found | {"split": []}),
     "sizes": ("split.json", lambda found: found | {"sizes": [[1, 2]]}),
     "ragged labels": ("split.json", lambda found: found | {"labels": [[1, 2], [1]]}),
+    "no classes": ("evaluation.json", lambda found: {"clients": {"digit": {"classes": [], "confusion": []}}}),
     "a confusion of two sizes": (
         "evaluation.json",
         lambda found: {"clients": {"digit": {"classes": ["0"], "confusion": [[1, 2]]}}},
@@ -44,6 +45,13 @@ def test_another_form_is_told_with_the_files_name(tmp_path: Path, case: str) -> 
     (folder / name).write_text(json.dumps(change(found)))
     with refused(name):
         render(find_runs([folder]))
+
+
+def test_a_methods_name_may_be_as_long_as_it_can_be(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", "fedavg", 0, [0.5, 0.7])
+    text = (folder / "experiment.toml").read_text()
+    (folder / "experiment.toml").write_text(text.replace('name = "fedavg"', f'name = "{"n" * 200}"', 1))
+    assert "n" * 200 in render(find_runs([folder]))
 
 
 @pytest.mark.parametrize("name", ["summary.json", "manifest.json", "rounds.jsonl", "clients.csv", "experiment.toml"])

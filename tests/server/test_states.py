@@ -120,6 +120,7 @@ def test_only_clients_of_a_run_that_has_begun_go_on_without_a_state(tmp_path: Pa
     experiment = small("fedper", "local.steps=1", "partition.clients=4", "engine.name=inline")
     with refused("--without-state", "--resume"):
         api.run(to_tree(experiment), out=tmp_path / "new", without_state=[3])
+    (tmp_path / "new").mkdir(exist_ok=True)
     with refused("--without-state", "checkpoint"):
         api.run(to_tree(experiment), out=tmp_path / "new", resume=True, without_state=[3])
     with refused("--without-state 4", "0 to 3"):

@@ -151,3 +151,17 @@ def test_sizes_are_computed_before_they_are_allocated(tmp_path: Path) -> None:
     with refused("task.inputs", "GiB"):
         wide = ("text category",)
         open_dataset(Task(dataset="tabular", root=str(tmp_path), targets=("y",), inputs=wide, public="train"))
+
+
+def test_half_a_character_in_a_class_becomes_text(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"x": i, "y": "a\ud83d" if i % 2 else "b"}) + "\n" for i in range(20))
+    (tmp_path / "train.jsonl").write_text(rows)
+    data = open_dataset(Task(dataset="tabular", root=str(tmp_path), targets=("y",)))
+    assert data.targets[0].names == (r"a\ud83d", "b") and set(data.train.y["y"].tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["V8", "<c16", "m8[s]"])
+def test_a_target_is_numbers_or_text(tmp_path: Path, kind: str) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((9, 2)), y=np.zeros(9, kind))
+    with refused("task.targets", "y"):
+        open_dataset(Task(dataset="arrays", root=str(tmp_path), targets=("y",)))

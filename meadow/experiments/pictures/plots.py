@@ -69,7 +69,7 @@ def client_dots(methods: Methods, target: str, metric: str, paired: Mapping[str,
     with matplotlib.rc_context(STYLE):
         height = 0.95 + 0.47 * max(1, len(rows))
         figure = Figure(figsize=(WIDTH, height))
-        names = [shortened(name, 2 * LONGEST) for name in rows]
+        names = [shortened(name, 60) for name in rows]
         left = 0.35 + 0.078 * max(map(len, names), default=10)
         axes = figure.add_axes((left / WIDTH, 0.55 / height, 1 - (left + 1.45) / WIDTH, 1 - 0.95 / height))
         pairs = [(run, run.scores(target, metric)) for runs in rows.values() for run in runs]
