@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from meadow.runtime.errors import UserError
 
-SMALL, LARGEST_RATIO = 32 * 2**20, 100
+SMALL, LARGEST_RATIO = 8 * 2**20, 100
 """Compressed data that expands to over `SMALL` bytes and to over `LARGEST_RATIO` times its own length is refused."""
 
 

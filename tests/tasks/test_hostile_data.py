@@ -165,3 +165,9 @@ def test_a_target_is_numbers_or_text(tmp_path: Path, kind: str) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros((9, 2)), y=np.zeros(9, kind))
     with refused("task.targets", "y"):
         open_dataset(Task(dataset="arrays", root=str(tmp_path), targets=("y",)))
+
+
+@pytest.mark.parametrize("root", ["/", "//", "/tmp/.."])
+def test_the_whole_file_system_is_no_data(root: str) -> None:
+    with refused("task.root", root):
+        open_dataset(Task(dataset="ImageFolder", root=root, targets=("label",)))

@@ -103,6 +103,8 @@ def folder(task: schema.Task) -> Path:
     path = user_path(task.root)
     if not is_folder(path):
         raise UserError(f'task.root = "{task.root}": there is no such folder{_unset(task.root)}')
+    if path.samefile("/"):
+        raise UserError(f'task.root = "{task.root}": this is the whole file system; write the folder of the data')
     return path
 
 
