@@ -132,7 +132,8 @@ def _clients() -> Iterator[Kind]:
     few = ("run.rounds=3", "engine.workers=2", "cohort.timeout=90")
     for name in ("raises", "NaN", "KeyboardInterrupt"):
         yield _client(name, "processes", 1, few)
-    yield replace(_client("os._exit", "processes", 1, few), lost=3, same=False)  # with the other clients of its node
+    several = (*few, "partition.clients=40")  # so that each node has some
+    yield replace(_client("os._exit", "processes", 1, several), lost=20, same=False)  # with the others of its node
 
 
 def _ray() -> Iterator[Kind]:

@@ -22,7 +22,7 @@ from meadow.config.load import Tree, apply, parse_override, preset_about, preset
 from meadow.config.schema import Experiment
 from meadow.experiments.closing import close, close_group
 from meadow.experiments.endings import outcome
-from meadow.runtime.errors import UserError
+from meadow.runtime.errors import Interrupted, UserError
 from meadow.runtime.identity import versions
 from meadow.runtime.logs import printable
 from meadow.runtime.terminal import checked_output
@@ -259,7 +259,7 @@ def main() -> None:
     def stop(*_: object) -> None:
         if over:
             os._exit(status)
-        raise KeyboardInterrupt
+        raise Interrupted
 
     atexit.register(_ignore_signals)
     for number in SIGNALS:

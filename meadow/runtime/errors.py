@@ -1,4 +1,4 @@
-"""The two exceptions that end a run without a fault in Meadow."""
+"""The exceptions that end a run without a fault in Meadow."""
 
 _LINE, _LINES = 2000, 40
 
@@ -29,3 +29,7 @@ def _readable(message: str) -> str:
         ]
         + rest
     )
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user's Ctrl-C or another signal that ends the command; a KeyboardInterrupt of a client's code is not."""

@@ -8,6 +8,7 @@ clock that does this is in C, so it also runs while other compiled code holds Py
 import faulthandler
 import json
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,8 +104,9 @@ def take(*clients: int) -> None:
 
 def costs_its_client(error: BaseException) -> bool:
     """Whether an exception of a client's code is that client's alone. In a worker every one is; elsewhere Ctrl-C, for
-    instance, is for the whole process."""
-    return _open is not None or isinstance(error, Exception | SystemExit)
+    instance, is for the whole process: a KeyboardInterrupt that is Python's, or of the command's handler."""
+    own = type(error) is KeyboardInterrupt and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    return _open is not None or own or isinstance(error, Exception | SystemExit)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The note of a worker: what its successor knows of clients that hang or end the process."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from meadow.runtime.errors import Interrupted
 from meadow.runtime.hand import Hand, costs_its_client, deadline, take
 
 WORKER = """
@@ -92,9 +94,14 @@ def test_every_client_has_its_whole_time(tmp_path: Path) -> None:
     assert deadline(note) == float("inf")
 
 
-def test_an_interrupt_is_a_clients_own_in_a_worker_only(tmp_path: Path) -> None:
+def test_an_interrupt_is_a_clients_own_unless_it_is_the_users(tmp_path: Path) -> None:
     take(3)  # nothing is noted
     assert costs_its_client(SystemExit()) and costs_its_client(OSError())
     assert not costs_its_client(KeyboardInterrupt())
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # as in the command, which raises its own
+    try:
+        assert costs_its_client(KeyboardInterrupt()) and not costs_its_client(Interrupted())
+    finally:
+        signal.signal(signal.SIGINT, before)
     with Hand(tmp_path / "note").holding("message", 60):
         assert costs_its_client(KeyboardInterrupt())
