@@ -177,10 +177,9 @@ def evaluate_client(node: Node, request: Request) -> Answer:
     """Evaluate the model that the client would use on its test part, and again after local fine-tuning if that is set.
 
     The answer has "evaluation" (model/target/metric; model is "used" or "finetuned", or as in `_validation_scores`) and
-    "identity" (SHA-256 of the
-    client's personal state, and whether it has any). A thorough evaluation adds "confusion" (of the used model, by class
-    target: the counts, row by row) and, if evaluate.on has it, "source" in "evaluation": the used model on the source
-    task's test set. Under DP only what `meadow.privacy.releases.allowed` permits.
+    "identity" (SHA-256 of the client's personal state, and whether it has any). A thorough evaluation adds "confusion" (of
+    the used model, by class target: the counts, row by row) and, if evaluate.on has it, "source" in "evaluation": the used
+    model on the source task's test set. Under DP only what `meadow.privacy.releases.allowed` permits.
     """
     config, client, own, seen = request.config, request.client, node.task.client(request.client), node.view
     context = open_context(node, request, before=config["round"] + 1)

@@ -29,6 +29,13 @@ class Spread(Form):
 Spreads = dict[str, dict[str, Spread]]
 
 
+class Validation(Form):
+    """Scores on validation parts."""
+
+    clients: Spreads = {}
+    global_: Scores = Field({}, alias="global")
+
+
 class Failure(Form):
     """A client that failed in a round."""
 
@@ -47,6 +54,7 @@ class Record(Form):
     bytes_down: Number = None
     global_: Scores | None = Field(None, alias="global")
     clients: Spreads | None = None
+    validation: Validation | None = None
     clients_round: Whole = 0
     void: list[Any] = []
 
@@ -57,7 +65,12 @@ class _Last10(Form):
 
 
 class _Metrics(_Last10):
+    validation: Validation | None = None
     last10: _Last10 | None = None
+
+
+class _Selected(Form):
+    kept_round: Whole
 
 
 class _Release(Form):
@@ -98,6 +111,7 @@ class Summary(Form):
     privacy: _Privacy
     engine: _Engine = _Engine()
     forgetting: dict[str, dict[str, dict[str, Number]]] = {}
+    selected: _Selected | None = None
 
 
 class Manifest(Form):

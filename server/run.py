@@ -24,7 +24,7 @@ from meadow.server.evaluation import (
     validation_spread,
 )
 from meadow.server.exchange import Exchange
-from meadow.server.folder import check_folder, is_done, open_folder
+from meadow.server.folder import check_folder, open_folder
 from meadow.server.listeners import Listeners, RunBegins, open_listeners
 from meadow.server.placement import placement
 from meadow.server.privacy import protection
@@ -65,7 +65,7 @@ def run_experiment(
 
 def _run(session: Session) -> dict[str, Any]:
     folder, experiment = session.folder, session.experiment
-    if (before := folder.summary()) and is_done(folder.path):
+    if (before := folder.summary()) and before["status"] == "done":
         return before
     folder.delete_summary()
     folder.write("split", _split(session.task) | split_table(experiment, session.task))
@@ -153,15 +153,15 @@ def _play(session: Session) -> tuple[str, str, dict[int, ClientScores]]:
 
 def _last_scores(session: Session) -> dict[int, ClientScores]:
     """Score every client with the model that the run keeps, which is the session's from then on."""
-    scores, selection = score_clients(session, session.round, last=True), session.selection
+    session.kept_round, selection = session.round, session.selection
+    scores = score_clients(session, session.round, last=True)
     if selection.keeps:
-        of_clients = {client: its.scores for client, its in scores.items()}
-        last = validation_spread(session, of_clients)
-        if not selection.add({"validation": last, "clients_round": session.round}) and (best := selection.kept()):
-            session.arrays, session.kept = best.arrays, best.round
+        last = validation_spread(session, {client: its.scores for client, its in scores.items()})
+        selection.add({"validation": last, "clients_round": session.round})
+        if (best := selection.earlier(session.round)) is not None:
+            session.arrays, session.kept_round = best.arrays, best.round
             session.states = session.states.at(best.round, session.folder.rounds())
-            return score_clients(session, best.round, last=True)
-    session.kept = session.round
+            scores = score_clients(session, best.round, last=True)
     return scores
 
 

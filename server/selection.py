@@ -114,9 +114,9 @@ class Selection:
         if self.best is not None:
             checkpoints.save(self._folder.best, Checkpoint(self.best[0], arrays, run=run), keep=1)
 
-    def kept(self) -> Checkpoint | None:
-        """The best round's arrays. Raises DamagedFile if they are lost."""
-        return checkpoints.read(self._folder.best, self.best[0]) if self.best else None
+    def earlier(self, round_: int) -> Checkpoint | None:
+        """The best round's arrays, if that round came before `round_`. Raises DamagedFile if they are lost."""
+        return checkpoints.read(self._folder.best, self.best[0]) if self.best and self.best[0] < round_ else None
 
     def summary(self, round_: int) -> dict[str, Any]:
         """The summary's "selected": the metric, the best round and its value, and the round whose model is kept."""

@@ -36,8 +36,8 @@ class Session:
     """What the rounds of one run share. Each round replaces `arrays`, `state`, `round` and `void` and changes `protection`.
 
     arrays: the shared arrays. state: the algorithm's state. clock: measures the phases of the current round. round: the
-    last finished round. kept: the round whose model the run keeps, once it has ended. void: attempts that did not count,
-    "ROUND.ATTEMPT"; clients discard their effects. states: which clients have a state.
+    last finished round. kept_round: the round whose model the run keeps, once it has ended. void: attempts that did not
+    count, "ROUND.ATTEMPT"; clients discard their effects. states: which clients have a state.
     """
 
     experiment: Experiment
@@ -61,7 +61,7 @@ class Session:
     selection: Selection
     clock: Clock = field(default_factory=Clock)
     round: int = 0
-    kept: int = 0
+    kept_round: int = 0
     void: list[str] = field(default_factory=list)
     states: States = field(default_factory=States)
 

@@ -35,7 +35,7 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
     """The summary of a run that has ended. `scores` is empty if the run did not reach the last evaluation."""
     experiment, task, records = session.experiment, session.task, session.folder.rounds()
     global_curve = [r["global"] for r in records if r["global"]]
-    shared = next((r["global"] for r in records if r["round"] == session.kept and r["global"]), None)
+    shared = next((r["global"] for r in records if r["round"] == session.kept_round and r["global"]), None)
     at_end = over_clients(scores_of(scores), test_sizes(experiment, task))
     return {
         "name": experiment.run.name,
@@ -52,10 +52,12 @@ def summarise(session: Session, status: str, reason: str, scores: Mapping[int, C
             **_optional_spreads(experiment, scores, test_sizes(experiment, task)),
             "last10": {
                 "global": mean_tree(global_curve[-LAST:]),
-                "clients": mean_tree(_clients_curve(records, at_end)[-LAST:]),
+                "clients": mean_tree(
+                    _clients_curve(records, at_end if session.kept_round == session.round else {})[-LAST:]
+                ),
             },
         },
-        **({"selected": session.selection.summary(session.kept)} if experiment.run.selects else {}),
+        **({"selected": session.selection.summary(session.kept_round)} if experiment.run.selects else {}),
         **forgetting(experiment, task, scores),
         "clients": {
             "total": experiment.partition.clients,

@@ -4,7 +4,7 @@
 
 Each kind of fault (`kinds.py`) is tried several times at random moments, on tiny experiments, and its result is held against
 that of a run that nothing happened to. Then hostile inputs (`benchmarks/hostile.py`) are given to the command. All of it
-takes about 50 minutes on two cores. Exit status 1 if anything is not as expected; folders of such tries are kept in /tmp.
+takes over an hour on two cores. Exit status 1 if anything is not as expected; folders of such tries are kept in /tmp.
 """
 
 import argparse

@@ -62,9 +62,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = (
-            error.args[0][0][-1] if isinstance(error, shutil.Error) else error.strerror or error
-        )  # of several files
+        of_several = isinstance(error, shutil.Error)  # it lists (from, to, reason) of each file
+        reason = error.args[0][0][-1] if of_several else error.strerror or error
         raise RunStopped(
             f"{path} cannot be written ({reason}); everything before it is safe: when it can be written, "
             "continue with --resume"

@@ -268,7 +268,7 @@ def main() -> None:
     try:
         status, text = outcome(_checked_app)
         over = True
-    except KeyboardInterrupt:  # another Ctrl-C, while the first one was handled
+    except KeyboardInterrupt:  # outside a run, which handles the first one itself, or one more
         over = True
     if text:
         Console(stderr=True).print(f"[bold red]meadow:[/] {escape(printable(text))}", highlight=False, soft_wrap=True)

@@ -36,10 +36,10 @@ def load(run: Summary | Path | str, client: int | None = None) -> nn.Module:
     {'digit': (5, 10)}
 
     run: a run's folder, or the summary that `run` returned. The weights are those of the newest checkpoint; of a run that
-    has ended with `run.keep = "best"`, those of the best round. A client's
-    model is the one that `clients.csv` calls "used": the shared layers with the client's own, or its own model if the
-    algorithm keeps one. Each call returns a new model, on the CPU. Its input is float32 samples or tokens as returned by
-    `meadow.tasks.task.Task.prepare`; it returns {target: output} (`meadow.tasks.models.multihead`).
+    has ended with `run.keep = "best"`, those of the best round. A client's model is the one that `clients.csv` calls "used":
+    the shared layers with the client's own, or its own model if the algorithm keeps one. Each call returns a new model, on
+    the CPU. Its input is float32 samples or tokens as returned by `meadow.tasks.task.Task.prepare`; it returns
+    {target: output} (`meadow.tasks.models.multihead`).
 
     The data is opened again, because the shape of the model depends on it. Raises UserError if the data is missing, if the
     folder has no such model, or if one of its files is damaged.
@@ -68,8 +68,9 @@ def _experiment(path: Path) -> Experiment:
 
 def _checkpoint(folder: RunFolder) -> Checkpoint:
     summary = folder.summary()
-    kept = (summary or {}).get("selected", {}).get("kept_round", 0)
-    found, damaged = latest(folder.best if kept and summary and kept < summary["rounds"] else folder.checkpoints)
+    selected = (summary or {}).get("selected") or {}
+    earlier = summary is not None and selected.get("kept_round", summary["rounds"]) < summary["rounds"]
+    found, damaged = latest(folder.best if earlier else folder.checkpoints)
     if found is None:
         reason = f"its checkpoints are damaged ({damaged[0]})" if damaged else "no round has ended yet"
         raise UserError(f"{folder.path}: {reason}; `meadow run --resume --out {folder.path}` continues the run")

@@ -121,7 +121,7 @@ class RunResult:
                 of_received = place in ("clients", "validation")
                 at = record.get("clients_round", record["round"]) if of_received else record["round"]
                 points[int(at)] = float(value["mean"] if of_received else value)
-        if self.summary and (value := self.final(place, target, metric)) is not None:
+        if self.summary and (value := _scores(self.summary["metrics"], place).get(target, {}).get(metric)) is not None:
             at = self.summary.get("selected", {}).get("kept_round", self.rounds_done)
             points[at] = float(value["mean"] if isinstance(value, Mapping) else value)
         ordered = sorted(points)

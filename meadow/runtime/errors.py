@@ -3,19 +3,23 @@
 _LINE, _LINES = 2000, 40
 
 
-class UserError(Exception):
-    """The user's input is wrong. The message names the setting, its value, the reason and the remedy (exit status
-    2). Values in it may be of any length: it is cut to what can be read."""
+class _ForUser(Exception):
+    """Its message is for the user. Values in it may be of any length: it is cut to what can be read."""
 
     def __init__(self, message: str) -> None:
         super().__init__(_readable(message))
 
 
-class RunStopped(Exception):
+class UserError(_ForUser):
+    """The user's input is wrong. The message names the setting, its value, the reason and the remedy (exit status 2)."""
+
+
+class RunStopped(_ForUser):
     """A run ended early for a stated reason: too few clients, a spent budget, the user (exit status 3)."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(_readable(message))
+
+class Interrupted(KeyboardInterrupt):
+    """The user's Ctrl-C or another signal that ends the command; a KeyboardInterrupt of a client's code is not."""
 
 
 def _readable(message: str) -> str:
@@ -29,7 +33,3 @@ def _readable(message: str) -> str:
         ]
         + rest
     )
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user's Ctrl-C or another signal that ends the command; a KeyboardInterrupt of a client's code is not."""

@@ -103,8 +103,9 @@ def take(*clients: int) -> None:
 
 
 def costs_its_client(error: BaseException) -> bool:
-    """Whether an exception of a client's code is that client's alone. In a worker every one is; elsewhere Ctrl-C, for
-    instance, is for the whole process: a KeyboardInterrupt that is Python's, or of the command's handler."""
+    """Whether an exception costs only the client whose code raised it. In a worker every exception does. Elsewhere Ctrl-C
+    must end the command. The command's handler raises `Interrupted` for it; where Python's own handler is installed, its
+    KeyboardInterrupt cannot be told from a client's."""
     own = type(error) is KeyboardInterrupt and signal.getsignal(signal.SIGINT) is not signal.default_int_handler
     return _open is not None or own or isinstance(error, Exception | SystemExit)
 

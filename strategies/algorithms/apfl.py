@@ -62,9 +62,9 @@ class Client(ClientAlgorithm):
         if not own:
             return start
         mix = _mix(context)
-        mixed = Named(own) * mix + Named({name: start[name] for name in own}) * (1 - mix)  # a frozen trunk is not in it
+        mixed = Named(own) * mix + Named(start) * (1 - mix)
         used = {n: v if n in context.roles.buffers else mixed[n].astype(v.dtype) for n, v in own.items()}
-        return start | used
+        return start | used  # a frozen trunk is not in `own`
 
 
 def _mix(context: ClientContext) -> float:

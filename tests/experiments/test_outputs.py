@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -75,28 +75,24 @@ def test_a_report_that_cannot_be_written_is_no_traceback(tmp_path: Path) -> None
     assert full.returncode == 3 and "report.html" in full.stderr and "Traceback" not in full.stderr
 
 
-def test_signals_while_the_report_is_written_and_again_end_with_the_same_status(tmp_path: Path) -> None:
-    """From the summary on, a signal every few milliseconds until the process ends."""
-    out = tmp_path / "run"
-    with subprocess.Popen(command(tmp_path, "run", "--quiet"), stderr=subprocess.PIPE, text=True) as process:
-        while not (out / "summary.json").exists() and process.poll() is None:
+def signalled(asked: Sequence[str], begun: Path) -> int:
+    """Start a command, and send it a signal every few milliseconds from the moment that a file exists; its exit status."""
+    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as process:
+        while not begun.exists() and process.poll() is None:
             time.sleep(0.005)
         while process.poll() is None:
             process.send_signal(signal.SIGINT)
             time.sleep(0.005)
         assert process.stderr is not None and "Traceback" not in process.stderr.read()
-    assert process.returncode == 3
+    return process.returncode
+
+
+def test_signals_while_the_report_is_written_and_again_end_with_the_same_status(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert signalled(command(tmp_path, "run", "--quiet"), out / "summary.json") == 3
     assert (RunFolder(out).summary() or {})["status"] == "done"
 
 
 def test_a_second_signal_while_the_first_stops_a_run_changes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    asked = command(tmp_path, "run", "run.rounds=2000", "--quiet")
-    with subprocess.Popen(asked, stderr=subprocess.PIPE, text=True) as process:
-        while not (out / "rounds.jsonl").exists() and process.poll() is None:
-            time.sleep(0.005)
-        while process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.005)
-        assert process.stderr is not None and "Traceback" not in process.stderr.read()
-    assert process.returncode == 3
+    assert signalled(command(tmp_path, "run", "run.rounds=2000", "--quiet"), out / "rounds.jsonl") == 3

@@ -1,20 +1,26 @@
 """The note of a worker: what its successor knows of clients that hang or end the process."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from meadow.client.answers import answer
+from meadow.client.node import Node
 from meadow.runtime.errors import Interrupted
 from meadow.runtime.hand import Hand, costs_its_client, deadline, take
+from meadow.strategies.wire.packing import Answer, Request
 
 WORKER = """
 import ctypes, os, sys, time
 from pathlib import Path
+from typing import cast
 from meadow.runtime.hand import Hand, take
 ends = {"exits": lambda: os._exit(0), "hangs": lambda: time.sleep(1000), "in C": lambda: ctypes.PyDLL(None).sleep(1000)}
 with Hand(Path(sys.argv[1])).holding("message", 0.5):
@@ -105,3 +111,20 @@ def test_an_interrupt_is_a_clients_own_unless_it_is_the_users(tmp_path: Path) ->
         signal.signal(signal.SIGINT, before)
     with Hand(tmp_path / "note").holding("message", 60):
         assert costs_its_client(KeyboardInterrupt())
+
+
+def test_nobody_is_in_hand_once_all_clients_have_answered(tmp_path: Path) -> None:
+    """What a worker dies of afterwards is not blamed on the last client."""
+    turns = list[list[int]]()
+
+    def in_hand() -> list[int]:
+        found: list[int] = json.loads((tmp_path / "note").read_text().split("\n")[1])[0]
+        return found
+
+    def answered(_: object, request: Request) -> Answer:
+        turns.append(in_hand())
+        return Answer(request.client)
+
+    with Hand(tmp_path / "note").holding("message", 60):
+        answer(cast(Node, None), [Request(client, {}, {}) for client in (3, 5)], answered)
+        assert turns == [[3], [5]] and in_hand() == []

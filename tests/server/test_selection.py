@@ -18,6 +18,7 @@ from meadow.client.app import app
 from meadow.client.node import Node
 from meadow.config.schema import Experiment
 from meadow.experiments.api import check_run
+from meadow.experiments.results import read_run
 from meadow.runtime.errors import UserError
 from meadow.strategies.wire.packing import Answer, Request
 from meadow.tasks.evaluation import evaluate, state_of
@@ -99,7 +100,7 @@ def told(handler: Handler, change: Callable[[str, float, Request], float]) -> Ha
 
 @pytest.mark.parametrize("preset", ["fedavg", "fedper", "ditto", "local", "pooled"])
 def test_the_best_round_is_scored_and_loaded(preset: str, tmp_path: Path) -> None:
-    """Clients find the model of round 3 best. The run of seven rounds ends as the run of three does."""
+    """Clients find the model of round 3 best. The run of nine rounds ends as the run of three does."""
 
     def best_in_round_3(of_model: Callable[[Request], int]) -> Callable[[str, float, Request], float]:
         return lambda key, value, request: 1 / (1 + abs(of_model(request) - 3)) if "validation" in key else value
@@ -108,13 +109,21 @@ def test_the_best_round_is_scored_and_loaded(preset: str, tmp_path: Path) -> Non
         told(train_client, best_in_round_3(lambda request: int(request.config["round"]) - 1)),
         told(evaluate_client, best_in_round_3(lambda request: int(request.config["round"]))),
     )
-    best = run_with(app, small(preset, "run.rounds=7", "run.keep=best"), tmp_path / "best")
+    best = run_with(app, small(preset, "run.rounds=9", "run.keep=best"), tmp_path / "best")
     short = run_with(app, small(preset), tmp_path / "short")
-    assert best["rounds"] == 7 and best["selected"]["kept_round"] == best["selected"]["best_round"] == 3
+    assert best["rounds"] == 9 and best["selected"]["kept_round"] == best["selected"]["best_round"] == 3
     for key in ("model_sha256", "personal_sha256"):
         assert best[key] == short[key]
     for place in ("clients", "global", "validation"):
         assert best["metrics"][place] == short["metrics"][place]
+    means = [r["clients"]["digit"]["accuracy"]["mean"] for r in records(tmp_path / "best")]
+    assert best["metrics"]["last10"]["clients"]["digit"]["accuracy"]["mean"] == pytest.approx(np.mean(means))
+    for place in ("train", "validation", "clients"):
+        curves = [read_run(tmp_path / name).curve(place, "digit", "loss") for name in ("best", "short")]
+        kept, last = (dict(zip(*curve, strict=True))[3] for curve in curves)
+        assert kept == pytest.approx(last)
+    scored = {r["clients_round"] for r in records(tmp_path / "best")}  # of the model of round 9 there is no score
+    assert {*read_run(tmp_path / "best").curve("clients", "digit", "loss")[0]} == scored
     one, other = (state_of(meadow.load(tmp_path / name, client=3)) for name in ("best", "short"))
     assert all(np.array_equal(one[n], other[n]) for n in other)
 

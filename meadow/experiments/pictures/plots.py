@@ -32,15 +32,16 @@ LOSSES = {"train": "While training", "validation": "Mean over the clients' valid
 """Panels of `learning_curves`: the place of `RunResult.curve`, and the title."""
 
 
-def learning_curves(methods: Methods, target: str, metric: str, panels: Mapping[str, str] = TEST) -> Figure:
-    """A metric by round, a panel for each place: the mean over the runs, a band of one standard deviation. The panels of
-    LOSSES have one scale."""
+def learning_curves(
+    methods: Methods, target: str, metric: str, panels: Mapping[str, str] = TEST, one_scale: bool = False
+) -> Figure:
+    """A metric by round, a panel for each place: the mean over the runs, a band of one standard deviation."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.9))
         shown = [p for p in panels if any(_mean_curve(runs, p, target, metric) for runs in methods.values())]
         drawn = []
         for at, place in enumerate(shown or ["clients"]):
-            share = figure.axes[0] if panels is LOSSES and at else None
+            share = figure.axes[0] if one_scale and at else None
             axes = figure.add_axes(box(figure, at, max(1, len(shown)), right=_label_room(methods)), sharey=share)
             labels = []
             for name, runs in methods.items():

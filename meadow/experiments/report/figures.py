@@ -50,7 +50,7 @@ def of_target(learners: Methods, target: str, part: Sequence[Row]) -> list[Pictu
         pictures.append(drawn(figure, f"{target}-curves", f"Learning curves of {target}", caption))
     if any(len(run.curve("validation", target, "loss")[0]) for run in runs):
         caption = "Where the training loss falls while the validation loss rises, the model overfits: stop earlier."
-        figure = plots.learning_curves(learners, target, "loss", plots.LOSSES)
+        figure = plots.learning_curves(learners, target, "loss", plots.LOSSES, one_scale=True)
         pictures.append(drawn(figure, f"{target}-losses", f"Training and validation loss of {target}", caption))
     if any(run.scores(target, metric) for run in runs):
         lost = " Orange: clients that do worse than under local, on the same split." if paired else ""
