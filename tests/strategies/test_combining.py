@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import time
 from typing import Any
 
 import numpy as np
@@ -317,3 +318,12 @@ def test_spread_over_clients_by_hand() -> None:
     assert accuracy["min"] == 0
     assert accuracy["worst_decile"] == pytest.approx(0.05)  # two of eleven clients: 0 and 0.1
     assert spread["slant"]["rmse"]["worst_decile"] == pytest.approx(0.95)  # for an error the highest are the worst
+
+
+def test_judging_an_update_leaves_no_thread_at_work() -> None:
+    """The threads of NumPy's BLAS wait in a busy loop, for longer than small clients train."""
+    large = {"w": np.ones(10**6)}
+    assert fault(large, large) == ""
+    before = time.process_time()
+    time.sleep(0.1)
+    assert time.process_time() - before < 0.01
