@@ -10,7 +10,7 @@ span sends its sum; otherwise the server adds up the available parts in the same
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -124,7 +124,7 @@ def _norm(value: npt.NDArray[np.generic]) -> float:
     """The Euclidean norm; not finite if a value is not, or if its square is not a float64. 0 for integers."""
     if not np.issubdtype(value.dtype, np.inexact):
         return 0.0
-    flat = value.ravel(order="K")
+    flat: npt.NDArray[Any] = value.ravel(order="K")
     with np.errstate(over="ignore", invalid="ignore"):
         # In the array's own precision, which is faster. Not by np.dot: after it, the threads of NumPy's BLAS wait for more
         # work in a busy loop for 10 ms and more, on the cores on which clients train.
